@@ -1,0 +1,88 @@
+"""Validated settings of the pocket recipe: model shape, vocabulary, training stages, evaluation."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Strict(BaseModel):
+    """A recipe section: an unknown key is an error, not a surprise."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class VocabularyConfig(Strict):
+    """Sizes of the word classes. Keys and names are asked for, values are answered, ordinals number the steps."""
+
+    keys: PositiveInt
+    names: PositiveInt
+    values: int = Field(gt=0, le=900)
+    ordinals: int = Field(gt=1, le=10)
+
+
+class OptimizerConfig(Strict):
+    """AdamW. Backbone and indexer are clipped apart: the indexer sees detached inputs and its own loss only."""
+
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: PositiveFloat
+    warmup: PositiveInt
+    indexer_lr: PositiveFloat = Field(description="factor on the stage's learning rate")
+
+
+class LossConfig(Strict):
+    """text: weight of plain next-word loss. indexer: weight of the KL. answer_rows: share of the KL on answer rows."""
+
+    text: float = Field(ge=0)
+    indexer: PositiveFloat
+    answer_rows: float = Field(gt=0, lt=1)
+
+
+class StageConfig(Strict):
+    """`steps` optimizer steps on documents of `length` tokens; `lr` falls linearly from its first to its second value.
+
+    sparse: attention sees the indexer's top-k only; otherwise every visible entry.
+    advance_at: go on early once needle accuracy over the last 50 steps reaches it.
+    """
+
+    length: int = Field(gt=0, multiple_of=64)
+    batch: PositiveInt
+    steps: PositiveInt
+    lr: tuple[PositiveFloat, PositiveFloat]
+    sparse: bool
+    advance_at: float | None = None
+
+
+class EvaluationConfig(Strict):
+    """documents: per task and length. tokens: size of a batch."""
+
+    lengths: list[PositiveInt]
+    documents: PositiveInt
+    tokens: PositiveInt
+    distractors: PositiveInt
+
+
+class PocketConfig(Strict):
+    """The whole recipe. `model` holds keyword arguments of transformers' DeepseekV4Config."""
+
+    seed: int
+    model: dict[str, Any]
+    vocabulary: VocabularyConfig
+    optimizer: OptimizerConfig
+    loss: LossConfig
+    stages: list[StageConfig]
+    evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def layers_match(self) -> Self:
+        """The layer list decides the depth; a second number would only contradict it."""
+        if "num_hidden_layers" in self.model:
+            raise ValueError("model.num_hidden_layers follows from model.layer_types: leave it out")
+        return self
+
+
+def load_config(path: Path) -> PocketConfig:
+    """Read and validate a recipe file."""
+    return PocketConfig.model_validate(yaml.safe_load(path.read_text()))

@@ -1,0 +1,177 @@
+"""Long-context tasks over the pocket language: items made of scattered facts, a question and an answer.
+
+    single, multi_key   note bako 417 .  ...  recall bako -> 417           (few or many other keys in the document)
+    multi_value         note bako 417 .  ... note bako 233 . ...  list bako -> 233 bako 417       (any order)
+    tracking            alias Rolu bako . ... note bako 417 . ...  trace Rolu -> bako 417
+    copy                step first 417 . ... step second 233 . ...  repeat -> first 417 second 233
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from recipes.pocket_v4.words import Lexicon, filler
+
+TASKS = ("single", "multi_key", "multi_value", "tracking", "copy")
+GAP = (5, 8)  # filler words between events: no 8-token compression window may hold two facts
+
+
+@dataclass(frozen=True)
+class Item:
+    """Facts to scatter, the words that ask for them, and the words that answer."""
+
+    task: str
+    facts: list[list[str]]
+    question: list[str]
+    answer: list[str]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One task instance. length: tokens of prompt plus answer, <bos> included."""
+
+    task: str
+    prompt: str
+    answer: str
+    length: int
+
+
+class Words:
+    """Hands out words of a lexicon, each at most once per document."""
+
+    def __init__(self, lexicon: Lexicon, rng: Random) -> None:
+        self.rng = rng
+        self.lexicon = lexicon
+        self.keys = rng.sample(lexicon.keys, len(lexicon.keys))
+        self.names = rng.sample(lexicon.names, len(lexicon.names))
+
+    def values(self, count: int) -> list[str]:
+        """`count` different values."""
+        return self.rng.sample(self.lexicon.values, count)
+
+
+def pair(words: Words, task: str = "multi_key") -> Item:
+    """One key, one value."""
+    key, (value,) = words.keys.pop(), words.values(1)
+    return Item(task, [["note", key, value, "."]], ["recall", key], [value])
+
+
+def multi_value(words: Words, count: int = 3) -> Item:
+    """One key noted `count` times; the answer's order is random, so no order is learned."""
+    key, values = words.keys.pop(), words.values(count)
+    listed = words.rng.sample(values, count)
+    answer = [listed[0]] + [word for value in listed[1:] for word in (key, value)]
+    return Item("multi_value", [["note", key, v, "."] for v in values], ["list", key], answer)
+
+
+def tracking(words: Words) -> Item:
+    """A name stands for a key, which has a value: two hops."""
+    key, name, (value,) = words.keys.pop(), words.names.pop(), words.values(1)
+    return Item("tracking", [["alias", name, key, "."], ["note", key, value, "."]], ["trace", name], [key, value])
+
+
+def copy(words: Words, count: int = 6) -> Item:
+    """Numbered steps anywhere in the text, repeated in order."""
+    steps = list(zip(words.lexicon.ordinals, words.values(count), strict=False))
+    facts = [["step", ordinal, value, "."] for ordinal, value in steps]
+    return Item("copy", facts, ["repeat"], [word for step in steps for word in step])
+
+
+MAKERS: dict[str, Callable[[Words], Item]] = {
+    "single": lambda words: pair(words, "single"),
+    "multi_key": pair,
+    "multi_value": multi_value,
+    "tracking": tracking,
+    "copy": copy,
+}
+
+
+def test_document(lexicon: Lexicon, task: str, length: int, distractors: int, rng: Random) -> Document:
+    """A document of exactly `length` tokens whose question comes last; `distractors` other keys unless `single`."""
+    words = Words(lexicon, rng)
+    item = MAKERS[task](words)
+    facts = item.facts + [pair(words).facts[0] for _ in range(0 if task == "single" else distractors)]
+    rng.shuffle(facts)
+    tail = [*filler(rng, GAP[1]), *item.question]
+    free = length - 1 - len(tail) - len(item.answer) - sum(len(fact) + GAP[0] for fact in facts)
+    if free < 0:
+        raise ValueError(f"{length} tokens cannot hold {len(facts)} facts")
+    cuts = sorted(rng.randint(0, free) for _ in facts)
+    body: list[str] = []
+    for fact, start, end in zip(facts, [0, *cuts], cuts, strict=False):
+        body += [*filler(rng, end - start + GAP[0]), *fact]
+    body += filler(rng, free - (cuts[-1] if cuts else 0))
+    return Document(task, " ".join(body + tail), " ".join(item.answer), length)
+
+
+def training_items(words: Words, facts: int) -> list[Item]:
+    """Random items with about `facts` facts in all, at most one `copy`."""
+    items: list[Item] = []
+    rng = words.rng
+    if facts >= 6 and rng.random() < 0.3:
+        items.append(copy(words, rng.randint(2, min(6, facts))))
+    while sum(len(item.facts) for item in items) < facts and len(words.keys) > 1 and words.names:
+        kind = rng.random()
+        if kind < 0.1:
+            items.append(multi_value(words, rng.randint(2, 3)))
+        elif kind < 0.25:
+            items.append(tracking(words))
+        else:
+            items.append(pair(words))
+    return items
+
+
+def training_document(lexicon: Lexicon, length: int, far: int, rng: Random) -> tuple[list[str], list[int]]:
+    """`length` words with many facts and questions, and per word the index of the task it answers (-1: none).
+
+    far: words between an item's last fact and its question, so that a sliding window cannot answer.
+    """
+    words = Words(lexicon, rng)
+    density = rng.choice((0.15, 0.5, 0.8, 0.95))
+    slot = sum(GAP) // 2 + 5
+    pending = training_items(words, max(1, int(density * 0.5 * length / slot)))
+    left = {id(item): len(item.facts) for item in pending}
+    facts = [(item, fact) for item in pending for fact in item.facts]
+    rng.shuffle(facts)
+    waiting: list[tuple[int, Item]] = []
+    text: list[str] = []
+    tasks: list[int] = []
+    while len(text) < length:
+        plain = filler(rng, rng.randint(*GAP))
+        ready = [entry for entry in waiting if len(text) - entry[0] > far]
+        if ready and (not facts or rng.random() < 0.5):
+            chosen = rng.choice(ready)
+            waiting.remove(chosen)
+            item = chosen[1]
+            text += [*plain, *item.question, *item.answer, "."]
+            tasks += [-1] * (len(plain) + len(item.question)) + [TASKS.index(item.task)] * len(item.answer) + [-1]
+            continue
+        if facts and rng.random() < density:
+            item, fact = facts.pop()
+            plain += fact
+            left[id(item)] -= 1
+            if not left[id(item)]:
+                waiting.append((len(text) + len(plain), item))
+        text += plain
+        tasks += [-1] * len(plain)
+    return text[:length], tasks[:length]
+
+
+def solved(document: Document, completion: str) -> bool:
+    """Whether a greedy completion, cut to the answer's length, answers the question; values may come in any order."""
+    want = document.answer.split()
+    got = completion.split()[: len(want)]
+    if document.task == "multi_value":
+        return sorted(got[::2]) == sorted(want[::2])
+    return got == want
+
+
+def solved_forced(document: Document, predicted: list[str]) -> bool:
+    """The same from one forward pass over prompt and answer: `predicted` holds the best word at each answer position.
+
+    Equal to greedy decoding where the answer is unique; of several values any that is still due counts.
+    """
+    want = document.answer.split()
+    if document.task == "multi_value":
+        return all(word in want[i::2] for i, word in enumerate(predicted) if i % 2 == 0)
+    return predicted == want

@@ -1,0 +1,173 @@
+"""Trains the pocket model: `python -m recipes.pocket_v4.train --out runs/pocket_v4`.
+
+Run it again with the same arguments and it goes on from its checkpoint. Prints loss, accuracy by task and the
+indexer's recall of attention mass while training, and the accuracy on unseen documents after each stage.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV4ForCausalLM
+
+from recipes.pocket_v4.batches import stage_batches
+from recipes.pocket_v4.config import PocketConfig, StageConfig, load_config
+from recipes.pocket_v4.evaluate import accuracy
+from recipes.pocket_v4.model import build_model, save_model, set_topk
+from recipes.pocket_v4.step import METRICS, Step
+from recipes.pocket_v4.tasks import TASKS
+from recipes.pocket_v4.words import build_lexicon, build_tokenizer
+
+REPORT = 50  # steps between printed lines
+NEEDLE = TASKS.index("multi_key")
+
+
+class Trainer:
+    """Model, optimizer and progress of one run folder."""
+
+    def __init__(self, config: PocketConfig, out: Path, workers: int, seconds: float) -> None:
+        self.config, self.out, self.workers = config, out, workers
+        self.deadline = time.monotonic() + seconds
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = build_tokenizer(build_lexicon(config.vocabulary))
+        self.model = build_model(config, self.tokenizer).to(self.device)
+        named = list(self.model.named_parameters())
+        self.groups = [[p for n, p in named if (".indexer." in n) == indexer] for indexer in (False, True)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group} for group in self.groups],
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        self.progress = {"stage": 0, "step": 0, "steps": 0, "seconds": 0.0}
+        out.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.exists():
+            self.restore()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Weights in fp32, Adam's moments in bf16, progress."""
+        return self.out / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Replace the checkpoint; an interrupted save leaves the old one."""
+        moments = [
+            {k: v.to(torch.bfloat16) for k, v in self.optimizer.state[p].items() if k != "step"}
+            for group in self.groups
+            for p in group
+        ]
+        state = {"model": self.model.state_dict(), "moments": moments, "progress": self.progress}
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.checkpoint)
+
+    def restore(self) -> None:
+        """Continue from the checkpoint; the next batch is the one that was due."""
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.progress = state["progress"]
+        step = torch.tensor(float(self.progress["steps"]), device=self.device)
+        for parameter, moments in zip((p for group in self.groups for p in group), state["moments"], strict=True):
+            self.optimizer.state[parameter] = {"step": step.clone()} | {k: v.float() for k, v in moments.items()}
+
+    def log(self, **record: object) -> None:
+        """One line on the screen and in log.jsonl."""
+        line = json.dumps(record)
+        print(line, flush=True)
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def run(self) -> bool:
+        """Train until the last stage ends (True) or time is up (False)."""
+        started = time.monotonic() - self.progress["seconds"]
+        while self.progress["stage"] < len(self.config.stages):
+            finished = self.run_stage(self.config.stages[self.progress["stage"]], started)
+            if finished:
+                self.progress |= {"stage": self.progress["stage"] + 1, "step": 0}
+            self.save()
+            if not finished:
+                return False
+        return True
+
+    def run_stage(self, stage: StageConfig, started: float) -> bool:
+        """Steps of one stage; False when time is up before it ends."""
+        step = Step(self.model, stage, self.config.loss)
+        window: list[Tensor] = []
+        for tokens, tasks in stage_batches(self.config, self.progress["stage"], self.progress["step"], self.workers):
+            self.set_rates(stage)
+            window.append(step(tokens, tasks))
+            for group in self.groups:
+                torch.nn.utils.clip_grad_norm_(group, self.config.optimizer.clip)
+            self.optimizer.step()
+            self.progress["step"] += 1
+            self.progress["steps"] += 1
+            if len(window) < REPORT:
+                continue
+            needle = self.report(stage, torch.stack(window).cpu(), started)
+            window = []
+            if stage.advance_at is not None and needle >= stage.advance_at:
+                break
+            if time.monotonic() > self.deadline:
+                return False
+        del step
+        self.examine(stage)
+        return True
+
+    def set_rates(self, stage: StageConfig) -> None:
+        """Linear inside a stage, with one warm-up at the very start."""
+        done = self.progress["step"] / stage.steps
+        rate = stage.lr[0] + (stage.lr[1] - stage.lr[0]) * done
+        rate *= min(1.0, (self.progress["steps"] + 1) / self.config.optimizer.warmup)
+        for group, factor in zip(self.optimizer.param_groups, (1.0, self.config.optimizer.indexer_lr), strict=True):
+            group["lr"] = rate * factor
+
+    def report(self, stage: StageConfig, metrics: Tensor, started: float) -> float:
+        """Log the means of the last steps [n, metrics]; return the needle accuracy."""
+        self.progress["seconds"] = time.monotonic() - started
+        head = dict(zip(METRICS, metrics.mean(0)[: len(METRICS)].tolist(), strict=True))
+        hits, counts = metrics[:, len(METRICS) :].sum(0).view(2, len(TASKS))
+        shares = dict(zip(TASKS, (hits / counts.clamp(min=1)).tolist(), strict=True))
+        figures = {k: round(v, 4) for k, v in (head | shares).items() if k != "single"}
+        where = {"stage": self.progress["stage"], "step": self.progress["step"], "length": stage.length}
+        self.log(**where, seconds=round(self.progress["seconds"], 1), **figures)
+        return shares[TASKS[NEEDLE]]
+
+    def examine(self, stage: StageConfig) -> None:
+        """Log the accuracy with the indexer's own top-k on unseen documents of the stage's length."""
+        set_topk(self.model, self.model.config.index_topk)
+        results = {}
+        for task in TASKS:
+            results[task] = accuracy(self.model, self.tokenizer, self.config, task, stage.length, documents=32)
+        self.log(stage=self.progress["stage"], length=stage.length, accuracy=results)
+
+    def export(self) -> DeepseekV4ForCausalLM:
+        """Write the bf16 model folder."""
+        set_topk(self.model, self.model.config.index_topk)
+        save_model(self.model, self.tokenizer, self.out / "model")
+        return self.model
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop and save after so long")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, save, export."""
+    args = parse()
+    torch.set_float32_matmul_precision("high")
+    trainer = Trainer(load_config(args.config), args.out, args.workers, args.seconds)
+    if trainer.run():
+        trainer.export()
+
+
+if __name__ == "__main__":
+    main()
