@@ -1,0 +1,1 @@
+"""Long documents and a frozen backbone in, attention traces out."""

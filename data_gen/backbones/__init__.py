@@ -1,0 +1,1 @@
+"""Adapters that read a frozen backbone, one per attention family."""

@@ -1,0 +1,119 @@
+"""Any Hugging Face decoder with ordinary attention (Llama, Qwen, Gemma, Mistral ...) as a backbone."""
+
+import hashlib
+import json
+
+import torch
+from transformers import PreTrainedModel
+
+from data_gen.backbones.base import BackboneInfo, RawTrace
+from data_gen.backbones.observe import AttentionCall, attention_modules, observe
+from data_gen.config import TraceConfig
+from data_gen.errors import InputError
+from data_gen.keys import KeyPooler, flatten_heads, mean_pooled_scores
+from data_gen.oracle import SparseAttention, pooled_attention
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash of architecture and weights, equal for fp32 and bf16 loads: names, shapes and the first 256 values."""
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(json.dumps([name, list(parameter.shape)]).encode())
+        sample = parameter.detach().flatten()[:256].to("cpu", torch.bfloat16)
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class DenseBackbone:
+    """A decoder whose attention goes through the attention interface; hybrids contribute their full layers."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
+        self.modules = attention_modules(model)
+        config = model.config.get_text_config(decoder=True)
+        module = next(iter(self.modules.values()))
+        head_dim = getattr(module, "head_dim", config.hidden_size // config.num_attention_heads)
+        self.info = BackboneInfo(
+            model_type=config.model_type,
+            fingerprint=fingerprint(model),
+            full_layers=sorted(self.modules),
+            hidden=config.hidden_size,
+            key_width=(config.num_key_value_heads or config.num_attention_heads) * head_dim,
+            context=config.max_position_embeddings,
+        )
+
+    @torch.no_grad()
+    def trace(self, tokens: list[int], positions: torch.Tensor, config: TraceConfig) -> RawTrace:
+        """Read a document once, teacher-forced, and keep the query tokens at `positions` ([T], ascending).
+
+        Peak memory is that of the forward pass plus [T, N, layers]; attention is recomputed for the T query tokens
+        only, in key tiles. Raises when the recomputed attention is not the model's own.
+        """
+        if len(tokens) > self.info.context:
+            raise InputError(f"the document has {len(tokens)} tokens, the backbone's context is {self.info.context}")
+        if unknown := sorted(set(config.layers) - set(self.info.full_layers)):
+            raise InputError(f"layers {unknown} are not full-attention layers; choose from {self.info.full_layers}")
+        recorder = _Recorder(positions.to(self.model.device), config)
+        with observe(self.model, recorder):
+            self.model.get_decoder()(torch.tensor([tokens], device=self.model.device), use_cache=False)
+        return recorder.finish()
+
+
+class _Recorder:
+    """Collects one document's trace, a layer at a time."""
+
+    def __init__(self, positions: torch.Tensor, config: TraceConfig) -> None:
+        self.positions = positions
+        self.config = config
+        self.visible = (positions + 1) // config.chunking.tokens
+        self.hidden: dict[int, torch.Tensor] = {}
+        self.keys: dict[int, torch.Tensor] = {}
+        self.mean: list[torch.Tensor] = []
+        self.peak: list[torch.Tensor] = []
+        self.mean_pooled: list[torch.Tensor] = []
+
+    def __call__(self, call: AttentionCall) -> None:
+        rows = self.positions
+        query = call.query[0, :, rows]
+        chunk_tokens = self.config.chunking.tokens
+        chunks = call.key.shape[2] // chunk_tokens
+        probability = pooled_attention(
+            query, call.key[0], rows, chunk_tokens, call.scaling, call.softcap, call.sinks
+        )[..., :chunks]
+        _check(call, int(rows[-1]))
+        self.mean.append(probability.mean(dim=0).cpu())
+        self.peak.append(probability.amax(dim=0).cpu())
+        pooler = KeyPooler(chunk_tokens)
+        pooler.append(call.new_keys()[0])
+        content = call.unrotated(call.query)[0, :, rows]
+        self.mean_pooled.append(mean_pooled_scores(content, pooler.pooled, call.scaling, self.visible).cpu())
+        if call.layer in self.config.layers:
+            self.hidden[call.layer] = call.hidden[0, rows].to("cpu", torch.bfloat16)
+            self.keys[call.layer] = flatten_heads(pooler.pooled).to("cpu", torch.float16)
+
+    def finish(self) -> RawTrace:
+        mean, peak = torch.stack(self.mean, dim=-1), torch.stack(self.peak, dim=-1)
+        visible = self.visible.cpu()
+        return RawTrace(
+            hidden=self.hidden,
+            keys=self.keys,
+            positions=self.positions.cpu(),
+            attention=SparseAttention.from_dense(mean, peak, visible, self.config.top_chunks),
+            mean_pooled=torch.stack(self.mean_pooled).mean(dim=0).half(),
+        )
+
+
+def _check(call: AttentionCall, row: int) -> None:
+    """Raise unless attention recomputed from the reported query and key gives the layer's own output at `row`."""
+    query = call.query[0, :, row : row + 1]
+    position = torch.tensor([row], device=query.device)
+    probability = pooled_attention(query, call.key[0], position, 1, call.scaling, call.softcap, call.sinks)
+    value = call.value[0].float().repeat_interleave(query.shape[0] // call.value.shape[1], dim=0)
+    output = call.output[0, row].float()  # [H, d]
+    error = ((probability @ value)[:, 0] - output).norm() / output.norm().clamp_min(1e-6)
+    limit = 1e-3 if call.query.dtype == torch.float32 else 3e-2
+    if not error <= limit:
+        raise InputError(
+            f"layer {call.layer}: recomputed attention differs from the model's by {error:.1e} (limit {limit:.0e}); "
+            "its attention has a term that the dense adapter does not know"
+        )

@@ -1,0 +1,47 @@
+"""Load a causal LM and its tokenizer from a folder, a hub id, a GGUF file or an installed package."""
+
+import contextlib
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from data_gen.config import BackboneConfig
+from data_gen.errors import InputError
+
+
+def resolve(path: str) -> str:
+    """`package:NAME/FILE` -> the file inside an installed package, found without importing it; else unchanged."""
+    if not path.startswith("package:"):
+        return path
+    package, _, file = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"backbone {path}: the package {package} is not installed")
+    return str(Path(spec.submodule_search_locations[0]) / file)
+
+
+def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model in eval mode on the best device, tokenizer). Raises InputError when there is nothing to load."""
+    path = resolve(config.path)
+    local = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.endswith(".gguf") or local.exists()
+    if looks_local and not local.exists():
+        raise InputError(f"backbone {path}: no such file or folder")
+    folder, extra = path, {}
+    if path.endswith(".gguf"):
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError("reading a GGUF file needs the package gguf: pip install 'lookahead-indexer[gguf]'")
+        folder, extra = str(local.parent), {"gguf_file": local.name}
+    dtype = getattr(torch, config.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(f"backbone {config.path} cannot be loaded as a causal LM: {first_line}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with contextlib.suppress(AttributeError):
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device=device, dtype=dtype).eval(), tokenizer

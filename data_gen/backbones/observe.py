@@ -1,0 +1,121 @@
+"""Watch a Hugging Face decoder's full-attention layers at work, without copying model code.
+
+Decoders look their attention function up in a registry on every call. While `observe` is active the registry hands out
+a function that runs the original and reports what went in and out; results stay bit for bit the stock model's.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from data_gen.errors import InputError
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of one full-attention layer: S new tokens, T keys attended (past and new).
+
+    hidden: [B, S, hidden], entering the attention block; query: [B, H, S, d] and key, value: [B, KV, T, d] after RoPE;
+    cos, sin: rotary tables of the new tokens; output: [B, S, H, d], before the output projection.
+    """
+
+    layer: int
+    module: nn.Module
+    hidden: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    scaling: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+    output: torch.Tensor
+
+    def unrotated(self, states: torch.Tensor) -> torch.Tensor:
+        """Undo RoPE on states [B, heads, S, d] of the new tokens, with the model's own rotation run backwards."""
+        rotate = getattr(sys.modules[type(self.module).__module__], "apply_rotary_pos_emb", None)
+        if rotate is None:
+            raise InputError(f"{type(self.module).__name__} does not rotate with apply_rotary_pos_emb: not supported")
+        squared = self.cos.float() ** 2 + self.sin.float() ** 2  # above one where RoPE also scales (YaRN)
+        cos, sin = self.cos.float() / squared, self.sin.float() / squared
+        states = states.float()
+        content, _ = rotate(states, states, cos, -sin)
+        return content
+
+    def new_keys(self) -> torch.Tensor:
+        """Keys of the new tokens before RoPE, [B, KV, S, d] fp32."""
+        return self.unrotated(self.key[:, :, -self.query.shape[2] :])
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Layer index -> attention module of the full-attention layers; sliding-window layers are left out."""
+    decoder = model.get_decoder()
+    config = model.config.get_text_config(decoder=True)
+    layers = getattr(decoder, "layers", None)
+    if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
+        raise InputError(f"{type(model).__name__} is not a decoder with layers[i].self_attn: no adapter for it")
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+        kinds = ["sliding_attention" if sliding else "full_attention"] * len(layers)
+    modules = {
+        index: layer.self_attn
+        for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True))
+        if kind == "full_attention"
+    }
+    if not modules:
+        raise InputError(f"{type(model).__name__} has no full-attention layer: there is no long history to index")
+    return modules
+
+
+@contextmanager
+def observe(model: PreTrainedModel, observer: Callable[[AttentionCall], None]) -> Iterator[None]:
+    """Report every call of `model`'s full-attention layers to `observer` while the context is open."""
+    layers = {module: layer for layer, module in attention_modules(model).items()}
+    inputs: dict[nn.Module, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        inputs[module] = (hidden, kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1])
+
+    name = model.config.get_text_config(decoder=True)._attn_implementation
+    earlier = ALL_ATTENTION_FUNCTIONS.get(name)
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        forward = earlier or sys.modules[type(module).__module__].eager_attention_forward
+        output, weights = forward(module, query, key, value, attention_mask, **kwargs)
+        if module in layers:
+            hidden, (cos, sin) = inputs.pop(module)
+            call = AttentionCall(
+                layers[module], module, hidden, query, key, value, cos, sin,
+                kwargs.get("scaling") or module.head_dim**-0.5, kwargs.get("softcap"), kwargs.get("s_aux"), output,
+            )  # fmt: skip
+            observer(call)
+        return output, weights
+
+    hooks = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in layers]
+    overridden = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
+    ALL_ATTENTION_FUNCTIONS[name] = attention
+    try:
+        yield
+    finally:
+        if overridden is None:
+            del ALL_ATTENTION_FUNCTIONS[name]
+        else:
+            ALL_ATTENTION_FUNCTIONS[name] = overridden
+        for hook in hooks:
+            hook.remove()

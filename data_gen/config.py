@@ -1,0 +1,76 @@
+"""Validated settings of the generate step: backbone, documents, trace."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+from data_gen.chunks import Chunking
+
+
+class Strict(BaseModel):
+    """A recipe section: an unknown key is an error, not a surprise."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class BackboneConfig(Strict):
+    """The frozen LLM.
+
+    path: a local folder, a hub id, a .gguf file, or `package:NAME/FILE` for a file inside an installed package.
+    """
+
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class DocumentsConfig(Strict):
+    """Where text comes from and what documents are made of it.
+
+    source: `builtin` (CPython's language reference), a folder, a .jsonl or .parquet file, or a `datasets` name.
+    tokens: shortest and longest document; lengths are drawn between them.
+    train, heldout: how many documents of each task (see data_gen/tasks.py; `text` is plain text).
+    keys: needles with other keys beside the asked one (multi_key); values: values of one key (multi_value).
+    """
+
+    source: str = "builtin"
+    text_field: str = "text"
+    tokens: tuple[PositiveInt, PositiveInt]
+    train: dict[str, NonNegativeInt]
+    heldout: dict[str, NonNegativeInt]
+    keys: PositiveInt = 3
+    values: PositiveInt = 2
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.tokens[0] > self.tokens[1]:
+            raise ValueError("tokens must be [shortest, longest]")
+        return self
+
+
+class TraceConfig(Strict):
+    """What a trace keeps.
+
+    layers: backbone layers whose hidden states and keys the indexer sees (full-attention layers).
+    window: tau, the lookahead in tokens; text_rows: query tokens traced at the end of a plain-text document;
+    answer_lead: query tokens traced before an answer; tail: shortest window that counts when an answer ends early;
+    top_chunks: oracle probabilities kept per query token.
+    """
+
+    chunking: Chunking = Chunking()
+    layers: list[NonNegativeInt] = Field(min_length=1)
+    window: PositiveInt = 64
+    text_rows: PositiveInt = 320
+    answer_lead: PositiveInt = 16
+    tail: PositiveInt = 8
+    top_chunks: PositiveInt = 256
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if sorted(set(self.layers)) != self.layers:
+            raise ValueError("layers must be ascending and unique")
+        if self.text_rows < self.window:
+            raise ValueError("text_rows must cover at least one window")
+        if self.tail > self.window:
+            raise ValueError("tail must not exceed window")
+        return self

@@ -1,0 +1,228 @@
+"""Documents as token ids: packed text, whole texts, chats, and needle tasks, split into training and held-out."""
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from data_gen.chunks import Chunking
+from data_gen.config import DocumentsConfig, TraceConfig
+from data_gen.errors import InputError
+from data_gen.sources import RawDocument, read_source, split_paragraphs
+from data_gen.store import Span
+from data_gen.tasks import NEEDLE_TASKS, Split, make_task
+
+TASKS = ("text", "document", "chat", *NEEDLE_TASKS)
+INSTRUCTION = "Read the text below, then answer the question at its end.\n\n"
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids to read, and the query tokens that matter in them.
+
+    prompt: tokens before the (last) answer, the whole document for text; values: what a right answer must contain.
+    """
+
+    name: str
+    task: str
+    tokens: list[int]
+    prompt: int
+    spans: list[Span]
+    positions: list[int]
+    values: list[str] = field(default_factory=list)
+    depth: float | None = None
+
+
+def build_documents(
+    config: DocumentsConfig, trace: TraceConfig, tokenizer: PreTrainedTokenizerBase, context: int, split: Split
+) -> list[Document]:
+    """All documents of one split, the same ones on every call.
+
+    Raises InputError when the source has too little text, or a document is shorter than one window or longer than
+    `context` tokens.
+    """
+    counts = {"train": config.train, "heldout": config.heldout}
+    if unknown := sorted((config.train.keys() | config.heldout.keys()) - set(TASKS)):
+        raise InputError(f"documents: unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
+    builder = _Builder(config, trace, tokenizer, context, split, counts)
+    documents = []
+    for task in TASKS:  # plain text first: it is never repeated, haystacks may be
+        for index in range(counts[split].get(task, 0)):
+            documents.append(builder.build(task, f"{split}-{task}-{index:04d}"))
+    return documents
+
+
+class _Builder:
+    def __init__(
+        self,
+        config: DocumentsConfig,
+        trace: TraceConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int,
+        split: Split,
+        counts: dict[str, dict[str, int]],
+    ) -> None:
+        self.config, self.trace, self.tokenizer, self.context, self.split = config, trace, tokenizer, context, split
+        packed = [task for task in TASKS if task not in ("document", "chat")]
+        needed = {side: sum(tasks.get(task, 0) for task in packed) * config.tokens[1] for side, tasks in counts.items()}
+        whole = {side: tasks.get("document", 0) + tasks.get("chat", 0) for side, tasks in counts.items()}
+        raw = read_source(config.source, config.text_field)
+        self.whole: Iterator[RawDocument] = iter(())
+        if any(whole.values()):
+            if any(needed.values()):
+                raise InputError("documents: whole documents or chats and packed text need separate recipes")
+            skip = whole["train"] if split == "heldout" else 0
+            self.whole = itertools.islice(raw, skip, None)
+        else:
+            self.stream = _Stream(raw, needed, tokenizer, split)
+
+    def build(self, task: str, name: str) -> Document:
+        rng = random.Random(f"{self.config.seed} {name}")
+        if task == "chat":
+            return self._chat(name)
+        if task == "document":
+            return self._text(name, self._next(str, name), task)
+        length = rng.randint(*self.config.tokens)
+        if task == "text":
+            ids = self._text_ids("\n\n".join(self.stream.take(length, repeat=False)))[:length]
+            return self._plain(name, task, ids)
+        return self._needles(task, name, length, rng)
+
+    def _next(self, kind: type, name: str) -> RawDocument:
+        document = next(self.whole, None)
+        if document is None:
+            raise InputError(f"documents {self.config.source}: none left for {name}; ask for fewer")
+        if not isinstance(document, kind):
+            raise InputError(f"documents {self.config.source}: {name} needs {'text' if kind is str else 'messages'}")
+        return document
+
+    def _text_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, verbose=False).input_ids
+
+    def _text(self, name: str, text: str, task: str) -> Document:
+        return self._plain(name, task, self._text_ids(text))
+
+    def _plain(self, name: str, task: str, ids: list[int]) -> Document:
+        first = max(len(ids) - self.trace.text_rows, _first_useful(self.trace.chunking))
+        rows = len(ids) - first
+        spans = [Span(first=0, last=rows, serve=0, tail=False)]
+        return self._checked(Document(name, task, ids, len(ids), spans, list(range(first, len(ids)))))
+
+    def _needles(self, name: str, document: str, length: int, rng: random.Random) -> Document:
+        task = make_task(name, self.split, rng, self.config.keys, self.config.values)
+        overhead = len(self._conversation([_user(_question(task.question, [])), _assistant(task.answer)]))
+        overhead += sum(len(self._text_ids(sentence)) + 4 for sentence, _ in task.needles) + 8
+        if length - overhead < 64:
+            raise InputError(f"documents: {length} tokens leave no room for text around the needles of {name!r}")
+        paragraphs = self.stream.take(length - overhead, repeat=True)
+        placed = sorted(task.needles, key=lambda needle: -needle[1])
+        for sentence, depth in placed:
+            paragraphs.insert(round(depth * len(paragraphs)), sentence)
+        messages = [_user(_question(task.question, paragraphs)), _assistant(task.answer)]
+        return self._answered(document, name, messages, task.values, task.depth)
+
+    def _chat(self, name: str) -> Document:
+        messages = self._next(list, name)
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            raise InputError(f"documents {self.config.source}: {name} must end with an assistant message")
+        return self._answered(name, "chat", messages, [], None)
+
+    def _answered(
+        self, name: str, task: str, messages: list[dict[str, str]], values: list[str], depth: float | None
+    ) -> Document:
+        """A conversation whose last message is traced, with a few tokens before it."""
+        ids = self._conversation(messages)
+        prompt_ids = self._conversation(messages[:-1], prompt=True)
+        prompt = len(prompt_ids)
+        if ids[:prompt] != prompt_ids:
+            raise InputError("the chat template rewrites earlier turns: answers cannot be located")
+        first = max(0, prompt - self.trace.answer_lead)
+        # Serving reads the prompt but for its last token, so that the first answer token is already predicted sparsely.
+        spans = [Span(first=0, last=len(ids) - 1 - first, serve=prompt - 2 - first, tail=True)]
+        positions = list(range(first, len(ids) - 1))
+        return self._checked(Document(name, task, ids, prompt, spans, positions, values, depth))
+
+    def _conversation(self, messages: list[dict[str, str]], prompt: bool = False) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            text = "".join(f"{message['content']}\n\n" for message in messages)
+            return self._text_ids(text if prompt else text.rstrip("\n") + "\n")
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+
+    def _checked(self, document: Document) -> Document:
+        length = len(document.tokens)
+        if length > self.context:
+            raise InputError(f"{document.name}: {length} tokens, but the backbone's context is {self.context}")
+        window = self.trace.tail if document.spans[0].tail else self.trace.window
+        shortest = _first_useful(self.trace.chunking) + window
+        if length < shortest:
+            raise InputError(
+                f"{document.name}: {length} tokens, shorter than one window behind the protected chunks ({shortest})"
+            )
+        return document
+
+
+def _first_useful(chunking: Chunking) -> int:
+    """The first position with an unprotected chunk to choose."""
+    return (chunking.sink + chunking.recent + 1) * chunking.tokens - 1
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _question(question: str, paragraphs: list[str]) -> str:
+    return INSTRUCTION + "\n\n".join([*paragraphs, question])
+
+
+class _Stream:
+    """Paragraphs of one side of a source, handed out in order."""
+
+    def __init__(
+        self, raw: Iterable[RawDocument], needed: dict[str, int], tokenizer: PreTrainedTokenizerBase, split: Split
+    ) -> None:
+        share = needed["heldout"] / max(1, sum(needed.values()))
+        read = {"train": 0, "heldout": 0}
+        self.tokenizer = tokenizer
+        self.paragraphs: list[tuple[str, int]] = []
+        self.cursor = 0
+        texts = (_as_text(document) for document in raw)
+        for held_out, paragraphs in split_paragraphs(texts, share):
+            side = "heldout" if held_out else "train"
+            lengths = [len(ids) + 1 for ids in tokenizer(paragraphs, add_special_tokens=False, verbose=False).input_ids]
+            read[side] += sum(lengths)
+            if side == split:
+                self.paragraphs += zip(paragraphs, lengths, strict=True)
+            if all(read[name] >= needed[name] for name in read):
+                break
+        if needed[split] and not self.paragraphs:
+            raise InputError(f"documents: too little text to keep {split} documents apart from the others")
+
+    def take(self, tokens: int, repeat: bool) -> list[str]:
+        """Paragraphs of about `tokens` tokens, the last one cut; `repeat` allows starting over at the end."""
+        taken: list[str] = []
+        while tokens > 0:
+            if self.cursor == len(self.paragraphs):
+                if not repeat:
+                    total = sum(length for _, length in self.paragraphs)
+                    raise InputError(f"documents: only {total} tokens of text on this side; ask for fewer or shorter")
+                self.cursor = 0
+            text, length = self.paragraphs[self.cursor]
+            self.cursor += 1
+            if length > tokens:
+                ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:tokens]
+                text = self.tokenizer.decode(ids)
+            taken.append(text)
+            tokens -= length
+        return taken
+
+
+def _as_text(document: RawDocument) -> str:
+    if not isinstance(document, str):
+        raise InputError("documents: chats cannot be packed; use the task `chat`")
+    return document

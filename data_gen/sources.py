@@ -1,0 +1,112 @@
+"""Raw text from a folder, a JSONL or Parquet file, a `datasets` name, or the interpreter itself."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from data_gen.errors import InputError
+
+RawDocument = str | list[dict[str, str]]
+"""Plain text, or the messages of a chat ({role, content} each)."""
+
+
+def read_source(source: str, text_field: str) -> Iterator[RawDocument]:
+    """Raw documents of `source` in a fixed order. Raises InputError for a missing, empty or malformed one."""
+    path = Path(source)
+    if source == "builtin":
+        documents: Iterable[RawDocument] = _builtin()
+    elif path.is_dir():
+        documents = _folder(path)
+    elif path.suffix == ".jsonl":
+        documents = _jsonl(path, text_field)
+    elif path.suffix == ".parquet":
+        documents = _datasets("parquet", text_field, data_files=str(_existing(path)))
+    elif path.suffix or source.startswith((".", "/", "~")):
+        raise InputError(f"documents {_existing(path)}: expected a folder, .jsonl or .parquet")
+    else:
+        documents = _datasets(source, text_field)
+    found = False
+    for document in documents:
+        found = True
+        if not document or (isinstance(document, str) and not document.strip()):
+            raise InputError(f"documents {source}: an empty document")
+        yield document
+    if not found:
+        raise InputError(f"documents {source}: no document there")
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"documents {path}: no such file or folder")
+    return path
+
+
+def _builtin() -> Iterator[str]:
+    """CPython's language reference, as shipped for `help()`."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def _folder(path: Path) -> Iterator[str]:
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in {".txt", ".md", ".markdown", ".rst"} and file.is_file():
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"documents {file}: not UTF-8 text") from error
+            if not text.strip():
+                raise InputError(f"documents {file}: an empty document")
+            yield text
+
+
+def _jsonl(path: Path, text_field: str) -> Iterator[RawDocument]:
+    with open(_existing(path), encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"documents {path} line {number}: not JSON") from error
+            yield _content(row, text_field, f"{path} line {number}")
+
+
+def _datasets(name: str, text_field: str, **options: str) -> Iterator[RawDocument]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True, **options)
+        yield from (_content(row, text_field, name) for row in rows)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"documents {name}: {str(error).splitlines()[0]}") from error
+
+
+def _content(row: object, text_field: str, where: str) -> RawDocument:
+    content = row.get(text_field, row.get("messages")) if isinstance(row, dict) else None
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in content):
+        return content
+    raise InputError(f"documents {where}: needs a text field {text_field!r} or chat `messages` of role and content")
+
+
+def split_paragraphs(documents: Iterable[str], heldout_share: float) -> Iterator[tuple[bool, list[str]]]:
+    """(held out?, paragraphs) of each document, every paragraph given once in the whole source.
+
+    A document's side is decided by a hash of its text, so it does not depend on what else is read; paragraphs that
+    repeat (white space aside) stay with the first document that has them, so the sides never share text.
+    """
+    seen: set[bytes] = set()
+    for text in documents:
+        digest = hashlib.sha256(text.encode()).digest()
+        paragraphs = []
+        for paragraph in text.split("\n\n"):
+            key = hashlib.sha256(" ".join(paragraph.split()).encode()).digest()
+            if paragraph.strip() and key not in seen:
+                paragraphs.append(paragraph.strip("\n"))
+            seen.add(key)
+        if paragraphs:
+            yield int.from_bytes(digest[:4], "big") / 2**32 < heldout_share, paragraphs

@@ -1,0 +1,215 @@
+"""The trace store: one safetensors file per document, one JSON manifest, nothing half-written.
+
+    STORE/manifest.json             what every document shares
+    STORE/doc_00000.safetensors     hidden states, keys, positions, oracle probabilities of one document
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data_gen.backbones.base import BackboneInfo, RawTrace
+from data_gen.chunks import Chunking
+from data_gen.config import TraceConfig
+from data_gen.errors import InputError
+from data_gen.oracle import SparseAttention, WindowLabels, window_labels
+
+FORMAT = 1
+
+
+class Span(BaseModel):
+    """A contiguous run of traced query tokens, as rows of the document's tensors.
+
+    first, last: first row and one past the last; serve: the row at which serving would fix its first resident set;
+    tail: whether windows cut short by the end of the span count (an answer that ends early) or not (cut text).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    first: int
+    last: int
+    serve: int
+    tail: bool
+
+
+class DocumentMeta(BaseModel):
+    """What is known of one traced document. length: tokens; depth: where its asked needle lies, 0 (start) to 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    task: str
+    length: int
+    spans: list[Span]
+    depth: float | None = None
+
+
+class Manifest(BaseModel):
+    """What every document of a store shares. documents: their settings; versions: of the packages that read them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = FORMAT
+    backbone: BackboneInfo
+    trace: TraceConfig
+    oracle: Literal["attention"] = "attention"
+    key: Literal["mean_pre_rope"] = "mean_pre_rope"
+    documents: dict[str, Any]
+    versions: dict[str, str]
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary neighbour, flush it to disk, then give it its name: a killed run leaves no half."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+class TraceDocument:
+    """One document of a store; tensors are mapped from disk and read where they are touched.
+
+    Raises InputError when the file is damaged.
+    """
+
+    def __init__(self, path: Path, trace: TraceConfig) -> None:
+        self.path = path
+        self.trace = trace
+        try:
+            self._file = safe_open(path, framework="pt")
+            self.meta = DocumentMeta.model_validate_json(self._file.metadata()["document"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path}: damaged trace ({reason}); delete it and generate again") from error
+
+    def hidden(self, layer: int) -> torch.Tensor:
+        """[T, hidden] bf16, states entering the attention block of `layer`."""
+        return self._file.get_tensor(f"layers.{layer}.hidden")
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """[N, key_width] fp16, one key per complete chunk."""
+        return self._file.get_tensor(f"layers.{layer}.keys")
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[T] int64, 0-based token positions of the rows."""
+        return self._file.get_tensor("positions")
+
+    @cached_property
+    def chunks(self) -> int:
+        """N, complete chunks of the whole document."""
+        return self.meta.length // self.trace.chunking.tokens
+
+    @cached_property
+    def attention(self) -> SparseAttention:
+        """The oracle's probabilities, per layer."""
+        names = ("pointers", "chunks", "mean", "peak", "rest")
+        return SparseAttention(*(self._file.get_tensor(f"oracle.{name}") for name in names))
+
+    @property
+    def mean_pooled(self) -> torch.Tensor:
+        """[T, N] fp16, the untrained baseline's scores."""
+        return self._file.get_tensor("baselines.mean_pooled")
+
+    def windows(self, serving: bool) -> torch.Tensor:
+        """[W, 2] rows (first, one past the last) of lookahead windows that have an unprotected chunk to choose.
+
+        serving: one window every tau tokens, as a runtime refreshes; otherwise one starting at every row.
+        Windows cut short by the end of a span count only where the span says so and `trace.tail` tokens remain.
+        """
+        tau = self.trace.window
+        found = []
+        for span in self.meta.spans:
+            for row in range(span.serve, span.last, tau) if serving else range(span.first, span.last):
+                end = min(row + tau, span.last)
+                long_enough = end - row == tau or (span.tail and end - row >= self.trace.tail)
+                first, last = self.trace.chunking.candidates(int(self.positions[row]))
+                if long_enough and last > first:
+                    found.append((row, end))
+        return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
+
+    @cached_property
+    def _dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.attention.dense(self.chunks)
+
+    def labels(self, windows: torch.Tensor) -> WindowLabels:
+        """The oracle pooled over `windows` ([W, 2], from `windows`)."""
+        mean, peak = self._dense
+        return window_labels(mean, peak, self.attention.rest, self.positions, windows, self.trace.chunking)
+
+
+class TraceStore:
+    """A folder of traced documents that share one manifest."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @property
+    def chunking(self) -> Chunking:
+        return self.manifest.trace.chunking
+
+    @classmethod
+    def open(cls, root: Path) -> "TraceStore":
+        """Open a store for reading. Raises InputError when there is none or it is empty."""
+        path = root / "manifest.json"
+        if not path.exists():
+            raise InputError(f"{root}: no trace store there (manifest.json is missing); run `lookahead generate` first")
+        try:
+            manifest = Manifest.model_validate_json(path.read_text())
+        except ValidationError as error:
+            raise InputError(f"{path}: not a manifest of this version ({error.errors()[0]['msg']})") from error
+        store = cls(root, manifest)
+        if not store.paths():
+            raise InputError(f"{root}: the trace store holds no document")
+        return store
+
+    @classmethod
+    def create(cls, root: Path, manifest: Manifest) -> "TraceStore":
+        """Start a store, or continue one made with the same settings."""
+        root.mkdir(parents=True, exist_ok=True)
+        path = root / "manifest.json"
+        if path.exists():
+            earlier = Manifest.model_validate_json(path.read_text())
+            for field in ("backbone", "trace", "documents"):
+                if getattr(earlier, field) != getattr(manifest, field):
+                    raise InputError(f"{root}: holds traces made with another {field}; choose another folder")
+            return cls(root, earlier)
+        write_atomically(path, lambda file: file.write_text(manifest.model_dump_json(indent=2)))
+        return cls(root, manifest)
+
+    def paths(self) -> list[Path]:
+        """The finished documents' files, in order."""
+        return sorted(self.root.glob("doc_*.safetensors"))
+
+    def path(self, index: int) -> Path:
+        return self.root / f"doc_{index:05d}.safetensors"
+
+    def __iter__(self) -> Iterator[TraceDocument]:
+        for path in self.paths():
+            yield TraceDocument(path, self.manifest.trace)
+
+    def write(self, index: int, meta: DocumentMeta, raw: RawTrace) -> None:
+        """Write one document; it appears whole or not at all."""
+        tensors = {f"layers.{layer}.hidden": value for layer, value in raw.hidden.items()}
+        tensors |= {f"layers.{layer}.keys": value for layer, value in raw.keys.items()}
+        tensors |= {f"oracle.{name}": value for name, value in vars(raw.attention).items()}
+        tensors |= {"positions": raw.positions, "baselines.mean_pooled": raw.mean_pooled}
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        metadata = {"document": json.dumps(meta.model_dump())}
+        write_atomically(self.path(index), lambda file: save_file(tensors, file, metadata))
