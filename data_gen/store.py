@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data_gen.backbones.base import BackboneInfo, RawTrace
-from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
 from data_gen.errors import InputError
 from data_gen.oracle import SparseAttention, WindowLabels, window_labels
@@ -156,13 +155,10 @@ class TraceDocument:
 class TraceStore:
     """A folder of traced documents that share one manifest."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path, manifest: Manifest, files: list[Path] | None = None) -> None:
         self.root = root
         self.manifest = manifest
-
-    @property
-    def chunking(self) -> Chunking:
-        return self.manifest.trace.chunking
+        self._files = files
 
     @classmethod
     def open(cls, root: Path) -> "TraceStore":
@@ -195,7 +191,14 @@ class TraceStore:
 
     def paths(self) -> list[Path]:
         """The finished documents' files, in order."""
-        return sorted(self.root.glob("doc_*.safetensors"))
+        return sorted(self.root.glob("doc_*.safetensors")) if self._files is None else self._files
+
+    def hold_back(self, every: int) -> tuple["TraceStore", "TraceStore"]:
+        """Views of this store: (all documents but every n-th, every n-th document)."""
+        paths = self.paths()
+        held = paths[every - 1 :: every]
+        rest = [path for path in paths if path not in held]
+        return TraceStore(self.root, self.manifest, rest), TraceStore(self.root, self.manifest, held)
 
     def path(self, index: int) -> Path:
         return self.root / f"doc_{index:05d}.safetensors"

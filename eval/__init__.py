@@ -1,0 +1,1 @@
+"""Does an indexer keep what the backbone needs? Recall against oracles, baselines, decoding."""

@@ -1,0 +1,143 @@
+"""The end-to-end check: the same model, full attention beside lookahead sparse attention and its baselines."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_gen.backbones.dense import DenseBackbone
+from data_gen.documents import Document
+from data_gen.errors import InputError
+from eval.decode.config import DecodeConfig
+from eval.decode.cycle import Usage, follow_text, generate
+from eval.decode.policies import decode_policies
+from eval.decode.session import Session
+from indexer_train.model import MemoryIndexer
+
+Progress = Callable[[Iterable[Document], str], Iterable[Document]]
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """One policy. correct of examples, with a 95 % Wilson interval [low, high]; agreement: share of text tokens whose
+    most likely successor is full attention's; kl: KL(full || policy) per text token in nats; chunks: resident ones;
+    kv_share: resident tokens / all tokens while answering; kv_mb: resident keys and values in 10^6 bytes;
+    refreshes: times the resident set was fixed in the longest text continuation."""
+
+    policy: str
+    correct: int
+    examples: int
+    low: float
+    high: float
+    agreement: float | None
+    kl: float | None
+    chunks: float
+    kv_share: float
+    kv_mb: float
+    refreshes: int
+
+
+def check_backbone(indexer: MemoryIndexer, backbone: DenseBackbone) -> None:
+    """Raise InputError unless the bundle was made for this very model."""
+    if indexer.spec.backbone != backbone.info.fingerprint:
+        raise InputError(
+            f"the bundle is for a backbone with fingerprint {indexer.spec.backbone}, "
+            f"this model has {backbone.info.fingerprint}"
+        )
+
+
+def decode_check(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    indexer: MemoryIndexer,
+    documents: list[Document],
+    config: DecodeConfig,
+    progress: Progress,
+) -> tuple[list[DecodeRow], list[dict[str, Any]]]:
+    """Answer every needle document and follow some text under every policy, from one prefill a document.
+
+    Returns a row per policy and, for each needle document, what every policy answered.
+    """
+    policies = decode_policies(indexer)
+    needles = [document for document in documents if document.values]
+    texts = [document for document in documents if document.task == "text"][: config.text_documents]
+    if not needles and not texts:
+        raise InputError("the recipe has no held-out needle or text document to decode")
+    usages: dict[str, list[Usage]] = {name: [] for name in policies}
+    text_usages: dict[str, list[Usage]] = {name: [] for name in policies}
+    correct = dict.fromkeys(policies, 0)
+    agreement: dict[str, list[float]] = {name: [] for name in policies}
+    kl: dict[str, list[float]] = {name: [] for name in policies}
+    answers = []
+    stop = _stop_tokens(model, tokenizer)
+    tau = indexer.spec.window
+    for document in progress([*needles, *texts], "decoding"):
+        asked = bool(document.values)
+        prompt = document.prompt - 1 if asked else len(document.tokens) - config.text_tokens - 1
+        session = Session(model, indexer.spec.chunking)
+        session.read(document.tokens[:prompt])
+        full: torch.Tensor | None = None
+        record: dict[str, Any] = {"document": document.name, "task": document.task, "values": document.values}
+        for name, policy in policies.items():
+            if asked:
+                first = document.tokens[prompt]
+                tokens, usage = generate(
+                    session.fork(), policy, config.budget, tau, first, config.answer_tokens, stop
+                )
+                record[name] = tokenizer.decode(tokens, skip_special_tokens=True)
+                correct[name] += all(value in record[name] for value in document.values)
+                usages[name].append(usage)
+                continue
+            logits, usage = follow_text(session.fork(), policy, config.budget, tau, document.tokens[prompt:-1])
+            log_p = logits.float().log_softmax(dim=-1)
+            full = log_p if full is None else full
+            agreement[name].append(float((log_p.argmax(-1) == full.argmax(-1)).float().mean()))
+            kl[name].append(float((full.exp() * (full - log_p)).sum(-1).mean()))
+            text_usages[name].append(usage)
+        if asked:
+            answers.append(record)
+    rows = []
+    for name in policies:
+        used = usages[name] or text_usages[name]
+        low, high = wilson(correct[name], len(needles))
+        rows.append(
+            DecodeRow(
+                policy=name,
+                correct=correct[name],
+                examples=len(needles),
+                low=low,
+                high=high,
+                agreement=statistics.fmean(agreement[name]) if texts else None,
+                kl=statistics.fmean(kl[name]) if texts else None,
+                chunks=statistics.fmean(u.resident / u.steps for u in used) / indexer.spec.chunking.tokens,
+                kv_share=statistics.fmean(u.kept_share for u in used),
+                kv_mb=statistics.fmean(u.mean_bytes for u in used) / 1e6,
+                refreshes=max((u.refreshes for u in text_usages[name]), default=0),
+            )
+        )
+    return rows, answers
+
+
+def as_rows(rows: list[DecodeRow]) -> list[dict[str, Any]]:
+    """The rows as results.json holds them."""
+    return [asdict(row) for row in rows]
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share; (0, 1) without trials."""
+    if not trials:
+        return 0.0, 1.0
+    share, spread = successes / trials, z * z / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}

@@ -1,0 +1,84 @@
+"""The decode cycle: fix the resident set every tau tokens, read one token at a time in between."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from eval.decode.policies import DecodePolicy
+from eval.decode.session import Session
+
+
+@dataclass
+class Usage:
+    """What a decode run kept, summed over its steps. tokens: resident ones; bytes: of resident keys and values."""
+
+    steps: int = 0
+    refreshes: int = 0
+    resident: int = 0
+    total: int = 0
+    bytes: int = 0
+
+    @property
+    def kept_share(self) -> float:
+        """Resident tokens / all tokens, averaged over steps."""
+        return self.resident / self.total
+
+    @property
+    def mean_bytes(self) -> float:
+        return self.bytes / self.steps
+
+
+def steps(
+    session: Session,
+    policy: DecodePolicy | None,
+    budget: float,
+    tau: int,
+    first: int,
+    follow: Callable[[torch.Tensor], int | None],
+    usage: Usage,
+) -> Iterator[torch.Tensor]:
+    """Logits after each token, under `policy`.
+
+    first: the token to read first; follow: logits -> the next token to read, None to stop. The set in force for a
+    token was fixed before it was read: every predicted token, the first included, comes from sparse attention.
+    """
+    token: int | None = first
+    while token is not None:
+        if policy is not None and usage.steps % tau == 0:
+            session.keep(policy(session), budget)
+            usage.refreshes += 1
+        logits = session.read([token])
+        usage.steps += 1
+        usage.resident += session.cache.layers[session.cache.full_layers[0]].keys.shape[-2]
+        usage.total += session.position + 1
+        usage.bytes += session.cache.resident_bytes()
+        yield logits
+        token = follow(logits)
+
+
+def generate(
+    session: Session, policy: DecodePolicy | None, budget: float, tau: int, first: int, most: int, stop: set[int]
+) -> tuple[list[int], Usage]:
+    """Greedy answer of at most `most` tokens, ended by a token of `stop`."""
+    answer: list[int] = []
+    usage = Usage()
+
+    def follow(logits: torch.Tensor) -> int | None:
+        token = int(logits.argmax())
+        answer.append(token)
+        return None if token in stop or len(answer) == most else token
+
+    for _ in steps(session, policy, budget, tau, first, follow, usage):
+        pass
+    return answer, usage
+
+
+def follow_text(
+    session: Session, policy: DecodePolicy | None, budget: float, tau: int, tokens: list[int]
+) -> tuple[torch.Tensor, Usage]:
+    """Logits [len(tokens), vocabulary] while reading a given continuation."""
+    usage = Usage()
+    rest = iter(tokens[1:])
+    logits = list(steps(session, policy, budget, tau, tokens[0], lambda _: next(rest, None), usage))
+    return torch.stack(logits), usage

@@ -1,0 +1,58 @@
+"""Ways to choose the resident set while decoding; each sees the session only, never the future."""
+
+from collections.abc import Callable
+
+import torch
+
+from data_gen.keys import flatten_heads, mean_pooled_scores
+from eval.decode.session import Session
+from indexer_train.model import MemoryIndexer
+
+DecodePolicy = Callable[[Session], torch.Tensor]
+"""A session -> scores [N] of its complete chunks."""
+
+
+def indexer_policy(indexer: MemoryIndexer) -> DecodePolicy:
+    """Score the session's chunks with the trained indexer at the newest token."""
+
+    def score(session: Session) -> torch.Tensor:
+        layers = indexer.spec.layers
+        hidden = torch.stack([session.newest[layer].hidden[0, -1:].float() for layer in layers], dim=1)
+        # Keys pass through the stored precision, so that decoding scores what training scored.
+        keys = torch.stack([flatten_heads(session.pooled[layer].pooled).half() for layer in layers], dim=1)
+        return indexer.scores(hidden.to(torch.bfloat16), keys, torch.tensor([session.position]))[0].cpu()
+
+    return score
+
+
+def mean_pooled(session: Session) -> torch.Tensor:
+    """The backbone's own query at the newest token against mean-pooled keys, averaged over layers."""
+    scores = []
+    for layer, call in session.newest.items():
+        pooled = session.pooled[layer].pooled
+        visible = torch.tensor([pooled.shape[1]], device=pooled.device)
+        query = call.unrotated(call.query)[0, :, -1:]
+        scores.append(mean_pooled_scores(query, pooled, call.scaling, visible)[0])
+    return torch.stack(scores).mean(dim=0).cpu()
+
+
+def recency(session: Session) -> torch.Tensor:
+    """Newest first."""
+    return torch.arange(session.chunking.visible(session.position)).float()
+
+
+def random(session: Session) -> torch.Tensor:
+    """Uniform, a function of the position alone."""
+    generator = torch.Generator().manual_seed(session.position)
+    return torch.rand(session.chunking.visible(session.position), generator=generator)
+
+
+def decode_policies(indexer: MemoryIndexer) -> dict[str, DecodePolicy | None]:
+    """All policies by name; None keeps everything."""
+    return {
+        "full": None,
+        "indexer": indexer_policy(indexer),
+        "mean_pooled": mean_pooled,
+        "recency": recency,
+        "random": random,
+    }

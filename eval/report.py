@@ -1,0 +1,87 @@
+"""Results on disk and on the terminal: results.json, a plot, and tables."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from data_gen.store import write_atomically
+
+STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "mean_pooled": ("tab:blue", "-"),
+          "recency": ("tab:green", "-"), "random": ("tab:gray", ":")}  # fmt: skip
+"""Line colour and style of each policy."""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table with aligned columns; floats with three decimals, None as a dash."""
+
+    def text(value: Any) -> str:
+        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    lines = [list(header), *[[text(value) for value in row] for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    rendered = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+                for line in lines]  # fmt: skip
+    rendered.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(rendered)
+
+
+def recall_table(rows: list[dict[str, Any]]) -> str:
+    """Mass recall and golden recall by policy, one column pair per budget, for each group of tasks."""
+    lines = []
+    budgets = sorted({row["budget"] for row in rows if isinstance(row["budget"], float)})
+    cells = {(row["task"], row["policy"], row["budget"]): row for row in rows}
+    for task, policy in dict.fromkeys((row["task"], row["policy"]) for row in sorted(rows, key=_order)):
+        found = [cells[task, policy, budget] for budget in budgets]
+        values = [f"{row['mass_recall']:.3f} / {_share(row['golden_recall'])}" for row in found]
+        lines.append([task, policy, *values, found[0]["documents"]])
+    header = ["mass / golden recall", "kept:", *[f"{budget:.1%}" for budget in budgets], "documents"]
+    return table(header, lines)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _order(row: dict[str, Any]) -> tuple:
+    return (row["task"] != "needles", row["task"], list(STYLES).index(row["policy"]))
+
+
+def plot_recall(rows: list[dict[str, Any]], path: Path) -> None:
+    """Mass recall (top) and golden recall (bottom) against the budget, a column per task group; PNG."""
+    tasks = list(dict.fromkeys(row["task"] for row in sorted(rows, key=_order)))
+    figure, axes = pyplot.subplots(2, len(tasks), figsize=(3.4 * len(tasks), 6.2), sharex=True, squeeze=False)
+    for column, task in enumerate(tasks):
+        for line, metric in enumerate(("mass_recall", "golden_recall")):
+            axis = axes[line][column]
+            for policy, (color, style) in STYLES.items():
+                points = [row for row in rows if (row["task"], row["policy"]) == (task, policy)]
+                points = [row for row in points if isinstance(row["budget"], float) and row[metric] is not None]
+                xs = [100 * row["budget"] for row in points]
+                axis.plot(xs, [row[metric] for row in points], style, color=color, marker="o", ms=3, label=policy)
+            axis.set_ylim(0, 1)
+            axis.grid(alpha=0.3)
+            axis.set_title(f"{task}: {points[0]['documents'] if points else 0} documents" if line == 0 else "")
+            if column == 0:
+                axis.set_ylabel("attention-mass recall" if line == 0 else "golden-chunk recall")
+            if line == 1:
+                axis.set_xlabel("chunks kept, % (protected apart)")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    pyplot.close(figure)
+
+
+def write_results(folder: Path, **sections: Any) -> Path:
+    """Merge `sections` into FOLDER/results.json, keeping the ones written earlier."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content |= sections
+    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1)))
+    return path

@@ -1,0 +1,1 @@
+"""Indexers as other programs read them."""

@@ -1,0 +1,46 @@
+"""Validated settings of the indexer and of its training."""
+
+from typing import Literal
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from data_gen.config import Strict
+
+
+class IndexerConfig(Strict):
+    """Shape of the memory indexer, the same for each of its layers.
+
+    heads (H), rank (r): of the query encoder; distance_bumps: bumps on log2 distance, 0 for none; scale: predict a
+    factor of the logits from the query; slot: predict the logit of "protected", which the score is relative to.
+    join: how the layers' logits become one score per chunk.
+    """
+
+    heads: PositiveInt
+    rank: PositiveInt
+    distance_bumps: int = 12
+    scale: bool = True
+    slot: bool = True
+    join: Literal["sum", "mean", "max"] = "sum"
+
+
+class TrainConfig(Strict):
+    """How the indexer is trained.
+
+    loss: a name of indexer_train/losses; windows_per_document: query tokens of a document in one epoch, which is one
+    batch; golden: head-maximum probability that makes a chunk golden; validation_every: every n-th document
+    is held back from training to select the checkpoint, by its mass recall when `budget` of the chunks are kept;
+    eval_epochs: epochs between two such checks; patience: checks without a better one before training stops.
+    """
+
+    loss: str = "listwise_mass"
+    epochs: PositiveInt
+    windows_per_document: PositiveInt = 64
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.01
+    warmup: NonNegativeFloat = 0.05
+    golden: PositiveFloat = 0.05
+    budget: PositiveFloat = 0.1
+    validation_every: PositiveInt = 6
+    eval_epochs: PositiveInt = 2
+    patience: PositiveInt = 5
+    seed: int = 0

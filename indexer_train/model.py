@@ -1,0 +1,185 @@
+"""MemoryIndexer: a query encoder per backbone layer beside frozen keys, made of sentence-transformers modules."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import InputModule, Router
+from torch import nn
+
+from data_gen.chunks import Chunking
+from indexer_train.config import IndexerConfig
+from indexer_train.scoring import PackedQuery, join_layers
+
+
+class IndexerSpec(BaseModel):
+    """All that an indexer must know besides its weights.
+
+    layers: backbone layers it reads; hidden, key_width: widths there; window: tau; backbone: fingerprint of the model
+    whose traces trained it; thresholds: score that keeps a share of the chunks on the training documents, by share.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    shape: IndexerConfig
+    layers: list[int]
+    hidden: int
+    key_width: int
+    chunking: Chunking
+    window: int
+    backbone: str
+    thresholds: dict[str, float] = {}
+
+    @property
+    def packed(self) -> PackedQuery:
+        return PackedQuery(
+            self.shape.heads, self.key_width, self.shape.distance_bumps, self.shape.scale, self.shape.slot
+        )
+
+
+class LayerEncoder(nn.Module):
+    """One layer's query encoder: c = RMSNorm(h W_a) g; q = c W_b; w = h W_w (d H)^-0.5; extras = h W_e + bias."""
+
+    def __init__(self, spec: IndexerSpec) -> None:
+        super().__init__()
+        packed = spec.packed
+        self.wq_a = nn.Linear(spec.hidden, spec.shape.rank, bias=False)
+        self.q_norm = nn.RMSNorm(spec.shape.rank, eps=1e-6)
+        self.wq_b = nn.Linear(spec.shape.rank, packed.heads * packed.width, bias=False)
+        self.weights_proj = nn.Linear(spec.hidden, packed.heads, bias=False)
+        self.extras = nn.Linear(spec.hidden, sum(packed.sizes[2:]))
+        nn.init.zeros_(self.extras.weight)
+        nn.init.zeros_(self.extras.bias)
+        self.weight_scale = (packed.width * packed.heads) ** -0.5
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, hidden] -> packed query [B, size]."""
+        query = self.wq_b(self.q_norm(self.wq_a(hidden)))
+        return torch.cat([query, self.weights_proj(hidden) * self.weight_scale, self.extras(hidden)], dim=-1)
+
+
+class QueryEncoder(InputModule):
+    """The query route: hidden states of all layers -> packed queries, layer after layer."""
+
+    save_in_root = False
+    config_file_name = "spec.json"
+
+    def __init__(self, spec: IndexerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoders = nn.ModuleDict({str(layer): LayerEncoder(spec) for layer in spec.layers})
+
+    @property
+    def modalities(self) -> list[str]:
+        return ["hidden_states"]
+
+    def preprocess(self, inputs: list[torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Stack hidden states ([L, hidden] each) into a batch [B, L, hidden]."""
+        return {"input_features": torch.stack(list(inputs))}
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """features["input_features"]: [B, L, hidden] -> features["sentence_embedding"]: [B, L * size]."""
+        hidden = features["input_features"].to(next(self.parameters()).dtype).unbind(dim=1)
+        packed = [encoder(state) for encoder, state in zip(self.encoders.values(), hidden, strict=True)]
+        features["sentence_embedding"] = torch.cat(packed, dim=-1)
+        return features
+
+    def get_embedding_dimension(self) -> int:
+        return len(self.spec.layers) * self.spec.packed.size
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        (Path(output_path) / self.config_file_name).write_text(self.spec.model_dump_json(indent=2))
+        self.save_torch_weights(output_path, safe_serialization=safe_serialization)
+
+    @classmethod
+    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Self:
+        hub = {key: kwargs[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in kwargs}
+        config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
+        module = cls(IndexerSpec.model_validate(config))
+        return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module, **hub)
+
+
+class KeyDecoder(InputModule):
+    """The document route, without parameters: stored keys -> fp32 keys of all layers."""
+
+    save_in_root = False
+
+    @property
+    def modalities(self) -> list[str]:
+        return ["keys"]
+
+    def preprocess(self, inputs: list[torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Stack keys ([L, key_width] each) into [N, L, key_width]."""
+        return {"input_values": torch.stack(list(inputs))}
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """features["input_values"]: [N, L, key_width] -> features["sentence_embedding"]: [N, L * key_width]."""
+        features["sentence_embedding"] = features["input_values"].float().flatten(1)
+        return features
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Nothing to save: it has no weights and no settings."""
+
+    @classmethod
+    def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:
+        return cls()
+
+
+class MemoryIndexer(SentenceTransformer):
+    """The trained model. `encode_query` takes hidden states, `encode_document` keys; `similarity` scores chunks."""
+
+    _module_classes = {  # noqa: RUF012 - the attribute the base class reads to load without remote code
+        "indexer_train.model.QueryEncoder": QueryEncoder,
+        "indexer_train.model.KeyDecoder": KeyDecoder,
+    }
+    accepts_loss_kwargs = False
+
+    @classmethod
+    def from_spec(cls, spec: IndexerSpec, device: str | None = None) -> Self:
+        """A new indexer with random weights (seed torch first)."""
+        router = Router.for_query_document([QueryEncoder(spec)], [KeyDecoder()])
+        return cls(modules=[router], device=device)
+
+    @property
+    def query_encoder(self) -> QueryEncoder:
+        return self[0].sub_modules["query"][0]
+
+    @property
+    def spec(self) -> IndexerSpec:
+        return self.query_encoder.spec
+
+    def layer_logits(self, packed: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits per layer. packed: [B, L * size]; keys: [N, L * key_width]; positions: [B]. Returns [L, B, N] fp32."""
+        spec, layers = self.spec, len(self.spec.layers)
+        first_tokens = torch.arange(len(keys), device=keys.device) * spec.chunking.tokens
+        distance = (positions.to(keys.device)[:, None] - first_tokens).clamp_min(1)  # future chunks are masked later
+        by_layer = zip(packed.float().chunk(layers, dim=1), keys.float().chunk(layers, dim=1), strict=True)
+        return torch.stack([spec.packed.score(query, key, distance) for query, key in by_layer])
+
+    @torch.no_grad()
+    def scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What serving ranks by: hidden [B, L, hidden], keys [N, L, key_width], positions [B] -> [B, N] fp32."""
+        query = self.query_encoder({"input_features": hidden.to(self.device)})["sentence_embedding"]
+        document = keys.to(self.device).float().flatten(1)
+        return join_layers(self.layer_logits(query, document, positions.to(self.device)), self.spec.shape.join)
+
+    def similarity(self, embeddings1: torch.Tensor, embeddings2: torch.Tensor) -> torch.Tensor:
+        """Chunk scores of queries placed right behind the last chunk: [B, L * size], [N, L * key_width] -> [B, N]."""
+        embeddings1, embeddings2 = torch.as_tensor(embeddings1), torch.as_tensor(embeddings2)
+        positions = torch.full((len(embeddings1),), len(embeddings2) * self.spec.chunking.tokens)
+        return join_layers(self.layer_logits(embeddings1, embeddings2, positions), self.spec.shape.join)
+
+    def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """Say what the folder holds; the figures come from `lookahead evaluate`."""
+        spec = self.spec
+        text = (
+            "---\nlibrary_name: sentence-transformers\ntags: [memory-indexer, lookahead-sparse-attention]\n---\n"
+            "# Memory indexer\n\n"
+            f"Predicts which {spec.chunking.tokens}-token chunks of the history the next {spec.window} tokens need, "
+            f"from the hidden states entering the attention of layers {spec.layers}.\n\n"
+            f"- backbone fingerprint: `{spec.backbone}`\n- heads {spec.shape.heads}, rank {spec.shape.rank}, "
+            f"key width {spec.key_width}\n- load with `indexer_train.model.MemoryIndexer(folder)`\n"
+        )
+        (Path(path) / "README.md").write_text(text, encoding="utf-8")

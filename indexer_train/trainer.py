@@ -1,0 +1,115 @@
+"""Training: the stock sentence-transformers trainer, wired to trace stores."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from transformers import EarlyStoppingCallback, set_seed
+
+from data_gen.errors import InputError
+from data_gen.store import TraceStore
+from indexer_train.batches import DocumentBatchSampler, WindowCollator, window_index
+from indexer_train.calibration import calibrate
+from indexer_train.config import IndexerConfig, TrainConfig
+from indexer_train.evaluator import MassRecallEvaluator
+from indexer_train.losses import LOSSES
+from indexer_train.model import IndexerSpec, MemoryIndexer
+
+logger = logging.getLogger(__name__)
+
+
+def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Path) -> MemoryIndexer:
+    """Train an indexer on `store`, keep the checkpoint with the best recall on its held-back documents.
+
+    The indexer is saved to `out`/indexer.
+
+    Checkpoints lie under `out`/checkpoints; a run that was stopped continues from the newest one. Raises InputError
+    before training when a trace is damaged or there are too few.
+    """
+    if config.loss not in LOSSES:
+        raise InputError(f"train.loss: unknown loss {config.loss!r}; choose from {', '.join(LOSSES)}")
+    traces, validation = store.hold_back(config.validation_every)
+    index = window_index(traces)
+    if not len(index) or not len(window_index(validation)):
+        raise InputError(f"{store.root}: too few documents with a whole lookahead window to train and validate on")
+    trace, backbone = traces.manifest.trace, traces.manifest.backbone
+    set_seed(config.seed)
+    indexer = MemoryIndexer.from_spec(
+        IndexerSpec(
+            shape=shape,
+            layers=trace.layers,
+            hidden=backbone.hidden,
+            key_width=backbone.key_width,
+            chunking=trace.chunking,
+            window=trace.window,
+            backbone=backbone.fingerprint,
+        )
+    )
+    batches = len(traces.paths())
+    every = config.eval_epochs * batches
+    checkpoints = out / "checkpoints"
+    trainer = SentenceTransformerTrainer(
+        model=indexer,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=str(checkpoints),
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.windows_per_document,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            warmup_steps=config.warmup,
+            lr_scheduler_type="cosine",
+            optim="adamw_torch_fused",
+            batch_sampler=DocumentBatchSampler,
+            router_mapping={"query": "query", "document": "document"},
+            eval_strategy="steps",
+            eval_steps=every,
+            save_steps=every,
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_mass_recall",
+            greater_is_better=True,
+            logging_steps=max(1, batches),
+            report_to=_wandb(out),
+            remove_unused_columns=False,
+            seed=config.seed,
+        ),
+        train_dataset=index,
+        loss=LOSSES[config.loss](indexer, config.golden),
+        evaluator=MassRecallEvaluator(validation, config.budget),
+        data_collator=WindowCollator(traces, trace.layers),
+        callbacks=[EarlyStoppingCallback(config.patience)],
+    )
+    trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
+    indexer.spec.thresholds[str(config.budget)] = calibrate(indexer, traces, config.budget)
+    indexer.save_pretrained(str(out / "indexer"))
+    return indexer
+
+
+def load_indexer(folder: Path) -> MemoryIndexer:
+    """Load a saved indexer. Raises InputError when the folder holds none."""
+    if not (folder / "modules.json").exists():
+        raise InputError(f"{folder}: no indexer there (modules.json is missing); run `lookahead train` first")
+    return MemoryIndexer(str(folder), device="cuda" if torch.cuda.is_available() else "cpu", local_files_only=True)
+
+
+def check_traces(indexer: MemoryIndexer, store: TraceStore) -> None:
+    """Raise InputError unless `store` was traced from the indexer's backbone, with its layers and chunking."""
+    spec, manifest = indexer.spec, store.manifest
+    if manifest.backbone.fingerprint != spec.backbone:
+        raise InputError(f"{store.root}: traces of another backbone than the indexer's")
+    if missing := sorted(set(spec.layers) - set(manifest.trace.layers)):
+        raise InputError(f"{store.root}: the indexer reads layers {missing}, which the traces lack")
+    if manifest.trace.chunking != spec.chunking:
+        raise InputError(f"{store.root}: traces with other chunks than the indexer's")
+
+
+def _wandb(out: Path) -> str:
+    """Log to wandb: online when the user configured it, else offline into the output folder."""
+    if "WANDB_API_KEY" not in os.environ and "WANDB_MODE" not in os.environ:
+        os.environ["WANDB_MODE"] = "offline"
+    os.environ.setdefault("WANDB_DIR", str(out))
+    os.environ.setdefault("WANDB_PROJECT", "lookahead-indexer")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return "none" if os.environ.get("WANDB_MODE") == "disabled" else "wandb"
