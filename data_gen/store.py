@@ -1,7 +1,7 @@
 """The trace store: one safetensors file per document, one JSON manifest, nothing half-written.
 
-    STORE/manifest.json             what every document shares
-    STORE/doc_00000.safetensors     hidden states, keys, positions, oracle probabilities of one document
+STORE/manifest.json             what every document shares
+STORE/doc_00000.safetensors     hidden states, keys, positions, oracle probabilities of one document
 """
 
 import json

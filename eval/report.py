@@ -85,3 +85,35 @@ def write_results(folder: Path, **sections: Any) -> Path:
     content |= sections
     write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1)))
     return path
+
+
+def decode_table(rows: list[dict[str, Any]]) -> str:
+    """The decode check, a line per policy."""
+    header = ["policy", "needles right", "95 % interval", "text agreement", "text KL", "chunks", "KV share", "KV MB"]
+    lines = [
+        [
+            row["policy"],
+            f"{row['correct']} of {row['examples']}",
+            f"{row['low']:.2f}-{row['high']:.2f}",
+            row["agreement"],
+            row["kl"],
+            f"{row['chunks']:.1f}",
+            f"{row['kv_share']:.1%}",
+            f"{row['kv_mb']:.1f}",
+        ]
+        for row in rows
+    ]
+    return table(header, lines)
+
+
+def decode_summary(rows: list[dict[str, Any]]) -> str:
+    """One plain sentence: what was kept and what it cost."""
+    full, kept = (next(row for row in rows if row["policy"] == name) for name in ("full", "indexer"))
+    sentence = (
+        f"With {kept['kv_share']:.0%} of the KV cache resident ({kept['kv_mb']:.1f} of {full['kv_mb']:.1f} MB), "
+        f"the model answered {kept['correct']} of {kept['examples']} needle questions; "
+        f"with all of it, {full['correct']}"
+    )
+    if kept["agreement"] is not None:
+        sentence += f"; its next token on plain text agreed {kept['agreement']:.0%} of the time"
+    return sentence + "."

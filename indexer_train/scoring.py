@@ -1,6 +1,6 @@
 """The score of the memory indexer: one implementation for training, evaluation and decoding.
 
-    z_ts = exp(a_t) * (sum_h w_th relu(q_th . k_s) + sum_p u_tp bump_p(log2 distance)) - b_t
+z_ts = exp(a_t) * (sum_h w_th relu(q_th . k_s) + sum_p u_tp bump_p(log2 distance)) - b_t
 """
 
 from dataclasses import dataclass

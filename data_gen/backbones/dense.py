@@ -77,9 +77,9 @@ class _Recorder:
         query = call.query[0, :, rows]
         chunk_tokens = self.config.chunking.tokens
         chunks = call.key.shape[2] // chunk_tokens
-        probability = pooled_attention(
-            query, call.key[0], rows, chunk_tokens, call.scaling, call.softcap, call.sinks
-        )[..., :chunks]
+        probability = pooled_attention(query, call.key[0], rows, chunk_tokens, call.scaling, call.softcap, call.sinks)[
+            ..., :chunks
+        ]
         _check(call, int(rows[-1]))
         self.mean.append(probability.mean(dim=0).cpu())
         self.peak.append(probability.amax(dim=0).cpu())

@@ -77,5 +77,3 @@ class ResidentCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         raise NotImplementedError("a ResidentCache holds one sequence: beam search is not supported")
-
-

@@ -85,9 +85,7 @@ def decode_check(
         for name, policy in policies.items():
             if asked:
                 first = document.tokens[prompt]
-                tokens, usage = generate(
-                    session.fork(), policy, config.budget, tau, first, config.answer_tokens, stop
-                )
+                tokens, usage = generate(session.fork(), policy, config.budget, tau, first, config.answer_tokens, stop)
                 record[name] = tokenizer.decode(tokens, skip_special_tokens=True)
                 correct[name] += all(value in record[name] for value in document.values)
                 usages[name].append(usage)

@@ -43,7 +43,7 @@ def export_bundle(indexer: MemoryIndexer, folder: Path) -> Bundle:
 
 
 def load_bundle(folder: Path) -> MemoryIndexer:
-    """The indexer of a bundle, on the best device. Raises InputError when it is missing, damaged or of another format."""
+    """The indexer of a bundle, on the best device. Raises InputError for a missing, damaged or foreign one."""
     header, weights = folder / HEADER, folder / WEIGHTS
     if not header.exists() or not weights.exists():
         raise InputError(f"{folder}: no bundle there ({HEADER} and {WEIGHTS}); run `lookahead export` first")

@@ -1,0 +1,181 @@
+"""The `lookahead` command: each verb is a few lines over one public function."""
+
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from data_gen.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train memory indexers for long-context LLMs and prove that they work.",
+)
+
+RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a .yaml file.")]
+Backbone = Annotated[str | None, typer.Option(help="Instead of the recipe's: folder, hub id, .gguf file.")]
+Documents = Annotated[str | None, typer.Option(help="Instead of the recipe's: folder, .jsonl, .parquet, dataset name.")]
+Out = Annotated[Path, typer.Option(help="Output folder.")]
+
+
+def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
+    return tqdm(list(items), desc=what, unit="doc")
+
+
+@app.command()
+def generate(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Documents = None) -> None:
+    """Trace documents: writes OUT/train and OUT/heldout. A stopped run continues."""
+    _generate(_recipe(recipe, backbone, documents), out)
+
+
+@app.command()
+def train(recipe: RecipeName, traces: Annotated[Path, typer.Option(help="A trace store.")], out: Out) -> None:
+    """Train an indexer on traces: writes OUT/indexer. A stopped run continues."""
+    _train(_recipe(recipe), traces, out)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeName,
+    indexer: Annotated[Path, typer.Option(help="A trained indexer.")],
+    traces: Annotated[Path, typer.Option(help="A held-out trace store.")],
+    out: Out,
+) -> None:
+    """Recall on held-out traces beside baselines and oracle: writes OUT/results.json and OUT/recall.png."""
+    _evaluate(_recipe(recipe), indexer, traces, out)
+
+
+@app.command()
+def export(indexer: Annotated[Path, typer.Option(help="A trained indexer.")], out: Out) -> None:
+    """Write a bundle for serving."""
+    from indexer_train.bridge.bundle import export_bundle
+    from indexer_train.trainer import load_indexer
+
+    export_bundle(load_indexer(indexer), out)
+    typer.echo(f"bundle: {out}")
+
+
+@app.command()
+def decode(
+    recipe: RecipeName,
+    bundle: Annotated[Path, typer.Option(help="An exported bundle.")],
+    out: Out,
+    backbone: Backbone = None,
+    documents: Documents = None,
+) -> None:
+    """Decode held-out documents with full attention and under every policy: adds to OUT/results.json."""
+    _decode(_recipe(recipe, backbone, documents), bundle, out)
+
+
+@app.command()
+def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Documents = None) -> None:
+    """All verbs in a row: generate, train, evaluate, export, decode. A stopped run continues."""
+    settings = _recipe(recipe, backbone, documents)
+    loaded = _generate(settings, out / "traces")
+    if not (out / "indexer" / "modules.json").exists():
+        _train(settings, out / "traces" / "train", out)
+    _evaluate(settings, out / "indexer", out / "traces" / "heldout", out)
+    export(out / "indexer", out / "bundle")
+    _decode(settings, out / "bundle", out, loaded)
+
+
+def _recipe(name: str, backbone: str | None = None, documents: str | None = None) -> Any:
+    from recipes import load_recipe
+
+    recipe = load_recipe(name)
+    if backbone is not None:
+        recipe.backbone.path = backbone
+    if documents is not None:
+        recipe.documents.source = documents
+    return recipe
+
+
+def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
+    from data_gen.backbones.dense import DenseBackbone
+    from data_gen.backbones.load import load_backbone
+    from data_gen.generate import generate as generate_traces
+
+    model, tokenizer = load_backbone(recipe.backbone)
+    adapter = DenseBackbone(model)
+    for split in ("train", "heldout"):
+        store = generate_traces(adapter, tokenizer, recipe.documents, recipe.trace, split, out / split, _progress)
+        typer.echo(f"{split}: {len(store.paths())} documents in {store.root}")
+    return adapter, tokenizer
+
+
+def _train(recipe: Any, traces: Path, out: Path) -> None:
+    from data_gen.store import TraceStore
+    from indexer_train.trainer import train as train_indexer
+
+    train_indexer(TraceStore.open(traces), recipe.indexer, recipe.train, out)
+    typer.echo(f"indexer: {out / 'indexer'}")
+
+
+def _evaluate(recipe: Any, indexer_path: Path, traces: Path, out: Path) -> None:
+    from data_gen.store import TraceStore
+    from eval.recall import as_rows, evaluate_recall
+    from eval.report import plot_recall, recall_table, write_results
+    from indexer_train.trainer import check_traces, load_indexer
+
+    indexer, store = load_indexer(indexer_path), TraceStore.open(traces)
+    check_traces(indexer, store)
+    threshold = indexer.spec.thresholds[str(recipe.train.budget)]
+    rows = as_rows(evaluate_recall(indexer, store, recipe.train.golden, threshold))
+    results = write_results(out, recall=rows)
+    plot_recall(rows, out / "recall.png")
+    typer.echo(recall_table(rows))
+    for row in rows:
+        if row["budget"] == "threshold" and row["task"] in ("needles", "text"):
+            typer.echo(
+                f"calibrated threshold, {row['task']}: asked for {recipe.train.budget:.1%}, kept {row['kept']:.1%}, "
+                f"mass recall {row['mass_recall']:.3f}"
+            )
+    typer.echo(f"results: {results}\nplot: {out / 'recall.png'}")
+
+
+def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None = None) -> None:
+    from data_gen.backbones.dense import DenseBackbone
+    from data_gen.backbones.load import load_backbone
+    from data_gen.documents import build_documents
+    from eval.decode.check import as_rows, check_backbone, decode_check
+    from eval.report import decode_summary, decode_table, write_results
+    from indexer_train.bridge.bundle import load_bundle
+
+    indexer = load_bundle(bundle)
+    if loaded is None:
+        model, tokenizer = load_backbone(recipe.backbone)
+        loaded = DenseBackbone(model), tokenizer
+    adapter, tokenizer = loaded
+    check_backbone(indexer, adapter)
+    documents = build_documents(recipe.documents, recipe.trace, tokenizer, adapter.info.context, "heldout")
+    rows, answers = decode_check(adapter.model, tokenizer, indexer, documents, recipe.decode, _progress)
+    found = as_rows(rows)
+    results = write_results(out, decode=found, answers=answers)
+    typer.echo(f"{decode_table(found)}\nresults: {results}\nplot: {out / 'recall.png'}\n{decode_summary(found)}")
+
+
+def main() -> None:
+    """Run the command; bad input ends in one line and exit code 2, Ctrl-C in 130."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        sys.exit(_complain(str(error)))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(_complain(f"{where}{error.strerror or error}"))
+
+
+def _complain(message: str) -> int:
+    typer.echo(f"lookahead: {message}", err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

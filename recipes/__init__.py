@@ -1,0 +1,48 @@
+"""Recipes: one YAML file an experiment, checked before anything runs."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from data_gen.config import BackboneConfig, DocumentsConfig, Strict, TraceConfig
+from data_gen.errors import InputError
+from eval.decode.config import DecodeConfig
+from indexer_train.config import IndexerConfig, TrainConfig
+
+
+class Recipe(Strict):
+    """Everything that one experiment needs, a section for each step."""
+
+    backbone: BackboneConfig
+    documents: DocumentsConfig
+    trace: TraceConfig
+    indexer: IndexerConfig
+    train: TrainConfig
+    decode: DecodeConfig = DecodeConfig()
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name (those that ship with the package) or by path. Raises InputError on any mistake in it."""
+    path = Path(name)
+    shipped = files("recipes") / f"{name}.yaml"
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.exists():
+            raise InputError(f"recipe {path}: no such file")
+        text = path.read_text(encoding="utf-8")
+    elif shipped.is_file():
+        text = shipped.read_text(encoding="utf-8")
+    else:
+        names = [file.name for file in files("recipes").iterdir()]
+        known = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+        raise InputError(f"recipe {name!r}: neither a .yaml file nor one of {', '.join(known)}")
+    try:
+        return Recipe.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe {name}: not YAML ({str(error).splitlines()[0]})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InputError(f"recipe {name}: {where or 'top level'}: {reason}") from error
