@@ -1,0 +1,109 @@
+"""The dense adapter against the backbone's own eager attention weights."""
+
+import pytest
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from data_gen.backbones.dense import DenseBackbone, fingerprint
+from data_gen.backbones.observe import observe
+from data_gen.chunks import Chunking
+from data_gen.config import TraceConfig
+from data_gen.errors import InputError
+from tests.conftest import tiny_model
+
+
+def tokens(length):
+    return torch.randint(0, 128, (length,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def trace_config(backbone, **changes):
+    settings = {"chunking": Chunking(tokens=4, sink=1, recent=2), "layers": backbone.info.full_layers[-1:]}
+    return TraceConfig(**(settings | {"window": 8, "tail": 4, "text_rows": 16, "top_chunks": 1000} | changes))
+
+
+def test_probabilities_are_the_backbones_own(model):
+    backbone = DenseBackbone(model)
+    ids = tokens(90)
+    rows = torch.tensor([5, 40, 88])
+    raw = backbone.trace(ids, rows, trace_config(backbone))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model(torch.tensor([ids]), output_attentions=True)
+    mean, peak = raw.attention.dense(22)
+    for index, row in enumerate(rows.tolist()):
+        complete = (row + 1) // 4
+        layers = [output.attentions[layer][0] for layer in backbone.info.full_layers]
+        weights = torch.stack([layer[:, row, : complete * 4] for layer in layers])
+        pooled = weights.unflatten(-1, (complete, 4)).sum(-1)  # [layers, H, complete]
+        torch.testing.assert_close(mean[index, :complete], pooled.mean((0, 1)), atol=2e-4, rtol=2e-3)
+        torch.testing.assert_close(peak[index, :complete], pooled.amax(1).mean(0), atol=2e-4, rtol=2e-3)
+        assert not mean[index, complete:].any()
+
+
+def test_keys_are_pooled_before_rope(model):
+    backbone = DenseBackbone(model)
+    layer = backbone.info.full_layers[-1]
+    module = backbone.modules[layer]
+    seen = []
+    hook = module.k_proj.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    raw = backbone.trace(tokens(90), torch.tensor([89]), trace_config(backbone))
+    hook.remove()
+    keys = seen[0].unflatten(-1, (2, 16))  # [S, KV, d]
+    keys = module.k_norm(keys) if hasattr(module, "k_norm") else keys
+    expected = keys[:88].unflatten(0, (22, 4)).mean(1).flatten(1)
+    torch.testing.assert_close(raw.keys[layer].float(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_hidden_states_enter_the_attention_block(model):
+    backbone = DenseBackbone(model)
+    layer = backbone.info.full_layers[-1]
+    seen = []
+    norm = model.get_decoder().layers[layer].input_layernorm
+    hook = norm.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    raw = backbone.trace(tokens(60), torch.tensor([10, 59]), trace_config(backbone))
+    hook.remove()
+    assert torch.equal(raw.hidden[layer], seen[0][[10, 59]].bfloat16())
+
+
+def test_observing_changes_no_bit(model):
+    ids = torch.tensor([tokens(50)])
+    calls = []
+    with torch.no_grad():
+        stock = model(ids).logits
+        with observe(model, calls.append):
+            observed = model(ids).logits
+        again = model(ids).logits
+    assert torch.equal(stock, observed)
+    assert torch.equal(stock, again)
+    assert [call.layer for call in calls] == DenseBackbone(model).info.full_layers
+
+
+def test_fingerprint_survives_a_cast_and_tells_models_apart():
+    model, other = tiny_model("llama"), tiny_model("qwen3")
+    before = fingerprint(model)
+    assert before == fingerprint(tiny_model("llama").bfloat16())
+    assert before != fingerprint(other)
+    with torch.no_grad():
+        model.get_decoder().layers[1].mlp.up_proj.weight[0, 0] += 1
+    assert before != fingerprint(model)
+
+
+def test_bad_input_is_named(model):
+    backbone = DenseBackbone(model)
+    with pytest.raises(InputError, match="context is 512"):
+        backbone.trace(tokens(513), torch.tensor([512]), trace_config(backbone))
+    with pytest.raises(InputError, match="not full-attention layers"):
+        backbone.trace(tokens(90), torch.tensor([89]), trace_config(backbone, layers=[99]))
+
+
+def test_an_unknown_attention_term_is_refused(model, monkeypatch):
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def biased(module, query, key, value, mask, **kwargs):
+        return stock(module, query, key * 1.5, value, mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", biased)
+    backbone = DenseBackbone(model)
+    with pytest.raises(InputError, match="recomputed attention differs"):
+        backbone.trace(tokens(60), torch.tensor([59]), trace_config(backbone))
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is biased

@@ -1,0 +1,131 @@
+"""Decoding against the stock model: bitwise with everything resident, masked oracle with less."""
+
+import pytest
+import torch
+
+from data_gen.chunks import Chunking
+from eval.decode.session import Session
+
+CHUNKING = Chunking(tokens=4, sink=1, recent=2)
+
+
+def tokens(length):
+    return torch.randint(0, 128, (length,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def stock_logits(model, ids, prompt):
+    with torch.no_grad():
+        output = model(torch.tensor([ids[:prompt]]), logits_to_keep=1)
+        logits = [output.logits[0, -1]]
+        for token in ids[prompt:]:
+            output = model(torch.tensor([[token]]), past_key_values=output.past_key_values)
+            logits.append(output.logits[0, -1])
+    return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everything_resident_is_bitwise_stock(model, dtype):
+    model = model.to(dtype)
+    ids = tokens(90)
+    session = Session(model, CHUNKING)
+    logits = [session.read(ids[:70])]
+    session = session.fork()
+    session.cache.keep(torch.arange(70))  # evict and fetch everything once
+    logits += [session.read([token]) for token in ids[70:]]
+    for ours, stock in zip(logits, stock_logits(model, ids, 70), strict=True):
+        assert torch.equal(ours, stock)
+
+
+def test_restricted_set_equals_a_masked_forward(model):
+    ids = tokens(80)
+    session = Session(model, CHUNKING)
+    session.read(ids[:70])
+    resident = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11, 40, 41, 42, 43, *range(60, 70)])
+    session.cache.keep(resident)
+    ours = [session.read([token]) for token in ids[70:75]]
+    ours.append(session.read(ids[75:80]))  # several tokens at once, as a second turn has
+
+    layers = model.get_decoder().layers
+    full = set(session.pooled)
+    visible = torch.zeros(80, 80, dtype=torch.bool)
+    visible[:70] = torch.ones(70, 70, dtype=torch.bool).tril().new_tensor(1).expand(70, 80)
+    visible = visible & torch.ones(80, 80, dtype=torch.bool).tril()
+    rows = torch.zeros(80, dtype=torch.bool)
+    rows[resident] = True
+    rows[70:] = True
+    visible[70:] = rows & torch.ones(80, 80, dtype=torch.bool).tril()[70:]
+
+    def masked(module, args, kwargs):
+        kwargs["attention_mask"] = visible[None, None]
+        return args, kwargs
+
+    hooks = [layers[i].self_attn.register_forward_pre_hook(masked, with_kwargs=True) for i in sorted(full)]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0]
+    for hook in hooks:
+        hook.remove()
+    for index in range(5):
+        torch.testing.assert_close(ours[index], expected[70 + index], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours[5], expected[79], atol=1e-4, rtol=1e-4)
+
+
+def test_evicted_values_cannot_leak(model):
+    ids = tokens(71)
+    sessions = [Session(model, CHUNKING) for _ in range(2)]
+    for session in sessions:
+        session.read(ids[:70])
+    resident = torch.tensor([0, 1, 2, 3, *range(60, 70)])
+    for layer in sessions[1].cache.full_layers:
+        keys, _ = sessions[1].cache.layers[layer]._cold[0]
+        keys[..., 4:60, :] = torch.nan
+    for session in sessions:
+        session.cache.keep(resident)
+    assert torch.equal(sessions[0].read(ids[70:]), sessions[1].read(ids[70:]))
+
+
+def test_forks_do_not_disturb_each_other(model):
+    ids = tokens(80)
+    session = Session(model, CHUNKING)
+    session.read(ids[:70])
+    twin = session.fork()
+    twin.cache.keep(torch.arange(60, 70))
+    for token in ids[70:75]:
+        twin.read([token])
+    again = [session.read([token]) for token in ids[70:75]]
+    for ours, stock in zip(again, stock_logits(model, ids[:75], 70)[1:], strict=True):
+        assert torch.equal(ours, stock)
+    assert session.position == 74
+
+
+def test_keep_protects_and_fills_the_budget(model):
+    session = Session(model, CHUNKING)
+    session.read(tokens(70))  # 17 complete chunks, candidates 1..14, tokens 68 and 69 unfinished
+    scores = torch.zeros(17)
+    scores[[5, 9, 0, 16]] = torch.tensor([2.0, 3.0, 9.0, 9.0])
+    session.keep(scores, 0.12)  # floor(0.12 * 17) = 2
+    kept = session.cache.layers[session.cache.full_layers[0]].keys
+    expected = [*range(4), *range(20, 24), *range(36, 40), *range(60, 70)]
+    full = Session(model, CHUNKING)
+    full.read(tokens(70))
+    stored = full.cache.layers[full.cache.full_layers[0]].keys
+    assert torch.equal(kept, stored[..., expected, :])
+
+
+def test_chunk_keys_are_those_of_the_trace(model):
+    from data_gen.backbones.dense import DenseBackbone
+    from data_gen.config import TraceConfig
+    from data_gen.keys import flatten_heads
+
+    ids = tokens(90)
+    session = Session(model, CHUNKING)
+    session.read(ids[:70])
+    session.cache.keep(torch.arange(40, 70))
+    session.cache.keep(torch.arange(70))
+    for token in ids[70:]:
+        session.read([token])
+    backbone = DenseBackbone(model)
+    first = backbone.info.full_layers[0]
+    config = TraceConfig(chunking=CHUNKING, layers=[first], window=8, tail=4, text_rows=16)
+    raw = backbone.trace(ids, torch.tensor([89]), config)
+    ours = flatten_heads(session.pooled[first].pooled)
+    torch.testing.assert_close(ours, raw.keys[first].float(), atol=2e-3, rtol=2e-3)
