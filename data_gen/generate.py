@@ -37,7 +37,7 @@ def generate(
     manifest = Manifest(
         backbone=backbone.info,
         trace=trace,
-        documents=documents.model_dump() | {"split": split},
+        documents=documents.model_dump(mode="json") | {"split": split},
         versions={name: version(name) for name in ("torch", "transformers")},
     )
     store = TraceStore.create(root, manifest)

@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data_gen.backbones.base import BackboneInfo, RawTrace
 from data_gen.config import TraceConfig
 from data_gen.errors import InputError
 from data_gen.oracle import SparseAttention, WindowLabels, window_labels
+from data_gen.trace import BackboneInfo, RawTrace
 
 FORMAT = 1
 

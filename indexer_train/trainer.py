@@ -1,7 +1,9 @@
 """Training: the stock sentence-transformers trainer, wired to trace stores."""
 
+import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from transformers import EarlyStoppingCallback, set_seed
 
 from data_gen.errors import InputError
-from data_gen.store import TraceStore
+from data_gen.store import TraceStore, write_atomically
 from indexer_train.batches import DocumentBatchSampler, WindowCollator, window_index
 from indexer_train.calibration import calibrate
 from indexer_train.config import IndexerConfig, TrainConfig
@@ -47,6 +49,7 @@ def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Pat
             backbone=backbone.fingerprint,
         )
     )
+    _same_settings(out, store, shape, config)
     batches = len(traces.paths())
     every = config.eval_epochs * batches
     checkpoints = out / "checkpoints"
@@ -70,7 +73,9 @@ def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Pat
             load_best_model_at_end=True,
             metric_for_best_model="eval_mass_recall",
             greater_is_better=True,
-            logging_steps=max(1, batches),
+            logging_steps=every,
+            restore_callback_states_from_checkpoint=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
             report_to=_wandb(out),
             remove_unused_columns=False,
             seed=config.seed,
@@ -81,7 +86,7 @@ def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Pat
         data_collator=WindowCollator(traces, trace.layers),
         callbacks=[EarlyStoppingCallback(config.patience)],
     )
-    trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
+    trainer.train(resume_from_checkpoint=_newest_whole(checkpoints))
     indexer.spec.thresholds[str(config.budget)] = calibrate(indexer, traces, config.budget)
     indexer.save_pretrained(str(out / "indexer"))
     return indexer
@@ -103,6 +108,31 @@ def check_traces(indexer: MemoryIndexer, store: TraceStore) -> None:
         raise InputError(f"{store.root}: the indexer reads layers {missing}, which the traces lack")
     if manifest.trace.chunking != spec.chunking:
         raise InputError(f"{store.root}: traces with other chunks than the indexer's")
+
+
+def _same_settings(out: Path, store: TraceStore, shape: IndexerConfig, config: TrainConfig) -> None:
+    """Remember what a run is made of; a run in the same folder with anything else is refused, not mixed in."""
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"indexer": shape.model_dump(), "train": config.model_dump(), "traces": store.manifest.model_dump()}
+    settings["traces"]["files"] = [path.name for path in store.paths()]
+    text = json.dumps(settings, indent=1)
+    path = out / "training.json"
+    if path.exists() and path.read_text() != text:
+        raise InputError(f"{out}: holds a training run with other settings or traces; choose another folder")
+    write_atomically(path, lambda file: file.write_text(text))
+
+
+def _newest_whole(checkpoints: Path) -> str | None:
+    """The newest checkpoint whose last-written file is there; half-written ones are removed."""
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        except (OSError, json.JSONDecodeError):
+            logger.warning("%s is half-written; removed", path)
+            shutil.rmtree(path)
+    return None
 
 
 def _wandb(out: Path) -> str:

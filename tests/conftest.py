@@ -8,14 +8,20 @@ os.environ["WANDB_MODE"] = "disabled"
 import pytest
 import torch
 from hypothesis import settings
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from data_gen.backbones.dense import DenseBackbone
+from data_gen.generate import generate
+from recipes import Recipe
 
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
@@ -50,3 +56,58 @@ def tiny_model(family: str):
 def model(request):
     """One tiny random model of every family."""
     return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token per ASCII character, with a chat template."""
+    vocabulary = {chr(code): code for code in range(128)}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    raw.decoder = decoders.Fuse()
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="\x03", unk_token="?")
+    fast.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\x03{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe():
+    """Settings for one-character tokens, 4-token chunks and a tiny Llama: seconds, not minutes."""
+    return Recipe.model_validate(
+        {
+            "backbone": {"path": "unused"},
+            "documents": {
+                "tokens": [420, 500],
+                "train": {"text": 4, "single": 4},
+                "heldout": {"text": 2, "multi_value": 2},
+            },
+            "trace": {
+                "chunking": {"tokens": 4, "sink": 1, "recent": 2},
+                "layers": [0, 2],
+                "window": 16,
+                "text_rows": 64,
+                "answer_lead": 8,
+                "tail": 4,
+            },
+            "indexer": {"heads": 4, "rank": 8},
+            "train": {"epochs": 4, "windows_per_document": 16, "validation_every": 4, "eval_epochs": 1},
+            "decode": {"answer_tokens": 6, "text_documents": 1, "text_tokens": 40},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory, tokenizer, tiny_recipe):
+    """(training, held-out) trace stores of the tiny Llama."""
+    root = tmp_path_factory.mktemp("traces")
+    backbone = DenseBackbone(tiny_model("llama"))
+
+    def build(split):
+        return generate(
+            backbone, tokenizer, tiny_recipe.documents, tiny_recipe.trace, split, root / split, lambda items, _: items
+        )
+
+    return build("train"), build("heldout")

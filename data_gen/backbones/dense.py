@@ -6,12 +6,12 @@ import json
 import torch
 from transformers import PreTrainedModel
 
-from data_gen.backbones.base import BackboneInfo, RawTrace
 from data_gen.backbones.observe import AttentionCall, attention_modules, observe
 from data_gen.config import TraceConfig
 from data_gen.errors import InputError
 from data_gen.keys import KeyPooler, flatten_heads, mean_pooled_scores
 from data_gen.oracle import SparseAttention, pooled_attention
+from data_gen.trace import BackboneInfo, RawTrace
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -1,0 +1,126 @@
+"""What documents hold, and that the two sides never meet."""
+
+import json
+
+import pytest
+
+from data_gen.config import DocumentsConfig, TraceConfig
+from data_gen.documents import build_documents
+from data_gen.errors import InputError
+from data_gen.tasks import KEYS, WORDINGS
+
+TRACE = TraceConfig(layers=[0], window=64, text_rows=128)
+
+
+def config(**changes):
+    settings = {
+        "tokens": (1500, 2500),
+        "train": {"text": 6, "single": 6, "multi_key": 6, "multi_value": 6},
+        "heldout": {"text": 3, "single": 4, "multi_key": 4, "multi_value": 4},
+    }
+    return DocumentsConfig(**(settings | changes))
+
+
+def build(settings, tokenizer, split, context=4096):
+    return build_documents(settings, TRACE, tokenizer, context, split)
+
+
+def shingles(text, size=120):
+    text = " ".join(text.split())
+    return {text[start : start + size] for start in range(len(text) - size)}
+
+
+def test_training_and_heldout_share_neither_text_nor_needles(tokenizer):
+    sides = {split: build(config(), tokenizer, split) for split in ("train", "heldout")}
+    shared_frame = "<user>Read the text below"
+    texts = {
+        split: set().union(*(shingles(tokenizer.decode(d.tokens).removeprefix(shared_frame)) for d in documents))
+        for split, documents in sides.items()
+    }
+    assert not texts["train"] & texts["heldout"]
+    values = {split: {value for d in documents for value in d.values} for split, documents in sides.items()}
+    assert values["train"] and values["heldout"] and not values["train"] & values["heldout"]
+    assert not set(KEYS["train"]) & set(KEYS["heldout"])
+    assert not {w.needle for w in WORDINGS["train"]} & {w.needle for w in WORDINGS["heldout"]}
+
+
+def test_documents_are_the_same_on_every_call_and_distinct(tokenizer):
+    first, second = (build(config(), tokenizer, "train") for _ in range(2))
+    assert first == second
+    assert len({tuple(d.tokens) for d in first}) == len(first) == 24
+    assert build(config(seed=1), tokenizer, "train") != first
+
+
+@pytest.mark.parametrize("task", ["single", "multi_key", "multi_value"])
+def test_needles_lie_in_the_prompt_and_the_answer_behind_it(tokenizer, task):
+    for document in build(config(), tokenizer, "heldout"):
+        if document.task != task:
+            continue
+        prompt = tokenizer.decode(document.tokens[: document.prompt])
+        answer = tokenizer.decode(document.tokens[document.prompt :])
+        assert prompt.endswith("<assistant>")
+        assert all(value in prompt and value in answer for value in document.values)
+        assert len(document.values) == (2 if task == "multi_value" else 1)
+        assert 1300 < len(document.tokens) <= 2500
+        span = document.spans[0]
+        assert document.positions[span.serve] == document.prompt - 2
+        assert document.positions[-1] == len(document.tokens) - 2
+
+
+def test_lengths_of_text_are_drawn_between_the_limits(tokenizer):
+    lengths = [len(d.tokens) for d in build(config(), tokenizer, "train") if d.task == "text"]
+    assert len(set(lengths)) > 1 and all(1500 <= length <= 2500 for length in lengths)
+
+
+def test_whole_documents_chats_and_fields(tokenizer, tmp_path):
+    rows = [{"body": "abcdefgh " * 60}, {"body": "ijkl mnop " * 60}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    settings = config(source=str(path), text_field="body", train={"document": 1}, heldout={"document": 1})
+    (train,), (heldout,) = (build(settings, tokenizer, split) for split in ("train", "heldout"))
+    assert tokenizer.decode(train.tokens) == rows[0]["body"]
+    assert tokenizer.decode(heldout.tokens) == rows[1]["body"]
+
+    chat = [{"role": "user", "content": "question " * 40}, {"role": "assistant", "content": "a rather long answer"}]
+    path.write_text(json.dumps({"messages": chat}))
+    (document,) = build(config(source=str(path), train={"chat": 1}, heldout={}), tokenizer, "train")
+    assert tokenizer.decode(document.tokens[document.prompt :]) == "a rather long answer\x03"
+
+
+def test_folder_and_parquet(tokenizer, tmp_path):
+    from datasets import Dataset
+
+    texts = [f"Paragraph {n} {'of some text that goes on ' * 20}\n\nAnother {n}." for n in range(40)]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number:03d}.md").write_text(text)
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "rows.parquet")
+    settings = {"train": {"text": 3}, "heldout": {"text": 2}}
+    from_folder = build(config(source=str(folder), **settings), tokenizer, "train")
+    from_parquet = build(config(source=str(tmp_path / "rows.parquet"), **settings), tokenizer, "train")
+    assert from_folder == from_parquet
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        (None, {}, "no such file"),
+        ("", {}, "no document there"),
+        ('{"text": ""}', {}, "empty document"),
+        ("{broken", {}, "line 1: not JSON"),
+        ('{"other": "x"}', {}, "text field 'text'"),
+        ('{"text": "too short"}', {"train": {"document": 1}, "heldout": {}}, "shorter than one window"),
+        (json.dumps({"text": "long " * 2000}), {"train": {"document": 1}, "heldout": {}}, "context is 4096"),
+        (json.dumps({"text": "some text"}), {"train": {"text": 9}, "heldout": {}}, "ask for fewer"),
+        (json.dumps({"text": "some text"}), {"train": {"nonsense": 1}}, "unknown task 'nonsense'"),
+        (json.dumps({"text": "some text"}), {"train": {"chat": 1}, "heldout": {}}, "needs messages"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(tokenizer, tmp_path, content, settings, message):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        build(config(source=str(path), **settings), tokenizer, "train")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,72 @@
+"""The store: whole documents only, continued and never rewritten."""
+
+import pytest
+import torch
+
+from data_gen.backbones.dense import DenseBackbone
+from data_gen.errors import InputError
+from data_gen.generate import generate
+from data_gen.store import TraceStore
+from tests.conftest import tiny_model
+
+
+def run(root, tokenizer, recipe, progress=lambda items, _: items, **changes):
+    trace = recipe.trace.model_copy(update=changes)
+    return generate(DenseBackbone(tiny_model("llama")), tokenizer, recipe.documents, trace, "train", root, progress)
+
+
+def test_a_killed_run_continues_and_rewrites_nothing(tmp_path, tokenizer, tiny_recipe, stores):
+    def killed_after_three(items, _):
+        for number, item in enumerate(items):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, tokenizer, tiny_recipe, killed_after_three)
+    before = {path: path.stat().st_mtime_ns for path in TraceStore.open(tmp_path).paths()}
+    assert len(before) == 3
+    store = run(tmp_path, tokenizer, tiny_recipe)
+    assert len(store.paths()) == 8
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert [p.read_bytes() for p in store.paths()] == [p.read_bytes() for p in stores[0].paths()]
+    assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, tiny_recipe, monkeypatch):
+    monkeypatch.setattr("data_gen.store.save_file", lambda tensors, path, metadata: path.write_bytes(b"x") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, tokenizer, tiny_recipe)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_other_settings_are_refused(tmp_path, tokenizer, tiny_recipe):
+    run(tmp_path, tokenizer, tiny_recipe)
+    with pytest.raises(InputError, match="made with another trace"):
+        run(tmp_path, tokenizer, tiny_recipe, window=8)
+
+
+def test_damaged_and_missing_stores_are_named(tmp_path, tokenizer, tiny_recipe):
+    with pytest.raises(InputError, match="no trace store"):
+        TraceStore.open(tmp_path)
+    store = run(tmp_path, tokenizer, tiny_recipe)
+    victim = store.paths()[2]
+    victim.write_bytes(victim.read_bytes()[:-100])
+    with pytest.raises(InputError, match=f"{victim.name}: damaged trace"):
+        list(TraceStore.open(tmp_path))
+
+
+def test_windows_of_serving_and_of_training(stores):
+    trace = stores[0].manifest.trace
+    for document in stores[0]:
+        (span,) = document.meta.spans
+        training = document.windows(serving=False)
+        serving = document.windows(serving=True)
+        assert set(map(tuple, serving.tolist())) <= set(map(tuple, training.tolist()))
+        lengths = training.diff(dim=1).flatten()
+        if span.tail:
+            assert serving[0, 0] == span.serve and int(lengths.min()) == trace.tail
+        else:
+            assert set(lengths.tolist()) == {trace.window}
+            assert serving[:, 0].tolist() == list(range(0, 64 - 15, 16))
+        assert torch.all(document.labels(training).mass.sum(dim=1) <= 1 + 1e-3)

@@ -1,0 +1,70 @@
+"""Every registered loss passes the same tests."""
+
+import pytest
+import torch
+
+from indexer_train.losses import LOSSES
+from indexer_train.losses.base import Targets
+
+
+def targets(batch=3, chunks=7, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+    candidate = torch.rand(batch, chunks, generator=generator) > 0.2
+    candidate[:, 0] = False
+    mass = torch.rand(batch, chunks, generator=generator).to(dtype) * candidate / chunks
+    peak = (mass * 3).clamp_max(1)
+    return Targets(mass, peak, candidate, 1 - mass.sum(1))
+
+
+@pytest.fixture(params=sorted(LOSSES))
+def loss(request):
+    return LOSSES[request.param](model=None, golden=0.1)
+
+
+def test_gradient_equals_finite_differences(loss):
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    goal = targets()
+    assert torch.autograd.gradcheck(lambda z: loss.compute(z, goal), logits)
+
+
+def test_what_is_no_candidate_does_not_matter(loss):
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    goal = targets()
+    changed = torch.where(goal.candidate, logits, torch.randn_like(logits) * 50)
+    torch.testing.assert_close(loss.compute(logits, goal), loss.compute(changed, goal))
+
+    def padded(value):
+        return torch.nn.functional.pad(value, (0, 5))
+
+    longer = Targets(padded(goal.mass), padded(goal.peak), padded(goal.candidate), goal.protected)
+    torch.testing.assert_close(loss.compute(logits, goal), loss.compute(padded(logits), longer))
+
+
+def test_the_order_of_chunks_does_not_matter(loss):
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    goal = targets()
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    shuffled = Targets(goal.mass[:, order], goal.peak[:, order], goal.candidate[:, order], goal.protected)
+    torch.testing.assert_close(loss.compute(logits, goal), loss.compute(logits[..., order], shuffled))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e3, 1e6])
+def test_finite_at_extreme_logits(loss, size):
+    signs = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).sign()
+    logits = (signs * size).requires_grad_()
+    value = loss.compute(logits, targets(dtype=torch.float32))
+    value.backward()
+    assert value.isfinite() and logits.grad.isfinite().all()
+
+
+def test_training_on_it_ranks_what_was_needed_first(loss):
+    goal = targets()
+    logits = torch.zeros(1, 3, 7, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss.compute(logits, goal).backward()
+        optimizer.step()
+    for row in range(3):
+        best = goal.peak[row].argmax()
+        assert logits[0, row, goal.candidate[row]].max() == logits[0, row, best]

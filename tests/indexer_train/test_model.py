@@ -1,0 +1,105 @@
+"""The score against a literal float64 loop, and the model as a sentence-transformers model."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_gen.chunks import Chunking
+from indexer_train.bridge.bundle import export_bundle, load_bundle
+from indexer_train.config import IndexerConfig
+from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.scoring import distance_bumps
+from indexer_train.trainer import load_indexer
+
+
+def make(**shape):
+    torch.manual_seed(0)
+    spec = IndexerSpec(
+        shape=IndexerConfig(**({"heads": 3, "rank": 5} | shape)),
+        layers=[1, 4],
+        hidden=8,
+        key_width=6,
+        chunking=Chunking(tokens=4),
+        window=16,
+        backbone="abc",
+        thresholds={"0.1": -1.5},
+    )
+    indexer = MemoryIndexer.from_spec(spec, device="cpu").eval()
+    for parameter in indexer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return indexer
+
+
+def reference(indexer, hidden, keys, positions):
+    """z as the docstring of scoring.py has it, one number at a time."""
+    shape, state = indexer.spec.shape, {k: v.double() for k, v in indexer.query_encoder.state_dict().items()}
+    scores = torch.zeros(len(hidden), len(keys), 2, dtype=torch.float64)
+    for which, layer in enumerate(indexer.spec.layers):
+        weights = {k.split(".", 2)[2]: v for k, v in state.items() if k.startswith(f"encoders.{layer}.")}
+        for t, h in enumerate(hidden[:, which].double()):
+            c = weights["wq_a.weight"] @ h
+            c = c / math.sqrt(float((c * c).mean()) + 1e-6) * weights["q_norm.weight"]
+            q = (weights["wq_b.weight"] @ c).reshape(shape.heads, 6)
+            w = weights["weights_proj.weight"] @ h / math.sqrt(6 * shape.heads)
+            extras = (weights["extras.weight"] @ h + weights["extras.bias"]).tolist()
+            bumps, rest = extras[: shape.distance_bumps], extras[shape.distance_bumps :]
+            scale = rest.pop(0) if shape.scale else 0.0
+            slot = rest.pop(0) if shape.slot else 0.0
+            for s, key in enumerate(keys[:, which].double()):
+                z = sum(float(w[i]) * max(0.0, float(q[i] @ key)) for i in range(shape.heads))
+                log = math.log2(max(1, int(positions[t]) - 4 * s))
+                for p, u in enumerate(bumps):
+                    nearest = min(max(log, 4), 3 + shape.distance_bumps)
+                    z += u * max(0.0, 1 - abs(nearest - (4 + p)))
+                scores[t, s, which] = math.exp(scale) * z - slot
+    if shape.join == "max":
+        return scores.amax(-1)
+    return scores.sum(-1) if shape.join == "sum" else scores.mean(-1)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"distance_bumps": 0},
+        {"scale": False, "join": "max"},
+        {"slot": False, "join": "mean"},
+        {"distance_bumps": 0, "scale": False, "slot": False},
+    ],
+)
+def test_scores_equal_the_reference(shape):
+    indexer = make(**shape)
+    hidden, keys, positions = torch.randn(3, 2, 8), torch.randn(30, 2, 6), torch.tensor([119, 60, 4000])
+    expected = reference(indexer, hidden, keys, positions)
+    torch.testing.assert_close(indexer.scores(hidden, keys, positions).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@given(st.integers(1, 1 << 21), st.integers(1, 16))
+def test_bumps_sum_to_one_at_every_distance(distance, count):
+    bumps = distance_bumps(torch.tensor([distance]), count)
+    torch.testing.assert_close(bumps.sum(), torch.tensor(1.0))
+    assert bumps.min() >= 0
+
+
+def test_encode_and_similarity_score_like_serving():
+    indexer = make()
+    hidden, keys = torch.randn(3, 2, 8), torch.randn(30, 2, 6)
+    queries = indexer.encode_query(list(hidden), convert_to_tensor=True)
+    documents = indexer.encode_document(list(keys), convert_to_tensor=True)
+    scores = indexer.similarity(queries, documents)
+    torch.testing.assert_close(scores, indexer.scores(hidden, keys, torch.full((3,), 120)))
+
+
+def test_saved_and_exported_indexers_score_bit_for_bit(tmp_path):
+    indexer = make()
+    hidden, keys, positions = torch.randn(3, 2, 8), torch.randn(30, 2, 6), torch.tensor([119, 60, 4000])
+    expected = indexer.scores(hidden, keys, positions)
+    indexer.save_pretrained(str(tmp_path / "saved"))
+    export_bundle(indexer, tmp_path / "bundle")
+    for loaded in (load_indexer(tmp_path / "saved"), load_bundle(tmp_path / "bundle")):
+        assert loaded.spec == indexer.spec
+        assert torch.equal(loaded.scores(hidden, keys, positions).cpu(), expected)
+    assert "layers [1, 4]" in (tmp_path / "saved" / "README.md").read_text()

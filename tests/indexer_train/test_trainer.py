@@ -1,0 +1,135 @@
+"""Training end to end on traces of a tiny model: learning, exact resume, no backbone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from data_gen.errors import InputError
+from data_gen.store import TraceStore
+from indexer_train import trainer as trainer_module
+from indexer_train.batches import DocumentBatchSampler, WindowCollator, window_index
+from indexer_train.evaluator import MassRecallEvaluator
+from indexer_train.losses import LOSSES
+from indexer_train.metrics import indexer_scores, served_windows
+from indexer_train.trainer import check_traces, load_indexer, train
+
+
+def weights(indexer):
+    return {name: value.clone() for name, value in indexer.state_dict().items()}
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [3, 8, 13])
+def test_a_killed_run_resumes_to_the_same_bits(stores, tiny_recipe, tmp_path, monkeypatch, step):
+    whole = train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path / "whole")
+    stock = trainer_module.SentenceTransformerTrainer
+
+    def killed(*args, callbacks, **kwargs):
+        return stock(*args, callbacks=[*callbacks, KillAt(step)], **kwargs)
+
+    monkeypatch.setattr(trainer_module, "SentenceTransformerTrainer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path / "killed")
+    monkeypatch.setattr(trainer_module, "SentenceTransformerTrainer", stock)
+    half_written = tmp_path / "killed" / "checkpoints" / "checkpoint-999"
+    half_written.mkdir(parents=True)
+    resumed = train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path / "killed")
+    assert not half_written.exists()
+    expected = weights(whole)
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    assert resumed.spec == whole.spec
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_training_beats_the_untrained_indexer(stores, tiny_recipe, tmp_path, loss):
+    settings = tiny_recipe.train.model_copy(update={"loss": loss, "epochs": 12, "learning_rate": 3e-3})
+    indexer = train(stores[0], tiny_recipe.indexer, settings, tmp_path)
+    torch.manual_seed(1)
+    untrained = type(indexer).from_spec(indexer.spec, device="cpu")
+    evaluator = MassRecallEvaluator(stores[0], 0.1)
+    assert evaluator(indexer)["mass_recall"] > evaluator(untrained)["mass_recall"] + 0.01
+
+
+def test_the_saved_indexer_is_the_best_checkpoint_and_calibrated(stores, tiny_recipe, tmp_path):
+    indexer = train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
+    saved = load_indexer(tmp_path / "indexer")
+    assert saved.spec == indexer.spec
+    training, _ = stores[0].hold_back(tiny_recipe.train.validation_every)
+    kept = visible = 0
+    for served in served_windows(training):
+        above = indexer_scores(saved, served) >= saved.spec.thresholds["0.1"]
+        kept += int((above & served.labels.candidate).sum())
+        visible += int(served.visible.sum())
+    assert abs(kept / visible - 0.1) < 0.01
+
+
+def test_batches_hold_one_document_and_depend_on_seed_and_epoch(stores, tiny_recipe):
+    index = window_index(stores[0])
+    sampler = DocumentBatchSampler(index, batch_size=16, seed=5)
+    first = list(sampler)
+    assert first == list(sampler)
+    assert len(first) == len(sampler) == 8
+    assert all(len({index[row]["document"] for row in batch}) == 1 for batch in first)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(DocumentBatchSampler(index, batch_size=16, seed=6)) != first
+    batch = WindowCollator(stores[0], tiny_recipe.trace.layers)([index[row] for row in first[0]])
+    mass, peak, candidate, protected = batch["label"].unbind(1)
+    assert torch.all(peak[candidate == 0] == 0)
+    document = stores[0].paths()[index[first[0][0]]["document"]]
+    labels = next(d for d in stores[0] if d.path == document).labels(
+        torch.tensor([[index[row]["first"], index[row]["last"]] for row in first[0]])
+    )
+    torch.testing.assert_close(mass, labels.mass)
+    torch.testing.assert_close(protected[:, 0] + mass.sum(1) + labels.rest, torch.ones(len(mass)))
+
+
+def test_no_backbone_is_ever_loaded(stores, tiny_recipe, tmp_path):
+    script = f"""
+import sys
+from pathlib import Path
+from data_gen.store import TraceStore
+from indexer_train.config import IndexerConfig, TrainConfig
+from indexer_train.trainer import train
+import indexer_train.bridge.bundle
+train(TraceStore.open(Path({str(stores[0].root)!r})),
+      IndexerConfig.model_validate_json({tiny_recipe.indexer.model_dump_json()!r}),
+      TrainConfig.model_validate_json({tiny_recipe.train.model_dump_json()!r}), Path({str(tmp_path)!r}))
+loaded = [name for name in sys.modules if name.startswith("data_gen.backbones") or ".modeling_llama" in name]
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path):
+    indexer = train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
+    with pytest.raises(InputError, match="other settings or traces"):
+        train(stores[1], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
+    with pytest.raises(InputError, match="unknown loss"):
+        train(stores[0], tiny_recipe.indexer, tiny_recipe.train.model_copy(update={"loss": "x"}), tmp_path / "b")
+
+    def with_manifest(**changes):
+        return TraceStore(stores[1].root, stores[1].manifest.model_copy(update=changes))
+
+    manifest = stores[1].manifest
+    check_traces(indexer, stores[1])
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match="another backbone"):
+        check_traces(indexer, with_manifest(backbone=replace(manifest.backbone, fingerprint="other")))
+    with pytest.raises(InputError, match=r"reads layers \[2\]"):
+        check_traces(indexer, with_manifest(trace=manifest.trace.model_copy(update={"layers": [0]})))
+    with pytest.raises(InputError, match="no indexer there"):
+        load_indexer(tmp_path / "nothing")
