@@ -61,7 +61,7 @@ class LayerEncoder(nn.Module):
 
 
 class QueryEncoder(InputModule):
-    """The query route: hidden states of all layers -> packed queries, layer after layer."""
+    """The query route: hidden states of all layers -> packed queries, layer after layer, and the position."""
 
     save_in_root = False
     config_file_name = "spec.json"
@@ -75,19 +75,24 @@ class QueryEncoder(InputModule):
     def modalities(self) -> list[str]:
         return ["hidden_states"]
 
-    def preprocess(self, inputs: list[torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Stack hidden states ([L, hidden] each) into a batch [B, L, hidden]."""
-        return {"input_features": torch.stack(list(inputs))}
+    def preprocess(self, inputs: list[tuple[torch.Tensor, int]], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Batch (hidden states [L, hidden], position) pairs; a pair, because a bare tensor is taken for audio."""
+        hidden, positions = zip(*inputs, strict=True)
+        return {"input_features": torch.stack(hidden), "positions": torch.tensor(positions)}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """features["input_features"]: [B, L, hidden] -> features["sentence_embedding"]: [B, L * size]."""
+        """features["input_features"]: [B, L, hidden], ["positions"]: [B] -> ["sentence_embedding"]: [B, L * size + 1].
+
+        The last column is the query's position (exact in fp32 up to 2^24), which the score needs.
+        """
         hidden = features["input_features"].to(next(self.parameters()).dtype).unbind(dim=1)
         packed = [encoder(state) for encoder, state in zip(self.encoders.values(), hidden, strict=True)]
-        features["sentence_embedding"] = torch.cat(packed, dim=-1)
+        position = features["positions"][:, None].float()
+        features["sentence_embedding"] = torch.cat([*packed, position], dim=-1)
         return features
 
     def get_embedding_dimension(self) -> int:
-        return len(self.spec.layers) * self.spec.packed.size
+        return len(self.spec.layers) * self.spec.packed.size + 1
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         (Path(output_path) / self.config_file_name).write_text(self.spec.model_dump_json(indent=2))
@@ -110,9 +115,9 @@ class KeyDecoder(InputModule):
     def modalities(self) -> list[str]:
         return ["keys"]
 
-    def preprocess(self, inputs: list[torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Stack keys ([L, key_width] each) into [N, L, key_width]."""
-        return {"input_values": torch.stack(list(inputs))}
+    def preprocess(self, inputs: list[tuple[torch.Tensor]], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Stack (keys [L, key_width],) of N chunks into [N, L, key_width]."""
+        return {"input_values": torch.stack([keys for (keys,) in inputs])}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """features["input_values"]: [N, L, key_width] -> features["sentence_embedding"]: [N, L * key_width]."""
@@ -128,7 +133,13 @@ class KeyDecoder(InputModule):
 
 
 class MemoryIndexer(SentenceTransformer):
-    """The trained model. `encode_query` takes hidden states, `encode_document` keys; `similarity` scores chunks."""
+    """The trained model; a document is the chunks of one history, in order.
+
+    Usage:
+        queries = indexer.encode_query([(hidden, position), ...])  # hidden: [L, hidden]
+        chunks = indexer.encode_document([(keys,), ...])  # keys: [L, key_width], one entry per chunk
+        scores = indexer.similarity(queries, chunks)  # [B, N], what serving ranks by
+    """
 
     _module_classes = {  # noqa: RUF012 - the attribute the base class reads to load without remote code
         "indexer_train.model.QueryEncoder": QueryEncoder,
@@ -150,26 +161,26 @@ class MemoryIndexer(SentenceTransformer):
     def spec(self) -> IndexerSpec:
         return self.query_encoder.spec
 
-    def layer_logits(self, packed: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits per layer. packed: [B, L * size]; keys: [N, L * key_width]; positions: [B]. Returns [L, B, N] fp32."""
+    def layer_logits(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Logits per layer. queries: [B, L * size + 1]; keys: [N, L * key_width]. Returns [L, B, N] fp32."""
         spec, layers = self.spec, len(self.spec.layers)
+        packed, positions = queries.float().split([queries.shape[1] - 1, 1], dim=1)
         first_tokens = torch.arange(len(keys), device=keys.device) * spec.chunking.tokens
-        distance = (positions.to(keys.device)[:, None] - first_tokens).clamp_min(1)  # future chunks are masked later
-        by_layer = zip(packed.float().chunk(layers, dim=1), keys.float().chunk(layers, dim=1), strict=True)
+        distance = (positions - first_tokens).clamp_min(1)  # future chunks are masked later
+        by_layer = zip(packed.chunk(layers, dim=1), keys.float().chunk(layers, dim=1), strict=True)
         return torch.stack([spec.packed.score(query, key, distance) for query, key in by_layer])
 
     @torch.no_grad()
     def scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What serving ranks by: hidden [B, L, hidden], keys [N, L, key_width], positions [B] -> [B, N] fp32."""
-        query = self.query_encoder({"input_features": hidden.to(self.device)})["sentence_embedding"]
-        document = keys.to(self.device).float().flatten(1)
-        return join_layers(self.layer_logits(query, document, positions.to(self.device)), self.spec.shape.join)
+        features = {"input_features": hidden.to(self.device), "positions": positions.to(self.device)}
+        queries = self.query_encoder(features)["sentence_embedding"]
+        return self.similarity(queries, keys.to(self.device).float().flatten(1))
 
     def similarity(self, embeddings1: torch.Tensor, embeddings2: torch.Tensor) -> torch.Tensor:
-        """Chunk scores of queries placed right behind the last chunk: [B, L * size], [N, L * key_width] -> [B, N]."""
-        embeddings1, embeddings2 = torch.as_tensor(embeddings1), torch.as_tensor(embeddings2)
-        positions = torch.full((len(embeddings1),), len(embeddings2) * self.spec.chunking.tokens)
-        return join_layers(self.layer_logits(embeddings1, embeddings2, positions), self.spec.shape.join)
+        """Chunk scores, layers joined. embeddings1: [B, L * size + 1]; embeddings2: [N, L * key_width] -> [B, N]."""
+        logits = self.layer_logits(torch.as_tensor(embeddings1), torch.as_tensor(embeddings2))
+        return join_layers(logits, self.spec.shape.join)
 
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Say what the folder holds; the figures come from `lookahead evaluate`."""

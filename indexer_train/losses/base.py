@@ -34,11 +34,10 @@ class IndexerLoss(nn.Module, ABC):
     def forward(self, features: list[dict[str, Any]], label: torch.Tensor) -> torch.Tensor:
         """features: query and document features of the collator; label: [B, 4, N]."""
         query, document = features
-        positions = query["positions"]
-        packed = self.model(query)["sentence_embedding"]
+        queries = self.model(query)["sentence_embedding"]
         keys = self.model(document)["sentence_embedding"]
         inner = getattr(self.model, "module", self.model)  # the model itself when wrapped for several GPUs
-        logits = inner.layer_logits(packed, keys, positions)
+        logits = inner.layer_logits(queries, keys)
         mass, peak, candidate, protected = label.unbind(dim=1)
         return self.compute(logits, Targets(mass, peak, candidate.bool(), protected[:, 0]))
 

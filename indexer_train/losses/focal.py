@@ -13,8 +13,8 @@ class FocalLoss(IndexerLoss):
     """Per layer: BCE of each candidate against golden or not, weighed by (1 - p of the truth)^gamma."""
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-        golden = (targets.peak >= self.golden).float().expand_as(logits)
+        golden = (targets.peak >= self.golden).to(logits.dtype).expand_as(logits)
         loss = F.binary_cross_entropy_with_logits(logits, golden, reduction="none")
         focus = (1 - torch.exp(-loss)) ** GAMMA
-        weight = targets.candidate.float().expand_as(logits)
+        weight = targets.candidate.to(logits.dtype).expand_as(logits)
         return (loss * focus * weight).sum() / weight.sum().clamp_min(1)

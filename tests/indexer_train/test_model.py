@@ -87,10 +87,11 @@ def test_bumps_sum_to_one_at_every_distance(distance, count):
 def test_encode_and_similarity_score_like_serving():
     indexer = make()
     hidden, keys = torch.randn(3, 2, 8), torch.randn(30, 2, 6)
-    queries = indexer.encode_query(list(hidden), convert_to_tensor=True)
-    documents = indexer.encode_document(list(keys), convert_to_tensor=True)
+    positions = [120, 121, 4000]
+    queries = indexer.encode_query(list(zip(hidden, positions, strict=True)))
+    documents = indexer.encode_document([(key,) for key in keys])
     scores = indexer.similarity(queries, documents)
-    torch.testing.assert_close(scores, indexer.scores(hidden, keys, torch.full((3,), 120)))
+    torch.testing.assert_close(scores, indexer.scores(hidden, keys, torch.tensor(positions)))
 
 
 def test_saved_and_exported_indexers_score_bit_for_bit(tmp_path):
