@@ -20,7 +20,12 @@ from transformers import (
 )
 
 from data_gen.backbones.dense import DenseBackbone
+from data_gen.chunks import Chunking
+from data_gen.config import TraceConfig
 from data_gen.generate import generate
+from data_gen.oracle import SparseAttention
+from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
+from data_gen.trace import BackboneInfo, RawTrace
 from recipes import Recipe
 
 settings.register_profile("suite", deadline=None)
@@ -112,3 +117,43 @@ def stores(tmp_path_factory, tokenizer, tiny_recipe):
         )
 
     return build("train"), build("heldout")
+
+
+def planted_store(root, documents, seed):
+    """Traces with a known secret: every token reads one random chunk, and its hidden state foretells two.
+
+    It is a fixed rotation of the keys of the chunks that this token and the next one read: the whole window of two
+    tokens. Keys are unit vectors in an order of each document's own. Whoever learns the rotation finds the chunks in
+    any document; whoever does not is left with chance.
+    """
+    width = chunks = rows = 32
+    rotation = torch.linalg.qr(torch.randn(2, 2 * width, 2 * width, generator=torch.Generator().manual_seed(99))).Q
+    generator = torch.Generator().manual_seed(seed)
+    trace = TraceConfig(chunking=Chunking(tokens=4, sink=1, recent=2), layers=[0, 1], window=2, text_rows=rows, tail=2)
+    backbone = BackboneInfo("planted", "planted", [0, 1], 2 * width, width, 4 * chunks)
+    store = TraceStore.create(root, Manifest(backbone=backbone, trace=trace, documents={}, versions={}))
+    positions = torch.arange(4 * chunks - rows, 4 * chunks)
+    oldest_query = int(positions[0]) // 4
+    for index in range(documents):
+        read = torch.randint(1, oldest_query - 2, (rows + 1,), generator=generator)
+        keys = 4 * torch.stack([torch.eye(width)[torch.randperm(chunks, generator=generator)] for _ in range(2)])
+        states = [torch.cat([keys[k, read[:-1]], keys[k, read[1:]]], dim=1) @ rotation[k] for k in range(2)]
+        mean = torch.full((rows, chunks, 1), 0.1 / chunks)
+        mean[torch.arange(rows), read[:-1]] = 0.9
+        raw = RawTrace(
+            hidden={layer: states[layer].bfloat16() for layer in range(2)},
+            keys={layer: keys[layer].half() for layer in range(2)},
+            positions=positions,
+            attention=SparseAttention.from_dense(mean, mean, (positions + 1) // 4, chunks),
+            mean_pooled=torch.zeros(rows, chunks).half(),
+        )
+        span = Span(first=0, last=rows, serve=0, tail=False)
+        store.write(index, DocumentMeta(name=str(index), task="planted", length=4 * chunks, spans=[span]), raw)
+    return store
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory):
+    """(training, held-out) stores of `planted_store`."""
+    root = tmp_path_factory.mktemp("planted")
+    return planted_store(root / "train", 48, seed=1), planted_store(root / "heldout", 8, seed=2)

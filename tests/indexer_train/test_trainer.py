@@ -11,6 +11,7 @@ from data_gen.errors import InputError
 from data_gen.store import TraceStore
 from indexer_train import trainer as trainer_module
 from indexer_train.batches import DocumentBatchSampler, WindowCollator, window_index
+from indexer_train.config import IndexerConfig
 from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.metrics import indexer_scores, served_windows
@@ -53,13 +54,16 @@ def test_a_killed_run_resumes_to_the_same_bits(stores, tiny_recipe, tmp_path, mo
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
-def test_training_beats_the_untrained_indexer(stores, tiny_recipe, tmp_path, loss):
-    settings = tiny_recipe.train.model_copy(update={"loss": loss, "epochs": 12, "learning_rate": 3e-3})
-    indexer = train(stores[0], tiny_recipe.indexer, settings, tmp_path)
+def test_every_loss_finds_the_planted_chunks(planted, tiny_recipe, tmp_path, loss):
+    settings = tiny_recipe.train.model_copy(
+        update={"loss": loss, "epochs": 8, "learning_rate": 3e-3, "windows_per_document": 32}
+    )
+    indexer = train(planted[0], IndexerConfig(heads=16, rank=32), settings, tmp_path)
     torch.manual_seed(1)
     untrained = type(indexer).from_spec(indexer.spec, device="cpu")
-    evaluator = MassRecallEvaluator(stores[0], 0.1)
-    assert evaluator(indexer)["mass_recall"] > evaluator(untrained)["mass_recall"] + 0.01
+    evaluator = MassRecallEvaluator(planted[1], settings.budget)
+    assert evaluator(untrained)["mass_recall"] < 0.3
+    assert evaluator(indexer)["mass_recall"] > 0.85
 
 
 def test_the_saved_indexer_is_the_best_checkpoint_and_calibrated(stores, tiny_recipe, tmp_path):
