@@ -1,0 +1,94 @@
+"""DeepSeek-V4 chunk keys as bytes: fp8 values and one fp32 scale a chunk, as rows or as 64-chunk pages.
+
+Row: the d values as float8_e4m3fn, then the scale as four little-endian bytes (132 bytes for d = 128).
+Page: the values of 64 chunks, then their 64 scales (8,448 bytes), the layout of a serving engine's key pool.
+Widths come from the tensors, so that narrow models use the same code.
+"""
+
+import torch
+
+from data_gen.errors import InputError
+
+PAGE = 64
+"""Chunks in a page."""
+SCALE_BYTES = 4
+LARGEST = 448.0
+"""The largest finite float8_e4m3fn."""
+SMALLEST_RANGE = 1e-4
+"""Floor of a key's largest magnitude, so that an all-zero key has a scale."""
+NAN_CODE = 0x7F
+"""All bits below the sign set: the only NaN of float8_e4m3fn."""
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Sylvester's Walsh-Hadamard transform over the last axis / sqrt(width); its own inverse.
+
+    x: [..., d], d a power of two. Returns [..., d] fp32. Written as butterflies: neither autocast nor TF32 can touch
+    the sums, and every device adds in the same order. Raises InputError on any other width.
+    """
+    width = x.shape[-1]
+    if width < 1 or width & (width - 1):
+        raise InputError(f"Hadamard transform: width {width} is not a power of two")
+    y, half = x.float(), 1
+    while half < width:
+        even, odd = y.unflatten(-1, (-1, 2, half)).unbind(-2)
+        y = torch.stack([even + odd, even - odd], dim=-2).flatten(-3)
+        half *= 2
+    return y * width**-0.5
+
+
+def encode_keys(keys: torch.Tensor) -> torch.Tensor:
+    """Quantise keys: [..., d] -> rows [..., d + 4] uint8.
+
+    scale = max(1e-4, amax) / 448 in fp32, not rounded to a power of two; values are x * (1 / scale), clipped to
+    +-448 and rounded to nearest even. Raises InputError when a key is not finite.
+    """
+    keys = keys.float()
+    if not bool(keys.isfinite().all()):
+        raise InputError("encode_keys: a key holds NaN or infinity; it has no fp8 code")
+    scale = (keys.abs().amax(dim=-1).clamp_min(SMALLEST_RANGE) / LARGEST).unsqueeze(-1)
+    values = (keys * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return torch.cat([values.view(torch.uint8), scale.view(torch.uint8)], dim=-1)
+
+
+def decode_keys(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [..., d + 4] uint8 -> keys [..., d] fp32: value times scale, one fp32 rounding.
+
+    Raises InputError on a NaN code or a scale that is not a positive number: such bytes are no key.
+    """
+    values, scales = _split(rows)
+    if bool(((values & NAN_CODE) == NAN_CODE).any()):
+        raise InputError("decode_keys: NaN code (0x7f or 0xff) among the key bytes; the keys are damaged")
+    scale = scales.clone(memory_format=torch.contiguous_format).view(torch.float32)  # a view must start at 4 bytes
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise InputError("decode_keys: a scale is not a positive finite number; the keys are damaged")
+    return values.view(torch.float8_e4m3fn).float() * scale
+
+
+def rows_to_pages(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [N, d + 4] uint8 -> pages [ceil(N / 64), 64 * (d + 4)] uint8; the rest of the last page is zero bytes."""
+    missing = -len(rows) % PAGE
+    values, scales = _split(torch.nn.functional.pad(rows, (0, 0, 0, missing)))
+    return torch.cat([values.reshape(-1, PAGE * values.shape[-1]), scales.reshape(-1, PAGE * SCALE_BYTES)], dim=-1)
+
+
+def pages_to_rows(pages: torch.Tensor, chunks: int) -> torch.Tensor:
+    """Pages [P, 64 * (d + 4)] uint8 -> the first `chunks` rows [chunks, d + 4] uint8.
+
+    Raises InputError when the pages hold fewer chunks.
+    """
+    if pages.dtype != torch.uint8 or pages.ndim != 2 or pages.shape[-1] % PAGE:
+        raise InputError(f"key pages: {pages.dtype} {list(pages.shape)} are not uint8 pages of {PAGE} chunks")
+    if not 0 <= chunks <= len(pages) * PAGE:
+        raise InputError(f"key pages: {len(pages)} pages hold {len(pages) * PAGE} chunks, {chunks} were asked for")
+    width = pages.shape[-1] // PAGE - SCALE_BYTES
+    values = pages[:, : PAGE * width].reshape(-1, width)
+    scales = pages[:, PAGE * width :].reshape(-1, SCALE_BYTES)
+    return torch.cat([values, scales], dim=-1)[:chunks]
+
+
+def _split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(value bytes [..., d], scale bytes [..., 4])."""
+    if rows.dtype != torch.uint8 or rows.shape[-1] <= SCALE_BYTES:
+        raise InputError(f"key rows: {rows.dtype} {list(rows.shape)} are not uint8 values followed by a 4-byte scale")
+    return rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:]

@@ -1,0 +1,82 @@
+"""Rotary positions of DeepSeek-V4's compressed branch: interleaved pairs on the last dims, plain or YaRN."""
+
+import math
+from typing import Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from data_gen.errors import InputError
+
+
+class Rope(BaseModel):
+    """Which dims turn how fast, and up to which position.
+
+    dims: rotated dims, the last of a vector; theta: base; positions: first position that is refused;
+    factor: YaRN's stretch, 1 for plain RoPE; original: context in tokens before the stretch; beta_fast, beta_slow:
+    turns within `original` above which a frequency is kept, and below which it is divided by `factor`.
+    DeepSeek-V4: 64 dims, theta 160000, factor 16, original 65536, betas 32 and 1, 1048576 positions, no mscale.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dims: PositiveInt
+    theta: PositiveFloat
+    positions: PositiveInt
+    factor: PositiveFloat = 1.0
+    original: PositiveInt = 65536
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: NonNegativeFloat = 1.0
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if self.dims % 2:
+            raise ValueError("dims must be even: they turn in pairs")
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError("beta_fast must exceed beta_slow")
+        return self
+
+    def frequencies(self) -> torch.Tensor:
+        """[dims / 2] fp32, radians per token.
+
+        Computed on the CPU in fp32 in the reference's order: at position 10^6 one bit more is 0.06 radians.
+        """
+        power = self.theta ** (torch.arange(0, self.dims, 2, dtype=torch.float32) / self.dims)
+        kept, stretched = 1.0 / power, 1.0 / (self.factor * power)
+        if self.factor == 1.0:
+            return kept
+        first = max(math.floor(self._pair_turning(self.beta_fast)), 0)
+        last = min(math.ceil(self._pair_turning(self.beta_slow)), self.dims - 1)
+        ramp = (torch.arange(self.dims // 2, dtype=torch.float32) - first) / max(last - first, 1e-3)
+        keep = 1 - ramp.clamp(0, 1)
+        return stretched * (1 - keep) + kept * keep
+
+    def _pair_turning(self, turns: float) -> float:
+        """The (fractional) pair that makes `turns` full turns within `original` tokens."""
+        return self.dims * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+    def angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions [...] (integers, 0-based) -> angles [..., dims / 2] fp32 = fp32(position) * frequency.
+
+        Raises InputError beyond the configured maximum: a table that clamps there scores distances that are wrong.
+        """
+        if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= self.positions):
+            raise InputError(
+                f"positions {int(positions.min())}..{int(positions.max())} are outside 0..{self.positions - 1}, "
+                "the backbone's range"
+            )
+        return positions[..., None].float() * self.frequencies().to(positions.device)
+
+    def table(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions [...] -> unit complex numbers [..., dims / 2] complex64 (the release's freqs_cis)."""
+        angles = self.angles(positions)
+        return torch.polar(torch.ones_like(angles), angles)
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Turn the last `dims` of x: [..., d] by positions, which broadcast to x.shape[:-1]. Returns [..., d] fp32."""
+        fixed, turning = x.float().split([x.shape[-1] - self.dims, self.dims], dim=-1)
+        angles = self.angles(positions)
+        cos, sin = angles.cos(), angles.sin()
+        even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+        return torch.cat([fixed, turned], dim=-1)
