@@ -51,19 +51,25 @@ class DocumentsConfig(Strict):
 class TraceConfig(Strict):
     """What a trace keeps.
 
-    layers: backbone layers whose hidden states and keys the indexer sees (full-attention layers).
+    layers: backbone layers whose hidden states and keys the indexer sees (full-attention layers; ordinals of the
+    compressed sparse attention layers on DeepSeek-V4).
+    oracle: who says which chunks mattered: the core `attention`, or DeepSeek-V4's own `indexer`.
     window: tau, the lookahead in tokens; text_rows: query tokens traced at the end of a plain-text document;
     answer_lead: query tokens traced before an answer; tail: shortest window that counts when an answer ends early;
-    top_chunks: oracle probabilities kept per query token.
+    top_chunks: attention probabilities kept per query token.
+    own_tokens: most tokens that the backbone itself writes behind a prompt, greedily, and that are traced in place of
+    the document's answer (on-policy); 0 reads the document as it is (teacher-forced).
     """
 
     chunking: Chunking = Chunking()
     layers: list[NonNegativeInt] = Field(min_length=1)
+    oracle: Literal["attention", "indexer"] = "attention"
     window: PositiveInt = 64
     text_rows: PositiveInt = 320
     answer_lead: PositiveInt = 16
     tail: PositiveInt = 8
     top_chunks: PositiveInt = 256
+    own_tokens: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,6 +1,13 @@
-"""Chunk keys of dense backbones: attention keys before RoPE, averaged over a chunk."""
+"""Chunk keys: those of dense backbones are attention keys before RoPE, averaged over a chunk."""
 
 import torch
+
+from data_gen.key_codec import decode_keys
+
+
+def key_vectors(stored: torch.Tensor) -> torch.Tensor:
+    """Keys as a trace stores them, uint8 rows [..., d + 4] or floats [..., d] -> [..., d] fp32."""
+    return decode_keys(stored) if stored.dtype == torch.uint8 else stored.float()
 
 
 class KeyPooler:

@@ -96,8 +96,10 @@ class SparseAttention:
 class WindowLabels:
     """What each lookahead window needed, for W window starts and N chunks.
 
+    Of the attention oracle (the indexer oracle's votes take their place in data_gen/votes.py):
     mass: [W, N] fp32, attention probability averaged over heads, layers and the window's tokens;
-    peak: [W, N] fp32, the window's maximum of the head-maximum probability averaged over layers;
+    peak: [W, N] fp32, the window's maximum of the head-maximum probability averaged over layers.
+    Of both:
     candidate: [W, N] bool, unprotected chunks visible at the start; rest: [W] fp32, mean mass that was not stored.
     """
 
@@ -109,6 +111,13 @@ class WindowLabels:
     def golden(self, threshold: float) -> torch.Tensor:
         """[W, N] bool: candidates whose peak reaches `threshold` anywhere in the window."""
         return self.candidate & (self.peak >= threshold)
+
+
+def candidates(positions: torch.Tensor, chunking: Chunking, chunks: int) -> torch.Tensor:
+    """[W, chunks] bool: unprotected chunks visible to resident sets fixed at `positions` ([W])."""
+    bounds = torch.tensor([chunking.candidates(int(p)) for p in positions]).reshape(-1, 2)
+    index = torch.arange(chunks)
+    return (index >= bounds[:, :1]) & (index < bounds[:, 1:])
 
 
 def window_labels(
@@ -128,9 +137,7 @@ def window_labels(
     rests = torch.cat([rest.new_zeros(1), rest]).double().cumsum(0)
     first, last = windows.unbind(1)
     length = (last - first).double()
-    bounds = torch.tensor([chunking.candidates(int(p)) for p in positions[first]]).reshape(-1, 2)
-    index = torch.arange(chunks)
-    candidate = (index >= bounds[:, :1]) & (index < bounds[:, 1:])
+    candidate = candidates(positions[first], chunking, chunks)
     mass = ((totals[last] - totals[first]) / length[:, None]).clamp_min(0).float()
     highest = torch.stack([peak[a:b].amax(dim=0) for a, b in windows.tolist()])
     return WindowLabels(

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from data_gen.config import TraceConfig
 from data_gen.errors import InputError
 from data_gen.oracle import SparseAttention, WindowLabels, window_labels
-from data_gen.trace import BackboneInfo, RawTrace
+from data_gen.trace import BackboneInfo, NativeRow, RawTrace
+from data_gen.votes import GoldenChunks
 
 FORMAT = 1
 
@@ -41,7 +42,10 @@ class Span(BaseModel):
 
 
 class DocumentMeta(BaseModel):
-    """What is known of one traced document. length: tokens; depth: where its asked needle lies, 0 (start) to 1."""
+    """What is known of one traced document.
+
+    length: tokens; depth: where its asked needle lies, 0 (start) to 1; near_ties: see RawTrace.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,18 +54,17 @@ class DocumentMeta(BaseModel):
     length: int
     spans: list[Span]
     depth: float | None = None
+    near_ties: int = 0
 
 
 class Manifest(BaseModel):
     """What every document of a store shares. documents: their settings; versions: of the packages that read them."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")  # what earlier writers said twice
 
     format: Literal[1] = FORMAT
     backbone: BackboneInfo
     trace: TraceConfig
-    oracle: Literal["attention"] = "attention"
-    key: Literal["mean_pre_rope"] = "mean_pre_rope"
     documents: dict[str, Any]
     versions: dict[str, str]
 
@@ -101,7 +104,7 @@ class TraceDocument:
         return self._file.get_tensor(f"layers.{layer}.hidden")
 
     def keys(self, layer: int) -> torch.Tensor:
-        """[N, key_width] fp16, one key per complete chunk."""
+        """Keys as stored, one per complete chunk: [N, ...], see data_gen/trace.py KeyKind; `key_vectors` decodes."""
         return self._file.get_tensor(f"layers.{layer}.keys")
 
     @cached_property
@@ -111,19 +114,39 @@ class TraceDocument:
 
     @cached_property
     def chunks(self) -> int:
-        """N, complete chunks of the whole document."""
-        return self.meta.length // self.trace.chunking.tokens
+        """N, complete chunks of the whole document that have a key."""
+        return self._file.get_slice(f"layers.{self.trace.layers[0]}.keys").get_shape()[0]
 
     @cached_property
     def attention(self) -> SparseAttention:
-        """The oracle's probabilities, per layer."""
+        """The attention oracle's probabilities, per layer."""
         names = ("pointers", "chunks", "mean", "peak", "rest")
         return SparseAttention(*(self._file.get_tensor(f"oracle.{name}") for name in names))
 
+    @cached_property
+    def golden(self) -> GoldenChunks:
+        """The indexer oracle's golden chunks."""
+        return GoldenChunks(*(self._file.get_tensor(f"oracle.{name}") for name in ("pointers", "chunks", "votes")))
+
     @property
-    def mean_pooled(self) -> torch.Tensor:
-        """[T, N] fp16, the untrained baseline's scores."""
-        return self._file.get_tensor("baselines.mean_pooled")
+    def mean_pooled(self) -> torch.Tensor | None:
+        """[T, N] fp16, the untrained baseline's scores; None on DeepSeek-V4."""
+        name = "baselines.mean_pooled"
+        return self._file.get_tensor(name) if name in self._file.keys() else None  # noqa: SIM118 - not a mapping
+
+    def native(self, layer: int) -> dict[int, NativeRow]:
+        """What the backbone's own indexer computed, by row; empty where the trace kept nothing."""
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        for name in self._file.keys():  # noqa: SIM118
+            if name.startswith(f"native.{layer}."):
+                _, _, row, part = name.split(".")
+                found.setdefault(int(row), {})[part] = self._file.get_tensor(name)
+        return {row: NativeRow(**parts) for row, parts in sorted(found.items())}
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What an imported document came with (prompt, response, the dump's metadata); else empty."""
+        return json.loads(self._file.metadata().get("source", "{}"))
 
     def windows(self, serving: bool) -> torch.Tensor:
         """[W, 2] rows (first, one past the last) of lookahead windows that have an unprotected chunk to choose.
@@ -148,6 +171,8 @@ class TraceDocument:
 
     def labels(self, windows: torch.Tensor) -> WindowLabels:
         """The oracle pooled over `windows` ([W, 2], from `windows`)."""
+        if self.trace.oracle == "indexer":
+            return self.golden.window_labels(self.positions, windows, self.trace.chunking, self.chunks)
         mean, peak = self._dense
         return window_labels(mean, peak, self.attention.rest, self.positions, windows, self.trace.chunking)
 
@@ -207,12 +232,19 @@ class TraceStore:
         for path in self.paths():
             yield TraceDocument(path, self.manifest.trace)
 
-    def write(self, index: int, meta: DocumentMeta, raw: RawTrace) -> None:
-        """Write one document; it appears whole or not at all."""
+    def write(self, index: int, meta: DocumentMeta, raw: RawTrace, source: dict[str, Any] | None = None) -> None:
+        """Write one document, with what it came with; it appears whole or not at all."""
         tensors = {f"layers.{layer}.hidden": value for layer, value in raw.hidden.items()}
         tensors |= {f"layers.{layer}.keys": value for layer, value in raw.keys.items()}
-        tensors |= {f"oracle.{name}": value for name, value in vars(raw.attention).items()}
-        tensors |= {"positions": raw.positions, "baselines.mean_pooled": raw.mean_pooled}
+        tensors |= {f"oracle.{name}": value for name, value in vars(raw.oracle).items()}
+        tensors["positions"] = raw.positions
+        if raw.mean_pooled is not None:
+            tensors["baselines.mean_pooled"] = raw.mean_pooled
+        for (layer, row), native in raw.native.items():
+            parts = {part: value for part, value in vars(native).items() if value is not None}
+            tensors |= {f"native.{layer}.{row}.{part}": value for part, value in parts.items()}
         tensors = {name: value.contiguous() for name, value in tensors.items()}
         metadata = {"document": json.dumps(meta.model_dump())}
+        if source:
+            metadata["source"] = json.dumps(source, ensure_ascii=False)
         write_atomically(self.path(index), lambda file: save_file(tensors, file, metadata))

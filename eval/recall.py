@@ -61,7 +61,7 @@ def _document(selected: torch.Tensor, served: ServedWindows, golden: float) -> t
     """(golden recall or NaN, mass recall, kept share, windows, tokens) of one document."""
     return (
         float(golden_recall(selected, served.labels, golden).nanmean()),
-        float(mass_recall(selected, served.labels).mean()),
+        float(mass_recall(selected, served.labels).nanmean()),
         float((selected.sum(dim=1) / served.visible).mean()),
         len(selected),
         served.document.meta.length,

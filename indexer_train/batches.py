@@ -53,7 +53,7 @@ class DocumentBatchSampler(DefaultBatchSampler):
 class WindowCollator:
     """Rows of the index -> query features, document features and soft labels of one document.
 
-    query_input_features [B, L, hidden]; query_positions [B]; document_input_values [N, L, key_width];
+    query_input_features [B, L, hidden]; query_positions [B]; document_input_values [N, L, ...] as stored;
     label [B, 4, N]: window mass, window peak, candidate mask, and (in its first entry) the mass on
     protected chunks.
     """

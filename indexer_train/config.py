@@ -11,7 +11,8 @@ class IndexerConfig(Strict):
     """Shape of the memory indexer, the same for each of its layers.
 
     heads (H), rank (r): of the query encoder; distance_bumps: bumps on log2 distance, 0 for none; scale: predict a
-    factor of the logits from the query; slot: predict the logit of "protected", which the score is relative to.
+    factor of the logits from the query; slot: predict the logit of "protected", which the score is relative to; bias:
+    learn one constant added to every logit of every layer (a serving engine takes it as its logit offset).
     join: how the layers' logits become one score per chunk.
     """
 
@@ -20,6 +21,7 @@ class IndexerConfig(Strict):
     distance_bumps: int = 12
     scale: bool = True
     slot: bool = True
+    bias: bool = False
     join: Literal["sum", "mean", "max"] = "sum"
 
 
@@ -27,9 +29,12 @@ class TrainConfig(Strict):
     """How the indexer is trained.
 
     loss: a name of indexer_train/losses; windows_per_document: query tokens of a document in one epoch, which is one
-    batch; golden: head-maximum probability that makes a chunk golden; validation_every: every n-th document
-    is held back from training to select the checkpoint, by its mass recall when `budget` of the chunks are kept;
+    batch; golden: head-maximum probability (oracle `attention`) or layers (oracle `indexer`) that make a chunk golden;
+    validation_every: every n-th document is held back from training to select the checkpoint, by its mass recall when
+    `budget` of the chunks are kept;
     eval_epochs: epochs between two such checks; patience: checks without a better one before training stops.
+    init: where to take the first weights from instead of drawing them: a folder with a safetensors checkpoint of the
+    DeepSeek-V4 backbone (only its indexers are read), or with the release's layer_NN.safetensors files.
     """
 
     loss: str = "listwise_mass"
@@ -44,3 +49,4 @@ class TrainConfig(Strict):
     eval_epochs: PositiveInt = 2
     patience: PositiveInt = 5
     seed: int = 0
+    init: str | None = None

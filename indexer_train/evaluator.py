@@ -28,6 +28,6 @@ class MassRecallEvaluator(BaseEvaluator):
         by_task = defaultdict(list)
         for served in self.served:
             selected = select(indexer_scores(model, served), served.labels.candidate, served.kept(self.budget))
-            by_task[served.document.meta.task].append(float(mass_recall(selected, served.labels).mean()))
+            by_task[served.document.meta.task].append(float(mass_recall(selected, served.labels).nanmean()))
         tasks = {f"mass_recall_{task}": statistics.fmean(values) for task, values in by_task.items()}
         return {"mass_recall": statistics.fmean(tasks.values()), **tasks}

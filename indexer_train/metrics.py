@@ -14,12 +14,11 @@ from indexer_train.model import MemoryIndexer
 
 
 def mass_recall(selected: torch.Tensor, labels: WindowLabels) -> torch.Tensor:
-    """Attention mass of each window on selected candidates / on all candidates: [W] fp32.
+    """Mass of each window on selected candidates / on all candidates: [W] fp32, NaN where a window needed none.
 
-    Mass that the trace did not store counts as missed.
+    Mass is attention probability or, of the indexer oracle, votes. What the trace did not store counts as missed.
     """
-    needed = labels.mass.sum(dim=1) + labels.rest
-    return (labels.mass * selected).sum(dim=1) / needed.clamp_min(1e-12)
+    return (labels.mass * selected).sum(dim=1) / (labels.mass.sum(dim=1) + labels.rest)
 
 
 def golden_recall(selected: torch.Tensor, labels: WindowLabels, threshold: float) -> torch.Tensor:
@@ -48,13 +47,15 @@ class ServedWindows:
 
 
 def served_windows(documents: Iterator[TraceDocument]) -> Iterator[ServedWindows]:
-    """Every document's serving windows; documents without one are left out."""
+    """Every document's serving windows; documents without one, or that need nothing in any, are left out."""
     for document in documents:
         windows = document.windows(serving=True)
         if len(windows):
             positions = document.positions[windows[:, 0]]
             visible = (positions + 1) // document.trace.chunking.tokens
-            yield ServedWindows(document, windows, positions, document.labels(windows), visible)
+            served = ServedWindows(document, windows, positions, document.labels(windows), visible)
+            if served.labels.mass.any():
+                yield served
 
 
 def indexer_scores(indexer: MemoryIndexer, served: ServedWindows) -> torch.Tensor:

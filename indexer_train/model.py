@@ -10,6 +10,7 @@ from sentence_transformers.base.modules import InputModule, Router
 from torch import nn
 
 from data_gen.chunks import Chunking
+from data_gen.keys import key_vectors
 from indexer_train.config import IndexerConfig
 from indexer_train.scoring import PackedQuery, join_layers
 
@@ -116,12 +117,12 @@ class KeyDecoder(InputModule):
         return ["keys"]
 
     def preprocess(self, inputs: list[tuple[torch.Tensor]], **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Stack (keys [L, key_width],) of N chunks into [N, L, key_width]."""
+        """Stack (keys [L, ...] as stored,) of N chunks into [N, L, ...]."""
         return {"input_values": torch.stack([keys for (keys,) in inputs])}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """features["input_values"]: [N, L, key_width] -> features["sentence_embedding"]: [N, L * key_width]."""
-        features["sentence_embedding"] = features["input_values"].float().flatten(1)
+        """features["input_values"]: [N, L, ...] as stored -> features["sentence_embedding"]: [N, L * key_width]."""
+        features["sentence_embedding"] = key_vectors(features["input_values"]).flatten(1)
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
@@ -172,10 +173,10 @@ class MemoryIndexer(SentenceTransformer):
 
     @torch.no_grad()
     def scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What serving ranks by: hidden [B, L, hidden], keys [N, L, key_width], positions [B] -> [B, N] fp32."""
+        """What serving ranks by: hidden [B, L, hidden], stored keys [N, L, ...], positions [B] -> [B, N] fp32."""
         features = {"input_features": hidden.to(self.device), "positions": positions.to(self.device)}
         queries = self.query_encoder(features)["sentence_embedding"]
-        return self.similarity(queries, keys.to(self.device).float().flatten(1))
+        return self.similarity(queries, key_vectors(keys.to(self.device)).flatten(1))
 
     def similarity(self, embeddings1: torch.Tensor, embeddings2: torch.Tensor) -> torch.Tensor:
         """Chunk scores, layers joined. embeddings1: [B, L * size + 1]; embeddings2: [N, L * key_width] -> [B, N]."""

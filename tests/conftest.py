@@ -144,7 +144,7 @@ def planted_store(root, documents, seed):
             hidden={layer: states[layer].bfloat16() for layer in range(2)},
             keys={layer: keys[layer].half() for layer in range(2)},
             positions=positions,
-            attention=SparseAttention.from_dense(mean, mean, (positions + 1) // 4, chunks),
+            oracle=SparseAttention.from_dense(mean, mean, (positions + 1) // 4, chunks),
             mean_pooled=torch.zeros(rows, chunks).half(),
         )
         span = Span(first=0, last=rows, serve=0, tail=False)

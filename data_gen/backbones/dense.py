@@ -98,7 +98,7 @@ class _Recorder:
             hidden=self.hidden,
             keys=self.keys,
             positions=self.positions.cpu(),
-            attention=SparseAttention.from_dense(mean, peak, visible, self.config.top_chunks),
+            oracle=SparseAttention.from_dense(mean, peak, visible, self.config.top_chunks),
             mean_pooled=torch.stack(self.mean_pooled).mean(dim=0).half(),
         )
 

@@ -29,7 +29,7 @@ def test_probabilities_are_the_backbones_own(model):
     model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(torch.tensor([ids]), output_attentions=True)
-    mean, peak = raw.attention.dense(22)
+    mean, peak = raw.oracle.dense(22)
     for index, row in enumerate(rows.tolist()):
         complete = (row + 1) // 4
         layers = [output.attentions[layer][0] for layer in backbone.info.full_layers]
