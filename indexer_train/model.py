@@ -10,7 +10,10 @@ from sentence_transformers.base.modules import InputModule, Router
 from torch import nn
 
 from data_gen.chunks import Chunking
+from data_gen.key_codec import hadamard
 from data_gen.keys import key_vectors
+from data_gen.rope import Rope
+from data_gen.trace import KeyKind
 from indexer_train.config import IndexerConfig
 from indexer_train.scoring import PackedQuery, join_layers
 
@@ -19,7 +22,8 @@ class IndexerSpec(BaseModel):
     """All that an indexer must know besides its weights.
 
     layers: backbone layers it reads; hidden, key_width: widths there; window: tau; backbone: fingerprint of the model
-    whose traces trained it; thresholds: score that keeps a share of the chunks on the training documents, by share.
+    whose traces trained it; key, rope: how its keys were made (data_gen/trace.py BackboneInfo), queries follow suit;
+    thresholds: score that keeps a share of the chunks on the training documents, by share.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,33 +35,46 @@ class IndexerSpec(BaseModel):
     chunking: Chunking
     window: int
     backbone: str
+    key: KeyKind = "mean_pre_rope"
+    rope: Rope | None = None
     thresholds: dict[str, float] = {}
 
     @property
     def packed(self) -> PackedQuery:
-        return PackedQuery(
-            self.shape.heads, self.key_width, self.shape.distance_bumps, self.shape.scale, self.shape.slot
-        )
+        shape = self.shape
+        return PackedQuery(shape.heads, self.key_width, shape.distance_bumps, shape.scale, shape.slot, shape.bias)
+
+    def turn(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Queries [B, H, key_width] at `positions` ([B]) -> the same turned the way the keys are.
+
+        Raises InputError at positions beyond the backbone's range.
+        """
+        if self.rope is not None:
+            query = self.rope.rotate(query, positions[:, None])
+        return hadamard(query) if self.key == "fp8_rope_hadamard" else query
 
 
 class LayerEncoder(nn.Module):
-    """One layer's query encoder: c = RMSNorm(h W_a) g; q = c W_b; w = h W_w (d H)^-0.5; extras = h W_e + bias."""
+    """One layer's query encoder: c = RMSNorm(h W_a) g; q = turn(c W_b); w = h W_w (d H)^-0.5; extras = h W_e + b_e."""
 
     def __init__(self, spec: IndexerSpec) -> None:
         super().__init__()
         packed = spec.packed
+        self.turn = spec.turn
         self.wq_a = nn.Linear(spec.hidden, spec.shape.rank, bias=False)
         self.q_norm = nn.RMSNorm(spec.shape.rank, eps=1e-6)
         self.wq_b = nn.Linear(spec.shape.rank, packed.heads * packed.width, bias=False)
         self.weights_proj = nn.Linear(spec.hidden, packed.heads, bias=False)
-        self.extras = nn.Linear(spec.hidden, sum(packed.sizes[2:]))
+        self.extras = nn.Linear(spec.hidden, packed.bumps + packed.scale + packed.slot)
         nn.init.zeros_(self.extras.weight)
         nn.init.zeros_(self.extras.bias)
+        self.heads = packed.heads
         self.weight_scale = (packed.width * packed.heads) ** -0.5
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, hidden] -> packed query [B, size]."""
-        query = self.wq_b(self.q_norm(self.wq_a(hidden)))
+    def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """hidden: [B, hidden], positions: [B] -> packed query without the bias [B, size]."""
+        query = self.wq_b(self.q_norm(self.wq_a(hidden))).unflatten(-1, (self.heads, -1))
+        query = self.turn(query, positions).flatten(1)
         return torch.cat([query, self.weights_proj(hidden) * self.weight_scale, self.extras(hidden)], dim=-1)
 
 
@@ -71,6 +88,7 @@ class QueryEncoder(InputModule):
         super().__init__()
         self.spec = spec
         self.encoders = nn.ModuleDict({str(layer): LayerEncoder(spec) for layer in spec.layers})
+        self.register_parameter("bias", nn.Parameter(torch.zeros(1)) if spec.shape.bias else None)
 
     @property
     def modalities(self) -> list[str]:
@@ -86,10 +104,13 @@ class QueryEncoder(InputModule):
 
         The last column is the query's position (exact in fp32 up to 2^24), which the score needs.
         """
+        positions = features["positions"]
+        bias = [] if self.bias is None else [self.bias.expand(len(positions), 1)]
         hidden = features["input_features"].to(next(self.parameters()).dtype).unbind(dim=1)
-        packed = [encoder(state) for encoder, state in zip(self.encoders.values(), hidden, strict=True)]
-        position = features["positions"][:, None].float()
-        features["sentence_embedding"] = torch.cat([*packed, position], dim=-1)
+        packed = []
+        for encoder, state in zip(self.encoders.values(), hidden, strict=True):
+            packed += [encoder(state, positions), *bias]
+        features["sentence_embedding"] = torch.cat([*packed, positions[:, None].float()], dim=-1)
         return features
 
     def get_embedding_dimension(self) -> int:

@@ -1,6 +1,6 @@
 """The score of the memory indexer: one implementation for training, evaluation and decoding.
 
-z_ts = exp(a_t) * (sum_h w_th relu(q_th . k_s) + sum_p u_tp bump_p(log2 distance)) - b_t
+z_ts = exp(a_t) * (sum_h w_th relu(q_th . k_s) + sum_p u_tp bump_p(log2 distance)) - b_t + bias
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ import torch
 class PackedQuery:
     """Where each part of one layer's packed query lies.
 
-    A packed query is [heads * width + heads + bumps + scale + slot]: q head by head, head weights w (already scaled by
-    (width * heads)^-0.5), bump weights u, log-scale a, slot logit b; parts that an indexer lacks have size zero.
+    A packed query is [heads * width + heads + bumps + scale + slot + bias]: q head by head (rotated), head weights w
+    (already scaled by (width * heads)^-0.5), bump weights u, log-scale a, slot logit b, bias; parts that an indexer
+    lacks have size zero.
     """
 
     heads: int
@@ -21,10 +22,11 @@ class PackedQuery:
     bumps: int
     scale: bool
     slot: bool
+    bias: bool
 
     @property
     def sizes(self) -> list[int]:
-        return [self.heads * self.width, self.heads, self.bumps, int(self.scale), int(self.slot)]
+        return [self.heads * self.width, self.heads, self.bumps, int(self.scale), int(self.slot), int(self.bias)]
 
     @property
     def size(self) -> int:
@@ -36,14 +38,16 @@ class PackedQuery:
         packed: [B, size]; keys: [N, width]; distance: [B, N] tokens from the chunk's first token to the query, at
         least 1. Returns [B, N].
         """
-        q, weights, bumps, log_scale, slot = packed.split(self.sizes, dim=-1)
+        q, weights, bumps, log_scale, slot, bias = packed.split(self.sizes, dim=-1)
         match = torch.relu(q.reshape(-1, self.width) @ keys.T).reshape(len(packed), self.heads, -1)
         logits = torch.einsum("bhn,bh->bn", match, weights)
         if self.bumps:
             logits = logits + torch.einsum("bnp,bp->bn", distance_bumps(distance, self.bumps), bumps)
         if self.scale:
             logits = logits * log_scale.exp()
-        return logits - slot if self.slot else logits
+        if self.slot:
+            logits = logits - slot
+        return logits + bias if self.bias else logits
 
 
 def distance_bumps(distance: torch.Tensor, count: int) -> torch.Tensor:

@@ -47,6 +47,8 @@ def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Pat
             chunking=trace.chunking,
             window=trace.window,
             backbone=backbone.fingerprint,
+            key=backbone.key,
+            rope=backbone.rope,
         )
     )
     _same_settings(out, store, shape, config)
