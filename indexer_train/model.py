@@ -65,17 +65,21 @@ class LayerEncoder(nn.Module):
         self.q_norm = nn.RMSNorm(spec.shape.rank, eps=1e-6)
         self.wq_b = nn.Linear(spec.shape.rank, packed.heads * packed.width, bias=False)
         self.weights_proj = nn.Linear(spec.hidden, packed.heads, bias=False)
-        self.extras = nn.Linear(spec.hidden, packed.bumps + packed.scale + packed.slot)
-        nn.init.zeros_(self.extras.weight)
-        nn.init.zeros_(self.extras.bias)
+        extras = packed.bumps + packed.scale + packed.slot
+        self.extras = nn.Linear(spec.hidden, extras) if extras else None
+        if self.extras is not None:
+            nn.init.zeros_(self.extras.weight)
+            nn.init.zeros_(self.extras.bias)
         self.heads = packed.heads
         self.weight_scale = (packed.width * packed.heads) ** -0.5
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """hidden: [B, hidden], positions: [B] -> packed query without the bias [B, size]."""
         query = self.wq_b(self.q_norm(self.wq_a(hidden))).unflatten(-1, (self.heads, -1))
-        query = self.turn(query, positions).flatten(1)
-        return torch.cat([query, self.weights_proj(hidden) * self.weight_scale, self.extras(hidden)], dim=-1)
+        parts = [self.turn(query, positions).flatten(1), self.weights_proj(hidden) * self.weight_scale]
+        if self.extras is not None:
+            parts.append(self.extras(hidden))
+        return torch.cat(parts, dim=-1)
 
 
 class QueryEncoder(InputModule):

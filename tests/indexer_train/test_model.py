@@ -44,7 +44,9 @@ def reference(indexer, hidden, keys, positions):
             c = c / math.sqrt(float((c * c).mean()) + 1e-6) * weights["q_norm.weight"]
             q = (weights["wq_b.weight"] @ c).reshape(shape.heads, 6)
             w = weights["weights_proj.weight"] @ h / math.sqrt(6 * shape.heads)
-            extras = (weights["extras.weight"] @ h + weights["extras.bias"]).tolist()
+            extras = []
+            if "extras.weight" in weights:
+                extras = (weights["extras.weight"] @ h + weights["extras.bias"]).tolist()
             bumps, rest = extras[: shape.distance_bumps], extras[shape.distance_bumps :]
             scale = rest.pop(0) if shape.scale else 0.0
             slot = rest.pop(0) if shape.slot else 0.0
