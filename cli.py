@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
+from typer.exceptions import TyperException
 
 from data_gen.errors import InputError
 
@@ -32,6 +33,27 @@ def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
 def generate(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Documents = None) -> None:
     """Trace documents: writes OUT/train and OUT/heldout. A stopped run continues."""
     _generate(_recipe(recipe, backbone, documents), out)
+
+
+@app.command("import")
+def import_dumps(
+    recipe: RecipeName,
+    dumps: Annotated[Path, typer.Option(help="A folder of the FlashMemory release's dumps, doc_00000.pkl ...")],
+    out: Out,
+    strict: Annotated[bool, typer.Option(help="Exit with 1 when any file could not be read.")] = False,
+) -> None:
+    """Read dumps into a trace store at OUT, with the recipe's trace settings. A stopped run continues."""
+    from data_gen.flashmemory.folder import import_dumps as read_dumps
+
+    report = read_dumps(dumps, out, _recipe(recipe).trace, _progress)
+    for line in report.failed:
+        _complain(line)
+    typer.echo(
+        f"{out}: {report.written} documents imported, {report.present} were there, {len(report.failed)} files failed; "
+        f"labels dropped: {report.out_of_range} of chunks that do not exist, {report.not_visible} not yet visible"
+    )
+    if report.failed and (strict or not report.written + report.present):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -101,6 +123,7 @@ def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
     from data_gen.backbones.load import load_backbone
     from data_gen.generate import generate as generate_traces
 
+    out.mkdir(parents=True, exist_ok=True)  # an unwritable folder is found before the model is loaded
     model, tokenizer = load_backbone(recipe.backbone)
     adapter = DenseBackbone(model)
     for split in ("train", "heldout"):
@@ -164,9 +187,14 @@ def main() -> None:
     """Run the command; bad input ends in one line and exit code 2, Ctrl-C in 130."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
     except InputError as error:
         sys.exit(_complain(str(error)))
+    except typer.Abort:
+        _complain("stopped; the same command continues")
+        sys.exit(130)
+    except TyperException as error:  # a mistake on the command line, in the words of its parser
+        sys.exit(_complain(f"{error.format_message().rstrip('.')}; see `lookahead --help`"))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(_complain(f"{where}{error.strerror or error}"))

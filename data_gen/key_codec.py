@@ -54,22 +54,28 @@ def encode_keys(keys: torch.Tensor) -> torch.Tensor:
 def decode_keys(rows: torch.Tensor) -> torch.Tensor:
     """Rows [..., d + 4] uint8 -> keys [..., d] fp32: value times scale, one fp32 rounding.
 
-    Raises InputError on a NaN code or a scale that is not a positive number: such bytes are no key.
+    Raises InputError on bytes that are no key, see `check_rows`.
     """
-    values, scales = _split(rows)
-    if bool(((values & NAN_CODE) == NAN_CODE).any()):
-        raise InputError("decode_keys: NaN code (0x7f or 0xff) among the key bytes; the keys are damaged")
-    scale = scales.clone(memory_format=torch.contiguous_format).view(torch.float32)  # a view must start at 4 bytes
-    if not bool((scale.isfinite() & (scale > 0)).all()):
-        raise InputError("decode_keys: a scale is not a positive finite number; the keys are damaged")
+    check_rows(rows)
+    values, scale = _split(rows)
     return values.view(torch.float8_e4m3fn).float() * scale
+
+
+def check_rows(rows: torch.Tensor) -> None:
+    """Raise InputError when rows [..., d + 4] hold a NaN code, or a scale that is not a positive number."""
+    values, scale = _split(rows)
+    if bool(((values & NAN_CODE) == NAN_CODE).any()):
+        raise InputError("NaN code (0x7f or 0xff) among the key bytes; the keys are damaged")
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise InputError("the scale of a key is not a positive finite number; the keys are damaged")
 
 
 def rows_to_pages(rows: torch.Tensor) -> torch.Tensor:
     """Rows [N, d + 4] uint8 -> pages [ceil(N / 64), 64 * (d + 4)] uint8; the rest of the last page is zero bytes."""
-    missing = -len(rows) % PAGE
-    values, scales = _split(torch.nn.functional.pad(rows, (0, 0, 0, missing)))
-    return torch.cat([values.reshape(-1, PAGE * values.shape[-1]), scales.reshape(-1, PAGE * SCALE_BYTES)], dim=-1)
+    _check_layout(rows)
+    width = rows.shape[-1] - SCALE_BYTES
+    values, scales = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % PAGE)).split([width, SCALE_BYTES], dim=-1)
+    return torch.cat([values.reshape(-1, PAGE * width), scales.reshape(-1, PAGE * SCALE_BYTES)], dim=-1)
 
 
 def pages_to_rows(pages: torch.Tensor, chunks: int) -> torch.Tensor:
@@ -88,7 +94,12 @@ def pages_to_rows(pages: torch.Tensor, chunks: int) -> torch.Tensor:
 
 
 def _split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(value bytes [..., d], scale bytes [..., 4])."""
+    """(value bytes [..., d], scales [..., 1] fp32)."""
+    _check_layout(rows)
+    values, scales = rows.split([rows.shape[-1] - SCALE_BYTES, SCALE_BYTES], dim=-1)
+    return values, scales.clone(memory_format=torch.contiguous_format).view(torch.float32)  # a view needs alignment
+
+
+def _check_layout(rows: torch.Tensor) -> None:
     if rows.dtype != torch.uint8 or rows.shape[-1] <= SCALE_BYTES:
         raise InputError(f"key rows: {rows.dtype} {list(rows.shape)} are not uint8 values followed by a 4-byte scale")
-    return rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:]

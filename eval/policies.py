@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from data_gen.store import TraceDocument
 from indexer_train.metrics import ServedWindows, indexer_scores
 from indexer_train.model import MemoryIndexer
 
@@ -34,12 +35,15 @@ def random(served: ServedWindows) -> torch.Tensor:
     return torch.rand(len(served.windows), served.document.chunks, generator=generator)
 
 
-def policies(indexer: MemoryIndexer) -> dict[str, Policy]:
-    """All policies of an evaluation, by name, in the order of its tables."""
-    return {
+def policies(indexer: MemoryIndexer, document: TraceDocument) -> dict[str, Policy]:
+    """All policies that `document` allows, by name, in the order of the tables."""
+    found = {
         "oracle": oracle,
         "indexer": lambda served: indexer_scores(indexer, served),
         "mean_pooled": mean_pooled,
         "recency": recency,
         "random": random,
     }
+    if document.mean_pooled is None:  # DeepSeek-V4: its keys are learned, nothing is pooled
+        del found["mean_pooled"]
+    return found

@@ -44,7 +44,7 @@ def evaluate_recall(indexer: MemoryIndexer, store: TraceStore, golden: float, th
     for served in served_windows(store):
         task = served.document.meta.task
         groups = [task] if task in ("text", "document", "chat") else [task, "needles"]
-        for name, policy in policies(indexer).items():
+        for name, policy in policies(indexer, served.document).items():
             scores = policy(served)
             choices: dict[float | str, torch.Tensor] = {
                 budget: select(scores, served.labels.candidate, served.kept(budget)) for budget in BUDGETS

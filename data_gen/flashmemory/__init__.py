@@ -1,0 +1,1 @@
+"""Trace dumps of the FlashMemory release, read into ordinary trace stores."""

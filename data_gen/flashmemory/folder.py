@@ -1,0 +1,112 @@
+"""A folder of dumps -> a trace store, one document after the other."""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data_gen.config import TraceConfig
+from data_gen.errors import InputError
+from data_gen.flashmemory.document import CHUNK_TOKENS, V4_FLASH, Dropped, read_document
+from data_gen.flashmemory.unpickle import load_dump
+from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
+
+NAME = re.compile(r"doc_(\d+)\.pkl")
+METADATA = "server_metadata.jsonl"
+
+Progress = Callable[[Iterable[Path], str], Iterable[Path]]
+
+
+@dataclass
+class ImportReport:
+    """What became of the dumps.
+
+    written, present: documents new in the store, and there before; out_of_range, not_visible: labels dropped from the
+    new ones; failed: one line for each file that could not be read.
+    """
+
+    written: int = 0
+    present: int = 0
+    out_of_range: int = 0
+    not_visible: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+def import_dumps(folder: Path, root: Path, trace: TraceConfig, progress: Progress) -> ImportReport:
+    """Read all dumps of `folder` into the store at `root`; finished documents are left as they are.
+
+    Documents keep their numbers, gaps included. A damaged file is reported and does not stop the others. Raises
+    InputError when there is no dump, when `trace` does not describe dumps, and when `root` holds other traces.
+    """
+    paths = sorted(path for path in folder.glob("doc_*.pkl") if NAME.fullmatch(path.name))
+    if not paths:
+        raise InputError(f"{folder}: no dump there (doc_00000.pkl ...)")
+    if trace.oracle != "indexer" or trace.chunking.tokens != CHUNK_TOKENS:
+        raise InputError(f"trace: dumps need oracle `indexer` and chunks of {CHUNK_TOKENS} tokens")
+    if unknown := sorted(set(trace.layers) - set(V4_FLASH.full_layers)):
+        raise InputError(f"trace.layers: {unknown} are not among the {len(V4_FLASH.full_layers)} CSA layers of a dump")
+    manifest = Manifest(backbone=V4_FLASH, trace=trace, documents={}, versions={"torch": version("torch")})
+    store = TraceStore.create(root, manifest)
+    report = ImportReport()
+    metadata = _read_metadata(folder / METADATA, report)
+    for path in progress(paths, "importing"):
+        number = int(path.stem.removeprefix("doc_"))
+        if store.path(number).exists():
+            report.present += 1
+            continue
+        try:
+            dropped = _import_one(path, number, store, metadata.get(path.name, {}))
+        except InputError as error:
+            report.failed.append(f"{path}: {error}")
+            continue
+        report.written += 1
+        report.out_of_range += dropped.out_of_range
+        report.not_visible += dropped.not_visible
+    return report
+
+
+def _import_one(path: Path, number: int, store: TraceStore, server: dict[str, Any]) -> Dropped:
+    """Write one document; its InputErrors do not repeat the path."""
+    layers = store.manifest.trace.layers
+    raw, dropped = read_document(load_dump(path), layers)
+    meta = DocumentMeta(
+        name=path.stem,
+        task="chat",
+        length=max(int(raw.positions[-1]) + 1, len(raw.keys[layers[0]]) * CHUNK_TOKENS),
+        spans=[Span(first=0, last=len(raw.positions), serve=0, tail=True)],
+    )
+    client = _read_json(path.with_suffix(".json"))
+    store.write(number, meta, raw, {"client": client, "server": server, "dropped": vars(dropped)})
+    return dropped
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """prompt, response, original_index, rid; empty where the dump has no such file."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path.name} is not JSON ({error}); repair or delete it") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path.name} holds no JSON object; repair or delete it")
+    return found
+
+
+def _read_metadata(path: Path, report: ImportReport) -> dict[str, dict[str, Any]]:
+    """The server's line on each dump, by the dump's file name."""
+    found: dict[str, dict[str, Any]] = {}
+    if not path.exists():
+        return found
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            found[entry["filename"]] = entry
+        except (ValueError, KeyError, TypeError):
+            report.failed.append(f"{path}: line {number} describes no dump")
+    return found

@@ -1,0 +1,75 @@
+"""Read a dump, a pickle of tensors, without running anything that it brings along."""
+
+import collections
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._utils import _rebuild_tensor_v2
+
+from data_gen.errors import InputError
+
+LARGE = 4096
+"""Bytes above which a byte string is tensor data, which nothing refers back to."""
+
+
+def load_dump(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a dump by name.
+
+    Only the three globals that pickled tensors need are allowed; any other is refused by name. Peak memory is the
+    document and its largest tensor twice. Raises InputError (without the path) when the file is no dump, is damaged, or
+    asks for more.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = _TensorUnpickler(file).load()
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # damaged bytes can end in any exception of the pickle machine or of torch
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"damaged dump ({reason})") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise InputError("not a dump (it holds no dictionary of named tensors)")
+    if others := sorted(name for name, value in found.items() if not isinstance(value, torch.Tensor)):
+        raise InputError(f"not a dump ({others[0]} is no tensor)")
+    return found
+
+
+def _storage(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+ALLOWED: dict[tuple[str, str], Callable] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+    ("torch.storage", "_load_from_bytes"): _storage,
+}
+
+
+class _TensorUnpickler(pickle._Unpickler):
+    """The standard library's unpickler written in Python: a dump has few, large objects.
+
+    Unlike the one in C it lets us drop tensor bytes from its memo, which would otherwise hold the document twice.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012 - the attribute that the base class reads
+
+    def find_class(self, module: str, name: str) -> Callable:
+        if (module, name) not in ALLOWED:
+            raise InputError(f"refused: it asks for {module}.{name}, which tensors do not need")
+        return ALLOWED[module, name]
+
+    def load_memoize(self) -> None:
+        value = self.stack[-1]
+        data = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+        self.memo[len(self.memo)] = None if isinstance(data, bytes) and len(data) > LARGE else value
+
+    dispatch[pickle.MEMOIZE[0]] = load_memoize
+
+    def load_build(self) -> None:
+        raise InputError("refused: it sets attributes of objects, which tensors do not need")
+
+    dispatch[pickle.BUILD[0]] = load_build

@@ -1,0 +1,275 @@
+"""Dumps in the release's format: what is kept, what is dropped and counted, what is refused."""
+
+import collections
+import json
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from cli import app
+from data_gen.chunks import Chunking
+from data_gen.config import TraceConfig
+from data_gen.errors import InputError
+from data_gen.flashmemory.document import read_document
+from data_gen.flashmemory.folder import import_dumps
+from data_gen.flashmemory.unpickle import load_dump
+from data_gen.key_codec import encode_keys
+from data_gen.store import TraceStore
+from eval.recall import evaluate_recall
+from indexer_train.config import IndexerConfig, TrainConfig
+from indexer_train.trainer import train
+
+LAYERS = [10, 12]
+TOKENS, CHUNKS = 20, 12
+TRACE = TraceConfig(
+    chunking=Chunking(tokens=4, sink=1, recent=2), layers=LAYERS, oracle="indexer", window=8, tail=4, text_rows=8
+)
+
+
+def dump(seed=0, tokens=TOKENS, chunks=CHUNKS):
+    """Tensors as the server writes them; the first decode token is at position 27, so 7 chunks are visible to it."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in [6, *LAYERS]:
+        tensors[f"hidden_layer_{layer}"] = torch.randn(tokens, 4096, generator=generator).bfloat16()
+        tensors[f"compk_layer_{layer}"] = encode_keys(torch.randn(chunks, 128, generator=generator))
+        tensors[f"positions_layer_{layer}"] = torch.arange(27, 27 + tokens)
+    for row in range(3):
+        tensors[f"logits_layer_10_token_{row}"] = torch.randn(7, generator=generator).bfloat16()
+        tensors[f"q_layer_10_token_{row}"] = torch.randn(1, 8192, generator=generator).bfloat16()
+        tensors[f"weights_layer_10_token_{row}"] = torch.randn(1, 64, 1, generator=generator).bfloat16()
+    counts = torch.randint(0, 4, (tokens,), generator=generator)
+    pointers = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    labels = [torch.randperm(7, generator=generator)[:count] for count in counts.tolist()]
+    tensors["label_indices"] = torch.cat(labels).int()
+    tensors["label_scores"] = torch.randint(3, 22, (int(pointers[-1]),), generator=generator).int()
+    tensors["label_pointers"] = pointers.int()
+    return tensors
+
+
+def save(folder, number, tensors):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"doc_{number:05d}.pkl"
+    path.write_bytes(pickle.dumps(tensors, protocol=4))
+    return path
+
+
+def imported(folder, root, trace=TRACE):
+    return import_dumps(folder, root, trace, lambda items, _: items)
+
+
+def test_a_folder_becomes_a_store(tmp_path):
+    folder, root = tmp_path / "dumps", tmp_path / "store"
+    originals = {number: dump(seed=number) for number in (0, 3, 17)}  # numbering gaps
+    for number, tensors in originals.items():
+        save(folder, number, tensors)
+    client = {"prompt": [{"role": "user", "content": "日本"}], "response": "ok", "original_index": 4, "rid": "a"}
+    (folder / "doc_00003.json").write_text(json.dumps(client))
+    server = {"filename": "doc_00003.pkl", "doc_index": 3, "rid": "a", "n_decode_tokens": TOKENS}
+    (folder / "server_metadata.jsonl").write_text(json.dumps(server) + "\n\n")
+    report = imported(folder, root)
+    assert vars(report) == {"written": 3, "present": 0, "out_of_range": 0, "not_visible": 0, "failed": []}
+    store = TraceStore.open(root)
+    assert [path.name for path in store.paths()] == [f"doc_{n:05d}.safetensors" for n in originals]
+    assert store.manifest.backbone.rope.factor == 16 and store.manifest.trace.oracle == "indexer"
+    for document, tensors in zip(store, originals.values(), strict=True):
+        for layer in LAYERS:
+            assert torch.equal(document.hidden(layer), tensors[f"hidden_layer_{layer}"])
+            assert torch.equal(document.keys(layer), tensors[f"compk_layer_{layer}"])
+        assert torch.equal(document.positions, tensors["positions_layer_10"])
+        golden = document.golden
+        assert torch.equal(golden.pointers, tensors["label_pointers"].long())
+        assert torch.equal(golden.chunks, tensors["label_indices"])
+        assert torch.equal(golden.votes, tensors["label_scores"])
+        native = document.native(10)
+        assert list(native) == [0, 1, 2] and document.native(12) == {}
+        assert torch.equal(native[1].logits, tensors["logits_layer_10_token_1"])
+        assert torch.equal(native[1].query.flatten(), tensors["q_layer_10_token_1"][0])
+        assert torch.equal(native[2].weights, tensors["weights_layer_10_token_2"].flatten())
+    sources = [document.source for document in store]
+    assert sources[1] == {"client": client, "server": server, "dropped": {"out_of_range": 0, "not_visible": 0}}
+    assert sources[0]["client"] == {} and sources[0]["server"] == {}
+
+
+def test_finished_documents_stay_and_other_settings_are_refused(tmp_path):
+    folder, root = tmp_path / "dumps", tmp_path / "store"
+    save(folder, 0, dump())
+    imported(folder, root)
+    before = (root / "doc_00000.safetensors").stat().st_mtime_ns
+    save(folder, 1, dump(seed=1))
+    report = imported(folder, root)
+    assert (report.written, report.present) == (1, 1)
+    assert (root / "doc_00000.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="another trace"):
+        imported(folder, root, TRACE.model_copy(update={"window": 4}))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(st.tuples(st.integers(-3, CHUNKS + 3), st.integers(3, 21)), max_size=5), min_size=TOKENS,
+                max_size=TOKENS))  # fmt: skip
+def test_impossible_labels_are_dropped_and_counted(labels):
+    tensors = dump()
+    flat = [pair for row in labels for pair in row]
+    tensors["label_indices"] = torch.tensor([chunk for chunk, _ in flat], dtype=torch.int32)
+    tensors["label_scores"] = torch.tensor([score for _, score in flat], dtype=torch.int32)
+    tensors["label_pointers"] = torch.tensor(np.cumsum([0] + [len(row) for row in labels]), dtype=torch.int32)
+    raw, dropped = read_document(tensors, LAYERS)
+    outside = sum(not 0 <= chunk < CHUNKS for chunk, _ in flat)
+    kept = [
+        [(chunk, score) for chunk, score in row if 0 <= chunk < CHUNKS and 4 * chunk + 3 <= 27 + token]
+        for token, row in enumerate(labels)
+    ]
+    assert raw.oracle.pointers.tolist() == np.cumsum([0] + [len(row) for row in kept]).tolist()
+    found = zip(raw.oracle.chunks.tolist(), raw.oracle.votes.tolist(), strict=True)
+    assert list(found) == [pair for row in kept for pair in row]
+    assert dropped.out_of_range == outside
+    assert dropped.not_visible == len(flat) - outside - sum(map(len, kept))
+
+
+class Payload:
+    """Unpickles into a call of `function` with `arguments`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Stateful(collections.OrderedDict):
+    def __reduce__(self):
+        return collections.OrderedDict, (), {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (Payload(os.system, "true"), r"posix\.system"),
+        (Payload(eval, "1"), r"builtins\.eval"),
+        (Payload(getattr, "text", "upper"), r"builtins\.getattr"),
+        (np.zeros(3), r"numpy\.|_codecs"),
+        (torch.nn.Parameter(torch.zeros(2)), r"torch\._utils\._rebuild_parameter"),
+        (Stateful(), "sets attributes"),
+    ],
+)
+def test_anything_but_tensors_is_refused_by_name(tmp_path, value, name):
+    path = save(tmp_path, 0, dump() | {"extra": value})
+    with pytest.raises(InputError, match=f"refused: it .*{name}"):
+        load_dump(path)
+
+
+def test_a_payload_inside_a_storage_is_refused(tmp_path):
+    made = tmp_path / "made"
+    inner = pickle.dumps(Payload(os.mkdir, str(made)), protocol=2)
+    path = save(tmp_path, 0, {"x": Payload(torch.storage._load_from_bytes, inner)})
+    with pytest.raises(InputError, match="damaged dump"):
+        load_dump(path)
+    assert not made.exists()
+
+
+def spoil(name, change):
+    def apply(tensors):
+        tensors[name] = change(tensors[name])
+
+    return apply
+
+
+def nan_code(rows):
+    rows = rows.clone()
+    rows[3, 5] = 0xFF
+    return rows
+
+
+BROKEN = {
+    "hidden_layer_12 is missing": lambda tensors: tensors.pop("hidden_layer_12"),
+    "label_pointers is missing": lambda tensors: tensors.pop("label_pointers"),
+    "hidden_layer_10 is torch.float32": spoil("hidden_layer_10", lambda x: x.float()),
+    "hidden_layer_10 is .20, 64., not .20, 4096.": spoil("hidden_layer_10", lambda x: x[:, :64]),
+    "hidden_layer_12 is .19, 4096., not": spoil("hidden_layer_12", lambda x: x[1:]),
+    "hidden_layer_10 holds NaN": spoil("hidden_layer_10", lambda x: x / 0),
+    "compk_layer_12: NaN code": spoil("compk_layer_12", nan_code),
+    "compk_layer_10 has rows of 128 bytes": spoil("compk_layer_10", lambda x: x[:, :128]),
+    "compk_layer_12 has another number of chunks": spoil("compk_layer_12", lambda x: x[:-1]),
+    "positions_layer_12 differs": spoil("positions_layer_12", lambda x: x + 1),
+    "positions_layer_10 does not ascend": spoil("positions_layer_10", lambda x: x.flip(0)),
+    "label_pointers has 20 entries for 20": spoil("label_pointers", lambda x: x[1:]),
+    "label_pointers does not ascend": spoil("label_pointers", lambda x: x + 1),
+    "label_scores and label_indices differ": spoil("label_scores", lambda x: x[1:]),
+    "label_scores holds a score below": spoil("label_scores", lambda x: x * 0),
+}
+
+
+def test_damaged_files_are_reported_by_name_and_stop_nothing(tmp_path):
+    folder, root = tmp_path / "dumps", tmp_path / "store"
+    for number, change in enumerate(BROKEN.values()):
+        tensors = dump()
+        change(tensors)
+        save(folder, number, tensors)
+    whole = pickle.dumps(dump(), protocol=4)
+    bytes_ = {100: whole[: len(whole) // 2], 101: b"", 102: b"garbage" * 9, 103: pickle.dumps([1]), 104: whole[:-1]}
+    for number, content in bytes_.items():
+        (folder / f"doc_{number:05d}.pkl").write_bytes(content)
+    save(folder, 200, {name: value for name, value in dump().items()} | {"note": "text"})
+    save(folder, 201, dump())
+    (folder / "doc_00201.json").write_text("{")
+    (folder / "server_metadata.jsonl").write_text('{"filename": "doc_00300.pkl"}\nnonsense\n')
+    save(folder, 300, dump())
+    report = imported(folder, root)
+    assert report.written == 1 and [p.name for p in TraceStore.open(root).paths()] == ["doc_00300.safetensors"]
+    reasons = [f"doc_{number:05d}.pkl: {reason}" for number, reason in enumerate(BROKEN)]
+    reasons = ["server_metadata.jsonl: line 2", *reasons, "doc_00100.pkl: damaged", "doc_00101.pkl: damaged",
+               "doc_00102.pkl: damaged", "doc_00103.pkl: not a dump", "doc_00104.pkl: damaged",
+               "doc_00200.pkl: not a dump .note is no tensor", "doc_00201.pkl: doc_00201.json is not JSON"]  # fmt: skip
+    assert len(report.failed) == len(reasons)
+    for found, reason in zip(report.failed, reasons, strict=True):
+        assert re.search(reason, found), (found, reason)
+    assert not list(root.glob(".unfinished*"))
+
+
+def test_settings_that_do_not_fit_dumps_are_named(tmp_path):
+    with pytest.raises(InputError, match="no dump there"):
+        imported(tmp_path, tmp_path / "store")
+    save(tmp_path, 0, dump())
+    with pytest.raises(InputError, match="oracle `indexer`"):
+        imported(tmp_path, tmp_path / "store", TRACE.model_copy(update={"oracle": "attention"}))
+    with pytest.raises(InputError, match=r"\[21\] are not among the 21"):
+        imported(tmp_path, tmp_path / "store", TRACE.model_copy(update={"layers": [10, 21]}))
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_indexer_trains_and_is_measured_on_imported_traces(tmp_path):
+    folder = tmp_path / "dumps"
+    for number in range(4):
+        save(folder, number, dump(seed=number))
+    imported(folder, tmp_path / "store")
+    store = TraceStore.open(tmp_path / "store")
+    shape = IndexerConfig(heads=2, rank=4)
+    config = TrainConfig(loss="focal", epochs=1, windows_per_document=4, validation_every=2, eval_epochs=1)
+    indexer = train(store, shape, config, tmp_path / "run")
+    rows = evaluate_recall(indexer, store, config.golden, indexer.spec.thresholds["0.1"])
+    assert {row.policy for row in rows} == {"oracle", "indexer", "recency", "random"}
+    full = [row.mass_recall for row in rows if row.policy == "oracle" and row.budget == 0.2]
+    assert full and 0 < full[0] <= 1
+
+
+def test_the_command_reports_and_exits_as_asked(tmp_path, tiny_recipe):
+    recipe = tiny_recipe.model_copy(update={"trace": TRACE})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    save(tmp_path / "dumps", 0, dump())
+    (tmp_path / "dumps" / "doc_00001.pkl").write_bytes(b"")
+    call = ["import", str(tmp_path / "recipe.yaml"), "--dumps", str(tmp_path / "dumps"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0
+    assert "1 documents imported, 0 were there, 1 files failed; labels dropped: 0 of" in result.stdout
+    assert "doc_00001.pkl: damaged dump" in result.stderr
+    assert CliRunner().invoke(app, [*call, "--strict"]).exit_code == 1
+    (tmp_path / "dumps" / "doc_00000.pkl").unlink()
+    assert CliRunner().invoke(app, [*call[:-1], str(tmp_path / "other")]).exit_code == 1
