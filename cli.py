@@ -187,12 +187,12 @@ def main() -> None:
     """Run the command; bad input ends in one line and exit code 2, Ctrl-C in 130."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == 130:  # Ctrl-C, as the parser reports it
+            _complain("stopped; the same command continues")
+        sys.exit(code)
     except InputError as error:
         sys.exit(_complain(str(error)))
-    except typer.Abort:
-        _complain("stopped; the same command continues")
-        sys.exit(130)
     except TyperException as error:  # a mistake on the command line, in the words of its parser
         sys.exit(_complain(f"{error.format_message().rstrip('.')}; see `lookahead --help`"))
     except OSError as error:

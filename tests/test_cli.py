@@ -1,0 +1,220 @@
+"""The command line as people use it: all verbs on a tiny model, and what bad input gets."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import cli
+from tests.conftest import tiny_model
+
+
+@pytest.fixture
+def lookahead(capsys, monkeypatch):
+    """Run the command in this process: arguments -> (exit code, standard output, last line of standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lookahead", *map(str, arguments)])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return stop.value.code or 0, out, (err.splitlines() or [""])[-1]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, tokenizer, tiny_recipe):
+    """A recipe file over a tiny Llama saved to disk."""
+    root = tmp_path_factory.mktemp("recipe")
+    tiny_model("llama").save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    settings = tiny_recipe.model_dump(mode="json")
+    settings["backbone"]["path"] = str(root / "model")
+    path = root / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, recipe):
+    """The output folder of `lookahead run`."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    command = [sys.executable, "-m", "cli", "run", str(recipe), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (out / "stdout.txt").write_text(done.stdout)
+    return out
+
+
+def edited(recipe, folder, section, **changes):
+    settings = yaml.safe_load(recipe.read_text())
+    settings[section] |= changes
+    path = folder / "edited.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_run_leaves_results_a_plot_a_bundle_and_one_plain_sentence(finished):
+    results = json.loads((finished / "results.json").read_text())
+    fields = {"policy", "task", "context", "budget", "golden_recall", "mass_recall", "documents", "windows"}
+    assert all(fields <= row.keys() for row in results["recall"])
+    assert {row["policy"] for row in results["recall"]} == {"oracle", "indexer", "mean_pooled", "recency", "random"}
+    assert {0.02, 0.05, 0.1, 0.135, 0.2, "threshold"} == {row["budget"] for row in results["recall"]}
+    assert {row["policy"] for row in results["decode"]} == {"full", "indexer", "mean_pooled", "recency", "random"}
+    assert max(row["refreshes"] for row in results["decode"]) >= 3  # 40 tokens, windows of 16
+    assert (finished / "recall.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "bundle" / "bundle.json").exists()
+    last = (finished / "stdout.txt").read_text().splitlines()[-1]
+    assert last.startswith("With ") and "of the KV cache resident" in last
+
+
+def test_the_verbs_one_by_one_give_what_run_gives(finished, recipe, tmp_path, lookahead):
+    assert lookahead("generate", recipe, "--out", tmp_path / "traces")[0] == 0
+    assert lookahead("train", recipe, "--traces", tmp_path / "traces/train", "--out", tmp_path)[0] == 0
+    heldout = ("--traces", tmp_path / "traces/heldout")
+    assert lookahead("evaluate", recipe, "--indexer", tmp_path / "indexer", *heldout, "--out", tmp_path)[0] == 0
+    assert lookahead("export", "--indexer", tmp_path / "indexer", "--out", tmp_path / "bundle")[0] == 0
+    assert lookahead("decode", recipe, "--bundle", tmp_path / "bundle", "--out", tmp_path)[0] == 0
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads((finished / "results.json").read_text())
+    weights = "bundle/indexer.safetensors"
+    assert (tmp_path / weights).read_bytes() == (finished / weights).read_bytes()
+
+
+def test_running_again_rewrites_no_trace(finished, recipe, lookahead):
+    files = sorted(finished.glob("traces/*/doc_*")) + [finished / "indexer" / "modules.json"]
+    before = [path.stat().st_mtime_ns for path in files]
+    assert lookahead("run", recipe, "--out", finished)[0] == 0
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("generate", "Missing argument"),
+        ("frobnicate", "No such command"),
+        ("train smollm2-quickstart --bogus 1", "No such option"),
+        ("generate nope --out x", "recipe 'nope'"),
+        ("generate missing.yaml --out x", "missing.yaml: no such file"),
+        ("train smollm2-quickstart --traces nowhere --out x", "no trace store there"),
+        ("evaluate smollm2-quickstart --indexer nowhere --traces nowhere --out x", "no indexer there"),
+        ("export --indexer nowhere --out x", "no indexer there"),
+        ("decode smollm2-quickstart --bundle nowhere --out x", "no bundle there"),
+        ("generate smollm2-quickstart --out x --backbone ./nowhere", "no such file or folder"),
+    ],
+)
+def test_bad_arguments_get_one_line(arguments, complaint, lookahead, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, line = lookahead(*arguments.split())
+    assert code == 2
+    assert line.startswith("lookahead: ") and complaint in line
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({}, "no document there"),
+        ({"a.txt": ""}, "empty"),
+        ({"a.md": "too short to fill a window"}, "short"),
+    ],
+)
+def test_bad_documents_get_one_line_and_leave_nothing(recipe, tmp_path, lookahead, files, complaint):
+    source = tmp_path / "texts"
+    source.mkdir()
+    for name, text in files.items():
+        (source / name).write_text(text)
+    changed = edited(recipe, tmp_path, "documents", source=str(source), train={"document": 1}, heldout={"document": 1})
+    code, _, line = lookahead("generate", changed, "--out", tmp_path / "out")
+    assert code == 2 and complaint in line, line
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_document_longer_than_the_context_is_refused(recipe, tmp_path, lookahead):
+    changed = edited(recipe, tmp_path, "documents", tokens=[600, 600])
+    code, _, line = lookahead("generate", changed, "--out", tmp_path / "out")
+    assert code == 2 and "512" in line
+
+
+def test_an_unwritable_folder_is_named(recipe, tmp_path, lookahead):
+    (tmp_path / "file").write_text("in the way")
+    code, _, line = lookahead("generate", recipe, "--out", tmp_path / "file" / "out")
+    assert code == 2 and str(tmp_path / "file") in line
+
+
+def test_a_full_disk_ends_in_one_line_and_no_half_document(recipe, tmp_path, lookahead, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "doc")
+
+    monkeypatch.setattr(os, "replace", full)
+    code, _, line = lookahead("generate", recipe, "--out", tmp_path / "out")
+    assert code == 2 and "No space left on device" in line
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_a_truncated_shard_is_named_before_training(finished, recipe, tmp_path, lookahead):
+    shutil.copytree(finished / "traces" / "train", tmp_path / "train")
+    shard = sorted((tmp_path / "train").glob("doc_*"))[3]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    code, _, line = lookahead("train", recipe, "--traces", tmp_path / "train", "--out", tmp_path / "out")
+    assert code == 2 and shard.name in line
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_traces_of_another_backbone_or_layer_are_refused(finished, recipe, tmp_path, lookahead):
+    changed = tmp_path / "heldout"
+    shutil.copytree(finished / "traces" / "heldout", changed)
+    manifest = json.loads((changed / "manifest.json").read_text())
+    for section, field, value in (("trace", "layers", [1]), ("backbone", "fingerprint", "other")):
+        edited_manifest = manifest | {section: manifest[section] | {field: value}}
+        (changed / "manifest.json").write_text(json.dumps(edited_manifest))
+        arguments = ("--indexer", finished / "indexer", "--traces", changed, "--out", tmp_path / "out")
+        code, _, line = lookahead("evaluate", recipe, *arguments)
+        assert code == 2 and ("layers" if field == "layers" else "another backbone") in line
+        assert not (tmp_path / "out").exists()
+
+
+def test_damaged_and_foreign_bundles_are_refused(finished, recipe, tmp_path, tokenizer, lookahead):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(finished / "bundle", bundle)
+    weights = bundle / "indexer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\1\2\3")
+    code, _, line = lookahead("decode", recipe, "--bundle", bundle, "--out", tmp_path / "out")
+    assert code == 2 and "damaged" in line
+    (bundle / "bundle.json").write_text('{"format": 99}')
+    code, _, line = lookahead("decode", recipe, "--bundle", bundle, "--out", tmp_path / "out")
+    assert code == 2 and "not a bundle of this version" in line
+    tiny_model("qwen3").save_pretrained(tmp_path / "qwen")
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    other = ("--backbone", tmp_path / "qwen", "--out", tmp_path / "out")
+    code, _, line = lookahead("decode", recipe, "--bundle", finished / "bundle", *other)
+    assert code == 2 and "fingerprint" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_with_130_and_the_same_command_continues(recipe, tmp_path, lookahead):
+    out = tmp_path / "traces"
+    many = edited(recipe, tmp_path, "documents", train={"text": 24}, heldout={"text": 2})
+    command = [sys.executable, "-m", "cli", "generate", str(many), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(cli.__file__).parent)
+    deadline = time.monotonic() + 120
+    while not list(out.rglob("doc_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1] == "lookahead: stopped; the same command continues"
+    early = {path: path.stat().st_mtime_ns for path in out.rglob("doc_*")}
+    assert 0 < len(early) < 26 and not list(out.rglob(".unfinished*"))
+    assert lookahead("generate", many, "--out", out)[0] == 0
+    assert len(list(out.rglob("doc_*"))) == 26
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in early.items())
