@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from data_gen.lightning import lightning_scores
+
 
 @dataclass(frozen=True)
 class PackedQuery:
@@ -39,8 +41,7 @@ class PackedQuery:
         least 1. Returns [B, N].
         """
         q, weights, bumps, log_scale, slot, bias = packed.split(self.sizes, dim=-1)
-        match = torch.relu(q.reshape(-1, self.width) @ keys.T).reshape(len(packed), self.heads, -1)
-        logits = torch.einsum("bhn,bh->bn", match, weights)
+        logits = lightning_scores(q.unflatten(-1, (self.heads, self.width)), weights, keys)
         if self.bumps:
             logits = logits + torch.einsum("bnp,bp->bn", distance_bumps(distance, self.bumps), bumps)
         if self.scale:
