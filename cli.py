@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from tqdm import tqdm
@@ -23,6 +23,8 @@ RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a .
 Backbone = Annotated[str | None, typer.Option(help="Instead of the recipe's: folder, hub id, .gguf file.")]
 Documents = Annotated[str | None, typer.Option(help="Instead of the recipe's: folder, .jsonl, .parquet, dataset name.")]
 Out = Annotated[Path, typer.Option(help="Output folder.")]
+Layers = Annotated[str | None, typer.Option(help="Keep these layers only: 10,12,20.")]
+ExportFormat = Literal["bundle", "flashmemory-joint", "flashmemory-layers", "flashmemory-safetensors"]
 
 
 def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
@@ -74,13 +76,44 @@ def evaluate(
 
 
 @app.command()
-def export(indexer: Annotated[Path, typer.Option(help="A trained indexer.")], out: Out) -> None:
-    """Write a bundle for serving."""
-    from indexer_train.bridge.bundle import export_bundle
+def export(
+    indexer: Annotated[Path, typer.Option(help="A trained indexer.")],
+    out: Annotated[Path, typer.Option(help="Output folder; of flashmemory-joint and -safetensors, the file.")],
+    format: Annotated[ExportFormat, typer.Option(help="A bundle, or what FlashMemory's serving reads.")] = "bundle",
+    layers: Layers = None,
+) -> None:
+    """Write an indexer for serving, and say what the format does not carry."""
+    from indexer_train.bridge.convert import export_indexer
     from indexer_train.trainer import load_indexer
 
-    export_bundle(load_indexer(indexer), out)
-    typer.echo(f"bundle: {out}")
+    exported = export_indexer(load_indexer(indexer), out, format, _numbers(layers))
+    for line in [*(f"{format}: {path}" for path in exported.files), *exported.notes]:
+        typer.echo(line)
+
+
+@app.command()
+def convert(
+    checkpoints: Annotated[list[Path], typer.Argument(help="FlashMemory checkpoints: .pt or .safetensors.")],
+    out: Annotated[Path, typer.Option(help="Output folder of the indexer.")],
+    traces: Annotated[
+        Path | None, typer.Option(help="The trace store that it is for; else V4-Flash as served.")
+    ] = None,
+    layers: Layers = None,
+    offset: Annotated[float, typer.Option(help="Logit offset it was served with; becomes the bias.")] = 0.0,
+    positions: Annotated[int | None, typer.Option(min=1, help="Context, if longer than the file's RoPE table.")] = None,
+) -> None:
+    """Turn checkpoints of the FlashMemory release into an indexer that every other verb reads."""
+    from data_gen.store import TraceStore
+    from indexer_train.bridge.convert import import_checkpoints
+
+    manifest = None if traces is None else TraceStore.open(traces).manifest
+    indexer = import_checkpoints(checkpoints, _numbers(layers), manifest, offset, positions)
+    indexer.save_pretrained(str(out))
+    spec = indexer.spec
+    typer.echo(
+        f"indexer: {out} (layers {spec.layers}, {spec.shape.heads} heads, rank {spec.shape.rank}, "
+        f"positions below {spec.rope.positions})"
+    )
 
 
 @app.command()
@@ -105,6 +138,13 @@ def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Docu
     _evaluate(settings, out / "indexer", out / "traces" / "heldout", out)
     export(out / "indexer", out / "bundle")
     _decode(settings, out / "bundle", out, loaded)
+
+
+def _numbers(layers: str | None) -> list[int] | None:
+    try:
+        return None if layers is None else [int(number) for number in layers.split(",")]
+    except ValueError as error:
+        raise InputError(f"--layers {layers}: not numbers with commas between them") from error
 
 
 def _recipe(name: str, backbone: str | None = None, documents: str | None = None) -> Any:

@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from data_gen.errors import InputError
 from data_gen.store import TraceStore, write_atomically
 from indexer_train.batches import DocumentBatchSampler, WindowCollator, window_index
+from indexer_train.bridge.native import initialise
 from indexer_train.calibration import calibrate
 from indexer_train.config import IndexerConfig, TrainConfig
 from indexer_train.evaluator import MassRecallEvaluator
@@ -51,6 +52,8 @@ def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Pat
             rope=backbone.rope,
         )
     )
+    if config.init is not None:
+        initialise(indexer, Path(config.init))
     _same_settings(out, store, shape, config)
     batches = len(traces.paths())
     every = config.eval_epochs * batches

@@ -1,7 +1,7 @@
 """The bundle that a runtime loads: bundle.json beside indexer.safetensors.
 
-bundle.json: format, spec (indexer_train/model.py IndexerSpec: layers, tau, chunking, protection, thresholds, shape),
-key recipe, backbone fingerprint (in the spec) and the SHA-256 of the weights.
+bundle.json: format, spec (indexer_train/model.py IndexerSpec: layers, tau, chunking, protection, thresholds, shape,
+key recipe, RoPE, backbone fingerprint) and the SHA-256 of the weights.
 """
 
 import hashlib
@@ -21,13 +21,12 @@ HEADER = "bundle.json"
 
 
 class Bundle(BaseModel):
-    """The JSON side of a bundle. key: how a chunk key is made of the backbone's attention keys."""
+    """The JSON side of a bundle."""
 
     model_config = ConfigDict(extra="forbid")
 
     format: Literal[1] = 1
     spec: IndexerSpec
-    key: Literal["mean_pre_rope"] = "mean_pre_rope"
     sha256: str
 
 

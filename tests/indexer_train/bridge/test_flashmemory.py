@@ -1,0 +1,288 @@
+"""Checkpoints in the release's formats, written here by hand, against what the bridge reads and writes."""
+
+import collections
+import math
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from cli import app
+from data_gen.chunks import Chunking
+from data_gen.errors import InputError
+from indexer_train.bridge.bundle import load_bundle
+from indexer_train.bridge.convert import export_indexer, import_checkpoints, keep_layers
+from indexer_train.bridge.flashmemory import read_checkpoint
+from indexer_train.trainer import load_indexer
+
+POSITIONS, HIDDEN = 600, 24
+SERVED = ("10", "12", "20")
+
+
+def freqs_cis(positions=POSITIONS):
+    """YaRN's table: pairs up to 15 turn at their own speed, from 25 on 16 times slower, a ramp between."""
+    plain = 1.0 / 160000.0 ** (torch.arange(0, 64, 2).float() / 64)
+    ramp = torch.tensor([min(max((pair - 15) / 10, 0), 1) for pair in range(32)])
+    angles = torch.outer(torch.arange(positions).float(), plain * (1 - ramp) + plain / 16 * ramp)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def single(seed, heads=3, rank=5, positions=POSITIONS):
+    """One layer's state dictionary."""
+    generator = torch.Generator().manual_seed(seed)
+    state = collections.OrderedDict()
+    state["q_norm_weight"] = torch.randn(rank, generator=generator)
+    state["freqs_cis"] = freqs_cis(positions)
+    state["wq_a.weight"] = torch.randn(rank, HIDDEN, generator=generator)
+    state["wq_b.weight"] = torch.randn(heads * 128, rank, generator=generator)
+    state["weights_proj.weight"] = torch.randn(heads, HIDDEN, generator=generator)
+    return state
+
+
+def joint(ordinals=SERVED, **sizes):
+    state = collections.OrderedDict()
+    for ordinal in ordinals:
+        for name, value in single(int(ordinal), **sizes).items():
+            state[f"retrievers.l{ordinal}.{name}"] = value
+    return state
+
+
+def epoch(state):
+    args = {"lr": 1e-4, "joint_layers": "10,12,20", "bf16": True, "resume_from": None}
+    return {"epoch": 3, "model_state": state, "optimizer": {"state": {0: {"step": torch.tensor(5.0)}}},
+            "avg_loss": 0.1, "best_ens_f1": 0.5, "args": args}  # fmt: skip
+
+
+def save(path, content):
+    torch.save(content, path)
+    return path
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
+
+
+def weights_of(state, drop_table=True):
+    return {name: value for name, value in state.items() if not (drop_table and name.endswith("freqs_cis"))}
+
+
+def check_layer(indexer, ordinal, state):
+    encoder = indexer.query_encoder.encoders[ordinal]
+    assert torch.equal(encoder.wq_a.weight, state["wq_a.weight"])
+    assert torch.equal(encoder.q_norm.weight, state["q_norm_weight"])
+    assert torch.equal(encoder.wq_b.weight, state["wq_b.weight"])
+    assert torch.equal(encoder.weights_proj.weight, state["weights_proj.weight"])
+
+
+@pytest.mark.parametrize("wrap", [dict, epoch], ids=["joint", "epoch"])
+@pytest.mark.parametrize(("heads", "rank"), [(3, 5), (2, 8)])
+def test_joint_and_epoch_files(tmp_path, wrap, heads, rank):
+    state = joint(heads=heads, rank=rank)
+    indexer = import_checkpoints([save(tmp_path / "best.pt", wrap(state))])
+    assert indexer.spec.layers == [10, 12, 20]
+    assert (indexer.spec.shape.heads, indexer.spec.shape.rank, indexer.spec.shape.join) == (heads, rank, "max")
+    assert indexer.spec.rope.positions == POSITIONS
+    for ordinal in SERVED:
+        check_layer(indexer, ordinal, single(int(ordinal), heads, rank))
+    exported = export_indexer(indexer, tmp_path / "again.pt", "flashmemory-joint")
+    assert exported.files == [tmp_path / "again.pt"]
+    same(torch.load(tmp_path / "again.pt", weights_only=True), dict(state))
+
+
+def test_single_layer_files(tmp_path):
+    paths = [save(tmp_path / f"ckpt_l{ordinal}_best_f1.pt", single(int(ordinal))) for ordinal in SERVED]
+    indexer = import_checkpoints(paths)
+    assert indexer.spec.layers == [10, 12, 20]
+    files = export_indexer(indexer, tmp_path / "out", "flashmemory-layers").files
+    assert [path.name for path in files] == ["ckpt_l10.pt", "ckpt_l12.pt", "ckpt_l20.pt"]
+    for path, ordinal in zip(files, SERVED, strict=True):
+        same(torch.load(path, weights_only=True), dict(single(int(ordinal))))
+    unnamed = save(tmp_path / "ckpt_epoch003.pt", epoch(single(6)))
+    with pytest.raises(InputError, match="does not say which"):
+        import_checkpoints([unnamed])
+    check_layer(import_checkpoints([unnamed], layers=[6]), "6", single(6))
+
+
+def test_the_published_safetensors(tmp_path):
+    state = weights_of(joint())
+    save_file(state, tmp_path / "flashmemory_ds_v4.safetensors")
+    indexer = import_checkpoints([tmp_path / "flashmemory_ds_v4.safetensors"])
+    assert indexer.spec.rope.positions == 1 << 20
+    export_indexer(indexer, tmp_path / "again.safetensors", "flashmemory-safetensors")
+    same(load_file(tmp_path / "again.safetensors"), state)
+
+
+@pytest.mark.parametrize("format", ["flashmemory-joint", "flashmemory-layers", "flashmemory-safetensors"])
+def test_ours_come_back_bit_for_bit(tmp_path, make_indexer, arguments, format):
+    indexer = make_indexer()
+    files = export_indexer(indexer, tmp_path / "out", format).files
+    if format == "flashmemory-safetensors":
+        files = [files[0].rename(tmp_path / "out.safetensors")]
+    back = import_checkpoints(files)
+    assert torch.equal(back.scores(*arguments), indexer.scores(*arguments))
+    ours = indexer.query_encoder.state_dict()
+    same(dict(back.query_encoder.state_dict()), dict(ours))
+
+
+def test_strict_loading_where_the_table_is_a_buffer(tmp_path, make_indexer):
+    class Retriever(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wq_a = nn.Linear(HIDDEN, 5, bias=False)
+            self.wq_b = nn.Linear(5, 3 * 128, bias=False)
+            self.weights_proj = nn.Linear(HIDDEN, 3, bias=False)
+            self.q_norm_weight = nn.Parameter(torch.ones(5))
+            self.register_buffer("freqs_cis", torch.zeros(POSITIONS, 32, dtype=torch.complex64))
+
+    indexer = make_indexer()
+    export_indexer(indexer, tmp_path / "joint.pt", "flashmemory-joint")
+    module = nn.Module()
+    module.retrievers = nn.ModuleDict({f"l{ordinal}": Retriever() for ordinal in SERVED})
+    module.load_state_dict(torch.load(tmp_path / "joint.pt", weights_only=True))
+    torch.testing.assert_close(module.retrievers["l12"].freqs_cis, freqs_cis(), atol=1e-5, rtol=0)
+    export_indexer(indexer, tmp_path / "layers", "flashmemory-layers")
+    Retriever().load_state_dict(torch.load(tmp_path / "layers" / "ckpt_l20.pt", weights_only=True))
+
+
+def test_eight_trained_layers_to_three_served(tmp_path, make_indexer, arguments):
+    indexer = make_indexer(layers=range(6, 22, 2), thresholds={"0.1": -1.0})
+    hidden, keys, positions = arguments
+    wide = hidden[:, :1].repeat(1, 8, 1) + torch.arange(8)[None, :, None] / 8
+    logits = indexer.layer_logits(
+        indexer.query_encoder({"input_features": wide, "positions": positions})["sentence_embedding"].detach(),
+        indexer[0].sub_modules["document"][0]({"input_values": keys[:, :1].repeat(1, 8, 1)})["sentence_embedding"],
+    )
+    served = keep_layers(indexer, [20, 10, 12])
+    assert served.spec.layers == [10, 12, 20]
+    which = [2, 3, 7]
+    ours = served.scores(wide[:, which], keys[:, :1].repeat(1, 3, 1), positions)
+    assert torch.equal(ours, logits[which].amax(dim=0))
+    for format in ("flashmemory-joint", "bundle"):
+        exported = export_indexer(indexer, tmp_path / format, format, [10, 12, 20])
+        assert any("thresholds were calibrated on layers" in note for note in exported.notes)
+    assert load_bundle(tmp_path / "bundle").spec.layers == [10, 12, 20]
+    assert read_checkpoint(tmp_path / "flashmemory-joint").layers.keys() == {10, 12, 20}
+    assert keep_layers(indexer, indexer.spec.layers).spec.thresholds == {"0.1": -1.0}
+    with pytest.raises(InputError, match=r"layers \[11\]"):
+        keep_layers(indexer, [10, 11])
+
+
+def test_bias_and_thresholds_become_offsets(tmp_path, make_indexer, arguments):
+    indexer = make_indexer(shape={"bias": True}, thresholds={"0.1": 3.25})
+    nn.init.constant_(indexer.query_encoder.bias, 1.5)
+    notes = export_indexer(indexer, tmp_path / "a.pt", "flashmemory-joint").notes
+    assert any("SGLANG_RETRIEVER_LOGIT_OFFSET=1.5" in note for note in notes)
+    assert any("keeps 10.0%" in note and "SGLANG_RETRIEVER_LOGIT_OFFSET=-1.75" in note for note in notes)
+    raw = import_checkpoints([tmp_path / "a.pt"])
+    back = import_checkpoints([tmp_path / "a.pt"], offset=1.5)
+    torch.testing.assert_close(back.scores(*arguments), indexer.scores(*arguments), atol=0, rtol=0)
+    served = torch.sigmoid(raw.scores(*arguments).double() - 1.75) >= 0.5  # what serving does with the offset
+    assert torch.equal(served, indexer.scores(*arguments) >= 3.25)
+    assert served.any() and not served.all()
+    summed = export_indexer(make_indexer(shape={"join": "sum"}), tmp_path / "b.pt", "flashmemory-joint").notes
+    assert any("joined by sum" in note for note in summed)
+
+
+@pytest.mark.parametrize("shape", [{"distance_bumps": 4}, {"scale": True}, {"slot": True}])
+def test_terms_without_a_place_are_refused(tmp_path, make_indexer, shape):
+    with pytest.raises(InputError, match=f"no place for {next(iter(shape))}"):
+        export_indexer(make_indexer(shape=shape), tmp_path / "a.pt", "flashmemory-joint")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_backbones_are_refused(tmp_path, make_indexer, stores):
+    with pytest.raises(InputError, match="mean_pre_rope"):
+        export_indexer(make_indexer(key="mean_pre_rope"), tmp_path / "a.pt", "flashmemory-joint")
+    with pytest.raises(InputError, match="mean_pre_rope"):
+        import_checkpoints([save(tmp_path / "a.pt", joint())], manifest=stores[0].manifest)
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_pickles_run_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    attack = save(tmp_path / "attack.pt", joint() | {"x": Attack()})
+    with pytest.raises(InputError, match=r"attack.pt: not loaded: it asks for \w*.mkdir"):
+        import_checkpoints([attack])
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"x": Attack()}))
+    with pytest.raises(InputError, match=r"plain.pt"):
+        import_checkpoints([tmp_path / "plain.pt"])
+    assert not (tmp_path / "pwned").exists()
+
+
+def drop(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: drop(joint(), "retrievers.l12.wq_a.weight"), "layer 12 lacks wq_a.weight"),
+        (lambda: joint() | {"retrievers.l12.bias": torch.zeros(1)}, "layer 12 has bias"),
+        (lambda: joint() | {"something": torch.zeros(1)}, "'something' belongs to no format"),
+        (lambda: joint(["10"]) | joint(["12"], heads=4), "differ in heads"),
+        (lambda: joint() | {"retrievers.l10.q_norm_weight": torch.ones(6)}, "do not belong together"),
+        (lambda: joint() | {"retrievers.l10.wq_a.weight": torch.full((5, HIDDEN), math.nan)}, "NaN"),
+        (lambda: joint() | {"retrievers.l10.freqs_cis": freqs_cis(50)}, "different freqs_cis"),
+        (lambda: joint(["10"]) | {"retrievers.l10.freqs_cis": freqs_cis().conj()}, "not the RoPE of this backbone"),
+        (lambda: joint(["10"]) | {"retrievers.l10.freqs_cis": freqs_cis()[:, :16]}, "not a table for 64 dims"),
+        (lambda: {"epoch": 1}, "no dictionary of weights"),
+        (lambda: {}, "holds no weights"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, content, message):
+    path = save(tmp_path / "bad.pt", content())
+    with pytest.raises(InputError, match=message) as caught:
+        import_checkpoints([path])
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_and_missing_files(tmp_path):
+    whole = save(tmp_path / "whole.pt", joint()).read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.safetensors").write_bytes(whole[:100])
+    for name in ("cut.pt", "cut.safetensors", "none.pt"):
+        with pytest.raises(InputError, match=name):
+            import_checkpoints([tmp_path / name])
+    one, two = save(tmp_path / "a_l10.pt", single(10)), save(tmp_path / "b_l10.pt", single(10))
+    with pytest.raises(InputError, match="in another file as well"):
+        import_checkpoints([one, two])
+    with pytest.raises(InputError, match=r"layers \[11\] are not in the files"):
+        import_checkpoints([tmp_path / "whole.pt"], layers=[10, 11])
+
+
+def test_the_table_bounds_positions_until_told_otherwise(tmp_path, arguments):
+    path = save(tmp_path / "a.pt", joint())
+    hidden, keys, _ = arguments
+    beyond = torch.full((4,), POSITIONS)
+    with pytest.raises(InputError, match=r"outside 0\.\.599"):
+        import_checkpoints([path]).scores(hidden, keys, beyond)
+    import_checkpoints([path], positions=1 << 20).scores(hidden, keys, beyond)
+
+
+def test_the_command_line_both_ways(tmp_path, v4_store):
+    run = CliRunner().invoke
+    path = save(tmp_path / "joint.pt", joint())
+    command = ["convert", str(path), "--out", str(tmp_path / "indexer"), "--layers", "10,12", "--traces"]
+    result = run(app, [*command, str(v4_store.root), "--offset", "0.5"])
+    assert result.exit_code == 0, result.output
+    indexer = load_indexer(tmp_path / "indexer")
+    assert indexer.spec.layers == [10, 12] and indexer.spec.backbone == "small-v4"
+    assert indexer.spec.chunking == Chunking(tokens=4, sink=0, recent=2) and indexer.spec.window == 8
+    command = ["export", "--indexer", str(tmp_path / "indexer"), "--out", str(tmp_path / "back.pt")]
+    result = run(app, [*command, "--format", "flashmemory-joint"])
+    assert result.exit_code == 0, result.output
+    assert "SGLANG_RETRIEVER_LOGIT_OFFSET=0.5" in result.output
+    same(torch.load(tmp_path / "back.pt", weights_only=True), dict(joint(["10", "12"])))
+    assert run(app, [*command, "--format", "other"]).exit_code == 2
+    result = run(app, [*command, "--layers", "10,x"])
+    assert isinstance(result.exception, InputError) or result.exit_code == 2
