@@ -117,6 +117,33 @@ def convert(
 
 
 @app.command()
+def verify(
+    traces: Annotated[Path, typer.Option(help="A trace store.")],
+    native: Annotated[Path | None, typer.Option(help="The backbone's checkpoint, or its layer_NN files.")] = None,
+    indexer: Annotated[Path | None, typer.Option(help="A trained indexer or a bundle.")] = None,
+) -> None:
+    """Recompute native logits, and an indexer's scores, in float64; exit code 1 when they differ."""
+    from data_gen.store import TraceStore
+    from eval.verify import verdict_table, verify_indexer, verify_native
+    from indexer_train.bridge.bundle import HEADER, load_bundle
+    from indexer_train.trainer import load_indexer
+
+    store, verdicts = TraceStore.open(traces), []
+    if native is not None or indexer is None:
+        verdicts.append(verify_native(store, native))
+    if indexer is not None:
+        loaded = load_bundle(indexer) if (indexer / HEADER).exists() else load_indexer(indexer)
+        verdicts.append(verify_indexer(loaded, store))
+    typer.echo(verdict_table([row for verdict in verdicts for row in verdict.rows]))
+    failures = [line for verdict in verdicts for line in verdict.failures]
+    for line in failures:
+        typer.echo(f"FAIL {line}")
+    if failures:
+        raise typer.Exit(1)
+    typer.echo("verified")
+
+
+@app.command()
 def decode(
     recipe: RecipeName,
     bundle: Annotated[Path, typer.Option(help="An exported bundle.")],
