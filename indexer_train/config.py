@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from data_gen.config import Strict
 
@@ -28,8 +28,9 @@ class IndexerConfig(Strict):
 class TrainConfig(Strict):
     """How the indexer is trained.
 
-    loss: a name of indexer_train/losses; windows_per_document: query tokens of a document in one epoch, which is one
-    batch; golden: head-maximum probability (oracle `attention`) or layers (oracle `indexer`) that make a chunk golden;
+    loss: a name of indexer_train/losses; loss_options: what that class lets a recipe set;
+    windows_per_document: query tokens of a document in one epoch, which is one batch;
+    golden: head-maximum probability (oracle `attention`) or layers (oracle `indexer`) that make a chunk golden;
     validation_every: every n-th document is held back from training to select the checkpoint, by its mass recall when
     `budget` of the chunks are kept;
     eval_epochs: epochs between two such checks; patience: checks without a better one before training stops.
@@ -38,6 +39,7 @@ class TrainConfig(Strict):
     """
 
     loss: str = "listwise_mass"
+    loss_options: dict[str, float] = Field(default_factory=dict)
     epochs: PositiveInt
     windows_per_document: PositiveInt = 64
     learning_rate: PositiveFloat = 1e-3

@@ -86,7 +86,7 @@ def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Pat
             seed=config.seed,
         ),
         train_dataset=index,
-        loss=LOSSES[config.loss](indexer, config.golden),
+        loss=LOSSES[config.loss](indexer, config.golden, **config.loss_options),
         evaluator=MassRecallEvaluator(validation, config.budget),
         data_collator=WindowCollator(traces, trace.layers),
         callbacks=[EarlyStoppingCallback(config.patience)],

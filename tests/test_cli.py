@@ -92,7 +92,7 @@ def test_the_verbs_one_by_one_give_what_run_gives(finished, recipe, tmp_path, lo
 
 
 def test_running_again_rewrites_no_trace(finished, recipe, lookahead):
-    files = sorted(finished.glob("traces/*/doc_*")) + [finished / "indexer" / "modules.json"]
+    files = [*sorted(finished.glob("traces/*/doc_*")), finished / "indexer" / "modules.json"]
     before = [path.stat().st_mtime_ns for path in files]
     assert lookahead("run", recipe, "--out", finished)[0] == 0
     assert [path.stat().st_mtime_ns for path in files] == before

@@ -1,12 +1,24 @@
 """One class a loss; the registry is the list of names a recipe can choose from."""
 
 from indexer_train.losses.base import IndexerLoss
+from indexer_train.losses.bce import BceLoss
+from indexer_train.losses.bpr import BprLoss
+from indexer_train.losses.contrastive import ContrastiveLoss
 from indexer_train.losses.focal import FocalLoss
 from indexer_train.losses.listwise_mass import ListwiseMassLoss
 from indexer_train.losses.listwise_peak import ListwisePeakLoss
+from indexer_train.losses.margin import MarginLoss
+from indexer_train.losses.soft_bce import SoftBceLoss
+from indexer_train.losses.vote_weighted import VoteWeightedLoss
 
 LOSSES: dict[str, type[IndexerLoss]] = {
     "listwise_mass": ListwiseMassLoss,
     "listwise_peak": ListwisePeakLoss,
     "focal": FocalLoss,
+    "bce": BceLoss,
+    "soft_bce": SoftBceLoss,
+    "vote_weighted": VoteWeightedLoss,
+    "contrastive": ContrastiveLoss,
+    "bpr": BprLoss,
+    "margin": MarginLoss,
 }

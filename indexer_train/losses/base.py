@@ -5,9 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from data_gen.config import Strict
+from data_gen.errors import InputError
 from indexer_train.model import MemoryIndexer
+
+
+class LossOptions(Strict):
+    """What a recipe may set about a loss (`train.loss_options`); most losses have nothing to set."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +29,33 @@ class Targets:
     candidate: torch.Tensor
     protected: torch.Tensor
 
+    def golden(self, threshold: float) -> torch.Tensor:
+        """[B, N] bool: candidates whose peak reaches `threshold`."""
+        return self.candidate & (self.peak >= threshold)
+
+
+def mean_over(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of `values` [L, B, N] where `mask` [B, N] holds; zero when it holds nowhere."""
+    mask = mask.expand_as(values)
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
+
 
 class IndexerLoss(nn.Module, ABC):
     """A loss on logits [L, B, N]; layers are independent indexers, so their losses are averaged."""
 
-    def __init__(self, model: MemoryIndexer, golden: float) -> None:
+    Options = LossOptions
+
+    def __init__(self, model: MemoryIndexer, golden: float, **options: float) -> None:
+        """golden: peak (or votes) that makes a chunk golden. Raises InputError on an option that the loss lacks."""
         super().__init__()
         self.model = model
         self.golden = golden
+        try:
+            self.options = self.Options(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            known = ", ".join(self.Options.model_fields) or "none"
+            raise InputError(f"train.loss_options.{first['loc'][0]}: {first['msg']} (options: {known})") from error
 
     def forward(self, features: list[dict[str, Any]], label: torch.Tensor) -> torch.Tensor:
         """features: query and document features of the collator; label: [B, 4, N]."""

@@ -1,20 +1,30 @@
-"""Focal binary cross-entropy on golden chunks, the release's loss, over all candidates."""
+"""Focal binary cross-entropy on golden chunks, the release's loss."""
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
-from indexer_train.losses.base import IndexerLoss, Targets
-
-GAMMA = 2.0
-"""The release's focusing exponent."""
+from indexer_train.losses.base import IndexerLoss, LossOptions, Targets, mean_over
 
 
 class FocalLoss(IndexerLoss):
     """Per layer: BCE of each candidate against golden or not, weighed by (1 - p of the truth)^gamma."""
 
+    class Options(LossOptions):
+        """gamma: focus on what is still wrong; alpha: weight of golden chunks, 1 - alpha of the others (None: equal);
+        smoothing: golden counts as 1 - smoothing, the rest as smoothing."""
+
+        gamma: float = Field(2.0, ge=0)
+        alpha: float | None = Field(None, gt=0, lt=1)
+        smoothing: float = Field(0.0, ge=0, lt=0.5)
+
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-        golden = (targets.peak >= self.golden).to(logits.dtype).expand_as(logits)
-        loss = F.binary_cross_entropy_with_logits(logits, golden, reduction="none")
-        focus = (1 - torch.exp(-loss)) ** GAMMA
-        weight = targets.candidate.to(logits.dtype).expand_as(logits)
-        return (loss * focus * weight).sum() / weight.sum().clamp_min(1)
+        gamma, alpha, smoothing = self.options.gamma, self.options.alpha, self.options.smoothing
+        golden = targets.golden(self.golden).to(logits.dtype).expand_as(logits)
+        soft = golden * (1 - 2 * smoothing) + smoothing
+        loss = F.binary_cross_entropy_with_logits(logits, soft, reduction="none")
+        wrong = torch.sigmoid(torch.where(golden > 0, -logits, logits))
+        loss = loss * wrong**gamma
+        if alpha is not None:
+            loss = loss * torch.where(golden > 0, alpha, 1 - alpha)
+        return mean_over(loss, targets.candidate)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data_gen.errors import InputError
 from indexer_train.losses import LOSSES
 from indexer_train.losses.base import Targets
 
@@ -68,3 +69,47 @@ def test_training_on_it_ranks_what_was_needed_first(loss):
     for row in range(3):
         best = goal.peak[row].argmax()
         assert logits[0, row, goal.candidate[row]].max() == logits[0, row, best]
+
+
+def pairs(logits, goal, golden, value):
+    """Mean of `value(lead)` over all (golden, other) pairs, one at a time."""
+    found = []
+    for layer in logits:
+        for row, scores in enumerate(layer):
+            others = [i for i in range(7) if goal.candidate[row, i] and not golden[row, i]]
+            found += [value(scores[n] - scores[p]) for p in range(7) if golden[row, p] for n in others]
+    return torch.stack(found).mean()
+
+
+def test_pairwise_losses_equal_the_loop_over_pairs():
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    goal = targets()
+    golden = goal.golden(0.1)
+    assert golden.any() and not torch.equal(golden, goal.candidate)
+    softplus = pairs(logits, goal, golden, torch.nn.functional.softplus)
+    torch.testing.assert_close(LOSSES["bpr"](None, 0.1).compute(logits, goal), softplus)
+    hinge = pairs(logits, goal, golden, lambda lead: (0.7 + lead).clamp_min(0))
+    torch.testing.assert_close(LOSSES["margin"](None, 0.1, margin=0.7).compute(logits, goal), hinge)
+
+
+def test_contrastive_equals_the_loop_over_positives():
+    logits = torch.randn(1, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    goal = targets()
+    golden = goal.golden(0.1)
+    found = []
+    for row in range(3):
+        scores = (logits[0, row] / 0.5).exp()
+        negatives = scores[goal.candidate[row] & ~golden[row]].sum()
+        found += [-(scores[p] / (scores[p] + negatives)).log() for p in range(7) if golden[row, p]]
+    loss = LOSSES["contrastive"](None, 0.1, temperature=0.5)
+    torch.testing.assert_close(loss.compute(logits, goal), torch.stack(found).mean(), atol=1e-6, rtol=1e-6)
+
+
+def test_focal_without_focus_is_bce_and_unknown_options_are_named():
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = LOSSES["bce"](None, 0.1, smoothing=0.1).compute(logits, targets())
+    torch.testing.assert_close(LOSSES["focal"](None, 0.1, gamma=0, smoothing=0.1).compute(logits, targets()), plain)
+    halved = LOSSES["focal"](None, 0.1, gamma=0, alpha=0.5, smoothing=0.1).compute(logits, targets())
+    torch.testing.assert_close(halved, plain / 2)
+    with pytest.raises(InputError, match=r"loss_options.gamma.*options: smoothing"):
+        LOSSES["bce"](None, 0.1, gamma=2)

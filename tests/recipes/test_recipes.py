@@ -43,8 +43,8 @@ def test_an_unknown_recipe_lists_the_shipped_ones():
 
 
 def test_the_wheel_carries_recipes_and_packages(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
-    subprocess.run([str(part) for part in command], check=True)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     assert {f"recipes/{name}.yaml" for name in SHIPPED} <= names
     assert {"cli.py", "data_gen/store.py", "indexer_train/model.py", "eval/recall.py"} <= names

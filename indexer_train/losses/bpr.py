@@ -1,0 +1,45 @@
+"""Bayesian personalised ranking over all (golden, other) pairs of a window."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from indexer_train.losses.base import IndexerLoss, Targets
+
+
+class BprLoss(IndexerLoss):
+    """Per layer: -log sigmoid(z_p - z_n), averaged over all pairs of a golden chunk p and another candidate n."""
+
+    def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+        golden = targets.golden(self.golden)
+        total = _PairwiseSoftplus.apply(logits, golden, targets.candidate & ~golden)
+        pairs = len(logits) * (golden.sum(dim=-1) * (targets.candidate & ~golden).sum(dim=-1)).sum()
+        return total / pairs.clamp_min(1)
+
+
+class _PairwiseSoftplus(torch.autograd.Function):
+    """Sum of softplus(z_n - z_p) over pairs, one golden chunk of every window at a time.
+
+    Loss and gradient are made in the same pass, so that memory is a few [L, B, N], never [B, N, N].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, golden: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        gradient = torch.zeros_like(logits)
+        total = logits.new_zeros(())
+        ranked = golden.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices  # golden chunks first
+        for turn in range(int(golden.sum(dim=-1).max())):
+            chunk = ranked[:, turn].expand(len(logits), -1)[..., None]
+            pair = negative & (golden.sum(dim=-1, keepdim=True) > turn)
+            lead = logits - logits.gather(-1, chunk)
+            total += torch.where(pair, F.softplus(lead), 0.0).sum()
+            slope = torch.where(pair, torch.sigmoid(lead), 0.0)
+            gradient += slope
+            gradient.scatter_add_(-1, chunk, -slope.sum(dim=-1, keepdim=True))
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.saved_tensors[0] * outer, None, None
