@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
+# On a busy machine, threads that spin while they wait make everything several times slower.
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: quickstart test
 
