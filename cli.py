@@ -167,6 +167,32 @@ def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Docu
     _decode(settings, out / "bundle", out, loaded)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="deepseek-v4-flash, deepseek-v4-pro, or a folder with a config.json.")],
+    context: Annotated[list[int] | None, typer.Option(min=1, help="Tokens, repeatable; else 32K to 1M.")] = None,
+    kept: Annotated[float | None, typer.Option(min=0, max=1, help="Share of chunks resident; else .094.")] = None,
+    churn: Annotated[float | None, typer.Option(min=0, max=1, help="Share that a refresh replaces; else .3.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(min=0, help="GiB of one GPU: how many requests fit?")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the weights.")] = 1,
+    recipe: Annotated[str | None, typer.Option(help="Whose indexer, window and chunks; else the paper's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write plan.json, plan.md and plan.png here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """What lookahead sparse attention saves: memory, operations and traffic of a model, computed from its config."""
+    from eval.plan import PlanSettings, make_plan
+    from eval.plan.plan import CONTEXTS
+    from eval.plan.report import plan_json, plan_text, write_plan
+
+    given = {"kept": kept, "churn": churn, "gpu_memory": gpu_memory, "gpus": gpus}
+    settings = PlanSettings() if recipe is None else PlanSettings.of_recipe(_recipe(recipe))
+    settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
+    found = make_plan(model, context or CONTEXTS, settings)
+    if out is not None:
+        write_plan(found, out)
+    typer.echo(plan_json(found) if as_json else plan_text(found))
+
+
 def _numbers(layers: str | None) -> list[int] | None:
     try:
         return None if layers is None else [int(number) for number in layers.split(",")]

@@ -1,0 +1,178 @@
+"""A plan for people: Markdown tables, a plot up to 1M tokens, and files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from data_gen.store import write_atomically
+from eval.plan.paper import beside_paper, paper_points
+from eval.plan.plan import Plan, plan_row
+from eval.plan.shapes import UNNAMED_DTYPE
+from eval.report import table
+
+PLOT_CONTEXTS = [2**20 * step // 64 for step in range(1, 65)]
+POINT = "the paper's figure, its own terms"
+FIXED = "same at every context"
+"""In the plot, the sum of all terms that neither a context nor LSA changes: projections, experts, output head."""
+COLORS = {
+    FIXED: "tab:gray",
+    "CSA index keys": "tab:blue",
+    "CSA scoring": "tab:blue",
+    "CSA entries": "tab:orange",
+    "CSA attention": "tab:orange",
+    "full-attention KV": "tab:orange",
+    "full attention": "tab:orange",
+    "HCA entries": "tab:green",
+    "HCA attention": "tab:green",
+    "window": "tab:red",
+    "window attention": "tab:red",
+    "memory indexer keys": "tab:purple",
+    "memory indexer scoring": "tab:purple",
+    "memory indexer projections": "tab:pink",
+}
+
+
+def plan_text(plan: Plan) -> str:
+    """Summary, bytes by kind, operations by term and, where it has figures, the paper beside them."""
+    first = plan.rows[0]
+    weights = sum(weight.values for weight in plan.model.weights) / 1e9
+    used = sum(weight.used for weight in plan.model.weights) / 1e9
+    settings = plan.settings
+    parts = [
+        f"# {plan.model.name}",
+        f"{weights:.4g} B weights ({used:.3g} B multiplied per token), {first['weights_gb']:.1f} GiB; "
+        f"{first['kv_bytes_per_token']:,.0f} bytes of cache per token. LSA: {settings.kept:.2%} of the chunks of "
+        f"{plan.model.chunk_tokens} tokens resident; every {settings.window} tokens a refresh replaces "
+        f"{settings.churn:.0%} of them.",
+        "GiB and MiB are 2^30 and 2^20 bytes, GFLOP 1e9 operations per decoded token.",
+        _summary(plan),
+        "Cache on the GPU by kind, GiB, full / LSA:",
+        _terms(plan, "kv_terms", "{:.3f}"),
+        "Operations by term, GFLOP, full / LSA:",
+        _terms(plan, "gflop_terms", "{:.2f}"),
+        *beside_paper(plan),
+        *_notes(plan),
+    ]
+    return "\n\n".join(parts)
+
+
+def _summary(plan: Plan) -> str:
+    asked = plan.settings.gpu_memory is not None
+    header = ["context", "KV GiB full", "KV GiB LSA", "GFLOP full", "GFLOP LSA", "full / LSA", "host pool GiB",
+              "fetch MiB / refresh", "fetch MiB / token"]  # fmt: skip
+    lines = []
+    for row in plan.rows:
+        ratio = row["gflop_full"] / row["gflop_lsa"]
+        line = [context_label(row["context"]), row["kv_gb_full"], row["kv_gb_lsa"], f"{row['gflop_full']:.2f}",
+                f"{row['gflop_lsa']:.2f}", f"{ratio:.2f}", row["host_gb"], f"{row['fetch_mb_per_refresh']:.1f}",
+                f"{row['fetch_mb_per_token']:.2f}"]  # fmt: skip
+        lines.append(line + ([row["requests_full"], row["requests_lsa"]] if asked else []))
+    return table(header + (["requests full", "requests LSA"] if asked else []), lines)
+
+
+def _terms(plan: Plan, key: str, form: str) -> str:
+    def cell(pair: dict[str, float]) -> str:
+        return f"{form.format(pair['full'])} / {form.format(pair['lsa'])}"
+
+    names = plan.rows[0][key]
+    lines = [[name, *(cell(row[key][name]) for row in plan.rows)] for name in names]
+    sums = [{side: sum(pair[side] for pair in row[key].values()) for side in ("full", "lsa")} for row in plan.rows]
+    lines.append(["total", *(cell(total) for total in sums)])
+    return table(["", *(context_label(row["context"]) for row in plan.rows)], lines)
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = ["Not counted: norms, rotations, softmax and selection; activations and an engine's workspace."]
+    if not plan.model.dtype_named:
+        notes.append(f"The configuration names no dtype; {UNNAMED_DTYPE} is assumed.")
+    if beyond := [row["context"] for row in plan.rows if not row["within_model"]]:
+        notes.append(f"The model was made for {plan.model.positions:,} tokens; {beyond[0]:,} and more lie beyond that.")
+    if plan.settings.gpu_memory is not None:
+        first = plan.rows[0]
+        notes.append(
+            f"Requests on {plan.settings.gpus} x {plan.settings.gpu_memory:g} GiB: weights spread evenly "
+            f"({first['weights_gb']:.1f} GiB; {first['weights_gb_lsa']:.1f} with a memory indexer on each), "
+            "a request's cache whole on one GPU."
+        )
+    return notes
+
+
+def context_label(context: int) -> str:
+    """256K, 1M; other numbers in full."""
+    for size, letter in ((2**20, "M"), (2**10, "K")):
+        if context % size == 0:
+            return f"{context // size}{letter}"
+    return f"{context:,}"
+
+
+def plot_plan(plan: Plan, path: Path) -> None:
+    """Bytes (top) and operations (bottom) by term up to 1M tokens, full (left) and LSA (right); PNG."""
+    rows = [plan_row(plan.model, plan.settings, context) for context in PLOT_CONTEXTS]
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7.4), sharex=True, sharey="row")
+    titles = ("KV cache of one request on the GPU, GiB", "operations per decoded token, GFLOP")
+    for line, terms in enumerate((_kv_layers(rows), _flop_layers(rows))):
+        for column, side in enumerate(("full", "lsa")):
+            _stack(axes[line][column], terms, side)
+            for context, figure_stated in paper_points(plan, ("kv_gb", "gflop")[line], side):
+                axes[line][column].plot(context / 1024, figure_stated, "kx", label=POINT)
+        axes[line][0].set_ylabel(titles[line])
+        handles = {label: handle for handle, label in zip(*axes[line][0].get_legend_handles_labels(), strict=True)}
+        axes[line][0].legend(handles.values(), handles, loc="upper left", fontsize=8, reverse=True)
+    axes[0][0].set_title(f"{plan.model.name}, full attention")
+    axes[0][1].set_title(f"lookahead sparse attention, {plan.settings.kept:.1%} resident")
+    for axis in axes[1]:
+        axis.set_xlabel("context, tokens")
+        axis.set_xticks([256, 512, 768, 1024], ["256K", "512K", "768K", "1M"])
+    figure.tight_layout()
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    pyplot.close(figure)
+
+
+Layers = dict[str, dict[str, list[float]]]
+
+
+def _kv_layers(rows: list[dict[str, Any]]) -> Layers:
+    names = rows[0]["kv_terms"]
+    return {name: {side: [row["kv_terms"][name][side] for row in rows] for side in ("full", "lsa")} for name in names}
+
+
+def _flop_layers(rows: list[dict[str, Any]]) -> Layers:
+    """As `_kv_layers`; terms that are the same at every context and on both sides are joined into one."""
+    layers: Layers = {FIXED: {side: [0.0] * len(rows) for side in ("full", "lsa")}}
+    for name in rows[0]["gflop_terms"]:
+        found = {side: [row["gflop_terms"][name][side] for row in rows] for side in ("full", "lsa")}
+        if len({*found["full"], *found["lsa"]}) == 1:
+            for side, values in found.items():
+                layers[FIXED][side] = [a + b for a, b in zip(layers[FIXED][side], values, strict=True)]
+        else:
+            layers[name] = found
+    return layers
+
+
+def _stack(axis: Any, terms: Layers, side: str) -> None:
+    xs = [context / 1024 for context in PLOT_CONTEXTS]
+    series = [values[side] for values in terms.values()]
+    axis.stackplot(xs, *series, labels=list(terms), colors=[COLORS[name] for name in terms])
+    top = sum(values[-1] for values in series)
+    axis.annotate(f"{top:.3g} at 1M", (xs[-1], top), ha="right", va="bottom", fontsize=9, fontweight="bold")
+    axis.set_xlim(0, xs[-1])
+    axis.margins(y=0.1)
+    axis.grid(alpha=0.3)
+
+
+def plan_json(plan: Plan) -> str:
+    """The rows as a JSON list."""
+    return json.dumps(plan.rows, indent=1)
+
+
+def write_plan(plan: Plan, folder: Path) -> None:
+    """Write plan.json, plan.md and plan.png into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("plan.json", plan_json(plan)), ("plan.md", plan_text(plan) + "\n")):
+        write_atomically(folder / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+    plot_plan(plan, folder / "plan.png")
