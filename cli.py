@@ -167,6 +167,34 @@ def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Docu
     _decode(settings, out / "bundle", out, loaded)
 
 
+@app.command("select-layers")
+def select_layers(
+    indexer: Annotated[Path, typer.Option(help="A trained indexer.")],
+    traces: Annotated[Path, typer.Option(help="A held-out trace store.")],
+    count: Annotated[int, typer.Option(min=1, help="Layers to serve.")],
+    out: Annotated[Path | None, typer.Option(help="Save the indexer with the best choice there.")] = None,
+    budget: Annotated[float, typer.Option(min=0, max=1, help="Share of chunks kept.")] = 0.1,
+) -> None:
+    """Find the layers to serve and the rule that joins them, by mass recall on held-out traces."""
+    from data_gen.store import TraceStore
+    from eval.report import table
+    from indexer_train.bridge.convert import keep_layers
+    from indexer_train.layer_choice import choose_layers
+    from indexer_train.trainer import check_traces, load_indexer
+
+    loaded, store = load_indexer(indexer), TraceStore.open(traces)
+    check_traces(loaded, store)
+    best, *others = choose_layers(loaded, store, count, budget)
+    rows = [[" ".join(map(str, choice.layers)), choice.join, choice.mass_recall] for choice in (best, *others[:9])]
+    typer.echo(table(["layers", "join", f"mass recall at {budget:.1%} kept"], rows))
+    if out is not None:
+        served = keep_layers(loaded, best.layers)
+        served.spec.shape = served.spec.shape.model_copy(update={"join": best.join})
+        served.spec.thresholds.clear()  # calibrated on another set of layers or another rule
+        served.save_pretrained(str(out))
+        typer.echo(f"indexer: {out}")
+
+
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="deepseek-v4-flash, deepseek-v4-pro, or a folder with a config.json.")],

@@ -11,6 +11,7 @@ import torch
 from data_gen.oracle import WindowLabels
 from data_gen.store import TraceDocument
 from indexer_train.model import MemoryIndexer
+from indexer_train.scoring import join_layers
 
 
 def mass_recall(selected: torch.Tensor, labels: WindowLabels) -> torch.Tensor:
@@ -58,10 +59,15 @@ def served_windows(documents: Iterator[TraceDocument]) -> Iterator[ServedWindows
                 yield served
 
 
-def indexer_scores(indexer: MemoryIndexer, served: ServedWindows) -> torch.Tensor:
-    """[W, N] scores of the indexer at each window's first token."""
+def layer_scores(indexer: MemoryIndexer, served: ServedWindows) -> torch.Tensor:
+    """[L, W, N] scores of the indexer's layers at each window's first token."""
     document, layers = served.document, indexer.spec.layers
     rows = served.windows[:, 0]
     hidden = torch.stack([document.hidden(layer)[rows].float() for layer in layers], dim=1)
     keys = torch.stack([document.keys(layer) for layer in layers], dim=1)
-    return indexer.scores(hidden, keys, served.positions).cpu()
+    return indexer.layer_scores(hidden, keys, served.positions).cpu()
+
+
+def indexer_scores(indexer: MemoryIndexer, served: ServedWindows) -> torch.Tensor:
+    """[W, N] scores that serving ranks by at each window's first token."""
+    return join_layers(layer_scores(indexer, served), indexer.spec.shape.join)

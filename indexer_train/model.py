@@ -197,11 +197,15 @@ class MemoryIndexer(SentenceTransformer):
         return torch.stack([spec.packed.score(query, key, distance) for query, key in by_layer])
 
     @torch.no_grad()
-    def scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What serving ranks by: hidden [B, L, hidden], stored keys [N, L, ...], positions [B] -> [B, N] fp32."""
+    def layer_scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Before layers are joined: hidden [B, L, hidden], stored keys [N, L, ...], positions [B] -> [L, B, N] fp32."""
         features = {"input_features": hidden.to(self.device), "positions": positions.to(self.device)}
         queries = self.query_encoder(features)["sentence_embedding"]
-        return self.similarity(queries, key_vectors(keys.to(self.device)).flatten(1))
+        return self.layer_logits(queries, key_vectors(keys.to(self.device)).flatten(1))
+
+    def scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What serving ranks by: the joined `layer_scores`, [B, N] fp32."""
+        return join_layers(self.layer_scores(hidden, keys, positions), self.spec.shape.join)
 
     def similarity(self, embeddings1: torch.Tensor, embeddings2: torch.Tensor) -> torch.Tensor:
         """Chunk scores, layers joined. embeddings1: [B, L * size + 1]; embeddings2: [N, L * key_width] -> [B, N]."""

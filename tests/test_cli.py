@@ -218,3 +218,15 @@ def test_ctrl_c_ends_with_130_and_the_same_command_continues(recipe, tmp_path, l
     assert lookahead("generate", many, "--out", out)[0] == 0
     assert len(list(out.rglob("doc_*"))) == 26
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in early.items())
+
+
+def test_select_layers_saves_what_it_found_best(finished, tmp_path, lookahead):
+    traces = ("--traces", finished / "traces" / "heldout")
+    indexer = ("--indexer", finished / "indexer")
+    code, table, _ = lookahead("select-layers", *indexer, *traces, "--count", 1, "--out", tmp_path / "served")
+    assert code == 0
+    first = [cell.strip() for cell in table.splitlines()[2].split("|")[1:4]]
+    spec = json.loads(next((tmp_path / "served").rglob("spec.json")).read_text())
+    assert [str(layer) for layer in spec["layers"]] == [first[0]] and spec["shape"]["join"] == first[1]
+    code, _, line = lookahead("select-layers", *indexer, *traces, "--count", 3)
+    assert code == 2 and "cannot choose 3" in line

@@ -1,0 +1,63 @@
+"""Which of an indexer's layers to serve, and how to join them: every subset scored on held-out traces."""
+
+import itertools
+import statistics
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from data_gen.errors import InputError
+from data_gen.store import TraceStore
+from indexer_train.metrics import ServedWindows, layer_scores, mass_recall, served_windows
+from indexer_train.model import MemoryIndexer
+from indexer_train.scoring import join_layers, select
+
+Join = Literal["sum", "mean", "max"]
+EXHAUSTIVE = 8
+"""Up to this many layers every subset is tried; beyond, layers are added greedily."""
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One candidate to serve. mass_recall: mean over held-out documents at the asked budget."""
+
+    layers: list[int]
+    join: Join
+    mass_recall: float
+
+
+def choose_layers(indexer: MemoryIndexer, store: TraceStore, count: int, budget: float) -> list[LayerChoice]:
+    """All subsets of `count` layers under every joining rule, best mass recall first.
+
+    Layers are scored once; with more than EXHAUSTIVE of them, each rule's set grows greedily by the layer that helps
+    most. Raises InputError when the indexer has fewer layers or the store no window.
+    """
+    layers = indexer.spec.layers
+    if not 1 <= count <= len(layers):
+        raise InputError(f"cannot choose {count} of the indexer's {len(layers)} layers {layers}")
+    scored = [(served, layer_scores(indexer, served)) for served in served_windows(store)]
+    if not scored:
+        raise InputError(f"{store.root}: no document with a whole lookahead window to judge layers on")
+
+    def choice(subset: tuple[int, ...], join: Join) -> LayerChoice:
+        values = [_recall(served, join_layers(scores[list(subset)], join), budget) for served, scores in scored]
+        return LayerChoice([layers[index] for index in subset], join, statistics.fmean(values))
+
+    found = []
+    for join in get_args(Join):
+        if len(layers) <= EXHAUSTIVE:
+            found += [choice(subset, join) for subset in itertools.combinations(range(len(layers)), count)]
+            continue
+        subset: tuple[int, ...] = ()
+        for _ in range(count):
+            rest = (index for index in range(len(layers)) if index not in subset)
+            tried = [tuple(sorted((*subset, index))) for index in rest]
+            subset = max(tried, key=lambda indices: choice(indices, join).mass_recall)
+        found.append(choice(subset, join))
+    return sorted(found, key=lambda option: -option.mass_recall)
+
+
+def _recall(served: ServedWindows, scores: torch.Tensor, budget: float) -> float:
+    selected = select(scores, served.labels.candidate, served.kept(budget))
+    return float(mass_recall(selected, served.labels).nanmean())

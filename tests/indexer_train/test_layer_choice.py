@@ -1,0 +1,48 @@
+"""Layer choice against planted traces: one layer sees the secret, the other is blind."""
+
+import pytest
+import torch
+
+from data_gen.errors import InputError
+from indexer_train.bridge.convert import keep_layers
+from indexer_train.config import IndexerConfig
+from indexer_train.evaluator import MassRecallEvaluator
+from indexer_train.layer_choice import choose_layers
+from indexer_train.trainer import train
+
+
+@pytest.fixture(scope="module")
+def half_blind(planted, tiny_recipe, tmp_path_factory):
+    """An indexer that finds planted chunks by layer 0 alone: layer 1 was scrambled after training."""
+    settings = tiny_recipe.train.model_copy(
+        update={"epochs": 8, "learning_rate": 3e-3, "windows_per_document": 32, "eval_epochs": 8}
+    )
+    indexer = train(planted[0], IndexerConfig(heads=16, rank=32), settings, tmp_path_factory.mktemp("run"))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(indexer.query_encoder.encoders["1"].wq_b.weight)
+    return indexer
+
+
+def test_the_layer_that_sees_is_chosen(half_blind, planted):
+    best, *others = choose_layers(half_blind, planted[1], 1, 0.1)
+    assert best.layers == [0] and best.mass_recall > 0.85
+    assert len(others) == 5  # two subsets, three joining rules
+    assert min(option.mass_recall for option in others) < 0.3
+
+
+def test_the_figure_is_that_of_the_indexer_that_would_be_served(half_blind, planted):
+    for option in choose_layers(half_blind, planted[1], 2, 0.1):
+        served = keep_layers(half_blind, option.layers)
+        served.spec.shape = served.spec.shape.model_copy(update={"join": option.join})
+        assert MassRecallEvaluator(planted[1], 0.1)(served)["mass_recall"] == pytest.approx(option.mass_recall)
+
+
+def test_greedy_growth_finds_the_seeing_layer_too(half_blind, planted, monkeypatch):
+    monkeypatch.setattr("indexer_train.layer_choice.EXHAUSTIVE", 1)
+    options = choose_layers(half_blind, planted[1], 1, 0.1)
+    assert [option.layers for option in options] == [[0]] * 3
+
+
+def test_more_layers_than_there_are_is_refused(half_blind, planted):
+    with pytest.raises(InputError, match="cannot choose 3"):
+        choose_layers(half_blind, planted[1], 3, 0.1)
