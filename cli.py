@@ -240,17 +240,16 @@ def _recipe(name: str, backbone: str | None = None, documents: str | None = None
 
 
 def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
-    from data_gen.backbones.dense import DenseBackbone
-    from data_gen.backbones.load import load_backbone
+    from data_gen.backbones.load import adapter, load_backbone
     from data_gen.generate import generate as generate_traces
 
     out.mkdir(parents=True, exist_ok=True)  # an unwritable folder is found before the model is loaded
     model, tokenizer = load_backbone(recipe.backbone)
-    adapter = DenseBackbone(model)
+    backbone = adapter(model)
     for split in ("train", "heldout"):
-        store = generate_traces(adapter, tokenizer, recipe.documents, recipe.trace, split, out / split, _progress)
+        store = generate_traces(backbone, tokenizer, recipe.documents, recipe.trace, split, out / split, _progress)
         typer.echo(f"{split}: {len(store.paths())} documents in {store.root}")
-    return adapter, tokenizer
+    return backbone, tokenizer
 
 
 def _train(recipe: Any, traces: Path, out: Path) -> None:

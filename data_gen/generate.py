@@ -11,8 +11,9 @@ from data_gen.backbones.base import Backbone
 from data_gen.config import DocumentsConfig, TraceConfig
 from data_gen.documents import Document, build_documents
 from data_gen.errors import InputError
-from data_gen.store import DocumentMeta, Manifest, TraceStore
+from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
 from data_gen.tasks import Split
+from data_gen.trace import RawTrace
 
 Progress = Callable[[Iterable[Document], str], Iterable[Document]]
 
@@ -31,7 +32,7 @@ def generate(
     progress: wraps the documents still to read, given what to call them. Raises InputError on bad documents before
     anything is written, and when `root` holds traces made with other settings.
     """
-    built = build_documents(documents, trace, tokenizer, backbone.info.context, split)
+    built = build_documents(documents, trace, tokenizer, backbone.info.context - trace.own_tokens, split)
     if not built:
         raise InputError(f"the recipe asks for no {split} document")
     manifest = Manifest(
@@ -43,13 +44,24 @@ def generate(
     store = TraceStore.create(root, manifest)
     missing = [index for index in range(len(built)) if not store.path(index).exists()]
     for index, document in zip(missing, progress([built[i] for i in missing], f"tracing {split}"), strict=True):
-        raw = backbone.trace(document.tokens, torch.tensor(document.positions), trace)
+        tokens, spans, raw = _trace(backbone, document, trace)
         meta = DocumentMeta(
             name=document.name,
             task=document.task,
-            length=len(document.tokens),
-            spans=document.spans,
+            length=len(tokens),
+            spans=spans,
             depth=document.depth,
+            near_ties=raw.near_ties,
         )
         store.write(index, meta, raw)
     return store
+
+
+def _trace(backbone: Backbone, document: Document, trace: TraceConfig) -> tuple[list[int], list[Span], RawTrace]:
+    """(tokens, spans of traced rows, trace) of the document itself, or of what the backbone makes of its prompt."""
+    if not trace.own_tokens:
+        raw = backbone.trace(document.tokens, torch.tensor(document.positions), trace)
+        return document.tokens, document.spans, raw
+    tokens, raw = backbone.trace_own(document.tokens[: document.prompt], trace)
+    serve = max(0, document.prompt - 2 - int(raw.positions[0]))  # as in a document's own answer
+    return tokens, [Span(first=0, last=len(raw.positions), serve=serve, tail=True)], raw

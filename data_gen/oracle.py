@@ -1,6 +1,7 @@
 """The attention oracle: which chunks the backbone's own attention used, and the labels made of it."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -79,6 +80,13 @@ class SparseAttention:
         rest = (mean.mean(dim=-1) * (complete & ~kept)).sum(dim=1)
         index = kept.nonzero()
         return cls(pointers, index[:, 1].to(torch.int32), mean[kept].half(), peak[kept].half(), rest.float())
+
+    @classmethod
+    def concatenate(cls, pieces: list[Self]) -> Self:
+        """One after the other."""
+        counts = torch.cat([piece.pointers.diff() for piece in pieces])
+        rest = (torch.cat([getattr(p, name) for p in pieces]) for name in ("chunks", "mean", "peak", "rest"))
+        return cls(torch.nn.functional.pad(counts.cumsum(0), (1, 0)), *rest)
 
     def dense(self, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean, peak), each [T, chunks] fp32, averaged over layers; zero where nothing was stored."""

@@ -1,7 +1,7 @@
 """Rotary positions of DeepSeek-V4's compressed branch: interleaved pairs on the last dims, plain or YaRN."""
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -35,6 +35,18 @@ class Rope(BaseModel):
         if self.beta_fast <= self.beta_slow:
             raise ValueError("beta_fast must exceed beta_slow")
         return self
+
+    @classmethod
+    def from_parameters(cls, parameters: dict[str, Any], dims: int, positions: int) -> Self:
+        """From one entry of a transformers config's `rope_parameters`. Raises InputError on a type we do not know."""
+        kind = parameters.get("rope_type", "default")
+        if kind not in ("default", "yarn"):
+            raise InputError(f"RoPE of type {kind!r} is not known; `default` and `yarn` are")
+        settings = {"dims": dims, "theta": parameters["rope_theta"], "positions": positions}
+        if kind == "yarn":
+            settings |= {"factor": parameters["factor"], "original": parameters["original_max_position_embeddings"]}
+            settings |= {name: parameters[name] for name in ("beta_fast", "beta_slow") if name in parameters}
+        return cls(**settings)
 
     def frequencies(self) -> torch.Tensor:
         """[dims / 2] fp32, radians per token.

@@ -1,5 +1,6 @@
 """Shared settings and models of the suite."""
 
+import copy
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,8 @@ import torch
 from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -43,9 +46,47 @@ TINY = {
 }
 
 
+TINY_V4 = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "partial_rotary_factor": 0.25,
+    "q_lora_rank": 16,
+    "o_groups": 2,
+    "o_lora_rank": 8,
+    "index_n_heads": 16,  # with fewer, exact zeros of the ReLU tie
+    "index_head_dim": 16,
+    "index_topk": 12,
+    "sliding_window": 16,
+    "hc_mult": 2,
+    "hc_sinkhorn_iters": 3,
+    "num_hidden_layers": 7,
+    "layer_types": [
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+    ],
+    "mlp_layer_types": ["moe"] * 7,
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
+    "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 128},
+    "initializer_range": 0.3,
+}
+
+
 def tiny_model(family: str):
     """A random model of a family, fp32, the same on every call."""
     torch.manual_seed(0)
+    if family == "deepseek_v4":
+        return DeepseekV4ForCausalLM(DeepseekV4Config(**copy.deepcopy(TINY_V4))).eval()  # the config edits what it gets
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**TINY, num_hidden_layers=3)).eval()
     if family == "yarn":

@@ -16,3 +16,11 @@ class Backbone(Protocol):
     def trace(self, tokens: list[int], positions: torch.Tensor, config: TraceConfig) -> RawTrace:
         """Read a document once, teacher-forced, and keep the query tokens at `positions`."""
         ...
+
+    def trace_own(self, prompt: list[int], config: TraceConfig) -> tuple[list[int], RawTrace]:
+        """On-policy: let the model write up to `config.own_tokens` tokens behind `prompt`, greedily, and trace those.
+
+        Returns (prompt and written tokens, trace); the query tokens start `config.answer_lead` before the prompt's end
+        and leave out the last token, which answers none.
+        """
+        ...

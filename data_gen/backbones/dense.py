@@ -51,12 +51,27 @@ class DenseBackbone:
         """
         if len(tokens) > self.info.context:
             raise InputError(f"the document has {len(tokens)} tokens, the backbone's context is {self.info.context}")
+        if config.oracle != "attention":
+            raise InputError(f"trace.oracle `{config.oracle}`: only DeepSeek-V4 has an indexer; use `attention`")
         if unknown := sorted(set(config.layers) - set(self.info.full_layers)):
             raise InputError(f"layers {unknown} are not full-attention layers; choose from {self.info.full_layers}")
         recorder = _Recorder(positions.to(self.model.device), config)
         with observe(self.model, recorder):
             self.model.get_decoder()(torch.tensor([tokens], device=self.model.device), use_cache=False)
         return recorder.finish()
+
+    @torch.no_grad()
+    def trace_own(self, prompt: list[int], config: TraceConfig) -> tuple[list[int], RawTrace]:
+        """Let the model write up to `config.own_tokens` tokens behind `prompt`, greedily, then trace those.
+
+        Returns (prompt and written tokens, trace).
+        """
+        ids = torch.tensor([prompt], device=self.model.device)
+        tokens = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=config.own_tokens, do_sample=False
+        )[0].tolist()
+        positions = torch.arange(max(0, len(prompt) - config.answer_lead), len(tokens) - 1)
+        return tokens, self.trace(tokens, positions, config)
 
 
 class _Recorder:

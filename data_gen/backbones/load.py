@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from data_gen.backbones.base import Backbone
+from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
+from data_gen.backbones.dense import DenseBackbone
 from data_gen.config import BackboneConfig
 from data_gen.errors import InputError
 
@@ -44,4 +47,9 @@ def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.suppress(AttributeError):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # a cast here would round the RoPE frequencies too
+
+
+def adapter(model: PreTrainedModel) -> Backbone:
+    """The adapter of the model's family. Raises InputError when there is none."""
+    return DeepseekV4Backbone(model) if model.config.model_type == "deepseek_v4" else DenseBackbone(model)

@@ -88,3 +88,13 @@ def test_impossible_settings_are_refused():
         Rope(dims=3, theta=1e4, positions=10)
     with pytest.raises(ValueError, match="beta_fast"):
         Rope(dims=4, theta=1e4, positions=10, factor=2, beta_fast=1, beta_slow=2)
+
+
+def test_a_transformers_config_describes_it():
+    yarn = {"rope_type": "yarn", "rope_theta": 160000, "factor": 16.0, "original_max_position_embeddings": 65536,
+            "beta_fast": 32, "beta_slow": 1, "attention_factor": 1.0}  # fmt: skip
+    assert Rope.from_parameters(yarn, 64, 1 << 20) == V4
+    plain = {"rope_type": "default", "rope_theta": 10000}
+    assert Rope.from_parameters(plain, 16, 4096) == PLAIN
+    with pytest.raises(InputError, match="'llama3' is not known"):
+        Rope.from_parameters(plain | {"rope_type": "llama3"}, 16, 4096)

@@ -107,3 +107,19 @@ def test_an_unknown_attention_term_is_refused(model, monkeypatch):
     with pytest.raises(InputError, match="recomputed attention differs"):
         backbone.trace(tokens(60), torch.tensor([59]), trace_config(backbone))
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is biased
+
+
+def test_a_model_can_be_traced_on_its_own_words(model):
+    backbone = DenseBackbone(model)
+    prompt = tokens(60)
+    written, raw = backbone.trace_own(prompt, trace_config(backbone, own_tokens=12, answer_lead=5))
+    assert written[:60] == prompt and 60 < len(written) <= 72
+    assert raw.positions.tolist() == list(range(55, len(written) - 1))
+    forced = backbone.trace(written, raw.positions, trace_config(backbone))
+    assert torch.equal(raw.oracle.peak, forced.oracle.peak)
+
+
+def test_dense_backbones_have_no_indexer_to_ask(model):
+    backbone = DenseBackbone(model)
+    with pytest.raises(InputError, match="only DeepSeek-V4 has an indexer"):
+        backbone.trace(tokens(60), torch.tensor([59]), trace_config(backbone, oracle="indexer"))

@@ -1,0 +1,93 @@
+"""Watch the compressed sparse attention (CSA) layers of a Hugging Face DeepSeek-V4 at work, by hooks alone.
+
+The stock modules run unchanged, so that what is observed is what the model computes, bit for bit.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+CSA = "compressed_sparse_attention"
+
+
+@dataclass(frozen=True)
+class CsaCall:
+    """One call of one CSA layer in batch 1: S new tokens, N chunk keys so far.
+
+    ordinal: which CSA layer, counted from 0; hidden: [S, hidden], entering the attention block; query: [S, H, d] after
+    RoPE, weights: [S, H] scaled by (H d)^-0.5, keys: [N, d] after RoPE, all of the native indexer; picks: [S, k] its
+    chunk ids, -1 for none; attention: [heads, S, N] core attention probabilities of the chunks, of a softmax over
+    sliding window, chunks and sink.
+    """
+
+    ordinal: int
+    hidden: torch.Tensor
+    query: torch.Tensor
+    weights: torch.Tensor
+    keys: torch.Tensor
+    picks: torch.Tensor
+    attention: torch.Tensor
+
+
+def csa_layers(model: PreTrainedModel) -> list[int]:
+    """Layer indices of the CSA layers, in order: the one of ordinal i is the i-th."""
+    return [index for index, kind in enumerate(model.config.layer_types) if kind == CSA]
+
+
+@contextmanager
+def observe_csa(model: PreTrainedModel, observer: Callable[[CsaCall], None]) -> Iterator[None]:
+    """Report every call of `model`'s CSA layers to `observer` while the context is open."""
+    with ExitStack() as hooks:
+        for ordinal, layer in enumerate(csa_layers(model)):
+            watch = _LayerWatch(ordinal, model.get_decoder().layers[layer].self_attn, observer)
+            for handle in watch.attach():
+                hooks.callback(handle.remove)
+        yield
+
+
+class _LayerWatch:
+    """Gathers the parts of one call, in the order in which the modules run."""
+
+    def __init__(self, ordinal: int, attention: nn.Module, observer: Callable[[CsaCall], None]) -> None:
+        self.ordinal, self.attention, self.observer = ordinal, attention, observer
+        self.hidden = self.query = self.keys = self.weights = self.picks = torch.empty(0)
+
+    def attach(self) -> list[Any]:
+        indexer = self.attention.compressor.indexer
+        return [
+            self.attention.register_forward_pre_hook(self._enters, with_kwargs=True),
+            indexer.scorer.register_forward_pre_hook(self._scores, with_kwargs=True),
+            indexer.register_forward_hook(self._picks),
+            self.attention.register_forward_hook(self._leaves),
+        ]
+
+    def _enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.hidden = _arguments(module, args, kwargs)["hidden_states"][0]
+
+    def _scores(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = _arguments(module, args, kwargs)
+        self.query, self.keys = given["q"][0], given["compressed_kv"][0]
+        heads, width = self.query.shape[1:]
+        self.weights = module.weights_proj(given["hidden_states"])[0].float() * (heads * width) ** -0.5
+
+    def _picks(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        self.picks = output[0]
+
+    def _leaves(self, module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        probability = output[1][0]
+        chunks = probability[..., probability.shape[-1] - len(self.keys) :]
+        self.observer(
+            CsaCall(self.ordinal, self.hidden, self.query, self.weights, self.keys, self.picks, attention=chunks)
+        )
+        self.hidden = self.query = self.keys = self.weights = self.picks = torch.empty(0)
+
+
+def _arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
+    """The call's arguments by name, however the caller passed them."""
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments

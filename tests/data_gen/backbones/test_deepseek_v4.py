@@ -1,0 +1,290 @@
+"""The DeepSeek-V4 tracer against the stock model run in one shot, without cache or pieces."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+import data_gen.backbones.deepseek_v4 as tracer
+from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
+from data_gen.backbones.deepseek_v4_hooks import csa_layers, observe_csa
+from data_gen.backbones.load import adapter, load_backbone
+from data_gen.chunks import Chunking
+from data_gen.config import BackboneConfig, TraceConfig
+from data_gen.errors import InputError
+from data_gen.generate import generate
+from data_gen.key_codec import decode_keys
+from data_gen.keys import key_vectors
+from data_gen.lightning import lightning_scores
+from tests.conftest import TINY_V4, tiny_model
+
+LENGTH = 150
+IDS = torch.randint(0, 128, (LENGTH,), generator=torch.Generator().manual_seed(7)).tolist()
+ROWS = torch.arange(60, LENGTH)
+HADAMARD = np.array([[(-1.0) ** (i & j).bit_count() for j in range(16)] for i in range(16)]) / 4
+
+
+def settings(**changes):
+    chosen = {"chunking": Chunking(tokens=4, sink=1, recent=2), "layers": [1, 3], "oracle": "indexer", "window": 8}
+    return TraceConfig(**(chosen | {"tail": 4, "text_rows": 32, "top_chunks": 100} | changes))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("deepseek_v4")
+
+
+@pytest.fixture(scope="module")
+def stock(model):
+    """What the stock model computes over IDS in one shot, per CSA ordinal, and its attention weights per layer."""
+    seen = {"scores": {}, "keys": {}, "query": {}, "picks": {}, "hidden": {}}
+    hooks = []
+    for ordinal, layer in enumerate(csa_layers(model)):
+        attention = model.get_decoder().layers[layer].self_attn
+        indexer = attention.compressor.indexer
+
+        def scored(_, args, output, ordinal=ordinal):
+            seen["query"][ordinal], seen["keys"][ordinal], seen["scores"][ordinal] = args[0][0], args[1][0], output[0]
+
+        def picked(_, __, output, ordinal=ordinal):
+            seen["picks"][ordinal] = output[0]
+
+        def normed(_, __, output, ordinal=ordinal):
+            seen["hidden"][ordinal] = output[0]
+
+        hooks.append(indexer.scorer.register_forward_hook(scored))
+        hooks.append(indexer.register_forward_hook(picked))
+        hooks.append(model.get_decoder().layers[layer].input_layernorm.register_forward_hook(normed))
+    with torch.no_grad():
+        output = model(torch.tensor([IDS]), output_attentions=True, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen | {"attentions": output.attentions, "logits": output.logits[0]}
+
+
+def release_votes(scores, position, top_k):
+    """{chunk: layers that picked it} at one position, by the release's rule in plain Python."""
+    votes = {}
+    for layer in scores.values():
+        visible = (position + 1) // 4
+        logits = layer[position, :visible].double().tolist()
+        order = sorted(range(visible), key=lambda n: -logits[n])[:top_k]
+        weights = [math.exp(logits[n] - logits[order[0]]) for n in order]
+        cumulated = np.cumsum(weights) / sum(weights)
+        within = [n for rank, n in enumerate(order) if rank == 0 or cumulated[rank] <= 0.6]
+        for chunk in order[: len(within) + 1]:
+            votes[chunk] = votes.get(chunk, 0) + 1
+    return votes
+
+
+def test_votes_are_the_releases_over_all_csa_layers(model, stock):
+    raw = DeepseekV4Backbone(model).trace(IDS, ROWS, settings())
+    golden = raw.oracle
+    for row, position in enumerate(ROWS.tolist()):
+        found = slice(*golden.pointers[row : row + 2].tolist())
+        expected = {c: v for c, v in release_votes(stock["scores"], position, 12).items() if v >= 3}
+        assert dict(zip(golden.chunks[found].tolist(), golden.votes[found].tolist(), strict=True)) == expected
+    assert len(golden.votes) > 50 and int(golden.votes.max()) == 4
+    assert raw.near_ties == 0
+
+
+def test_attention_is_the_joint_softmax(model, stock):
+    raw = DeepseekV4Backbone(model).trace(IDS, ROWS, settings(oracle="attention"))
+    mean, peak = raw.oracle.dense(LENGTH // 4)
+    layers = [stock["attentions"][layer][0][..., LENGTH:] for layer in csa_layers(model)]  # [heads, S, N]
+    weights = torch.stack(layers)[:, :, ROWS]
+    torch.testing.assert_close(mean, weights.mean(dim=(0, 1)), atol=2e-3, rtol=2e-3)  # stored in fp16
+    torch.testing.assert_close(peak, weights.amax(dim=1).mean(dim=0), atol=2e-3, rtol=2e-3)
+    assert torch.all(mean.sum(dim=1) < 1)  # sliding window and sink hold the rest
+    assert raw.oracle.rest.max() < 1e-6
+
+
+def test_what_top_chunks_leaves_out_is_counted(model):
+    backbone = DeepseekV4Backbone(model)
+    whole = backbone.trace(IDS, ROWS, settings(oracle="attention")).oracle
+    cut = backbone.trace(IDS, ROWS, settings(oracle="attention", top_chunks=5)).oracle
+    assert int(cut.pointers.diff().max()) == 5 < int(whole.pointers.diff().min())
+    everything, kept = whole.dense(LENGTH // 4)[0].sum(dim=1), cut.dense(LENGTH // 4)[0].sum(dim=1)
+    torch.testing.assert_close(kept + cut.rest, everything, atol=2e-3, rtol=0)
+    best = whole.dense(LENGTH // 4)[1].topk(5, dim=1).values.sum(dim=1)
+    torch.testing.assert_close(cut.dense(LENGTH // 4)[1].sum(dim=1), best, atol=2e-3, rtol=0)
+
+
+def test_states_keys_and_native_rows(model, stock):
+    backbone = DeepseekV4Backbone(model)
+    raw = backbone.trace(IDS, ROWS, settings())
+    assert torch.equal(raw.positions, ROWS)
+    for layer in (1, 3):
+        torch.testing.assert_close(raw.hidden[layer].float(), stock["hidden"][layer][ROWS], atol=1e-2, rtol=1e-2)
+        rotated = stock["keys"][layer].numpy().astype(np.float64) @ HADAMARD
+        assert raw.keys[layer].shape == (LENGTH // 4, 20)
+        step = np.abs(rotated).max(axis=1, keepdims=True) / 16  # fp8: three mantissa bits
+        assert np.all(np.abs(decode_keys(raw.keys[layer]).numpy() - rotated) <= step)
+        for row in range(3):
+            native = raw.native[layer, row]
+            visible = (60 + row + 1) // 4
+            torch.testing.assert_close(native.logits, stock["scores"][layer][60 + row, :visible], atol=1e-4, rtol=1e-4)
+            keys = key_vectors(raw.keys[layer])[:visible]
+            again = lightning_scores(native.query[None], native.weights[None], keys)[0]
+            assert np.corrcoef(again, native.logits)[0, 1] > 0.99
+    assert set(raw.native) == {(layer, row) for layer in (1, 3) for row in range(3)}
+
+
+def test_our_rope_and_hadamard_turn_queries_like_the_model(model, stock):
+    backbone = DeepseekV4Backbone(model)
+    attention = model.get_decoder().layers[csa_layers(model)[1]].self_attn
+    with torch.no_grad():
+        residual = attention.q_a_norm(attention.q_a_proj(stock["hidden"][1]))
+        query = attention.compressor.indexer.q_b_proj(residual).unflatten(-1, (16, 16))
+    turned = backbone.info.rope.rotate(query, torch.arange(LENGTH)[:, None])
+    torch.testing.assert_close(turned, stock["query"][1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+@pytest.mark.parametrize("oracle", ["indexer", "attention"])
+def test_pieces_of_any_size_give_one_trace(model, monkeypatch, piece, oracle):
+    backbone = DeepseekV4Backbone(model)
+    ids, rows = IDS[:80], torch.arange(40, 80)
+    whole = backbone.trace(ids, rows, settings(oracle=oracle))
+    monkeypatch.setattr(tracer, "PIECE_TOKENS", piece)
+    pieces = backbone.trace(ids, rows, settings(oracle=oracle))
+    for layer in (1, 3):
+        torch.testing.assert_close(pieces.hidden[layer], whole.hidden[layer], atol=2e-2, rtol=2e-2)
+        same = (pieces.keys[layer] == whole.keys[layer]).float().mean()
+        assert same > 0.9  # a value at the edge of an fp8 step may fall either way
+    assert torch.equal(pieces.oracle.pointers, whole.oracle.pointers)
+    assert torch.equal(pieces.oracle.chunks, whole.oracle.chunks)
+
+
+def test_pieces_shrink_as_keys_grow(model, monkeypatch):
+    sizes = []
+    hook = model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: sizes.append(args[0].shape[1]),
+                                                         with_kwargs=True)  # fmt: skip
+    monkeypatch.setattr(tracer, "PIECE_TOKENS", 32)
+    monkeypatch.setattr(tracer, "PIECE_ELEMENTS_CPU", 16 * 32 * 56)
+    DeepseekV4Backbone(model).trace(IDS, ROWS, settings())
+    hook.remove()
+    assert sum(sizes) == LENGTH and sizes[0] == 32 and sizes[-2] < 26
+    assert all(16 * size * ((start + 32) // 4 + 48) <= 16 * 32 * 56
+               for start, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False))  # fmt: skip
+
+
+def test_observing_changes_no_bit(model):
+    ids = torch.tensor([IDS])
+    calls = []
+    with torch.no_grad():
+        before = model(ids).logits
+        with observe_csa(model, calls.append):
+            during = model(ids).logits
+        after = model(ids).logits
+    assert torch.equal(before, during) and torch.equal(before, after)
+    assert [call.ordinal for call in calls] == [0, 1, 2, 3]
+
+
+def test_a_model_can_write_and_be_traced_in_one_reading(model, monkeypatch):
+    backbone = DeepseekV4Backbone(model)
+    read = []
+    hook = model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: read.append(args[0].shape[1]),
+                                                         with_kwargs=True)  # fmt: skip
+    tokens, own = backbone.trace_own(IDS, settings(own_tokens=30, answer_lead=5))
+    hook.remove()
+    assert sum(read) == len(tokens) - 1  # the last one answers nothing
+    ids = torch.tensor([IDS])
+    stock = model.generate(ids, max_new_tokens=30, do_sample=False, attention_mask=torch.ones_like(ids))
+    assert tokens == stock[0].tolist()
+    assert own.positions.tolist() == list(range(LENGTH - 5, len(tokens) - 1))
+    forced = backbone.trace(tokens, own.positions, settings())
+    assert torch.equal(own.oracle.pointers, forced.oracle.pointers)
+    assert torch.equal(own.oracle.chunks, forced.oracle.chunks)
+    assert torch.equal(own.oracle.votes, forced.oracle.votes)
+    torch.testing.assert_close(own.hidden[1], forced.hidden[1], atol=2e-2, rtol=2e-2)
+
+
+def test_writing_stops_at_the_end_token(model):
+    backbone = DeepseekV4Backbone(model)
+    free, _ = backbone.trace_own(IDS, settings(own_tokens=12))
+    stop = free[LENGTH + 4]
+    model.generation_config.eos_token_id = [stop, 5000]
+    tokens, raw = backbone.trace_own(IDS, settings(own_tokens=12))
+    model.generation_config.eos_token_id = 1
+    assert tokens == free[: free.index(stop, LENGTH) + 1]
+    assert int(raw.positions[-1]) == len(tokens) - 2
+
+
+def changed(**changes):
+    torch.manual_seed(0)
+    return DeepseekV4ForCausalLM(DeepseekV4Config(**(copy.deepcopy(TINY_V4) | changes))).eval()
+
+
+def test_other_shapes_work_too():
+    plain = changed(rope_parameters=None, compress_rates={"compressed_sparse_attention": 8,
+                    "heavily_compressed_attention": 32}, index_head_dim=32, index_topk=3, hidden_size=48)  # fmt: skip
+    backbone = DeepseekV4Backbone(plain)
+    assert backbone.info.rope.factor == 1.0 and backbone.info.hidden == 48
+    raw = backbone.trace(IDS, ROWS, settings(chunking=Chunking(tokens=8, sink=0, recent=0)))
+    assert raw.keys[1].shape == (LENGTH // 8, 36)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_checkpoint_loads_and_traces(tmp_path, model, tokenizer, dtype):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_backbone(BackboneConfig(path=str(tmp_path), dtype=dtype))
+    backbone = adapter(loaded)
+    assert backbone.info == DeepseekV4Backbone(model).info  # the fingerprint survives the cast
+    raw = backbone.trace(IDS, ROWS, settings(oracle="attention"))
+    assert raw.hidden[1].shape == (len(ROWS), 32) and torch.all(raw.oracle.dense(LENGTH // 4)[0].sum(dim=1) > 0)
+
+
+def test_exact_ties_are_counted_not_refused(model):
+    flat = changed()
+    scorer = flat.get_decoder().layers[csa_layers(flat)[2]].self_attn.compressor.indexer.scorer
+    torch.nn.init.zeros_(scorer.weights_proj.weight)
+    raw = DeepseekV4Backbone(flat).trace(IDS, ROWS, settings())
+    assert 0 <= raw.near_ties <= len(ROWS)
+
+
+def test_an_unknown_term_of_the_indexer_is_refused():
+    strange = changed()
+    scorer = strange.get_decoder().layers[csa_layers(strange)[2]].self_attn.compressor.indexer.scorer
+    hook = scorer.register_forward_hook(lambda _, __, output: output + torch.arange(output.shape[-1]) * 0.3)
+    with pytest.raises(InputError, match="CSA layer 2: the recomputed top-12 differs"):
+        DeepseekV4Backbone(strange).trace(IDS, ROWS, settings())
+    hook.remove()
+
+
+def test_bad_input_is_named(model):
+    backbone = DeepseekV4Backbone(model)
+    with pytest.raises(InputError, match=r"\[4\] are not among the 4 CSA layers"):
+        backbone.trace(IDS, ROWS, settings(layers=[0, 4]))
+    with pytest.raises(InputError, match="must be 4"):
+        backbone.trace(IDS, ROWS, settings(chunking=Chunking(tokens=16)))
+    with pytest.raises(InputError, match="context is 2048"):
+        backbone.trace(IDS * 14, ROWS, settings())
+    few = changed(layer_types=["compressed_sparse_attention"] + ["sliding_attention"] * 6)
+    with pytest.raises(InputError, match="needs 3 CSA layers to agree, the backbone has 1"):
+        DeepseekV4Backbone(few).trace(IDS, ROWS, settings(layers=[0]))
+    with pytest.raises(InputError, match="nothing to index"):
+        DeepseekV4Backbone(changed(layer_types=["sliding_attention"] * 7))
+    with pytest.raises(InputError, match="was it cast to bf16 after loading"):
+        DeepseekV4Backbone(changed().to(torch.bfloat16))
+
+
+def test_generate_fills_a_store_either_way(tmp_path, model, tokenizer, tiny_recipe):
+    backbone = adapter(model)
+    assert isinstance(backbone, DeepseekV4Backbone)
+    documents = tiny_recipe.documents.model_copy(update={"heldout": {"text": 1, "single": 1}})
+    for oracle, own_tokens in (("indexer", 0), ("attention", 0), ("indexer", 24)):
+        trace = tiny_recipe.trace.model_copy(update={"layers": [1, 3], "oracle": oracle, "own_tokens": own_tokens})
+        root = tmp_path / f"{oracle}{own_tokens}"
+        store = generate(backbone, tokenizer, documents, trace, "heldout", root, lambda items, _: items)
+        for document in store:
+            windows = document.windows(serving=True)
+            labels = document.labels(windows)
+            assert len(windows) and document.chunks in (document.meta.length // 4, (document.meta.length - 1) // 4)
+            assert labels.mass.shape == (len(windows), document.chunks)
+            if own_tokens and document.meta.task == "text":
+                assert document.meta.length <= 500 + own_tokens and document.meta.spans[0].tail
