@@ -19,6 +19,9 @@ from data_gen.generate import generate
 from data_gen.key_codec import decode_keys
 from data_gen.keys import key_vectors
 from data_gen.lightning import lightning_scores
+from eval.recall import evaluate_recall
+from indexer_train.config import TrainConfig
+from indexer_train.trainer import train
 from tests.conftest import TINY_V4, tiny_model
 
 LENGTH = 150
@@ -288,3 +291,18 @@ def test_generate_fills_a_store_either_way(tmp_path, model, tokenizer, tiny_reci
             assert labels.mass.shape == (len(windows), document.chunks)
             if own_tokens and document.meta.task == "text":
                 assert document.meta.length <= 500 + own_tokens and document.meta.spans[0].tail
+
+
+@pytest.mark.parametrize("oracle", ["indexer", "attention"])
+def test_an_indexer_trains_and_is_measured_on_the_traces(tmp_path, model, tokenizer, tiny_recipe, oracle):
+    trace = tiny_recipe.trace.model_copy(update={"layers": [1, 3], "oracle": oracle})
+    documents = tiny_recipe.documents.model_copy(update={"train": {"text": 4}})
+    store = generate(DeepseekV4Backbone(model), tokenizer, documents, trace, "train", tmp_path, lambda items, _: items)
+    loss = "focal" if oracle == "indexer" else "listwise_mass"
+    config = TrainConfig(loss=loss, epochs=1, windows_per_document=8, validation_every=2, eval_epochs=1)
+    indexer = train(store, tiny_recipe.indexer, config, tmp_path / "run")
+    assert indexer.spec.rope == store.manifest.backbone.rope and indexer.spec.key == "fp8_rope_hadamard"
+    rows = evaluate_recall(indexer, store, config.golden, indexer.spec.thresholds["0.1"])
+    best = {row.budget: row.mass_recall for row in rows if row.policy == "oracle"}
+    assert all(0 <= row.mass_recall <= best[row.budget] + 1e-6 for row in rows if row.budget != "threshold")
+    assert {row.policy for row in rows} == {"oracle", "indexer", "recency", "random"}
