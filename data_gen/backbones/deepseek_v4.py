@@ -122,9 +122,8 @@ class _Reader:
         """How many tokens to read at once so that no layer holds more than PIECE_ELEMENTS scores."""
         config = self.model.config
         heads = max(config.num_attention_heads, config.index_n_heads)
-        keys = (
-            (self.length + PIECE_TOKENS) // min(config.compress_rates.values()) + PIECE_TOKENS + config.sliding_window
-        )
+        chunks = (self.length + PIECE_TOKENS) // min(config.compress_rates.values())
+        keys = chunks + PIECE_TOKENS + config.sliding_window
         elements = PIECE_ELEMENTS_CPU if self.model.device.type == "cpu" else PIECE_ELEMENTS
         return max(1, min(PIECE_TOKENS, elements // (heads * keys)))
 
@@ -147,7 +146,7 @@ class _Reader:
         done = sum(map(len, self.hidden[call.ordinal]))
         for row in range(min(SAMPLED_ROWS - done, len(rows))):
             self.native[call.ordinal, done + row] = NativeRow(
-                scores[row, : visible[row]].cpu(), hadamard(query[row]).cpu(), weights[row].cpu()
+                scores[row, : visible[row]].clone().cpu(), hadamard(query[row]).cpu(), weights[row].clone().cpu()
             )
         self.hidden[call.ordinal].append(call.hidden[rows].to("cpu", torch.bfloat16))
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from data_gen.errors import InputError
+
 CSA = "compressed_sparse_attention"
 
 
@@ -80,6 +82,8 @@ class _LayerWatch:
         self.picks = output[0]
 
     def _leaves(self, module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if output[1] is None:
+            raise InputError("the backbone reports no attention probabilities; load it with eager attention")
         probability = output[1][0]
         chunks = probability[..., probability.shape[-1] - len(self.keys) :]
         self.observer(

@@ -119,6 +119,8 @@ def count_near_ties(scores: torch.Tensor, visible: torch.Tensor, picks: torch.Te
     then the indexer computes something that the tracer does not know, and every label would be wrong.
     """
     rows, chunks = scores.shape
+    if not chunks:
+        return 0
     seen = torch.arange(chunks, device=scores.device) < visible[:, None]
     theirs = torch.zeros(rows, chunks + 1, dtype=torch.bool, device=scores.device)
     theirs = theirs.scatter_(1, torch.where(picks >= 0, picks, chunks), True)[:, :chunks]
