@@ -249,6 +249,8 @@ def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
     for split in ("train", "heldout"):
         store = generate_traces(backbone, tokenizer, recipe.documents, recipe.trace, split, out / split, _progress)
         typer.echo(f"{split}: {len(store.paths())} documents in {store.root}")
+        if ties := sum(document.meta.near_ties for document in store):
+            typer.echo(f"{split}: {ties} times the backbone's top-k was cut between near-ties (tokens x layers)")
     return backbone, tokenizer
 
 
