@@ -1,6 +1,7 @@
 """Documents as token ids: packed text, whole texts, chats, and needle tasks, split into training and held-out."""
 
 import itertools
+import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ class _Builder:
             if any(needed.values()):
                 raise InputError("documents: whole documents or chats and packed text need separate recipes")
             skip = whole["train"] if split == "heldout" else 0
-            self.whole = itertools.islice(raw, skip, None)
+            self.whole = itertools.islice(_once(raw), skip, None)
         else:
             self.stream = _Stream(raw, needed, tokenizer, split)
 
@@ -145,9 +146,11 @@ class _Builder:
         return self._checked(Document(name, task, ids, prompt, spans, positions, values, depth))
 
     def _conversation(self, messages: list[dict[str, str]], prompt: bool = False) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            text = "".join(f"{message['content']}\n\n" for message in messages)
-            return self._text_ids(text if prompt else text.rstrip("\n") + "\n")
+        if self.tokenizer.chat_template is None:  # message by message, so that no token spans two of them
+            pieces = [self._text_ids(f"{message['content']}\n\n") for message in messages]
+            special = set(self.tokenizer.all_special_ids)
+            later = [token for piece in pieces[1:] for token in piece if token not in special]
+            return [*pieces[0], *later]
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
 
     def _checked(self, document: Document) -> Document:
@@ -161,6 +164,16 @@ class _Builder:
                 f"{document.name}: {length} tokens, shorter than one window behind the protected chunks ({shortest})"
             )
         return document
+
+
+def _once(documents: Iterable[RawDocument]) -> Iterator[RawDocument]:
+    """Each document once, white space aside: a copy must not be in training and held-out documents alike."""
+    seen: set[str] = set()
+    for document in documents:
+        key = " ".join(json.dumps(document).replace("\\n", " ").split())
+        if key not in seen:
+            seen.add(key)
+            yield document
 
 
 def _first_useful(chunking: Chunking) -> int:

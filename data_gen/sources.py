@@ -63,14 +63,14 @@ def _folder(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path, text_field: str) -> Iterator[RawDocument]:
-    with open(_existing(path), encoding="utf-8") as lines:
+    with open(_existing(path), "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"documents {path} line {number}: not JSON") from error
+                row = json.loads(line.decode("utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise InputError(f"documents {path} line {number}: not JSON in UTF-8") from error
             yield _content(row, text_field, f"{path} line {number}")
 
 
@@ -88,7 +88,9 @@ def _content(row: object, text_field: str, where: str) -> RawDocument:
     content = row.get(text_field, row.get("messages")) if isinstance(row, dict) else None
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in content):
+    if isinstance(content, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in content
+    ):
         return content
     raise InputError(f"documents {where}: needs a text field {text_field!r} or chat `messages` of role and content")
 

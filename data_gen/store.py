@@ -206,11 +206,12 @@ class TraceStore:
         root.mkdir(parents=True, exist_ok=True)
         path = root / "manifest.json"
         if path.exists():
-            earlier = Manifest.model_validate_json(path.read_text())
+            earlier = Manifest.model_validate_json(path.read_text()) if list(root.glob("doc_*")) else manifest
             for field in ("backbone", "trace", "documents"):
                 if getattr(earlier, field) != getattr(manifest, field):
                     raise InputError(f"{root}: holds traces made with another {field}; choose another folder")
-            return cls(root, earlier)
+            if earlier is not manifest:
+                return cls(root, earlier)
         write_atomically(path, lambda file: file.write_text(manifest.model_dump_json(indent=2)))
         return cls(root, manifest)
 

@@ -4,6 +4,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+from data_gen.errors import InputError
+
 Split = Literal["train", "heldout"]
 
 
@@ -90,6 +92,8 @@ def make_task(name: str, split: Split, rng: random.Random, keys: int, values: in
     """
     wording = rng.choice(WORDINGS[split])
     others = keys if name == "multi_key" else 0
+    if others >= len(KEYS[split]):
+        raise InputError(f"documents.keys: {keys} more needles with other keys, but only {len(KEYS[split])} key words")
     key, *other_keys = rng.sample(KEYS[split], 1 + others)
     asked = values if name == "multi_value" else 1
     numbers = [str(2 * n + PARITY[split]) for n in rng.sample(range(5_000, 50_000), asked + others)]

@@ -14,8 +14,13 @@ Policy = Callable[[ServedWindows], torch.Tensor]
 
 
 def oracle(served: ServedWindows) -> torch.Tensor:
-    """The attention mass itself: the best possible mass recall at any budget."""
+    """The attention mass itself: the best possible mass recall at any budget (golden recall has `golden_oracle`)."""
     return served.labels.mass
+
+
+def golden_oracle(served: ServedWindows) -> torch.Tensor:
+    """The peaks themselves: the best possible golden recall at any budget."""
+    return served.labels.peak
 
 
 def mean_pooled(served: ServedWindows) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from data_gen.store import TraceStore
-from eval.policies import policies
+from eval.policies import golden_oracle, policies
 from indexer_train.metrics import ServedWindows, golden_recall, mass_recall, served_windows
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import above, select
@@ -52,15 +52,20 @@ def evaluate_recall(indexer: MemoryIndexer, store: TraceStore, golden: float, th
             if name == "indexer":
                 choices["threshold"] = above(scores, served.labels.candidate, threshold)
             for budget, selected in choices.items():
+                hits = selected
+                if name == "oracle":  # each metric has a bound of its own
+                    hits = select(golden_oracle(served), served.labels.candidate, served.kept(budget))
                 for group in groups:
-                    cells[name, group, budget].append(_document(selected, served, golden))
+                    cells[name, group, budget].append(_document(selected, hits, served, golden))
     return [_row(*key, measured) for key, measured in cells.items()]
 
 
-def _document(selected: torch.Tensor, served: ServedWindows, golden: float) -> tuple[float, float, float, int, int]:
-    """(golden recall or NaN, mass recall, kept share, windows, tokens) of one document."""
+def _document(
+    selected: torch.Tensor, hits: torch.Tensor, served: ServedWindows, golden: float
+) -> tuple[float, float, float, int, int]:
+    """(golden recall of `hits` or NaN, mass recall and kept share of `selected`, windows, tokens) of one document."""
     return (
-        float(golden_recall(selected, served.labels, golden).nanmean()),
+        float(golden_recall(hits, served.labels, golden).nanmean()),
         float(mass_recall(selected, served.labels).nanmean()),
         float((selected.sum(dim=1) / served.visible).mean()),
         len(selected),

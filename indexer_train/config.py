@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_gen.config import Strict
 
@@ -18,7 +18,7 @@ class IndexerConfig(Strict):
 
     heads: PositiveInt
     rank: PositiveInt
-    distance_bumps: int = 12
+    distance_bumps: NonNegativeInt = 12
     scale: bool = True
     slot: bool = True
     bias: bool = False
@@ -46,7 +46,7 @@ class TrainConfig(Strict):
     weight_decay: NonNegativeFloat = 0.01
     warmup: NonNegativeFloat = 0.05
     golden: PositiveFloat = 0.05
-    budget: PositiveFloat = 0.1
+    budget: float = Field(0.1, gt=0, le=1)
     validation_every: PositiveInt = 6
     eval_epochs: PositiveInt = 2
     patience: PositiveInt = 5

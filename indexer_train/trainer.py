@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from data_gen.errors import InputError
 from data_gen.store import TraceStore, write_atomically
-from indexer_train.batches import DocumentBatchSampler, WindowCollator, window_index
+from indexer_train.batches import AllCandidates, DocumentBatchSampler, SampledCandidates, TellEpoch, window_index
 from indexer_train.bridge.native import initialise
 from indexer_train.calibration import calibrate
 from indexer_train.config import IndexerConfig, TrainConfig
@@ -54,7 +54,11 @@ def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Pat
     )
     if config.init is not None:
         initialise(indexer, Path(config.init))
+    loss = LOSSES[config.loss](indexer, config.golden, **config.loss_options)
     _same_settings(out, store, shape, config)
+    if (out / "indexer").exists():
+        logger.info("%s is trained already", out / "indexer")
+        return load_indexer(out / "indexer")
     batches = len(traces.paths())
     every = config.eval_epochs * batches
     checkpoints = out / "checkpoints"
@@ -86,14 +90,16 @@ def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Pat
             seed=config.seed,
         ),
         train_dataset=index,
-        loss=LOSSES[config.loss](indexer, config.golden, **config.loss_options),
+        loss=loss,
         evaluator=MassRecallEvaluator(validation, config.budget),
         data_collator=WindowCollator(traces, trace.layers),
         callbacks=[EarlyStoppingCallback(config.patience)],
     )
     trainer.train(resume_from_checkpoint=_newest_whole(checkpoints))
     indexer.spec.thresholds[str(config.budget)] = calibrate(indexer, traces, config.budget)
-    indexer.save_pretrained(str(out / "indexer"))
+    unfinished = out / "indexer.unfinished"
+    indexer.save_pretrained(str(unfinished))
+    unfinished.rename(out / "indexer")  # there whole or not at all
     return indexer
 
 
@@ -116,13 +122,17 @@ def check_traces(indexer: MemoryIndexer, store: TraceStore) -> None:
 
 
 def _same_settings(out: Path, store: TraceStore, shape: IndexerConfig, config: TrainConfig) -> None:
-    """Remember what a run is made of; a run in the same folder with anything else is refused, not mixed in."""
+    """Remember what a run is made of; a run in the same folder with anything else is refused, not mixed in.
+
+    A run that never reached a checkpoint left nothing to mix with: its settings may be corrected.
+    """
     out.mkdir(parents=True, exist_ok=True)
     settings = {"indexer": shape.model_dump(), "train": config.model_dump(), "traces": store.manifest.model_dump()}
     settings["traces"]["files"] = [path.name for path in store.paths()]
     text = json.dumps(settings, indent=1)
     path = out / "training.json"
-    if path.exists() and path.read_text() != text:
+    begun = (out / "checkpoints").exists() or (out / "indexer").exists()
+    if begun and path.exists() and path.read_text() != text:
         raise InputError(f"{out}: holds a training run with other settings or traces; choose another folder")
     write_atomically(path, lambda file: file.write_text(text))
 

@@ -30,7 +30,10 @@ def load_recipe(name: str) -> Recipe:
     if path.suffix in {".yaml", ".yml"}:
         if not path.exists():
             raise InputError(f"recipe {path}: no such file")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"recipe {path}: not UTF-8 text") from error
     elif shipped.is_file():
         text = shipped.read_text(encoding="utf-8")
     else:

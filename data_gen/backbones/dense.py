@@ -119,7 +119,7 @@ class _Recorder:
 
 
 def _check(call: AttentionCall, row: int) -> None:
-    """Raise unless attention recomputed from the reported query and key gives the layer's own output at `row`."""
+    """Raise unless attention and key recomputed from what the layer reported are the layer's own at `row`."""
     query = call.query[0, :, row : row + 1]
     position = torch.tensor([row], device=query.device)
     probability = pooled_attention(query, call.key[0], position, 1, call.scaling, call.softcap, call.sinks)
@@ -131,4 +131,19 @@ def _check(call: AttentionCall, row: int) -> None:
         raise InputError(
             f"layer {call.layer}: recomputed attention differs from the model's by {error:.1e} (limit {limit:.0e}); "
             "its attention has a term that the dense adapter does not know"
+        )
+    projection = getattr(call.module, "k_proj", None)
+    if projection is None:  # one fused projection: there is nothing to compare with
+        return
+    key, norm = projection(call.hidden[:, row]), getattr(call.module, "k_norm", None)
+    heads = (call.key.shape[1], call.key.shape[3])
+    if norm is not None:  # over a head's width, or over all heads at once
+        per_head = norm.weight.shape[-1] == heads[1]
+        key = norm(key.unflatten(-1, heads)) if per_head else norm(key)
+    own = key.reshape(*heads).float()
+    error = (call.new_keys()[0, :, row] - own).norm() / own.norm().clamp_min(1e-6)
+    if not error <= limit:
+        raise InputError(
+            f"layer {call.layer}: keys before RoPE differ from the projection's by {error:.1e} (limit {limit:.0e}); "
+            "it does not rotate keys the way the dense adapter undoes"
         )

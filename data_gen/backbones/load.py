@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_gen.backbones.base import Backbone
@@ -41,7 +42,7 @@ def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"backbone {config.path} cannot be loaded as a causal LM: {first_line}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"

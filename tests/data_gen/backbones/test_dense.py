@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data_gen.backbones.dense import DenseBackbone, fingerprint
@@ -9,7 +10,7 @@ from data_gen.backbones.observe import observe
 from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
 from data_gen.errors import InputError
-from tests.conftest import tiny_model
+from tests.conftest import TINY, tiny_model
 
 
 def tokens(length):
@@ -123,3 +124,11 @@ def test_dense_backbones_have_no_indexer_to_ask(model):
     backbone = DenseBackbone(model)
     with pytest.raises(InputError, match="only DeepSeek-V4 has an indexer"):
         backbone.trace(tokens(60), torch.tensor([59]), trace_config(backbone, oracle="indexer"))
+
+
+def test_a_layer_without_rope_is_refused():
+    torch.manual_seed(0)
+    config = SmolLM3Config(**TINY, num_hidden_layers=3, no_rope_layers=[1, 0, 1], pad_token_id=0)
+    backbone = DenseBackbone(SmolLM3ForCausalLM(config).eval())
+    with pytest.raises(InputError, match="layer 1: keys before RoPE differ"):
+        backbone.trace(tokens(60), torch.tensor([59]), trace_config(backbone))
