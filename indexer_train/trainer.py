@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from data_gen.errors import InputError
 from data_gen.store import TraceStore, write_atomically
-from indexer_train.batches import AllCandidates, DocumentBatchSampler, SampledCandidates, TellEpoch, window_index
+from indexer_train.batches import DocumentBatchSampler, WindowCollator, window_index
 from indexer_train.bridge.native import initialise
 from indexer_train.calibration import calibrate
 from indexer_train.config import IndexerConfig, TrainConfig
