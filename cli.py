@@ -59,9 +59,37 @@ def import_dumps(
 
 
 @app.command()
-def train(recipe: RecipeName, traces: Annotated[Path, typer.Option(help="A trace store.")], out: Out) -> None:
+def train(
+    recipe: RecipeName,
+    traces: Annotated[list[Path], typer.Option(help="A trace store; repeatable.")],
+    out: Out,
+    weight: Annotated[
+        list[float] | None, typer.Option(min=0.01, help="How often an epoch reads each store, in order; else once.")
+    ] = None,
+) -> None:
     """Train an indexer on traces: writes OUT/indexer. A stopped run continues."""
-    _train(_recipe(recipe), traces, out)
+    if weight and len(weight) != len(traces):
+        raise InputError(f"--weight was given {len(weight)} times for {len(traces)} trace stores; give one for each")
+    _train(_recipe(recipe), dict(zip(traces, weight or [1.0] * len(traces), strict=True)), out)
+
+
+@app.command()
+def mine(
+    recipe: RecipeName,
+    indexer: Annotated[Path, typer.Option(help="A trained indexer.")],
+    traces: Annotated[Path, typer.Option(help="The trace store to train on next.")],
+    count: Annotated[int, typer.Option(min=1, help="Hard negatives kept for each query token.")] = 256,
+) -> None:
+    """Find hard negatives for `candidates: {source: hard}`: writes TRACES/hard_negatives. A stopped run continues."""
+    from data_gen.store import TraceStore
+    from indexer_train.hard_negatives import FOLDER
+    from indexer_train.hard_negatives import mine as mine_hard_negatives
+    from indexer_train.trainer import check_traces, load_indexer
+
+    loaded, store = load_indexer(indexer), TraceStore.open(traces)
+    check_traces(loaded, store)
+    mine_hard_negatives(loaded, store, _recipe(recipe).train.golden, count, _progress)
+    typer.echo(f"hard negatives: {traces / FOLDER}")
 
 
 @app.command()
@@ -160,7 +188,7 @@ def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Docu
     """All verbs in a row: generate, train, evaluate, export, decode. A stopped run continues."""
     settings = _recipe(recipe, backbone, documents)
     loaded = _generate(settings, out / "traces")
-    _train(settings, out / "traces" / "train", out)
+    _train(settings, {out / "traces" / "train": 1.0}, out)
     _evaluate(settings, out / "indexer", out / "traces" / "heldout", out)
     export(out / "indexer", out / "bundle")
     _decode(settings, out / "bundle", out, loaded)
@@ -257,11 +285,11 @@ def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
     return backbone, tokenizer
 
 
-def _train(recipe: Any, traces: Path, out: Path) -> None:
-    from data_gen.store import TraceStore
+def _train(recipe: Any, traces: dict[Path, float], out: Path) -> None:
+    from indexer_train.mixture import mix
     from indexer_train.trainer import train as train_indexer
 
-    train_indexer(TraceStore.open(traces), recipe.indexer, recipe.train, out)
+    train_indexer(mix(traces), recipe.indexer, recipe.train, out, traces)
     typer.echo(f"indexer: {out / 'indexer'}")
 
 

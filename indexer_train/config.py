@@ -1,8 +1,8 @@
 """Validated settings of the indexer and of its training."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_gen.config import Strict
 
@@ -25,11 +25,38 @@ class IndexerConfig(Strict):
     join: Literal["sum", "mean", "max"] = "sum"
 
 
+class CandidatesConfig(Strict):
+    """Which chunks the loss compares for each query token.
+
+    kind: `all` that are visible and unprotected, or `sampled`: golden ones and drawn negatives;
+    negatives: for each positive (a token without any draws as many as with one); positives: at most that many;
+    source: where negatives come from first: `uniform` over the visible chunks, `in_batch` (golden for other tokens of
+    the batch), `hard` (what `lookahead mine` found); uniform ones fill up what the source lacks;
+    common_weight: weight of golden chunks that are golden for more than 80 % of the document's tokens.
+    """
+
+    kind: Literal["all", "sampled"] = "all"
+    negatives: PositiveInt = 3
+    positives: PositiveInt = 512
+    source: Literal["uniform", "in_batch", "hard"] = "uniform"
+    common_weight: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _only_when_sampled(self) -> Self:
+        fields = type(self).model_fields
+        for name in ("negatives", "positives", "source"):
+            if self.kind == "all" and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name}: only with `kind: sampled`")
+        return self
+
+
 class TrainConfig(Strict):
     """How the indexer is trained.
 
     loss: a name of indexer_train/losses; loss_options: what that class lets a recipe set;
-    windows_per_document: query tokens of a document in one epoch, which is one batch;
+    candidates: which chunks it compares;
+    windows_per_document: query tokens of a document in one epoch, which is one batch; stride: every n-th token only;
+    tails: train on windows cut short by the end of an answer too (those the traces admit, `trace.tail`);
     golden: head-maximum probability (oracle `attention`) or layers (oracle `indexer`) that make a chunk golden;
     validation_every: every n-th document is held back from training to select the checkpoint, by its mass recall when
     `budget` of the chunks are kept;
@@ -40,8 +67,11 @@ class TrainConfig(Strict):
 
     loss: str = "listwise_mass"
     loss_options: dict[str, float] = Field(default_factory=dict)
+    candidates: CandidatesConfig = CandidatesConfig()
     epochs: PositiveInt
     windows_per_document: PositiveInt = 64
+    stride: PositiveInt = 1
+    tails: bool = True
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
     warmup: NonNegativeFloat = 0.05

@@ -187,14 +187,38 @@ class MemoryIndexer(SentenceTransformer):
     def spec(self) -> IndexerSpec:
         return self.query_encoder.spec
 
-    def layer_logits(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Logits per layer. queries: [B, L * size + 1]; keys: [N, L * key_width]. Returns [L, B, N] fp32."""
+    def layer_logits(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        chunks: torch.Tensor | None = None,
+        candidates: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits per layer. queries: [B, L * size + 1]; keys: [N, L * key_width]. Returns [L, B, N] fp32.
+
+        chunks: [N], which chunk each key belongs to (by default 0 .. N-1); candidates: [B, M], the keys that each
+        query is scored against (by default all): returns [L, B, M] at a cost of B x M.
+        """
         spec, layers = self.spec, len(self.spec.layers)
         packed, positions = queries.float().split([queries.shape[1] - 1, 1], dim=1)
-        first_tokens = torch.arange(len(keys), device=keys.device) * spec.chunking.tokens
+        chunks = torch.arange(len(keys), device=keys.device) if chunks is None else chunks
+        first_tokens = (chunks if candidates is None else chunks[candidates]) * spec.chunking.tokens
         distance = (positions - first_tokens).clamp_min(1)  # future chunks are masked later
         by_layer = zip(packed.chunk(layers, dim=1), keys.float().chunk(layers, dim=1), strict=True)
-        return torch.stack([spec.packed.score(query, key, distance) for query, key in by_layer])
+        return torch.stack(
+            [
+                spec.packed.score(query, key if candidates is None else key[candidates], distance)
+                for query, key in by_layer
+            ]
+        )
+
+    def surrogate(self, queries: torch.Tensor) -> torch.Tensor:
+        """The layers' sum as one inner product with a chunk's keys, ReLU and distance left out.
+
+        queries: [B, L * size + 1] -> [B, L * key_width]: finds candidates, never ranks them.
+        """
+        packed = queries[:, :-1].float().chunk(len(self.spec.layers), dim=1)
+        return torch.cat([self.spec.packed.surrogate(query) for query in packed], dim=1)
 
     @torch.no_grad()
     def layer_scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -37,8 +37,8 @@ class PackedQuery:
     def score(self, packed: torch.Tensor, keys: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
         """Logits z of every chunk.
 
-        packed: [B, size]; keys: [N, width]; distance: [B, N] tokens from the chunk's first token to the query, at
-        least 1. Returns [B, N].
+        packed: [B, size]; keys: [N, width], or each query's own [B, N, width]; distance: [B, N] tokens from the
+        chunk's first token to the query, at least 1. Returns [B, N].
         """
         q, weights, bumps, log_scale, slot, bias = packed.split(self.sizes, dim=-1)
         logits = lightning_scores(q.unflatten(-1, (self.heads, self.width)), weights, keys)
@@ -49,6 +49,12 @@ class PackedQuery:
         if self.slot:
             logits = logits - slot
         return logits + bias if self.bias else logits
+
+    def surrogate(self, packed: torch.Tensor) -> torch.Tensor:
+        """exp(a) sum_h w_h q_h: [B, size] -> [B, width]."""
+        q, weights, _, log_scale, _, _ = packed.split(self.sizes, dim=-1)
+        linear = torch.einsum("bhd,bh->bd", q.unflatten(-1, (self.heads, self.width)), weights)
+        return linear * log_scale.exp() if self.scale else linear
 
 
 def distance_bumps(distance: torch.Tensor, count: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -12,7 +13,7 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from data_gen.errors import InputError
 from data_gen.store import TraceStore, write_atomically
-from indexer_train.batches import DocumentBatchSampler, WindowCollator, window_index
+from indexer_train.batches import AllCandidates, DocumentBatchSampler, SampledCandidates, TellEpoch, window_index
 from indexer_train.bridge.native import initialise
 from indexer_train.calibration import calibrate
 from indexer_train.config import IndexerConfig, TrainConfig
@@ -23,18 +24,48 @@ from indexer_train.model import IndexerSpec, MemoryIndexer
 logger = logging.getLogger(__name__)
 
 
-def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Path) -> MemoryIndexer:
+def train(
+    store: TraceStore,
+    shape: IndexerConfig,
+    config: TrainConfig,
+    out: Path,
+    weights: dict[Path, float] | None = None,
+) -> MemoryIndexer:
     """Train an indexer on `store`, keep the checkpoint with the best recall on its held-back documents.
 
     The indexer is saved to `out`/indexer.
 
-    Checkpoints lie under `out`/checkpoints; a run that was stopped continues from the newest one. Raises InputError
-    before training when a trace is damaged or there are too few.
+    Checkpoints lie under `out`/checkpoints; a run that was stopped continues from the newest one. weights: how often
+    an epoch reads the documents of each mixed store, by its folder. Raises InputError before training when a trace is
+    damaged or there are too few.
     """
+    trainer = make_trainer(store, shape, config, out, weights)
+    if (out / "indexer").exists():
+        logger.info("%s is trained already", out / "indexer")
+        return load_indexer(out / "indexer")
+    trainer.train(resume_from_checkpoint=_newest_whole(out / "checkpoints"))
+    indexer, (traces, _) = trainer.model, store.hold_back(config.validation_every)
+    indexer.spec.thresholds[str(config.budget)] = calibrate(indexer, traces, config.budget)
+    unfinished = out / "indexer.unfinished"
+    indexer.save_pretrained(str(unfinished))
+    unfinished.rename(out / "indexer")  # there whole or not at all
+    return indexer
+
+
+def make_trainer(
+    store: TraceStore,
+    shape: IndexerConfig,
+    config: TrainConfig,
+    out: Path,
+    weights: dict[Path, float] | None = None,
+) -> SentenceTransformerTrainer:
+    """The stock trainer as `train` runs it, with a new indexer."""
     if config.loss not in LOSSES:
         raise InputError(f"train.loss: unknown loss {config.loss!r}; choose from {', '.join(LOSSES)}")
+    if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
+        raise InputError(f"train.candidates.common_weight: {config.loss} weighs no single chunk; leave it out")
     traces, validation = store.hold_back(config.validation_every)
-    index = window_index(traces)
+    index = window_index(traces, config.stride, config.tails, weights)
     if not len(index) or not len(window_index(validation)):
         raise InputError(f"{store.root}: too few documents with a whole lookahead window to train and validate on")
     trace, backbone = traces.manifest.trace, traces.manifest.backbone
@@ -55,17 +86,17 @@ def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Pat
     if config.init is not None:
         initialise(indexer, Path(config.init))
     loss = LOSSES[config.loss](indexer, config.golden, **config.loss_options)
-    _same_settings(out, store, shape, config)
-    if (out / "indexer").exists():
-        logger.info("%s is trained already", out / "indexer")
-        return load_indexer(out / "indexer")
-    batches = len(traces.paths())
+    settings = (traces, trace.layers, config.golden, config.candidates)
+    sampled = config.candidates.kind == "sampled"
+    collator = SampledCandidates(*settings, config.seed) if sampled else AllCandidates(*settings)
+    mined = collator.hard.made_by if sampled and collator.hard else None
+    _same_settings(out, store, shape, config, {"weights": [*(weights or {}).values()], "hard_negatives": mined})
+    batches = len(DocumentBatchSampler(index, config.windows_per_document))
     every = config.eval_epochs * batches
-    checkpoints = out / "checkpoints"
-    trainer = SentenceTransformerTrainer(
+    return SentenceTransformerTrainer(
         model=indexer,
         args=SentenceTransformerTrainingArguments(
-            output_dir=str(checkpoints),
+            output_dir=str(out / "checkpoints"),
             num_train_epochs=config.epochs,
             per_device_train_batch_size=config.windows_per_document,
             learning_rate=config.learning_rate,
@@ -92,15 +123,9 @@ def train(store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Pat
         train_dataset=index,
         loss=loss,
         evaluator=MassRecallEvaluator(validation, config.budget),
-        data_collator=WindowCollator(traces, trace.layers),
-        callbacks=[EarlyStoppingCallback(config.patience)],
+        data_collator=collator,
+        callbacks=[EarlyStoppingCallback(config.patience), TellEpoch(collator)],
     )
-    trainer.train(resume_from_checkpoint=_newest_whole(checkpoints))
-    indexer.spec.thresholds[str(config.budget)] = calibrate(indexer, traces, config.budget)
-    unfinished = out / "indexer.unfinished"
-    indexer.save_pretrained(str(unfinished))
-    unfinished.rename(out / "indexer")  # there whole or not at all
-    return indexer
 
 
 def load_indexer(folder: Path) -> MemoryIndexer:
@@ -121,7 +146,9 @@ def check_traces(indexer: MemoryIndexer, store: TraceStore) -> None:
         raise InputError(f"{store.root}: traces with other chunks than the indexer's")
 
 
-def _same_settings(out: Path, store: TraceStore, shape: IndexerConfig, config: TrainConfig) -> None:
+def _same_settings(
+    out: Path, store: TraceStore, shape: IndexerConfig, config: TrainConfig, sources: dict[str, Any]
+) -> None:
     """Remember what a run is made of; a run in the same folder with anything else is refused, not mixed in.
 
     A run that never reached a checkpoint left nothing to mix with: its settings may be corrected.
@@ -129,6 +156,7 @@ def _same_settings(out: Path, store: TraceStore, shape: IndexerConfig, config: T
     out.mkdir(parents=True, exist_ok=True)
     settings = {"indexer": shape.model_dump(), "train": config.model_dump(), "traces": store.manifest.model_dump()}
     settings["traces"]["files"] = [path.name for path in store.paths()]
+    settings |= {name: value for name, value in sources.items() if value}
     text = json.dumps(settings, indent=1)
     path = out / "training.json"
     begun = (out / "checkpoints").exists() or (out / "indexer").exists()

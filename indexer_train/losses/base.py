@@ -19,19 +19,25 @@ class LossOptions(Strict):
 
 @dataclass(frozen=True)
 class Targets:
-    """The oracle for B windows and N chunks.
+    """The oracle for B windows and N chunks: all of a document's, or those drawn for each window.
 
-    mass, peak: [B, N] (data_gen/oracle.py WindowLabels); candidate: [B, N] bool; protected: [B], mass elsewhere.
+    mass, peak: [B, N] (data_gen/oracle.py WindowLabels); candidate: [B, N] bool; protected: [B], mass on protected
+    chunks; weight: [B, N] of each candidate in a pointwise loss, None for one.
     """
 
     mass: torch.Tensor
     peak: torch.Tensor
     candidate: torch.Tensor
     protected: torch.Tensor
+    weight: torch.Tensor | None = None
 
     def golden(self, threshold: float) -> torch.Tensor:
         """[B, N] bool: candidates whose peak reaches `threshold`."""
         return self.candidate & (self.peak >= threshold)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over the candidates of a pointwise loss [L, B, N], each times its weight."""
+        return mean_over(values if self.weight is None else values * self.weight, self.candidate)
 
 
 def mean_over(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -41,9 +47,13 @@ def mean_over(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class IndexerLoss(nn.Module, ABC):
-    """A loss on logits [L, B, N]; layers are independent indexers, so their losses are averaged."""
+    """A loss on logits [L, B, N]; layers are independent indexers, so their losses are averaged.
+
+    pointwise: a mean over single candidates, which can be weighted.
+    """
 
     Options = LossOptions
+    pointwise = False
 
     def __init__(self, model: MemoryIndexer, golden: float, **options: float) -> None:
         """golden: peak (or votes) that makes a chunk golden. Raises InputError on an option that the loss lacks."""
@@ -58,14 +68,14 @@ class IndexerLoss(nn.Module, ABC):
             raise InputError(f"train.loss_options.{first['loc'][0]}: {first['msg']} (options: {known})") from error
 
     def forward(self, features: list[dict[str, Any]], label: torch.Tensor) -> torch.Tensor:
-        """features: query and document features of the collator; label: [B, 4, N]."""
+        """features: query and document features of the collator; label: [B, 5, N] (indexer_train/batches.py)."""
         query, document = features
         queries = self.model(query)["sentence_embedding"]
         keys = self.model(document)["sentence_embedding"]
         inner = getattr(self.model, "module", self.model)  # the model itself when wrapped for several GPUs
-        logits = inner.layer_logits(queries, keys)
-        mass, peak, candidate, protected = label.unbind(dim=1)
-        return self.compute(logits, Targets(mass, peak, candidate.bool(), protected[:, 0]))
+        logits = inner.layer_logits(queries, keys, document.get("chunks"), query.get("candidates"))
+        mass, peak, candidate, protected, weight = label.unbind(dim=1)
+        return self.compute(logits, Targets(mass, peak, candidate.bool(), protected[:, 0], weight))
 
     @abstractmethod
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:

@@ -4,11 +4,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from indexer_train.losses.base import IndexerLoss, LossOptions, Targets, mean_over
+from indexer_train.losses.base import IndexerLoss, LossOptions, Targets
 
 
 class BceLoss(IndexerLoss):
     """Per layer: BCE of each candidate against golden or not."""
+
+    pointwise = True
 
     class Options(LossOptions):
         """smoothing: golden counts as 1 - smoothing, the rest as smoothing."""
@@ -19,4 +21,4 @@ class BceLoss(IndexerLoss):
         smoothing = self.options.smoothing
         golden = targets.golden(self.golden).to(logits.dtype) * (1 - 2 * smoothing) + smoothing
         loss = F.binary_cross_entropy_with_logits(logits, golden.expand_as(logits), reduction="none")
-        return mean_over(loss, targets.candidate)
+        return targets.mean(loss)

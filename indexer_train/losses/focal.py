@@ -4,11 +4,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from indexer_train.losses.base import IndexerLoss, LossOptions, Targets, mean_over
+from indexer_train.losses.base import IndexerLoss, LossOptions, Targets
 
 
 class FocalLoss(IndexerLoss):
     """Per layer: BCE of each candidate against golden or not, weighed by (1 - p of the truth)^gamma."""
+
+    pointwise = True
 
     class Options(LossOptions):
         """gamma: focus on what is still wrong; alpha: weight of golden chunks, 1 - alpha of the others (None: equal);
@@ -27,4 +29,4 @@ class FocalLoss(IndexerLoss):
         loss = loss * wrong**gamma
         if alpha is not None:
             loss = loss * torch.where(golden > 0, alpha, 1 - alpha)
-        return mean_over(loss, targets.candidate)
+        return targets.mean(loss)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from indexer_train.losses.base import IndexerLoss, Targets, mean_over
+from indexer_train.losses.base import IndexerLoss, Targets
 
 
 class SoftBceLoss(IndexerLoss):
@@ -12,7 +12,9 @@ class SoftBceLoss(IndexerLoss):
     A chunk at the threshold is a coin's toss, so that a logit of zero still means "golden".
     """
 
+    pointwise = True
+
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         degree = (targets.peak / (2 * self.golden)).clamp_max(1).to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, degree.expand_as(logits), reduction="none")
-        return mean_over(loss, targets.candidate)
+        return targets.mean(loss)

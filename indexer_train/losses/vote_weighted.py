@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from indexer_train.losses.base import IndexerLoss, Targets, mean_over
+from indexer_train.losses.base import IndexerLoss, Targets
 
 
 class VoteWeightedLoss(IndexerLoss):
@@ -12,7 +12,9 @@ class VoteWeightedLoss(IndexerLoss):
     The weight is 1 at the threshold, and grows with the layers that voted or with the head-maximum probability.
     """
 
+    pointwise = True
+
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         golden = targets.golden(self.golden)
         loss = F.binary_cross_entropy_with_logits(logits, golden.to(logits.dtype).expand_as(logits), reduction="none")
-        return mean_over(loss * torch.where(golden, targets.peak / self.golden, 1.0), targets.candidate)
+        return targets.mean(loss * torch.where(golden, targets.peak / self.golden, 1.0))

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from data_gen.errors import InputError
 from data_gen.store import TraceStore
 from indexer_train import trainer as trainer_module
-from indexer_train.batches import DocumentBatchSampler, WindowCollator, window_index
-from indexer_train.config import IndexerConfig
+from indexer_train.batches import AllCandidates, DocumentBatchSampler, window_index
+from indexer_train.config import CandidatesConfig, IndexerConfig
 from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.metrics import indexer_scores, served_windows
@@ -31,9 +31,10 @@ class KillAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("step", [3, 8, 13])
-def test_a_killed_run_resumes_to_the_same_bits(stores, tiny_recipe, tmp_path, monkeypatch, step):
-    whole = train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path / "whole")
+@pytest.mark.parametrize(("step", "kind"), [(3, "all"), (8, "sampled"), (13, "sampled")])
+def test_a_killed_run_resumes_to_the_same_bits(stores, tiny_recipe, tmp_path, monkeypatch, step, kind):
+    settings = tiny_recipe.train.model_copy(update={"candidates": CandidatesConfig(kind=kind)})
+    whole = train(stores[0], tiny_recipe.indexer, settings, tmp_path / "whole")
     stock = trainer_module.SentenceTransformerTrainer
 
     def killed(*args, callbacks, **kwargs):
@@ -41,11 +42,11 @@ def test_a_killed_run_resumes_to_the_same_bits(stores, tiny_recipe, tmp_path, mo
 
     monkeypatch.setattr(trainer_module, "SentenceTransformerTrainer", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path / "killed")
+        train(stores[0], tiny_recipe.indexer, settings, tmp_path / "killed")
     monkeypatch.setattr(trainer_module, "SentenceTransformerTrainer", stock)
     half_written = tmp_path / "killed" / "checkpoints" / "checkpoint-999"
     half_written.mkdir(parents=True)
-    resumed = train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path / "killed")
+    resumed = train(stores[0], tiny_recipe.indexer, settings, tmp_path / "killed")
     assert not half_written.exists()
     expected = weights(whole)
     for name, value in weights(resumed).items():
@@ -89,8 +90,9 @@ def test_batches_hold_one_document_and_depend_on_seed_and_epoch(stores, tiny_rec
     sampler.set_epoch(1)
     assert list(sampler) != first
     assert list(DocumentBatchSampler(index, batch_size=16, seed=6)) != first
-    batch = WindowCollator(stores[0], tiny_recipe.trace.layers)([index[row] for row in first[0]])
-    mass, peak, candidate, protected = batch["label"].unbind(1)
+    collator = AllCandidates(stores[0], tiny_recipe.trace.layers, 0.05, CandidatesConfig())
+    batch = collator([index[row] for row in first[0]])
+    mass, peak, candidate, protected, _ = batch["label"].unbind(1)
     assert torch.all(peak[candidate == 0] == 0)
     document = stores[0].paths()[index[first[0][0]]["document"]]
     labels = next(d for d in stores[0] if d.path == document).labels(
@@ -121,6 +123,9 @@ def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path)
     indexer = train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
     with pytest.raises(InputError, match="other settings or traces"):
         train(stores[1], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
+    rare = tiny_recipe.train.model_copy(update={"candidates": CandidatesConfig(common_weight=0.5)})
+    with pytest.raises(InputError, match="listwise_mass weighs no single chunk"):
+        train(stores[0], tiny_recipe.indexer, rare, tmp_path / "b")
     with pytest.raises(InputError, match="unknown loss"):
         train(stores[0], tiny_recipe.indexer, tiny_recipe.train.model_copy(update={"loss": "x"}), tmp_path / "b")
 
