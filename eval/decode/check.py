@@ -64,9 +64,9 @@ def decode_check(
     """
     policies = decode_policies(indexer)
     needles = [document for document in documents if document.values]
-    texts = [document for document in documents if document.task == "text"][: config.text_documents]
+    texts = [document for document in documents if not document.values][: config.text_documents]
     if not needles and not texts:
-        raise InputError("the recipe has no held-out needle or text document to decode")
+        raise InputError("the recipe has no held-out document to decode")
     usages: dict[str, list[Usage]] = {name: [] for name in policies}
     text_usages: dict[str, list[Usage]] = {name: [] for name in policies}
     correct = dict.fromkeys(policies, 0)
@@ -77,7 +77,9 @@ def decode_check(
     tau = indexer.spec.window
     for document in progress([*needles, *texts], "decoding"):
         asked = bool(document.values)
-        prompt = document.prompt - 1 if asked else len(document.tokens) - config.text_tokens - 1
+        # A conversation is cut before its answer, plain text before its last tokens.
+        prompt = min(document.prompt, len(document.tokens) - config.text_tokens) - 1
+        prompt = document.prompt - 1 if asked or document.task == "chat" else prompt
         session = Session(model, indexer.spec.chunking)
         session.read(document.tokens[:prompt])
         full: torch.Tensor | None = None
