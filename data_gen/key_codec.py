@@ -5,6 +5,8 @@ Page: the values of 64 chunks, then their 64 scales (8,448 bytes), the layout of
 Widths come from the tensors, so that narrow models use the same code.
 """
 
+from typing import Any
+
 import torch
 
 from data_gen.errors import InputError
@@ -29,12 +31,27 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     width = x.shape[-1]
     if width < 1 or width & (width - 1):
         raise InputError(f"Hadamard transform: width {width} is not a power of two")
-    y, half = x.float(), 1
-    while half < width:
-        even, odd = y.unflatten(-1, (-1, 2, half)).unbind(-2)
-        y = torch.stack([even + odd, even - odd], dim=-2).flatten(-3)
-        half *= 2
-    return y * width**-0.5
+    return _Hadamard.apply(x.float())
+
+
+class _Hadamard(torch.autograd.Function):
+    """Linear and symmetric: the gradient is the transform of the gradient, nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        width, half = x.shape[-1], 1
+        while half < width:
+            even, odd = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+            x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            sums, differences = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+            torch.add(even, odd, out=sums)
+            torch.sub(even, odd, out=differences)
+            half *= 2
+        return x * width**-0.5
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return _Hadamard.apply(gradient)
 
 
 def encode_keys(keys: torch.Tensor) -> torch.Tensor:

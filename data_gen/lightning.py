@@ -6,11 +6,8 @@ from data_gen.oracle import TILE_ELEMENTS
 
 
 def lightning_scores(query: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """query: [B, H, d]; weights: [B, H], already scaled by (H d)^-0.5; keys: [N, d] or each query's own [B, N, d].
-
-    Returns [B, N].
-    """
-    match = torch.relu(query @ keys.mT)
+    """query: [B, H, d]; weights: [B, H], already scaled by (H d)^-0.5; keys: [N, d] -> [B, N]."""
+    match = torch.relu(query.flatten(0, 1) @ keys.T).unflatten(0, query.shape[:2])
     return torch.einsum("bhn,bh->bn", match, weights)
 
 

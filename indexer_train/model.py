@@ -205,12 +205,7 @@ class MemoryIndexer(SentenceTransformer):
         first_tokens = (chunks if candidates is None else chunks[candidates]) * spec.chunking.tokens
         distance = (positions - first_tokens).clamp_min(1)  # future chunks are masked later
         by_layer = zip(packed.chunk(layers, dim=1), keys.float().chunk(layers, dim=1), strict=True)
-        return torch.stack(
-            [
-                spec.packed.score(query, key if candidates is None else key[candidates], distance)
-                for query, key in by_layer
-            ]
-        )
+        return torch.stack([spec.packed.score(query, key, distance, candidates) for query, key in by_layer])
 
     def surrogate(self, queries: torch.Tensor) -> torch.Tensor:
         """The layers' sum as one inner product with a chunk's keys, ReLU and distance left out.

@@ -3,11 +3,17 @@
 z_ts = exp(a_t) * (sum_h w_th relu(q_th . k_s) + sum_p u_tp bump_p(log2 distance)) - b_t + bias
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from data_gen.lightning import lightning_scores
+
+TILE_ELEMENTS = 1 << 16
+"""Matches of candidates held in the CPU's cache at once (256 KiB in fp32)."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,20 @@ class PackedQuery:
     def size(self) -> int:
         return sum(self.sizes)
 
-    def score(self, packed: torch.Tensor, keys: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    def score(
+        self, packed: torch.Tensor, keys: torch.Tensor, distance: torch.Tensor, candidates: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits z of every chunk.
 
-        packed: [B, size]; keys: [N, width], or each query's own [B, N, width]; distance: [B, N] tokens from the
-        chunk's first token to the query, at least 1. Returns [B, N].
+        packed: [B, size]; keys: [N, width]; distance: [B, N] tokens from the chunk's first token to the query, at
+        least 1. Returns [B, N]; with candidates [B, M], rows of `keys`, only theirs, and distance is [B, M] too.
         """
         q, weights, bumps, log_scale, slot, bias = packed.split(self.sizes, dim=-1)
-        logits = lightning_scores(q.unflatten(-1, (self.heads, self.width)), weights, keys)
+        q = q.unflatten(-1, (self.heads, self.width))
+        if candidates is None:
+            logits = lightning_scores(q, weights, keys)
+        else:
+            logits = CandidateScores.apply(q, weights, keys, candidates)
         if self.bumps:
             logits = logits + torch.einsum("bnp,bp->bn", distance_bumps(distance, self.bumps), bumps)
         if self.scale:
@@ -55,6 +67,50 @@ class PackedQuery:
         q, weights, _, log_scale, _, _ = packed.split(self.sizes, dim=-1)
         linear = torch.einsum("bhd,bh->bd", q.unflatten(-1, (self.heads, self.width)), weights)
         return linear * log_scale.exp() if self.scale else linear
+
+
+class CandidateScores(torch.autograd.Function):
+    """`lightning_scores` of each query's own candidates: sum_h w_h relu(q_h . k).
+
+    query: [B, H, d]; weights: [B, H]; keys: [N, d], frozen; candidates: [B, M], rows of `keys`. Returns [B, M].
+    Queries are taken a few at a time, so that each match [H, M] is used while it is in the cache; what is kept for
+    the gradient is one match, and the head weights come in after the product, on [H, d].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, candidates: torch.Tensor
+    ) -> torch.Tensor:
+        match = query.new_empty(*query.shape[:2], candidates.shape[1])
+        scores = query.new_empty(candidates.shape)
+        for rows in _tiles(match):
+            torch.bmm(query[rows], _gather(keys, candidates[rows]).mT, out=match[rows]).relu_()
+            torch.bmm(weights[rows, None], match[rows], out=scores[rows, None])
+        ctx.save_for_backward(match, weights, keys, candidates)
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        match, weights, keys, candidates = ctx.saved_tensors
+        query_gradient = match.new_empty(*weights.shape, keys.shape[1])
+        for rows in _tiles(match):
+            slope = match[rows].sign().mul_(gradient[rows, None])
+            torch.bmm(slope, _gather(keys, candidates[rows]), out=query_gradient[rows]).mul_(weights[rows, :, None])
+        return query_gradient, torch.bmm(match, gradient[..., None])[..., 0], None, None
+
+
+def _gather(keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """keys[rows], four times as fast on the CPU. keys: [N, d]; rows: [B, M] -> [B, M, d]."""
+    return keys.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def _tiles(match: torch.Tensor) -> Iterator[slice]:
+    """Runs of queries: one to a few on the CPU, whose cache they share; all at once on a GPU."""
+    size = 1 if match.numel() == 0 else TILE_ELEMENTS // match[0].numel()
+    step = len(match) if match.is_cuda else max(1, size)
+    for first in range(0, len(match), max(1, step)):
+        yield slice(first, first + step)
 
 
 def distance_bumps(distance: torch.Tensor, count: int) -> torch.Tensor:

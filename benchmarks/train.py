@@ -1,0 +1,281 @@
+"""Training speed and memory, beside the FlashMemory release's trainer on the same documents.
+
+    python -m benchmarks.train [--release CHECKOUT] [--heads 128 --rank 2048] [--steps 16] [--rounds 3]
+
+Data: 8 documents, 512 query tokens, 4,096 chunks, 3 layers, hidden 4096, about 2 % of the chunks golden in a window,
+batches of 64 tokens, focal loss, 3 negatives for each positive. Prints samples per CPU-second of the steps alone (one
+thread; batches made in the same thread), peak resident memory up to the last step, and how far the two losses are
+apart on one batch with the same weights. The release is its dataset, collation, model, loss, AdamW and clipping, called
+in the order of its own loop. Without --release it says so and measures ours alone.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pickle
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_gen.chunks import Chunking
+from data_gen.config import TraceConfig
+from data_gen.key_codec import encode_keys
+
+LAYERS = [10, 12, 20]
+HIDDEN, TOKENS, WINDOW, BATCH, NEGATIVES, GOLDEN = 4096, 512, 64, 64, 3, 3
+WARM_UP = 3
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-2
+
+
+def write_dumps(folder: Path, documents: int, chunks: int) -> None:
+    """Dumps in the release's format. A token needs 8 to 32 chunks of a pool that drifts as the document goes on.
+
+    The width of the pool differs between documents (lognormal), so that batches hold samples of different sizes.
+    """
+    for number in range(documents):
+        rng = torch.Generator().manual_seed(number)
+        tensors = {}
+        for layer in LAYERS:
+            tensors[f"hidden_layer_{layer}"] = torch.randn(TOKENS, HIDDEN, generator=rng).bfloat16()
+            tensors[f"compk_layer_{layer}"] = encode_keys(torch.randn(chunks, 128, generator=rng))
+            tensors[f"positions_layer_{layer}"] = torch.arange(4 * chunks - TOKENS, 4 * chunks)
+        pool = int(84 * torch.randn(1, generator=rng).mul(0.5).exp())
+        order = torch.randperm(chunks - TOKENS // 4, generator=rng)
+        needed = [
+            order[token // 8 : token // 8 + pool][torch.rand(pool, generator=rng) < 0.25].sort().values
+            for token in range(TOKENS)
+        ]
+        tensors["label_indices"] = torch.cat(needed).int()
+        tensors["label_scores"] = torch.full_like(tensors["label_indices"], GOLDEN)
+        counts = torch.tensor([len(chunks) for chunks in needed])
+        tensors["label_pointers"] = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        (folder / f"doc_{number:05d}.pkl").write_bytes(pickle.dumps(tensors, protocol=4))
+
+
+def peak_memory() -> float:
+    """GiB, the most this process ever held (Linux)."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
+def measure_ours(folder: Path, heads: int, rank: int, steps: int) -> dict[str, float]:
+    """The steps of the stock trainer as `lookahead train` runs it."""
+    from transformers import TrainerCallback
+
+    from data_gen.store import TraceStore
+    from indexer_train.config import CandidatesConfig, IndexerConfig, TrainConfig
+    from indexer_train.trainer import make_trainer
+
+    store = TraceStore.open(folder / "store")
+    documents = len(store.paths()) - 1  # one is held back
+    config = TrainConfig(
+        loss="focal",
+        candidates=CandidatesConfig(kind="sampled", negatives=NEGATIVES, common_weight=0.5),
+        epochs=-(-(WARM_UP + steps) // documents),
+        eval_epochs=1000,
+        windows_per_document=BATCH,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        golden=GOLDEN,
+        validation_every=len(store.paths()),
+    )
+    found: dict[str, float] = {}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == WARM_UP:
+                found["start"] = time.process_time()
+            elif state.global_step == WARM_UP + steps:
+                found["seconds"] = time.process_time() - found.pop("start")
+                found["memory"] = peak_memory()
+                raise KeyboardInterrupt  # before anything is saved
+
+    shape = IndexerConfig(heads=heads, rank=rank, distance_bumps=0, scale=False, slot=False, join="max")
+    trainer = make_trainer(store, shape, config, folder / f"run-{heads}")
+    trainer.add_callback(Clock())
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train()
+    return {"speed": steps * BATCH / found["seconds"], "memory": found["memory"]}
+
+
+def measure_release(folder: Path, checkout: Path, heads: int, rank: int, steps: int) -> dict[str, float]:
+    """The release's dataset, model and loss in the order of its joint training loop."""
+    sys.path.insert(0, str(checkout / "training"))
+    from dataloader import build_joint_combined_dataloader
+    from train import JointLayerRetriever
+
+    loader = build_joint_combined_dataloader(
+        [{"data_dir": str(folder), "doc_ids": None}],
+        LAYERS,
+        batch_size=BATCH,
+        label_interval=WINDOW,
+        neg_ratio=NEGATIVES,
+    )
+    torch.manual_seed(0)
+    model = JointLayerRetriever(LAYERS, n_heads=heads, q_lora_rank=rank)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(loader))
+    start, samples, slots, filled = 0.0, 0, 0, 0
+    for step, batch in enumerate(loader):
+        if step == WARM_UP:
+            start = time.process_time()
+        loss = release_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        optimizer.step()
+        scheduler.step()
+        loss.item()
+        if step >= WARM_UP:
+            samples, slots = samples + len(batch["mask"]), slots + batch["mask"].numel()
+            filled += int(batch["mask"].sum())
+        if step == WARM_UP + steps - 1:
+            break
+    seconds = time.process_time() - start
+    return {"speed": samples / seconds, "memory": peak_memory(), "padding": 1 - filled / slots}
+
+
+def release_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Focal loss of the release's joint training: per layer on its sigmoids, averaged over layers."""
+    scores = model(batch["hidden"], batch["compk"], batch["positions"])
+    mask, losses = batch["mask"], []
+    for layer in LAYERS:
+        p, truth, weight = scores[layer].float()[mask], batch["labels"][mask], batch["weights"][mask]
+        p_truth = p * truth + (1 - p) * (1 - truth)
+        bce = torch.nn.functional.binary_cross_entropy(p, truth, reduction="none")
+        losses.append((bce * (1 - p_truth) ** 2 * weight).mean())
+    return sum(losses) / len(losses)
+
+
+def compare_losses(folder: Path, checkout: Path, heads: int, rank: int) -> dict[str, float]:
+    """Both losses on one of our batches, the release's model holding our weights."""
+    sys.path.insert(0, str(checkout / "training"))
+    from train import JointLayerRetriever
+
+    from data_gen.store import TraceStore
+    from indexer_train.batches import SampledCandidates, window_index
+    from indexer_train.config import CandidatesConfig, IndexerConfig
+    from indexer_train.losses import LOSSES
+    from indexer_train.model import IndexerSpec, MemoryIndexer
+
+    store = TraceStore.open(folder / "store")
+    trace, backbone = store.manifest.trace, store.manifest.backbone
+    shape = IndexerConfig(heads=heads, rank=rank, distance_bumps=0, scale=False, slot=False, join="max")
+    torch.manual_seed(0)
+    spec = IndexerSpec(
+        shape=shape,
+        layers=LAYERS,
+        hidden=backbone.hidden,
+        key_width=backbone.key_width,
+        chunking=trace.chunking,
+        window=trace.window,
+        backbone=backbone.fingerprint,
+        key=backbone.key,
+        rope=backbone.rope,
+    )
+    indexer = MemoryIndexer.from_spec(spec, device="cpu")
+    model = JointLayerRetriever(LAYERS, n_heads=heads, q_lora_rank=rank)
+    for layer in LAYERS:
+        theirs, ours = model.retrievers[f"l{layer}"], indexer.query_encoder.encoders[str(layer)]
+        for name in ("wq_a", "wq_b", "weights_proj"):
+            getattr(theirs, name).weight.data = getattr(ours, name).weight.data
+        theirs.q_norm_weight.data = ours.q_norm.weight.data
+    settings = CandidatesConfig(kind="sampled", negatives=NEGATIVES, common_weight=0.5)
+    rows = list(window_index(store))[:: TOKENS // BATCH][:BATCH]
+    batch = SampledCandidates(store, LAYERS, GOLDEN, settings, seed=0)(rows)
+    label, candidates = batch["label"], batch["query_candidates"]
+    with torch.no_grad():
+        query = {"input_features": batch["query_input_features"], "positions": batch["query_positions"]}
+        query |= {"candidates": candidates, "task": "query"}
+        document = {"input_values": batch["document_input_values"], "chunks": batch["document_chunks"]}
+        ours = LOSSES["focal"](indexer, GOLDEN)([query, document | {"task": "document"}], label)
+        theirs = release_loss(
+            model,
+            {
+                "hidden": {layer: query["input_features"][:, place] for place, layer in enumerate(LAYERS)},
+                "compk": {layer: document["input_values"][candidates, place] for place, layer in enumerate(LAYERS)},
+                "positions": query["positions"],
+                "labels": (label[:, 1] >= GOLDEN).float(),
+                "mask": label[:, 2].bool(),
+                "weights": label[:, 4],
+            },
+        )
+    return {"ours": float(ours), "release": float(theirs)}
+
+
+def main() -> None:
+    """Write the documents, then measure each side in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--release", type=Path, help="A checkout of the FlashMemory release.")
+    parser.add_argument("--heads", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--chunks", type=int, default=4096)
+    parser.add_argument("--measure", choices=["ours", "release", "losses"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    heads, rank = arguments.heads, arguments.rank
+    if arguments.measure:
+        torch.set_num_threads(1)
+        if arguments.measure == "ours":
+            found = measure_ours(arguments.folder, heads, rank, arguments.steps)
+        elif arguments.measure == "release":
+            found = measure_release(arguments.folder, arguments.release, heads, rank, arguments.steps)
+        else:
+            found = compare_losses(arguments.folder, arguments.release, heads, rank)
+        print(f"\nmeasured {json.dumps(found)}")
+        return
+    from data_gen.flashmemory.folder import import_dumps
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_dumps(folder, arguments.documents, arguments.chunks)
+        chunking = Chunking(tokens=4, sink=0, recent=0)
+        trace = TraceConfig(chunking=chunking, layers=LAYERS, oracle="indexer", window=WINDOW)
+        import_dumps(folder, folder / "store", trace, lambda items, _: items)
+
+        def run(what: str, **environment: str) -> dict[str, float]:
+            command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--measure", what, "--folder", name]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **environment}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                sys.exit(f"{what} failed:\n{done.stderr[-2000:]}")
+            return json.loads(re.findall(r"^measured (.*)$", done.stdout, re.M)[-1])
+
+        sides = {"ours": ("ours", HUGE_PAGES)}  # as the `lookahead` command sets it
+        if arguments.release is not None:
+            sides |= {"release": ("release", {}), "release, huge pages": ("release", HUGE_PAGES)}
+        runs = {side: [] for side in sides}
+        for _ in range(arguments.rounds):  # in turns: a shared machine is not equally fast all the time
+            for side, (what, environment) in sides.items():
+                runs[side].append(run(what, **environment))
+        speed = {side: statistics.median(found["speed"] for found in runs[side]) for side in sides}
+        print(f"H {heads}, R {rank}, N {arguments.chunks}, one thread, median of {arguments.rounds}")
+        for side, found in runs.items():
+            line = f"{side}: {speed[side]:.1f} samples per CPU-second, "
+            line += f"peak memory {max(each['memory'] for each in found):.2f} GiB"
+            if side != "ours":
+                line += (
+                    f", {found[0]['padding']:.0%} of its slots are padding; ours is {speed['ours'] / speed[side]:.2f}x"
+                )
+            print(line)
+        if arguments.release is None:
+            print("release: not measured, no checkout was given (--release)")
+            return
+        losses = run("losses")
+        gap = abs(losses["ours"] - losses["release"])
+        print(f"loss on one batch: ours {losses['ours']:.7f}, release {losses['release']:.7f}, apart {gap:.1e}")
+
+
+if __name__ == "__main__":
+    main()
