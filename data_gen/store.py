@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from data_gen.config import TraceConfig
 from data_gen.errors import InputError
 from data_gen.oracle import SparseAttention, WindowLabels, window_labels
+from data_gen.shards import checksum
 from data_gen.trace import BackboneInfo, NativeRow, RawTrace
 from data_gen.votes import GoldenChunks
 
@@ -115,7 +116,20 @@ class TraceDocument:
     @cached_property
     def chunks(self) -> int:
         """N, complete chunks of the whole document that have a key."""
-        return self._file.get_slice(f"layers.{self.trace.layers[0]}.keys").get_shape()[0]
+        return self.shape(f"layers.{self.trace.layers[0]}.keys")[0]
+
+    def shape(self, name: str) -> list[int]:
+        """Of one stored tensor, read from the header."""
+        return self._file.get_slice(name).get_shape()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is stored, by name."""
+        return {name: self._file.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
+
+    @property
+    def checksum(self) -> str | None:
+        """Of `tensors` when they were written (data_gen/shards.py); None in files of earlier versions."""
+        return self._file.metadata().get("checksum")
 
     @cached_property
     def attention(self) -> SparseAttention:
@@ -245,7 +259,7 @@ class TraceStore:
             parts = {part: value for part, value in vars(native).items() if value is not None}
             tensors |= {f"native.{layer}.{row}.{part}": value for part, value in parts.items()}
         tensors = {name: value.contiguous() for name, value in tensors.items()}
-        metadata = {"document": json.dumps(meta.model_dump())}
+        metadata = {"document": json.dumps(meta.model_dump()), "checksum": checksum(tensors)}
         if source:
             metadata["source"] = json.dumps(source, ensure_ascii=False)
         write_atomically(self.path(index), lambda file: save_file(tensors, file, metadata))
