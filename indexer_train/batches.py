@@ -14,6 +14,7 @@ from sentence_transformers.base.sampler import DefaultBatchSampler
 from transformers import TrainerCallback
 
 from data_gen.store import TraceDocument, TraceStore
+from indexer_train import processes
 from indexer_train.config import CandidatesConfig
 from indexer_train.hard_negatives import HardNegatives
 from indexer_train.sampling import SparseOracle, WindowOracle, as_tensor, draw, generator, uniform, without
@@ -42,11 +43,14 @@ class DocumentBatchSampler(DefaultBatchSampler):
 
     A document of weight w is drawn w times on average: documents of one weight share round(w * documents) draws, all
     of them once before any twice. What an epoch draws is a function of (seed, epoch) alone, so that a resumed run goes
-    on with the same batches.
+    on with the same batches. Several processes take the batches in turns; those that do not go round are left out, in
+    every epoch others.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, drop_last: bool = False, seed: int = 0, **_: Any) -> None:
         super().__init__(range(len(dataset)), batch_size=batch_size, drop_last=drop_last)
+        self.windows = batch_size
+        self.batch_size = None  # batches differ in size; with a number here, accelerate drops the smaller ones
         self.seed, self.epoch = seed, 0
         documents, weights = (torch.tensor(dataset[name][:]) for name in ("document", "weight"))
         self.groups = [torch.nonzero(documents == number).flatten() for number in documents.unique()]
@@ -61,7 +65,8 @@ class DocumentBatchSampler(DefaultBatchSampler):
         return [(shared[weight], max(1, round(weight * len(shared[weight])))) for weight in sorted(shared)]
 
     def __len__(self) -> int:
-        return sum(count for _, count in self._draws())
+        drawn = sum(count for _, count in self._draws())
+        return drawn - drawn % processes.count()
 
     def __iter__(self) -> Iterator[list[int]]:
         digest = hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()
@@ -72,9 +77,9 @@ class DocumentBatchSampler(DefaultBatchSampler):
                 order = torch.randperm(len(documents), generator=rng)[:count].tolist()
                 drawn += [documents[place] for place in order]
                 count -= len(order)
-        for place in torch.randperm(len(drawn), generator=rng).tolist():
+        for place in torch.randperm(len(drawn), generator=rng)[: len(self)].tolist():
             group = self.groups[drawn[place]]
-            order = torch.randperm(len(group), generator=rng)[: self.batch_size]
+            order = torch.randperm(len(group), generator=rng)[: self.windows]
             yield group[order].sort().values.tolist()
 
 

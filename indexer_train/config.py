@@ -55,12 +55,19 @@ class TrainConfig(Strict):
 
     loss: a name of indexer_train/losses; loss_options: what that class lets a recipe set;
     candidates: which chunks it compares;
-    windows_per_document: query tokens of a document in one epoch, which is one batch; stride: every n-th token only;
-    tails: train on windows cut short by the end of an answer too (those the traces admit, `trace.tail`);
+    epochs: passes over the documents; windows_per_document: query tokens of a document in one epoch, which is one
+    batch; stride: every n-th token only; tails: train on windows cut short by the end of an answer too (those the
+    traces admit, `trace.tail`);
+    accumulation: batches whose gradients make one step (of each process); precision: of the matrix products, scoring
+    included, in training (weights, optimizer and every evaluation stay in float32);
+    learning_rate: its height after the warm-up, from where it falls to zero along a cosine; warmup: share of all steps
+    (or their number, from 1 on) in which it rises; weight_decay: of AdamW; clip: longest gradient, 0 for any;
     golden: head-maximum probability (oracle `attention`) or layers (oracle `indexer`) that make a chunk golden;
     validation_every: every n-th document is held back from training to select the checkpoint, by its mass recall when
     `budget` of the chunks are kept;
-    eval_epochs: epochs between two such checks; patience: checks without a better one before training stops.
+    eval_epochs: epochs between two such checks, which are checkpoints too; patience: checks without a better one before
+    training stops; the best one is kept;
+    seed: of the first weights, the order of documents and the negatives;
     init: where to take the first weights from instead of drawing them: a folder with a safetensors checkpoint of the
     DeepSeek-V4 backbone (only its indexers are read), or with the release's layer_NN.safetensors files.
     """
@@ -72,9 +79,12 @@ class TrainConfig(Strict):
     windows_per_document: PositiveInt = 64
     stride: PositiveInt = 1
     tails: bool = True
+    accumulation: PositiveInt = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
     warmup: NonNegativeFloat = 0.05
+    clip: NonNegativeFloat = 1.0
     golden: PositiveFloat = 0.05
     budget: float = Field(0.1, gt=0, le=1)
     validation_every: PositiveInt = 6

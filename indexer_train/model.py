@@ -75,7 +75,7 @@ class LayerEncoder(nn.Module):
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """hidden: [B, hidden], positions: [B] -> packed query without the bias [B, size]."""
-        query = self.wq_b(self.q_norm(self.wq_a(hidden))).unflatten(-1, (self.heads, -1))
+        query = self.wq_b(self.q_norm(self.wq_a(hidden).float())).unflatten(-1, (self.heads, -1))
         parts = [self.turn(query, positions).flatten(1), self.weights_proj(hidden) * self.weight_scale]
         if self.extras is not None:
             parts.append(self.extras(hidden))
@@ -193,18 +193,20 @@ class MemoryIndexer(SentenceTransformer):
         keys: torch.Tensor,
         chunks: torch.Tensor | None = None,
         candidates: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         """Logits per layer. queries: [B, L * size + 1]; keys: [N, L * key_width]. Returns [L, B, N] fp32.
 
         chunks: [N], which chunk each key belongs to (by default 0 .. N-1); candidates: [B, M], the keys that each
-        query is scored against (by default all): returns [L, B, M] at a cost of B x M.
+        query is scored against (by default all): returns [L, B, M] at a cost of B x M; dtype: of the products of
+        queries and keys.
         """
         spec, layers = self.spec, len(self.spec.layers)
         packed, positions = queries.float().split([queries.shape[1] - 1, 1], dim=1)
         chunks = torch.arange(len(keys), device=keys.device) if chunks is None else chunks
         first_tokens = (chunks if candidates is None else chunks[candidates]) * spec.chunking.tokens
         distance = (positions - first_tokens).clamp_min(1)  # future chunks are masked later
-        by_layer = zip(packed.chunk(layers, dim=1), keys.float().chunk(layers, dim=1), strict=True)
+        by_layer = zip(packed.chunk(layers, dim=1), keys.to(dtype).chunk(layers, dim=1), strict=True)
         return torch.stack([spec.packed.score(query, key, distance, candidates) for query, key in by_layer])
 
     def surrogate(self, queries: torch.Tensor) -> torch.Tensor:

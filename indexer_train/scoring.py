@@ -45,15 +45,18 @@ class PackedQuery:
     ) -> torch.Tensor:
         """Logits z of every chunk.
 
-        packed: [B, size]; keys: [N, width]; distance: [B, N] tokens from the chunk's first token to the query, at
-        least 1. Returns [B, N]; with candidates [B, M], rows of `keys`, only theirs, and distance is [B, M] too.
+        packed: [B, size] fp32; keys: [N, width], whose dtype is that of the products with them; distance: [B, N] tokens
+        from the chunk's first token to the query, at least 1. Returns [B, N] fp32; with candidates [B, M], rows of
+        `keys`, only theirs, and distance is [B, M] too.
         """
         q, weights, bumps, log_scale, slot, bias = packed.split(self.sizes, dim=-1)
-        q = q.unflatten(-1, (self.heads, self.width))
-        if candidates is None:
-            logits = lightning_scores(q, weights, keys)
+        q, weights = q.unflatten(-1, (self.heads, self.width)).to(keys.dtype), weights.to(keys.dtype)
+        if candidates is not None:
+            logits = CandidateScores.apply(q, weights, keys, candidates).float()
+        elif packed.requires_grad:
+            logits = lightning_scores(q, weights, keys).float()
         else:
-            logits = CandidateScores.apply(q, weights, keys, candidates)
+            logits = tiled_scores(q, weights, keys)
         if self.bumps:
             logits = logits + torch.einsum("bnp,bp->bn", distance_bumps(distance, self.bumps), bumps)
         if self.scale:

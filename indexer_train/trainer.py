@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,13 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from transformers import EarlyStoppingCallback, set_seed
 
 from data_gen.errors import InputError
+from data_gen.shards import check_document
 from data_gen.store import TraceStore, write_atomically
+from indexer_train import processes, tracking
 from indexer_train.batches import AllCandidates, DocumentBatchSampler, SampledCandidates, TellEpoch, window_index
 from indexer_train.bridge.native import initialise
 from indexer_train.calibration import calibrate
+from indexer_train.checkpoints import KeepLoss, newest_whole, restore_loss
 from indexer_train.config import IndexerConfig, TrainConfig
 from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
@@ -43,12 +44,16 @@ def train(
     if (out / "indexer").exists():
         logger.info("%s is trained already", out / "indexer")
         return load_indexer(out / "indexer")
-    trainer.train(resume_from_checkpoint=_newest_whole(out / "checkpoints"))
+    checkpoint = newest_whole(out / "checkpoints")
+    if checkpoint is not None:
+        restore_loss(trainer.loss, checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     indexer, (traces, _) = trainer.model, store.hold_back(config.validation_every)
     indexer.spec.thresholds[str(config.budget)] = calibrate(indexer, traces, config.budget)
-    unfinished = out / "indexer.unfinished"
-    indexer.save_pretrained(str(unfinished))
-    unfinished.rename(out / "indexer")  # there whole or not at all
+    if processes.rank() == 0:
+        unfinished = out / "indexer.unfinished"
+        indexer.save_pretrained(str(unfinished))
+        unfinished.rename(out / "indexer")  # there whole or not at all
     return indexer
 
 
@@ -64,6 +69,8 @@ def make_trainer(
         raise InputError(f"train.loss: unknown loss {config.loss!r}; choose from {', '.join(LOSSES)}")
     if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
         raise InputError(f"train.candidates.common_weight: {config.loss} weighs no single chunk; leave it out")
+    for document in store:
+        check_document(document, store.manifest, read=False)
     traces, validation = store.hold_back(config.validation_every)
     index = window_index(traces, config.stride, config.tails, weights)
     if not len(index) or not len(window_index(validation)):
@@ -86,13 +93,21 @@ def make_trainer(
     if config.init is not None:
         initialise(indexer, Path(config.init))
     loss = LOSSES[config.loss](indexer, config.golden, **config.loss_options)
+    loss.scoring = getattr(torch, config.precision)
+    for parameter in loss.own_parameters().values():
+        parameter.register_hook(processes.average)
     settings = (traces, trace.layers, config.golden, config.candidates)
     sampled = config.candidates.kind == "sampled"
     collator = SampledCandidates(*settings, config.seed) if sampled else AllCandidates(*settings)
     mined = collator.hard.made_by if sampled and collator.hard else None
-    _same_settings(out, store, shape, config, {"weights": [*(weights or {}).values()], "hard_negatives": mined})
+    run = _settings(store, shape, config, {"weights": [*(weights or {}).values()], "hard_negatives": mined})
+    if processes.rank() == 0:
+        _same_settings(out, run)
     batches = len(DocumentBatchSampler(index, config.windows_per_document))
-    every = config.eval_epochs * batches
+    if not batches:
+        raise InputError(f"{store.root}: fewer documents to train on than the {processes.count()} processes")
+    every = config.eval_epochs * -(-batches // (processes.count() * config.accumulation))
+    cuda = torch.cuda.is_available()
     return SentenceTransformerTrainer(
         model=indexer,
         args=SentenceTransformerTrainingArguments(
@@ -104,6 +119,11 @@ def make_trainer(
             warmup_steps=config.warmup,
             lr_scheduler_type="cosine",
             optim="adamw_torch_fused",
+            gradient_accumulation_steps=config.accumulation,
+            max_grad_norm=config.clip,
+            bf16=config.precision == "bfloat16",
+            use_cpu=not cuda,
+            ddp_find_unused_parameters=False,
             batch_sampler=DocumentBatchSampler,
             router_mapping={"query": "query", "document": "document"},
             eval_strategy="steps",
@@ -114,9 +134,11 @@ def make_trainer(
             metric_for_best_model="eval_mass_recall",
             greater_is_better=True,
             logging_steps=every,
+            logging_nan_inf_filter=False,  # it would wait for the GPU in every step
             restore_callback_states_from_checkpoint=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to=_wandb(out),
+            dataloader_pin_memory=cuda,
+            accelerator_config={"non_blocking": cuda},
+            report_to=tracking.report_to(out),
             remove_unused_columns=False,
             seed=config.seed,
         ),
@@ -124,7 +146,12 @@ def make_trainer(
         loss=loss,
         evaluator=MassRecallEvaluator(validation, config.budget),
         data_collator=collator,
-        callbacks=[EarlyStoppingCallback(config.patience), TellEpoch(collator)],
+        callbacks=[
+            EarlyStoppingCallback(config.patience),
+            TellEpoch(collator),
+            KeepLoss(loss),
+            tracking.RecipeToWandb(run),
+        ],
     )
 
 
@@ -146,43 +173,22 @@ def check_traces(indexer: MemoryIndexer, store: TraceStore) -> None:
         raise InputError(f"{store.root}: traces with other chunks than the indexer's")
 
 
-def _same_settings(
-    out: Path, store: TraceStore, shape: IndexerConfig, config: TrainConfig, sources: dict[str, Any]
-) -> None:
+def _settings(store: TraceStore, shape: IndexerConfig, config: TrainConfig, sources: dict[str, Any]) -> dict[str, Any]:
+    """All that a run is made of."""
+    settings = {"indexer": shape.model_dump(), "train": config.model_dump(), "traces": store.manifest.model_dump()}
+    settings["traces"]["files"] = [path.name for path in store.paths()]
+    return settings | {name: value for name, value in sources.items() if value}
+
+
+def _same_settings(out: Path, settings: dict[str, Any]) -> None:
     """Remember what a run is made of; a run in the same folder with anything else is refused, not mixed in.
 
     A run that never reached a checkpoint left nothing to mix with: its settings may be corrected.
     """
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"indexer": shape.model_dump(), "train": config.model_dump(), "traces": store.manifest.model_dump()}
-    settings["traces"]["files"] = [path.name for path in store.paths()]
-    settings |= {name: value for name, value in sources.items() if value}
     text = json.dumps(settings, indent=1)
     path = out / "training.json"
     begun = (out / "checkpoints").exists() or (out / "indexer").exists()
     if begun and path.exists() and path.read_text() != text:
         raise InputError(f"{out}: holds a training run with other settings or traces; choose another folder")
     write_atomically(path, lambda file: file.write_text(text))
-
-
-def _newest_whole(checkpoints: Path) -> str | None:
-    """The newest checkpoint whose last-written file is there; half-written ones are removed."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            return str(path)
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s is half-written; removed", path)
-            shutil.rmtree(path)
-    return None
-
-
-def _wandb(out: Path) -> str:
-    """Log to wandb: online when the user configured it, else offline into the output folder."""
-    if "WANDB_API_KEY" not in os.environ and "WANDB_MODE" not in os.environ:
-        os.environ["WANDB_MODE"] = "offline"
-    os.environ.setdefault("WANDB_DIR", str(out))
-    os.environ.setdefault("WANDB_PROJECT", "lookahead-indexer")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    return "none" if os.environ.get("WANDB_MODE") == "disabled" else "wandb"

@@ -54,6 +54,8 @@ class IndexerLoss(nn.Module, ABC):
 
     Options = LossOptions
     pointwise = False
+    scoring = torch.float32
+    """dtype of the products of queries and keys; a run in bf16 changes it."""
 
     def __init__(self, model: MemoryIndexer, golden: float, **options: float) -> None:
         """golden: peak (or votes) that makes a chunk golden. Raises InputError on an option that the loss lacks."""
@@ -70,12 +72,17 @@ class IndexerLoss(nn.Module, ABC):
     def forward(self, features: list[dict[str, Any]], label: torch.Tensor) -> torch.Tensor:
         """features: query and document features of the collator; label: [B, 5, N] (indexer_train/batches.py)."""
         query, document = features
+        inner = getattr(self.model, "module", self.model)  # the model itself when wrapped for several processes
         queries = self.model(query)["sentence_embedding"]
-        keys = self.model(document)["sentence_embedding"]
-        inner = getattr(self.model, "module", self.model)  # the model itself when wrapped for several GPUs
-        logits = inner.layer_logits(queries, keys, document.get("chunks"), query.get("candidates"))
+        with torch.no_grad():  # no parameters: the wrapper, which waits for their gradients, is left out
+            keys = inner(document)["sentence_embedding"]
+        logits = inner.layer_logits(queries, keys, document.get("chunks"), query.get("candidates"), self.scoring)
         mass, peak, candidate, protected, weight = label.unbind(dim=1)
         return self.compute(logits, Targets(mass, peak, candidate.bool(), protected[:, 0], weight))
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """What the loss learns beside the model, such as a temperature."""
+        return {name: value for name, value in self.named_parameters() if not name.startswith("model.")}
 
     @abstractmethod
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:

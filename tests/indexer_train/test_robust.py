@@ -1,0 +1,243 @@
+"""What a long run must survive and may ask for: kills, damage, several processes, bf16, accumulation, wandb."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from indexer_train import tracking
+from indexer_train.batches import DocumentBatchSampler, window_index
+from indexer_train.checkpoints import newest_whole
+from indexer_train.config import IndexerConfig
+from indexer_train.evaluator import MassRecallEvaluator
+from indexer_train.trainer import load_indexer, make_trainer, train
+
+ROOT = Path(__file__).parents[2]
+SHAPE = IndexerConfig(heads=16, rank=32)
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from data_gen.store import TraceStore
+from indexer_train import batches, trainer
+from indexer_train.config import IndexerConfig, TrainConfig
+
+traces, out, config, kill = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+
+class KillAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class Diary(batches.AllCandidates):
+    def __call__(self, rows):
+        with open(out / f"read-{os.environ.get('RANK', 0)}.txt", "a") as file:
+            print(int(self.epoch), rows[0]["document"], file=file)
+        return super().__call__(rows)
+
+trainer.AllCandidates = Diary
+stock = trainer.SentenceTransformerTrainer
+trainer.SentenceTransformerTrainer = lambda *args, callbacks, **more: stock(
+    *args, callbacks=[*callbacks, KillAt()], **more
+)
+out.mkdir(exist_ok=True)
+shape = IndexerConfig(heads=16, rank=32)
+indexer = trainer.train(TraceStore.open(traces), shape, TrainConfig.model_validate_json(config), out)
+import torch
+torch.save(indexer.state_dict(), out / f"weights-{os.environ.get('RANK', 0)}.pt")
+"""
+
+
+def call(store, out, config, kill=0, launcher=(), **environment):
+    """Train in a process of its own (or several)."""
+    script = out.parent / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, *launcher, str(script), str(store.root), str(out), config.model_dump_json(), str(kill)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out.parent)
+
+
+@pytest.fixture
+def settings(tiny_recipe):
+    return tiny_recipe.train.model_copy(
+        update={"epochs": 4, "learning_rate": 3e-3, "windows_per_document": 32, "clip": 0.0}
+    )
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+class Gradients(TrainerCallback):
+    """Remembers every step's gradient as the optimizer sees it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.seen.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
+
+
+def gradients(store, settings, out):
+    trainer, seen = make_trainer(store, SHAPE, settings, out), Gradients()
+    trainer.add_callback(seen)
+    trainer.train()
+    return seen.seen
+
+
+def test_accumulated_gradients_are_the_mean_over_batches(planted, settings, tmp_path):
+    still = settings.model_copy(update={"epochs": 1, "learning_rate": 1e-30})  # the weights stay: batches compare
+    single = gradients(planted[0], still, tmp_path / "a")
+    double = gradients(planted[0], still.model_copy(update={"accumulation": 2}), tmp_path / "b")
+    assert len(single) == 36 and len(double) == 18
+    for step, gradient in enumerate(double):
+        torch.testing.assert_close(gradient, (single[2 * step] + single[2 * step + 1]) / 2, atol=1e-6, rtol=1e-4)
+
+
+def test_gradients_are_clipped_to_the_length_asked_for(planted, settings, tmp_path):
+    asked = settings.model_copy(update={"epochs": 1, "clip": 0.01, "learning_rate": 1e-30})
+    free = gradients(planted[0], asked.model_copy(update={"clip": 0.0}), tmp_path / "a")
+    for clipped, whole in zip(gradients(planted[0], asked, tmp_path / "b"), free, strict=True):
+        assert float(whole.norm()) > 0.01
+        torch.testing.assert_close(clipped, whole * 0.01 / whole.norm(), atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["all", "sampled"])
+def test_bf16_covers_scoring_and_follows_fp32(planted, settings, tmp_path, kind):
+    candidates = settings.candidates.model_copy(update={"kind": kind})
+    still = settings.model_copy(update={"epochs": 1, "learning_rate": 1e-30, "candidates": candidates})
+    exact = gradients(planted[0], still, tmp_path / "a")
+    rough = gradients(planted[0], still.model_copy(update={"precision": "bfloat16"}), tmp_path / "b")
+    for one, other in zip(exact, rough, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert not torch.equal(one, other)
+        assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.995
+    longer = settings.model_copy(update={"epochs": 8, "precision": "bfloat16", "candidates": candidates})
+    indexer = train(planted[0], SHAPE, longer, tmp_path / "c")
+    assert all(parameter.dtype == torch.float32 for parameter in indexer.parameters())
+    assert MassRecallEvaluator(planted[1], settings.budget)(indexer)["mass_recall"] > 0.8
+    queries, keys = torch.randn(5, indexer.query_encoder.get_embedding_dimension()), torch.randn(30, 64)
+    queries[:, -1] = 120
+    exact, rough = (indexer.layer_logits(queries, keys, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
+    torch.testing.assert_close(rough, exact, atol=0.02 * float(exact.abs().max()), rtol=0)
+
+
+def test_training_stops_early_and_the_best_checkpoint_is_kept(stores, tiny_recipe, tmp_path):
+    wild = tiny_recipe.train.model_copy(update={"epochs": 40, "learning_rate": 0.1, "patience": 2})
+    indexer = train(stores[0], tiny_recipe.indexer, wild, tmp_path)
+    last = max((tmp_path / "checkpoints").glob("*/trainer_state.json"), key=lambda p: p.stat().st_mtime_ns)
+    history = [row["eval_mass_recall"] for row in json.loads(last.read_text())["log_history"] if "eval_runtime" in row]
+    assert 2 < len(history) < 40 and max(history) > max(history[-2:])
+    _, validation = stores[0].hold_back(wild.validation_every)
+    for kept in (indexer, load_indexer(tmp_path / "indexer")):
+        assert MassRecallEvaluator(validation, wild.budget)(kept)["mass_recall"] == pytest.approx(max(history))
+
+
+def test_kill_9_at_a_random_step_and_resume_ends_bit_identical(planted, settings, tmp_path):
+    settings = settings.model_copy(update={"loss": "contrastive", "accumulation": 2})  # the loss learns something too
+    whole = train(planted[0], SHAPE, settings, tmp_path / "whole")
+    step = random.Random(os.urandom(8)).randrange(19, 72)
+    print("killed at step", step)
+    done = call(planted[0], tmp_path / "killed", settings, kill=step)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    resumed = train(planted[0], SHAPE, settings, tmp_path / "killed")
+    same(resumed.state_dict(), whole.state_dict())
+    assert resumed.spec == whole.spec
+
+
+def test_half_written_checkpoints_are_skipped(planted, settings, tmp_path):
+    train(planted[0], SHAPE, settings, tmp_path)
+    folder = tmp_path / "checkpoints"
+    good = newest_whole(folder)
+    number = int(good.name.split("-")[1])
+    damages = ["loss.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth", "model.safetensors"]
+    for newer, name in enumerate(damages, start=number + 1):
+        shutil.copytree(good, folder / f"checkpoint-{newer}")
+        file = next((folder / f"checkpoint-{newer}").rglob(name))
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        assert newest_whole(folder) == good, name
+        assert not (folder / f"checkpoint-{newer}").exists()
+    (folder / "checkpoint-9999").mkdir()
+    assert newest_whole(folder) == good
+
+
+def test_two_processes_end_with_the_same_weights_from_disjoint_documents(planted, settings, tmp_path):
+    settings = settings.model_copy(update={"loss": "contrastive", "epochs": 2, "validation_every": 4})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = call(planted[0], tmp_path / "two", settings, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = [torch.load(tmp_path / "two" / f"weights-{rank}.pt") for rank in (0, 1)]
+    same(*weights)
+    read = [
+        [tuple(map(int, line.split())) for line in (tmp_path / "two" / f"read-{rank}.txt").read_text().splitlines()]
+        for rank in (0, 1)
+    ]
+    assert len(read[0]) == len(read[1]) == 2 * 18
+    assert len({*read[0], *read[1]}) == 2 * 36  # (epoch, document), each once
+    single = settings.model_copy(update={"accumulation": 2})
+    alone = train(planted[0], SHAPE, single, tmp_path / "one")
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(weights[0][name], value, atol=1e-4, rtol=0)
+
+
+def test_documents_that_do_not_go_round_are_left_out_in_turns(planted, monkeypatch):
+    index = window_index(planted[0])
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    sampler, left_out = DocumentBatchSampler(index, batch_size=8), []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        read = {index[batch[0]]["document"] for batch in sampler}
+        assert len(list(sampler)) == len(sampler) == len(read) == 45
+        left_out.append(frozenset(range(48)) - read)
+    assert len(set(left_out)) == 4
+
+
+def test_unconfigured_wandb_is_offline_and_holds_recipe_and_recall(planted, settings, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    (tmp_path / "home").mkdir()
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, script, str(planted[0].root), str(tmp_path / "out"), settings.model_dump_json(), "0"],
+        env=environment | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (log,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
+    found = log.read_bytes()
+    for part in (b"recipe", b"windows_per_document", b"distance_bumps", b"eval/mass_recall"):
+        assert part in found, part
+
+
+@pytest.mark.parametrize("where", ["NETRC", "HOME"])
+def test_a_wandb_login_is_honoured(tmp_path, monkeypatch, where):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("WANDB_DIR", "WANDB_PROJECT", "WANDB_SILENT"):
+        monkeypatch.setenv(name, "x")  # so that what is set here is taken back
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    login = tmp_path / (".netrc" if where == "HOME" else "elsewhere")
+    if where == "NETRC":
+        monkeypatch.setenv("NETRC", str(login))
+    login.write_text("machine wandb.example login user password made-up\n")
+    login.chmod(0o600)
+    assert tracking.report_to(tmp_path) == "wandb"
+    assert "WANDB_MODE" not in os.environ
+    monkeypatch.setenv("WANDB_MODE", "online")  # likewise
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://another.example")
+    assert tracking.report_to(tmp_path) == "wandb"
+    assert os.environ.pop("WANDB_MODE") == "offline"
