@@ -1,4 +1,7 @@
-"""Ways to rank chunks: the indexer, the oracle, and what needs no training. All get the same protected chunks."""
+"""Ways to rank chunks without training, and the oracle that bounds them. All get the same protected chunks and budget.
+
+Scores are [W, N] for the windows they are asked about, in the order of the document; the highest are kept.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -6,11 +9,9 @@ from collections.abc import Callable
 import torch
 
 from data_gen.store import TraceDocument
-from indexer_train.metrics import ServedWindows, indexer_scores
-from indexer_train.model import MemoryIndexer
+from indexer_train.metrics import ServedWindows
 
 Policy = Callable[[ServedWindows], torch.Tensor]
-"""The windows of one document -> [W, N] scores; the highest are kept."""
 
 
 def oracle(served: ServedWindows) -> torch.Tensor:
@@ -28,26 +29,73 @@ def mean_pooled(served: ServedWindows) -> torch.Tensor:
     return served.document.mean_pooled[served.windows[:, 0]].float()
 
 
+def native(served: ServedWindows) -> torch.Tensor:
+    """What the backbone itself used at the window's first token, without lookahead.
+
+    The votes of its own indexers (oracle `indexer`: DeepSeek-V4 as it is) or its exact attention, which costs all keys.
+    Among equals, as votes are, the newer chunk.
+    """
+    first = served.windows[:, 0]
+    now = torch.stack([first, first + 1], dim=1)
+    return _newer_first(ServedWindows.of(served.document, now).labels.mass)
+
+
 def recency(served: ServedWindows) -> torch.Tensor:
     """Newest first."""
     return torch.arange(served.document.chunks).float().expand(len(served.windows), -1)
 
 
-def random(served: ServedWindows) -> torch.Tensor:
+def protected(served: ServedWindows) -> torch.Tensor:
+    """No preference: evaluation keeps nothing for it but the sink and the newest chunks."""
+    return torch.zeros(len(served.windows), served.document.chunks)
+
+
+class Frequency:
+    """How many traced tokens so far, the window's first included, found a chunk golden; among equals the newer."""
+
+    def __init__(self, document: TraceDocument, golden: float) -> None:
+        if document.trace.oracle == "indexer":
+            oracle = document.golden
+            strength = oracle.votes
+        else:
+            oracle = document.attention
+            strength = oracle.peak.float().mean(dim=1)
+        found = strength >= golden
+        self._chunks = oracle.chunks[found]
+        self._ends = torch.nn.functional.pad(found.cumsum(0), (1, 0))[oracle.pointers.long()]
+
+    def __call__(self, served: ServedWindows) -> torch.Tensor:
+        chunks = served.document.chunks
+        ends = self._ends[served.windows[:, 0] + 1].tolist()
+        return _newer_first(torch.stack([self._chunks[:end].bincount(minlength=chunks) for end in ends]))
+
+
+class Random:
     """Uniform, the same on every run for a document of the same name."""
-    digest = hashlib.sha256(served.document.meta.name.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-    return torch.rand(len(served.windows), served.document.chunks, generator=generator)
+
+    def __init__(self, document: TraceDocument) -> None:
+        digest = hashlib.sha256(document.meta.name.encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+    def __call__(self, served: ServedWindows) -> torch.Tensor:
+        return torch.rand(len(served.windows), served.document.chunks, generator=self._generator)
 
 
-def policies(indexer: MemoryIndexer, document: TraceDocument) -> dict[str, Policy]:
-    """All policies that `document` allows, by name, in the order of the tables."""
-    found = {
+def _newer_first(scores: torch.Tensor) -> torch.Tensor:
+    """[W, N] -> ranks [W, N], the newer of equals ahead (on its own, the older would be)."""
+    return scores.argsort(dim=1, stable=True).argsort(dim=1).float()
+
+
+def policies(document: TraceDocument, golden: float) -> dict[str, Policy]:
+    """All policies that `document` allows, by name, in the order of the tables; ask each about windows in order."""
+    found: dict[str, Policy] = {
         "oracle": oracle,
-        "indexer": lambda served: indexer_scores(indexer, served),
+        "native": native,
         "mean_pooled": mean_pooled,
+        "frequency": Frequency(document, golden),
         "recency": recency,
-        "random": random,
+        "random": Random(document),
+        "protected": protected,
     }
     if document.mean_pooled is None:  # DeepSeek-V4: its keys are learned, nothing is pooled
         del found["mean_pooled"]

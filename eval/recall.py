@@ -1,94 +1,184 @@
-"""Recall of golden chunks and of attention mass on held-out traces, at budgets and at the calibrated threshold."""
+"""Recall of golden chunks and of attention mass on held-out traces: every chunk scored, every policy, every budget."""
 
-import statistics
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import torch
 
-from data_gen.store import TraceStore
+from data_gen.store import DocumentMeta, TraceDocument, TraceStore
 from eval.policies import golden_oracle, policies
-from indexer_train.metrics import ServedWindows, golden_recall, mass_recall, served_windows
+from indexer_train.intervals import bootstrap_means
+from indexer_train.metrics import RATIOS, DocumentScorer, ServedWindows, Tally, ranked_tally, tally
 from indexer_train.model import MemoryIndexer
-from indexer_train.scoring import above, select
+from indexer_train.scoring import above, join_layers
 
 BUDGETS = (0.02, 0.05, 0.1, 0.135, 0.2)
+TOP = (128, 256, 512, 1024)
+"""Numbers of chunks K at which recall@K is measured, where some window has more candidates."""
+PIECE_ELEMENTS = 1 << 21
+"""Windows x chunks measured at once: what evaluation holds does not grow with the number of windows."""
+PLAIN_TASKS = ("text", "document", "chat")
+Cut = float | str
+"""A share of the chunks, "threshold", or "top K"."""
+
+
+@dataclass(frozen=True)
+class DocumentRecall:
+    """One document under one policy at one cut. macro: means over its windows; sums: its windows added up."""
+
+    meta: DocumentMeta
+    policy: str
+    cut: Cut
+    macro: dict[str, float]
+    sums: Tally
 
 
 @dataclass(frozen=True)
 class RecallRow:
-    """One cell of the evaluation: means over documents of means over a document's windows (macro).
+    """One cell of the evaluation.
 
-    context: longest document of the cell in tokens; budget: share of chunks asked for, or "threshold"; kept: share of
-    visible chunks really kept, protected ones apart; golden_recall: None where no window has a golden chunk.
+    context: longest document of the cell in tokens; budget: share of chunks asked for, "threshold" or "top K".
+    golden_recall, mass_recall, precision, f1, kept, resident_mass: see indexer_train/metrics.py; *macro* averages, that
+    is means over documents of means over a document's windows; None where no window has anything to divide by.
+    micro: the same with all windows added up; interval: 95 % bootstrap interval over documents of each macro average.
     """
 
     policy: str
     task: str
     context: int
-    budget: float | str
+    budget: Cut
     golden_recall: float | None
-    mass_recall: float
+    mass_recall: float | None
+    precision: float | None
+    f1: float | None
     kept: float
+    resident_mass: float
+    micro: dict[str, float | None]
+    interval: dict[str, list[float] | None]
     documents: int
     windows: int
 
 
-def evaluate_recall(indexer: MemoryIndexer, store: TraceStore, golden: float, threshold: float) -> list[RecallRow]:
-    """Score all chunks of every held-out document with every policy.
+def evaluate_recall(
+    indexer: MemoryIndexer, store: TraceStore, golden: float, threshold: float, every_token: bool = False
+) -> list[RecallRow]:
+    """Score all chunks of every held-out document with every policy: a row per policy, group of tasks and cut.
 
-    golden: head-maximum probability that makes a chunk golden; threshold: calibrated score of the indexer.
-    Rows for each task and for all needle tasks together ("needles").
+    golden: head-maximum probability (or votes) that makes a chunk golden; threshold: calibrated score of the indexer;
+    every_token: a window from every traced token instead of one per refresh.
+    Rows for each task and for all needle tasks together ("needles"); the indexer's layers on their own are "layer L".
     """
-    cells: dict[tuple, list[tuple]] = defaultdict(list)
-    for served in served_windows(store):
-        task = served.document.meta.task
-        groups = [task] if task in ("text", "document", "chat") else [task, "needles"]
-        for name, policy in policies(indexer, served.document).items():
-            scores = policy(served)
-            choices: dict[float | str, torch.Tensor] = {
-                budget: select(scores, served.labels.candidate, served.kept(budget)) for budget in BUDGETS
-            }
-            if name == "indexer":
-                choices["threshold"] = above(scores, served.labels.candidate, threshold)
-            for budget, selected in choices.items():
-                hits = selected
-                if name == "oracle":  # each metric has a bound of its own
-                    hits = select(golden_oracle(served), served.labels.candidate, served.kept(budget))
-                for group in groups:
-                    cells[name, group, budget].append(_document(selected, hits, served, golden))
-    return [_row(*key, measured) for key, measured in cells.items()]
+    found = measure({"indexer": indexer}, store, golden, {"indexer": threshold}, every_token)
+    return recall_rows(list(found), task_groups)
 
 
-def _document(
-    selected: torch.Tensor, hits: torch.Tensor, served: ServedWindows, golden: float
-) -> tuple[float, float, float, int, int]:
-    """(golden recall of `hits` or NaN, mass recall and kept share of `selected`, windows, tokens) of one document."""
-    return (
-        float(golden_recall(hits, served.labels, golden).nanmean()),
-        float(mass_recall(selected, served.labels).nanmean()),
-        float((selected.sum(dim=1) / served.visible).mean()),
-        len(selected),
-        served.document.meta.length,
-    )
+def measure(
+    indexers: dict[str, MemoryIndexer],
+    store: TraceStore,
+    golden: float,
+    thresholds: dict[str, float],
+    every_token: bool = False,
+) -> Iterator[DocumentRecall]:
+    """Every document of `store` under every indexer (by name), its layers, and the policies that need no training.
+
+    Documents without a window, or that need nothing in any, are left out.
+    """
+    for document in store:
+        windows = document.windows(serving=not every_token)
+        scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
+        untrained = policies(document, golden)
+        cuts = [*BUDGETS, *_tops(document)]
+        pieces: dict[tuple[str, Cut], list[Tally]] = defaultdict(list)
+        for served in _pieces(document, windows):
+            counts = _counts(served, cuts)
+            for name, scorer in scorers.items():
+                layers = scorer.layers(served)
+                joined = join_layers(layers, scorer.indexer.spec.shape.join)
+                selected = above(joined, served.labels.candidate, thresholds[name])
+                pieces[name, "threshold"].append(tally(selected, served.labels, golden, served.visible))
+                alone = zip(scorer.indexer.spec.layers, layers, strict=True) if len(layers) > 1 else ()
+                scored = {name: joined} | {f"{_prefix(name)}layer {layer}": scores for layer, scores in alone}
+                for policy, scores in scored.items():
+                    _add(pieces, policy, cuts, ranked_tally(scores, served.labels, golden, served.visible, counts))
+            for policy, score in untrained.items():
+                asked = torch.zeros_like(counts) if policy == "protected" else counts
+                found = ranked_tally(score(served), served.labels, golden, served.visible, asked)
+                if policy == "oracle":  # each metric has a bound of its own
+                    best = ranked_tally(golden_oracle(served), served.labels, golden, served.visible, asked)
+                    found = replace(found, hits=best.hits)
+                _add(pieces, policy, cuts, found)
+        for (policy, cut), parts in pieces.items():
+            whole = Tally.concatenate(parts)
+            if whole.needed.any():
+                macro = {name: float(value.nanmean()) for name, value in whole.ratios().items()}
+                yield DocumentRecall(document.meta, policy, cut, macro, whole.total())
 
 
-def _row(policy: str, task: str, budget: float | str, measured: list[tuple]) -> RecallRow:
-    recalls, masses, kept, windows, lengths = zip(*measured, strict=True)
-    defined = [value for value in recalls if value == value]
+def task_groups(meta: DocumentMeta) -> list[str]:
+    """The groups a document counts in: its task, and all needle tasks together."""
+    return [meta.task] if meta.task in PLAIN_TASKS else [meta.task, "needles"]
+
+
+def recall_rows(found: list[DocumentRecall], groups: Callable[[DocumentMeta], list[str]]) -> list[RecallRow]:
+    """Average documents group by group (`groups` says which ones a document counts in)."""
+    cells: dict[tuple[str, str, Cut], list[DocumentRecall]] = defaultdict(list)
+    for each in found:
+        for group in groups(each.meta):
+            cells[each.policy, group, each.cut].append(each)
+    return [_row(policy, group, cut, members) for (policy, group, cut), members in cells.items()]
+
+
+def _row(policy: str, group: str, cut: Cut, members: list[DocumentRecall]) -> RecallRow:
+    mean, low, high = bootstrap_means(np.array([[each.macro[name] for name in RATIOS] for each in members]))
+    sums = Tally.concatenate([each.sums for each in members]).total()
     return RecallRow(
         policy=policy,
-        task=task,
-        context=max(lengths),
-        budget=budget,
-        golden_recall=statistics.fmean(defined) if defined else None,
-        mass_recall=statistics.fmean(masses),
-        kept=statistics.fmean(kept),
-        documents=len(measured),
-        windows=sum(windows),
+        task=group,
+        context=max(each.meta.length for each in members),
+        budget=cut,
+        **{name: _number(value) for name, value in zip(RATIOS, mean, strict=True)},
+        micro={name: _number(value) for name, value in sums.ratios().items()},
+        interval={
+            name: None if np.isnan(a) else [float(a), float(b)] for name, a, b in zip(RATIOS, low, high, strict=True)
+        },
+        documents=len(members),
+        windows=int(sums.windows),
     )
+
+
+def _number(value: float | torch.Tensor) -> float | None:
+    return None if np.isnan(float(value)) else float(value)
 
 
 def as_rows(rows: list[RecallRow]) -> list[dict]:
     """The rows as results.json holds them."""
     return [asdict(row) for row in rows]
+
+
+def _prefix(name: str) -> str:
+    return "" if name == "indexer" else f"{name} "
+
+
+def _tops(document: TraceDocument) -> list[str]:
+    """The "top K" cuts that leave some chunk of `document` out."""
+    return [f"top {count}" for count in TOP if count < document.chunks]
+
+
+def _counts(served: ServedWindows, cuts: list[Cut]) -> torch.Tensor:
+    """[W, cuts] chunks that each cut buys."""
+    bought = [served.kept(cut) if isinstance(cut, float) else int(cut.split()[1]) for cut in cuts]
+    one = torch.ones(len(served.windows), dtype=torch.int64)
+    return torch.stack([count * one for count in bought], dim=1)
+
+
+def _pieces(document: TraceDocument, windows: torch.Tensor) -> Iterator[ServedWindows]:
+    for piece in windows.split(max(1, PIECE_ELEMENTS // max(1, document.chunks))):
+        if len(piece):
+            yield ServedWindows.of(document, piece)
+
+
+def _add(pieces: dict[tuple[str, Cut], list[Tally]], policy: str, cuts: list[Cut], found: Tally) -> None:
+    for place, cut in enumerate(cuts):
+        pieces[policy, cut].append(Tally(**{name: value[:, place] for name, value in vars(found).items()}))

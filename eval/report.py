@@ -12,8 +12,9 @@ from matplotlib import pyplot
 
 from data_gen.store import write_atomically
 
-STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "mean_pooled": ("tab:blue", "-"),
-          "recency": ("tab:green", "-"), "random": ("tab:gray", ":")}  # fmt: skip
+STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "native": ("tab:purple", "-"),
+          "mean_pooled": ("tab:blue", "-"), "frequency": ("tab:orange", "-"), "recency": ("tab:green", "-"),
+          "random": ("tab:gray", ":"), "protected": ("tab:gray", "-.")}  # fmt: skip
 """Line colour and style of each policy."""
 
 
@@ -32,15 +33,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def recall_table(rows: list[dict[str, Any]]) -> str:
-    """Mass recall and golden recall by policy, one column pair per budget, for each group of tasks."""
+    """Mass recall and golden recall (macro) by policy, a column pair per budget, for each group of tasks."""
     lines = []
+    rows = [row for row in rows if row["policy"] in STYLES]
     budgets = sorted({row["budget"] for row in rows if isinstance(row["budget"], float)})
     cells = {(row["task"], row["policy"], row["budget"]): row for row in rows}
     for task, policy in dict.fromkeys((row["task"], row["policy"]) for row in sorted(rows, key=_order)):
         found = [cells[task, policy, budget] for budget in budgets]
         values = [f"{row['mass_recall']:.3f} / {_share(row['golden_recall'])}" for row in found]
         lines.append([task, policy, *values, found[0]["documents"]])
-    header = ["mass / golden recall", "kept:", *[f"{budget:.1%}" for budget in budgets], "documents"]
+    header = ["mass / golden recall (macro)", "kept:", *[f"{budget:.1%}" for budget in budgets], "documents"]
     return table(header, lines)
 
 
@@ -54,6 +56,7 @@ def _order(row: dict[str, Any]) -> tuple:
 
 def plot_recall(rows: list[dict[str, Any]], path: Path) -> None:
     """Mass recall (top) and golden recall (bottom) against the budget, a column per task group; PNG."""
+    rows = [row for row in rows if row["policy"] in STYLES]
     tasks = list(dict.fromkeys(row["task"] for row in sorted(rows, key=_order)))
     figure, axes = pyplot.subplots(2, len(tasks), figsize=(3.4 * len(tasks), 6.2), sharex=True, squeeze=False)
     for column, task in enumerate(tasks):

@@ -1,0 +1,50 @@
+"""Indexers for the evaluation's tests: one that knows nothing and one that knows the planted secret."""
+
+import pytest
+import torch
+
+from data_gen.chunks import Chunking
+from indexer_train.config import IndexerConfig
+from indexer_train.model import IndexerSpec, MemoryIndexer
+
+
+@pytest.fixture(scope="session")
+def indexer(stores):
+    """Random weights for the tiny Llama's traces."""
+    manifest = stores[1].manifest
+    torch.manual_seed(0)
+    return MemoryIndexer.from_spec(
+        IndexerSpec(
+            shape=IndexerConfig(heads=4, rank=8),
+            layers=manifest.trace.layers,
+            hidden=manifest.backbone.hidden,
+            key_width=manifest.backbone.key_width,
+            chunking=manifest.trace.chunking,
+            window=manifest.trace.window,
+            backbone=manifest.backbone.fingerprint,
+        ),
+        device="cpu",
+    )
+
+
+def planted_indexer():
+    """An indexer set by hand to undo the rotation of `planted_store`: it names both chunks of every window."""
+    width = 32
+    rotation = torch.linalg.qr(torch.randn(2, 2 * width, 2 * width, generator=torch.Generator().manual_seed(99))).Q
+    indexer = MemoryIndexer.from_spec(
+        IndexerSpec(
+            shape=IndexerConfig(heads=2, rank=2 * width, distance_bumps=0, scale=False, slot=False),
+            layers=[0, 1],
+            hidden=2 * width,
+            key_width=width,
+            chunking=Chunking(tokens=4, sink=1, recent=2),
+            window=2,
+            backbone="planted",
+        ),
+        device="cpu",
+    )
+    for turn, encoder in zip(rotation, indexer.query_encoder.encoders.values(), strict=True):
+        encoder.wq_a.weight.data = turn  # hidden = (both keys) turn
+        encoder.wq_b.weight.data = torch.eye(2 * width)
+        encoder.weights_proj.weight.data = turn.sum(dim=0).repeat(2, 1)  # keys hold a 4 and zeros: the sum is positive
+    return indexer
