@@ -91,7 +91,7 @@ def measure(
         untrained = policies(document, golden)
         cuts = [*BUDGETS, *_tops(document)]
         pieces: dict[tuple[str, Cut], list[Tally]] = defaultdict(list)
-        for served in _pieces(document, windows):
+        for served in in_pieces(document, windows):
             counts = _counts(served, cuts)
             for name, scorer in scorers.items():
                 layers = scorer.layers(served)
@@ -173,7 +173,8 @@ def _counts(served: ServedWindows, cuts: list[Cut]) -> torch.Tensor:
     return torch.stack([count * one for count in bought], dim=1)
 
 
-def _pieces(document: TraceDocument, windows: torch.Tensor) -> Iterator[ServedWindows]:
+def in_pieces(document: TraceDocument, windows: torch.Tensor) -> Iterator[ServedWindows]:
+    """`windows` ([W, 2]) a few at a time, in order."""
     for piece in windows.split(max(1, PIECE_ELEMENTS // max(1, document.chunks))):
         if len(piece):
             yield ServedWindows.of(document, piece)
