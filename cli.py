@@ -75,6 +75,33 @@ def train(
 
 
 @app.command()
+def calibrate(
+    recipe: RecipeName,
+    indexer: Annotated[Path, typer.Option(help="A trained indexer; what is found is stored in it.")],
+    traces: Annotated[Path, typer.Option(help="A held-out trace store.")],
+    budget: Annotated[float | None, typer.Option(min=0.001, max=1, help="Share of chunks; else the recipe's.")] = None,
+    recall: Annotated[float | None, typer.Option(min=0, max=1, help="Mass recall to reach, instead.")] = None,
+    longest: Annotated[list[int] | None, typer.Option(min=1, help="Context length with its own threshold.")] = None,
+    by_budget: Annotated[bool, typer.Option(help="Serve the best of each window, not a threshold.")] = False,
+) -> None:
+    """Choose how chunks are selected when served: writes calibration.json and reliability.png into the indexer."""
+    from data_gen.store import TraceStore
+    from eval.report import table
+    from indexer_train.reliability import calibrate_folder
+    from indexer_train.trainer import check_traces, load_indexer
+
+    if recall is not None and (budget is not None or by_budget):
+        raise InputError("--recall finds a threshold: leave --budget and --by-budget out")
+    loaded, store, settings = load_indexer(indexer), TraceStore.open(traces), _recipe(recipe).train
+    check_traces(loaded, store)
+    share = settings.budget if budget is None else budget
+    target = ("budget", share) if recall is None else ("recall", recall)
+    found = calibrate_folder(indexer, loaded, store, settings.golden, target, longest or [], by_budget)
+    typer.echo(table(list(found.rows[0]), [list(row.values()) for row in found.rows]))
+    typer.echo(f"served: {loaded.spec.selection}\nexpected calibration error {found.error:.3f}: {found.plot}")
+
+
+@app.command()
 def mine(
     recipe: RecipeName,
     indexer: Annotated[Path, typer.Option(help="A trained indexer.")],
@@ -201,13 +228,14 @@ def select_layers(
     traces: Annotated[Path, typer.Option(help="A held-out trace store.")],
     count: Annotated[int, typer.Option(min=1, help="Layers to serve.")],
     out: Annotated[Path | None, typer.Option(help="Save the indexer with the best choice there.")] = None,
-    budget: Annotated[float, typer.Option(min=0, max=1, help="Share of chunks kept.")] = 0.1,
+    budget: Annotated[float, typer.Option(min=0.001, max=1, help="Share of chunks kept.")] = 0.1,
 ) -> None:
     """Find the layers to serve and the rule that joins them, by mass recall on held-out traces."""
     from data_gen.store import TraceStore
     from eval.report import table
     from indexer_train.bridge.convert import keep_layers
     from indexer_train.layer_choice import choose_layers
+    from indexer_train.selection import Budget
     from indexer_train.trainer import check_traces, load_indexer
 
     loaded, store = load_indexer(indexer), TraceStore.open(traces)
@@ -218,7 +246,7 @@ def select_layers(
     if out is not None:
         served = keep_layers(loaded, best.layers)
         served.spec.shape = served.spec.shape.model_copy(update={"join": best.join})
-        served.spec.thresholds.clear()  # calibrated on another set of layers or another rule
+        served.spec.selections = [Budget(budget=budget)]  # thresholds belong to a set of layers and a rule
         served.save_pretrained(str(out))
         typer.echo(f"indexer: {out}")
 

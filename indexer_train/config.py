@@ -64,7 +64,8 @@ class TrainConfig(Strict):
     (or their number, from 1 on) in which it rises; weight_decay: of AdamW; clip: longest gradient, 0 for any;
     golden: head-maximum probability (oracle `attention`) or layers (oracle `indexer`) that make a chunk golden;
     validation_every: every n-th document is held back from training to select the checkpoint, by its mass recall when
-    `budget` of the chunks are kept;
+    `budget` of the chunks are kept; select: how they are chosen, then and when served: the best of each window
+    (`budget`), or all that reach one `threshold`;
     eval_epochs: epochs between two such checks, which are checkpoints too; patience: checks without a better one before
     training stops; the best one is kept;
     seed: of the first weights, the order of documents and the negatives;
@@ -87,6 +88,7 @@ class TrainConfig(Strict):
     clip: NonNegativeFloat = 1.0
     golden: PositiveFloat = 0.05
     budget: float = Field(0.1, gt=0, le=1)
+    select: Literal["budget", "threshold"] = "budget"
     validation_every: PositiveInt = 6
     eval_epochs: PositiveInt = 2
     patience: PositiveInt = 5

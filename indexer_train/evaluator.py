@@ -1,33 +1,39 @@
-"""The held-out metric that selects checkpoints: attention-mass recall at the recipe's budget, as served."""
+"""The held-out metric that selects checkpoints: attention-mass recall, chunks selected as they will be served."""
 
-import statistics
-from collections import defaultdict
+from typing import Literal
 
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from data_gen.store import TraceStore
-from indexer_train.metrics import indexer_scores, mass_recall, served_windows
+from indexer_train.calibration import ScoredWindows, calibrate, score_windows, task_mean
+from indexer_train.metrics import mass_recall, served_windows
 from indexer_train.model import MemoryIndexer
-from indexer_train.scoring import select
+from indexer_train.selection import Budget, Threshold
 
 
 class MassRecallEvaluator(BaseEvaluator):
-    """Mean over documents of a task, then over tasks, of the mass recall at one budget."""
+    """Mean over documents of a task, then over tasks, of the mass recall of what is selected.
 
-    def __init__(self, store: TraceStore, budget: float) -> None:
+    select: the best `budget` of every window's chunks, or all that reach the one threshold that keeps as many on the
+    whole, calibrated anew for each checkpoint.
+    """
+
+    def __init__(self, store: TraceStore, budget: float, select: Literal["budget", "threshold"] = "budget") -> None:
         super().__init__()
         self.served = list(served_windows(store))
-        self.budget = budget
+        self.budget, self.select = budget, select
         self.primary_metric = "mass_recall"
+
+    def selection(self, scored: list[ScoredWindows]) -> Budget | Threshold:
+        """What is served."""
+        return Budget(budget=self.budget) if self.select == "budget" else calibrate(scored, "budget", self.budget)
 
     def __call__(
         self, model: MemoryIndexer, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
         """{mass_recall, mass_recall_TASK ...}; writes nothing: the trainer logs it."""
         model.eval()
-        by_task = defaultdict(list)
-        for served in self.served:
-            selected = select(indexer_scores(model, served), served.labels.candidate, served.kept(self.budget))
-            by_task[served.document.meta.task].append(float(mass_recall(selected, served.labels).nanmean()))
-        tasks = {f"mass_recall_{task}": statistics.fmean(values) for task, values in by_task.items()}
-        return {"mass_recall": statistics.fmean(tasks.values()), **tasks}
+        scored = score_windows(model, self.served)
+        selection = self.selection(scored)
+        means = task_mean(scored, [mass_recall(each.choose(selection), each.served.labels) for each in scored])
+        return {f"mass_recall_{task}" if task else "mass_recall": value for task, value in means.items()}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule, Router
 from torch import nn
@@ -13,9 +13,12 @@ from data_gen.chunks import Chunking
 from data_gen.key_codec import hadamard
 from data_gen.keys import key_vectors
 from data_gen.rope import Rope
+from data_gen.store import write_atomically
 from data_gen.trace import KeyKind
+from indexer_train.card import Provenance, model_card
 from indexer_train.config import IndexerConfig
 from indexer_train.scoring import PackedQuery, join_layers
+from indexer_train.selection import Budget, Cut, Selection, Threshold
 
 
 class IndexerSpec(BaseModel):
@@ -23,7 +26,7 @@ class IndexerSpec(BaseModel):
 
     layers: backbone layers it reads; hidden, key_width: widths there; window: tau; backbone: fingerprint of the model
     whose traces trained it; key, rope: how its keys were made (data_gen/trace.py BackboneInfo), queries follow suit;
-    thresholds: score that keeps a share of the chunks on the training documents, by share.
+    selections: ways to choose chunks by their scores, the served one first; provenance: where it comes from.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,7 +40,31 @@ class IndexerSpec(BaseModel):
     backbone: str
     key: KeyKind = "mean_pre_rope"
     rope: Rope | None = None
-    thresholds: dict[str, float] = {}
+    selections: list[Selection] = []
+    provenance: Provenance | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, values: Any) -> Any:
+        """Earlier files say `thresholds`: score by share kept."""
+        if isinstance(values, dict) and "thresholds" in values:
+            selections = [
+                Threshold(target="budget", value=float(share), cuts=[Cut(score=score)])
+                for share, score in values["thresholds"].items()
+            ]
+            return {name: value for name, value in values.items() if name != "thresholds"} | {"selections": selections}
+        return values
+
+    @property
+    def selection(self) -> Budget | Threshold:
+        """How the indexer is served: what was chosen in training or by `lookahead calibrate`, else the paper's 0.5."""
+        return self.selections[0] if self.selections else Threshold(cuts=[Cut(score=0.0)])
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """The score that keeps a share of the chunks of contexts of any length, by share."""
+        found = [each for each in self.selections if isinstance(each, Threshold) and each.target == "budget"]
+        return {str(each.value): each.cuts[0].score for each in found if len(each.cuts) == 1}
 
     @property
     def packed(self) -> PackedQuery:
@@ -233,15 +260,11 @@ class MemoryIndexer(SentenceTransformer):
         logits = self.layer_logits(torch.as_tensor(embeddings1), torch.as_tensor(embeddings2))
         return join_layers(logits, self.spec.shape.join)
 
+    def save_spec(self, folder: Path) -> None:
+        """Bring the saved indexer in `folder` up to date with `spec`: all but the weights."""
+        (path,) = folder.rglob(QueryEncoder.config_file_name)
+        write_atomically(path, lambda file: file.write_text(self.spec.model_dump_json(indent=2)))
+        self._create_model_card(str(folder))
+
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """Say what the folder holds; the figures come from `lookahead evaluate`."""
-        spec = self.spec
-        text = (
-            "---\nlibrary_name: sentence-transformers\ntags: [memory-indexer, lookahead-sparse-attention]\n---\n"
-            "# Memory indexer\n\n"
-            f"Predicts which {spec.chunking.tokens}-token chunks of the history the next {spec.window} tokens need, "
-            f"from the hidden states entering the attention of layers {spec.layers}.\n\n"
-            f"- backbone fingerprint: `{spec.backbone}`\n- heads {spec.shape.heads}, rank {spec.shape.rank}, "
-            f"key width {spec.key_width}\n- load with `indexer_train.model.MemoryIndexer(folder)`\n"
-        )
-        (Path(path) / "README.md").write_text(text, encoding="utf-8")
+        (Path(path) / "README.md").write_text(model_card(self.spec), encoding="utf-8")

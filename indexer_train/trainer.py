@@ -15,12 +15,14 @@ from data_gen.store import TraceStore, write_atomically
 from indexer_train import processes, tracking
 from indexer_train.batches import AllCandidates, DocumentBatchSampler, SampledCandidates, TellEpoch, window_index
 from indexer_train.bridge.native import initialise
-from indexer_train.calibration import calibrate
+from indexer_train.calibration import calibrate, measure, score_windows
+from indexer_train.card import Provenance
 from indexer_train.checkpoints import KeepLoss, newest_whole, restore_loss
 from indexer_train.config import IndexerConfig, TrainConfig
 from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.selection import Budget, served_first
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +50,11 @@ def train(
     if checkpoint is not None:
         restore_loss(trainer.loss, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    indexer, (traces, _) = trainer.model, store.hold_back(config.validation_every)
-    indexer.spec.thresholds[str(config.budget)] = calibrate(indexer, traces, config.budget)
+    indexer, evaluator = trainer.model, trainer.evaluator
+    scored = score_windows(indexer, evaluator.served)
+    others = [Budget(budget=config.budget), calibrate(scored, "budget", config.budget)]
+    indexer.spec.selections = served_first(evaluator.selection(scored), others)
+    indexer.spec.provenance.metrics = measure(scored, indexer.spec.selections, config.golden, "validation")
     if processes.rank() == 0:
         unfinished = out / "indexer.unfinished"
         indexer.save_pretrained(str(unfinished))
@@ -88,6 +93,14 @@ def make_trainer(
             backbone=backbone.fingerprint,
             key=backbone.key,
             rope=backbone.rope,
+            provenance=Provenance(
+                backbone=backbone.model_type,
+                oracle=trace.oracle,
+                documents=traces.manifest.documents,
+                training=len(traces.paths()),
+                validation=len(validation.paths()),
+                train=config.model_dump(),
+            ),
         )
     )
     if config.init is not None:
@@ -144,7 +157,7 @@ def make_trainer(
         ),
         train_dataset=index,
         loss=loss,
-        evaluator=MassRecallEvaluator(validation, config.budget),
+        evaluator=MassRecallEvaluator(validation, config.budget, config.select),
         data_collator=collator,
         callbacks=[
             EarlyStoppingCallback(config.patience),

@@ -231,3 +231,26 @@ def test_select_layers_saves_what_it_found_best(finished, tmp_path, lookahead):
     assert [str(layer) for layer in spec["layers"]] == [first[0]] and spec["shape"]["join"] == first[1]
     code, _, line = lookahead("select-layers", *indexer, *traces, "--count", 3)
     assert code == 2 and "cannot choose 3" in line
+
+
+def test_calibrate_stores_what_is_served_and_says_what_it_costs(finished, recipe, tmp_path, lookahead):
+    shutil.copytree(finished / "indexer", tmp_path / "indexer")
+    heldout = finished / "traces" / "heldout"
+    asked = ("calibrate", recipe, "--indexer", tmp_path / "indexer", "--traces")
+    code, out, _ = lookahead(*asked, heldout, "--recall", 0.5, "--longest", 450)
+    assert code == 0 and "served: scores from" in out and "for a mass recall of 50.0%" in out
+    assert (tmp_path / "indexer" / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "indexer" / "calibration.json").read_text())["rows"]
+    assert lookahead("export", "--indexer", tmp_path / "indexer", "--out", tmp_path / "bundle")[0] == 0
+    (served, *others) = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["spec"]["selections"]
+    assert served["target"] == "recall" and len(served["cuts"]) == 2 and len(others) == 2
+    code, out, _ = lookahead(*asked, heldout, "--by-budget")
+    assert code == 0 and "served: the best 10.0% of the chunks" in out
+    for more, complaint in (
+        ((finished / "traces" / "train",), "training documents"),
+        ((heldout, "--recall", 1.0), "cannot be reached"),
+        ((heldout, "--recall", 0.5, "--by-budget"), "--recall finds a threshold"),
+        ((heldout, "--longest", 3), "no held-out window"),
+    ):
+        code, _, line = lookahead(*asked, *more)
+        assert code == 2 and complaint in line

@@ -1,6 +1,6 @@
 """The bundle that a runtime loads: bundle.json beside indexer.safetensors.
 
-bundle.json: format, spec (indexer_train/model.py IndexerSpec: layers, tau, chunking, protection, thresholds, shape,
+bundle.json: format, spec (indexer_train/model.py IndexerSpec: layers, tau, chunking, protection, selections, shape,
 key recipe, RoPE, backbone fingerprint) and the SHA-256 of the weights.
 """
 

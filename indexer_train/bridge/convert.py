@@ -15,6 +15,7 @@ from indexer_train.bridge.flashmemory import Checkpoint, Format, check_table, re
 from indexer_train.bridge.weights import LayerWeights
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.selection import Budget, Threshold
 
 SERVED = Chunking(tokens=CHUNK_TOKENS, sink=0, recent=2048)
 """What the release's serving protects."""
@@ -39,7 +40,9 @@ def keep_layers(indexer: MemoryIndexer, layers: list[int]) -> MemoryIndexer:
         raise InputError(f"layers {missing or layers}: the indexer has {spec.layers}")
     if sorted(layers) == spec.layers:
         return indexer
-    kept = MemoryIndexer.from_spec(spec.model_copy(update={"layers": sorted(layers), "thresholds": {}}), indexer.device)
+    budgets = [each for each in spec.selections if isinstance(each, Budget)]
+    fewer = spec.model_copy(update={"layers": sorted(layers), "selections": budgets})
+    kept = MemoryIndexer.from_spec(fewer, indexer.device)
     places = kept.query_encoder.state_dict()
     kept.query_encoder.load_state_dict({name: indexer.query_encoder.state_dict()[name] for name in places})
     return kept.eval()
@@ -58,7 +61,7 @@ def export_indexer(
         exported = Exported([out])
     else:
         exported = _export_checkpoint(kept, out, format)
-    if kept.spec.thresholds != indexer.spec.thresholds:
+    if kept.spec.selections != indexer.spec.selections:
         exported.notes.append(f"thresholds were calibrated on layers {indexer.spec.layers} together: left out")
     return exported
 
@@ -80,17 +83,21 @@ def _export_checkpoint(indexer: MemoryIndexer, out: Path, format: Format) -> Exp
 def _notes(indexer: MemoryIndexer) -> list[str]:
     spec, bias = indexer.spec, indexer.query_encoder.bias
     constant = 0.0 if bias is None else bias.item()
+    thresholds = [each for each in spec.selections if isinstance(each, Threshold) and each.target]
     notes = [f"logit offset {constant:+.9g} (the bias): serve with {_offset(constant)}"]
     if spec.shape.join == "max":
-        offsets = {share: constant - threshold for share, threshold in spec.thresholds.items()}
-        for share, offset in offsets.items():
-            notes.append(
-                f"logit offset {offset:+.9g} keeps {float(share):.1%} of the chunks: serve with {_offset(offset)}"
-            )
+        for threshold in thresholds:
+            share = f"{threshold.value:.1%}"
+            aim = f"keeps {share} of the chunks" if threshold.target == "budget" else f"has a mass recall of {share}"
+            for cut in threshold.cuts:
+                offset = constant - cut.score
+                where = f" in contexts of up to {cut.longest} tokens" if cut.longest else ""
+                notes.append(f"logit offset {offset:+.9g} {aim}{where}: serve with {_offset(offset)}")
     else:
+        scores = [cut.score for each in thresholds for cut in each.cuts]
         notes.append(
             f"layers are joined by {spec.shape.join} here, by max when served: the selection will differ, and the "
-            f"thresholds {list(spec.thresholds.values())} do not carry over; train and calibrate with join max"
+            f"thresholds {scores} do not carry over; train and calibrate with join max"
         )
     if spec.rope.model_copy(update={"positions": V4_FLASH.rope.positions}) != V4_FLASH.rope:
         notes.append("the release's serving computes V4-Flash's RoPE, which is not this indexer's")

@@ -105,4 +105,3 @@ def test_saved_and_exported_indexers_score_bit_for_bit(tmp_path):
     for loaded in (load_indexer(tmp_path / "saved"), load_bundle(tmp_path / "bundle")):
         assert loaded.spec == indexer.spec
         assert torch.equal(loaded.scores(hidden, keys, positions).cpu(), expected)
-    assert "layers [1, 4]" in (tmp_path / "saved" / "README.md").read_text()

@@ -1,0 +1,90 @@
+"""How serving chooses among scored chunks: the best so many (a budget), or all that reach a calibrated threshold."""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import ConfigDict, Field, PositiveInt, model_validator
+
+from data_gen.chunks import Chunking
+from data_gen.config import Strict
+from indexer_train.scoring import above, select
+
+
+class Budget(Strict):
+    """The best `budget` of the visible chunks, in every context alike."""
+
+    model_config = ConfigDict(frozen=True)
+
+    by: Literal["budget"] = "budget"
+    budget: float = Field(gt=0, le=1)
+
+    def choose(
+        self, scores: torch.Tensor, candidate: torch.Tensor, positions: torch.Tensor, chunking: Chunking
+    ) -> torch.Tensor:
+        """scores, candidate: [W, N]; positions: [W], where the sets are fixed. Returns the selected ones, [W, N]."""
+        kept = [chunking.kept(self.budget, position) for position in positions.tolist()]
+        return select(scores, candidate, torch.tensor(kept, device=scores.device))
+
+    def __str__(self) -> str:
+        return f"the best {self.budget:.1%} of the chunks"
+
+
+class Cut(Strict):
+    """Chunks that score at least `score` are selected, in contexts of up to `longest` tokens (None: of any length)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    longest: PositiveInt | None = None
+    score: float
+
+
+class Threshold(Strict):
+    """All chunks that reach the score of their context's length.
+
+    target, value: what the cuts were calibrated for: a share of the chunks kept, or a mass recall; None where the score
+    was given. cuts: from the shortest contexts to the longest; the last one holds for any length.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    by: Literal["threshold"] = "threshold"
+    target: Literal["budget", "recall"] | None = None
+    value: float | None = None
+    cuts: list[Cut] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        lengths = [cut.longest for cut in self.cuts[:-1]]
+        if None in lengths or sorted(set(lengths)) != lengths or self.cuts[-1].longest is not None:
+            raise ValueError("cuts must ascend in length, and the last one hold for any")
+        return self
+
+    def scores(self, positions: torch.Tensor) -> torch.Tensor:
+        """The score to reach in a context that ends at each of `positions`: [W] -> [W] fp32."""
+        ends = torch.tensor([cut.longest for cut in self.cuts[:-1]], dtype=torch.int64, device=positions.device)
+        values = torch.tensor([cut.score for cut in self.cuts], device=positions.device)
+        return values[torch.searchsorted(ends, positions + 1)]
+
+    def choose(
+        self, scores: torch.Tensor, candidate: torch.Tensor, positions: torch.Tensor, chunking: Chunking
+    ) -> torch.Tensor:
+        """As `Budget.choose`; how many chunks that makes differs from window to window."""
+        return above(scores, candidate, self.scores(positions)[:, None])
+
+    def __str__(self) -> str:
+        cuts = [f"{cut.score:.4g}" + (f" up to {cut.longest} tokens" if cut.longest else "") for cut in self.cuts]
+        aim = {"budget": "to keep", "recall": "for a mass recall of"}.get(self.target or "", "")
+        return f"scores from {', '.join(cuts)}" + (f" ({aim} {self.value:.1%})" if self.target else "")
+
+
+Selection = Annotated[Budget | Threshold, Field(discriminator="by")]
+
+
+def served_first(selection: Budget | Threshold, others: Iterable[Budget | Threshold]) -> list[Budget | Threshold]:
+    """`selection`, then the others, less what it replaces: another budget, or a threshold with the same target."""
+
+    def aim(of: Budget | Threshold) -> tuple:
+        return (of.by,) if isinstance(of, Budget) else (of.by, of.target, of.value)
+
+    return [selection, *(other for other in others if aim(other) != aim(selection))]

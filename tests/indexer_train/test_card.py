@@ -1,0 +1,59 @@
+"""The saved folder as others meet it: its card, and sentence-transformers loading it."""
+
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from sentence_transformers import SentenceTransformer
+
+from indexer_train.model import MemoryIndexer
+from indexer_train.trainer import train
+
+
+@pytest.fixture(scope="module")
+def saved(stores, tiny_recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("card")
+    train(stores[0], tiny_recipe.indexer, tiny_recipe.train, out)
+    return out / "indexer"
+
+
+def test_the_card_says_what_where_from_how_good_and_what_not(saved):
+    card = ModelCard.load(saved / "README.md")
+    assert card.data.library_name == "sentence-transformers" and "memory-indexer" in card.data.tags
+    spec = MemoryIndexer(str(saved)).spec
+    for part in ("## Model", "## Data", "## Metrics", "## Intended use", "## Limits", "llama", spec.backbone):
+        assert part in card.text, part
+    assert "source `builtin`, 420 to 500 tokens; asked for text 4, single 4" in card.text
+    assert "traces of 6 documents; 2 others chose the checkpoint" in card.text
+    rows = [line.split("|")[1:-1] for line in card.text.splitlines() if line.startswith("| validation")]
+    assert {row[1].strip() for row in rows} == {"text", "single", "all"}
+    assert {row[2].strip() for row in rows} == {str(selection) for selection in spec.selections}
+    assert all(0 <= float(cell) <= 1 for row in rows for cell in row[3:] if cell.strip() != "-")
+
+
+def test_the_code_in_the_card_runs(saved):
+    (code,) = re.findall(r"```python\n(.*?)```", (saved / "README.md").read_text(), re.S)
+    scope = {"hidden": torch.randn(2, 32), "position": 200, "history": torch.randn(50, 2, 32)}
+    exec(code.replace("FOLDER", str(saved)), scope)
+    assert scope["scores"].shape == (1, 50)
+
+
+def test_the_folder_can_be_pushed_as_it_is(saved):
+    names = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert {"README.md", "modules.json", "config_sentence_transformers.json"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+    for name in names:
+        if name.endswith((".json", ".md")):
+            assert str(saved.parent) not in (saved / name).read_text(), name
+
+
+def test_sentence_transformers_loads_what_it_saved(saved, tmp_path):
+    indexer = MemoryIndexer(str(saved))
+    stock = SentenceTransformer(str(saved), trust_remote_code=True)
+    queries = [(torch.randn(2, 32), 200), (torch.randn(2, 32), 7)]
+    expected = indexer.encode_query(queries)
+    assert (stock.encode_query(queries) == expected).all()
+    indexer.save(str(tmp_path / "again"))
+    again = MemoryIndexer(str(tmp_path / "again"))
+    assert again.spec == indexer.spec and (again.encode_query(queries) == expected).all()
