@@ -43,8 +43,8 @@ def restore_loss(loss: IndexerLoss, checkpoint: Path) -> None:
 
 def newest_whole(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`, or None; half-written ones are removed (by the first process)."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        if reason := _damage(path):
+    for path in sorted(folder.glob("checkpoint-*"), key=number, reverse=True):
+        if reason := damage(path):
             logger.warning("%s is half-written (%s); skipped", path, reason)
             if processes.rank() == 0:
                 shutil.rmtree(path)
@@ -53,7 +53,12 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def _damage(checkpoint: Path) -> str | None:
+def number(checkpoint: Path) -> int:
+    """The step it was written at."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be continued from; None when it is whole."""
     try:
         for name in (LAST, "trainer_state.json", "optimizer.pt", "scheduler.pt", "modules.json"):

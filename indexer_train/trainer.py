@@ -24,6 +24,8 @@ from indexer_train.losses import LOSSES
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, served_first
 
+SETTINGS = "training.json"
+
 logger = logging.getLogger(__name__)
 
 
@@ -200,7 +202,7 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings, indent=1)
-    path = out / "training.json"
+    path = out / SETTINGS
     begun = (out / "checkpoints").exists() or (out / "indexer").exists()
     if begun and path.exists() and path.read_text() != text:
         raise InputError(f"{out}: holds a training run with other settings or traces; choose another folder")

@@ -253,3 +253,16 @@ def test_calibrate_stores_what_is_served_and_says_what_it_costs(finished, recipe
     ):
         code, _, line = lookahead(*asked, *more)
         assert code == 2 and complaint in line
+
+
+def test_inspect_says_what_lies_there_and_exits_1_on_damage(finished, tmp_path, lookahead):
+    for place, kind in (("indexer", "indexer"), ("bundle", "bundle"), ("traces/train", "trace store"), (".", "run")):
+        code, out, _ = lookahead("inspect", finished / place)
+        assert code == 0 and kind in out.splitlines()[0], out
+    shutil.copytree(finished / "traces" / "heldout", tmp_path / "store")
+    shard = next((tmp_path / "store").glob("doc_*"))
+    shard.write_bytes(shard.read_bytes()[:-5])
+    code, out, _ = lookahead("inspect", tmp_path / "store")
+    assert code == 1 and f"DAMAGED {shard}" in out
+    code, _, line = lookahead("inspect", tmp_path)
+    assert code == 2 and "neither" in line

@@ -1,0 +1,196 @@
+"""What lies at a path: any artefact of the toolkit, or a checkpoint of the FlashMemory release, read whole."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_gen.errors import InputError
+from data_gen.shards import check_document
+from data_gen.store import TraceStore
+from indexer_train.bridge.bundle import HEADER, load_bundle
+from indexer_train.bridge.flashmemory import read_checkpoint
+from indexer_train.checkpoints import damage, number
+from indexer_train.hard_negatives import FOLDER, HardNegatives
+from indexer_train.model import MemoryIndexer
+from indexer_train.trainer import SETTINGS, load_indexer
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+@dataclass
+class Found:
+    """kind: of artefact; facts: (name, value) in the order to print; damage: one line for each thing that is broken."""
+
+    kind: str
+    facts: list[tuple[str, Any]] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        width = max((len(name) for name, _ in self.facts), default=0)
+        return "\n".join([self.kind, *(f"  {name.ljust(width)}  {value}" for name, value in self.facts)])
+
+
+def inspect(path: Path, progress: Progress) -> Found:
+    """Recognise what lies at `path` and check all of it. Raises InputError when it is nothing that is known."""
+    for marker, describe in (
+        ("manifest.json", _store),
+        ("trainer_state.json", _checkpoint),
+        (HEADER, _bundle),
+        ("modules.json", _indexer),
+        (SETTINGS, _run),
+    ):
+        if (path / marker).exists():
+            return describe(path, progress)
+    if path.is_file() and path.suffix in {".pt", ".safetensors"}:
+        if path.name.startswith("doc_") and (path.parent / "manifest.json").exists():
+            return _store(path.parent, progress, [path])
+        return _release(path)
+    if path.is_dir() and list(path.glob("checkpoint-*")):
+        return _checkpoints(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    raise InputError(f"{path}: neither traces, an indexer, a bundle, a training run, nor a checkpoint")
+
+
+def _store(root: Path, progress: Progress, only: list[Path] | None = None) -> Found:
+    opened = TraceStore.open(root)
+    store = TraceStore(root, opened.manifest, only or opened.paths())
+    manifest, trace, backbone = store.manifest, store.manifest.trace, store.manifest.backbone
+    found = Found("trace store" if only is None else "document of a trace store")
+    tasks: Counter[str] = Counter()
+    lengths, rows, chunks, windows, unsigned = [], 0, 0, 0, 0
+    for path in progress(store.paths(), "reading"):
+        try:
+            (document,) = TraceStore(root, manifest, [path])
+            check_document(document, manifest, read=True)
+        except InputError as error:
+            found.damage.append(str(error))
+            continue
+        tasks[document.meta.task] += 1
+        lengths.append(document.meta.length)
+        rows, chunks = rows + len(document.positions), chunks + document.chunks
+        windows += len(document.windows(serving=True))
+        unsigned += document.checksum is None
+    size = sum(path.stat().st_size for path in store.paths())
+    found.facts = [
+        ("backbone", f"{backbone.model_type}, fingerprint {backbone.fingerprint}"),
+        ("layers", f"{trace.layers}, hidden {backbone.hidden}, keys {backbone.key} of width {backbone.key_width}"),
+        ("chunks", f"of {trace.chunking.tokens} tokens; the first {trace.chunking.sink} and newest "
+                   f"{trace.chunking.recent} protected"),
+        ("oracle", f"{trace.oracle}, windows of {trace.window} tokens"),
+        ("documents", f"{sum(tasks.values())} whole, {len(found.damage)} damaged: "
+                      + ", ".join(f"{task} {count}" for task, count in sorted(tasks.items()))),
+        ("from", json.dumps(manifest.documents) if manifest.documents else "not known"),
+        ("tokens", f"{min(lengths)} to {max(lengths)} a document" if lengths else "-"),
+        ("read", f"{rows} query tokens, {chunks} chunks, {windows} serving windows, {size / 2**20:.1f} MiB"),
+    ]  # fmt: skip
+    if unsigned:
+        found.facts.append(("checksums", f"{unsigned} documents were written without one"))
+    if (root / FOLDER).exists() and only is None:
+        try:
+            found.facts.append(("hard negatives", "; ".join(HardNegatives.beside(store).made_by)))
+        except InputError as error:
+            found.damage.append(str(error))
+    if left := [path.name for path in root.glob(".unfinished-*")]:
+        found.facts.append(("left behind", f"{len(left)} unfinished files of a run that was killed"))
+    return found
+
+
+def _indexer(folder: Path, progress: Progress) -> Found:
+    return _model("indexer", load_indexer(folder))
+
+
+def _bundle(folder: Path, progress: Progress) -> Found:
+    return _model("bundle", load_bundle(folder))
+
+
+def _model(kind: str, indexer: MemoryIndexer) -> Found:
+    spec, shape = indexer.spec, indexer.spec.shape
+    state = indexer.query_encoder.state_dict()
+    terms = [name for name in ("scale", "slot", "bias") if getattr(shape, name)]
+    terms += [f"{shape.distance_bumps} distance bumps"] if shape.distance_bumps else []
+    found = Found(kind, [
+        ("backbone", f"fingerprint {spec.backbone}"),
+        ("layers", f"{spec.layers}, joined by {shape.join}"),
+        ("shape", f"{shape.heads} heads, rank {shape.rank}, hidden {spec.hidden}, key width {spec.key_width}"),
+        ("score", ", ".join(["sum of w relu(q k)", *terms])),
+        ("keys", spec.key + (f", positions below {spec.rope.positions}" if spec.rope else "")),
+        ("chunks", f"of {spec.chunking.tokens} tokens; the first {spec.chunking.sink} and newest "
+                   f"{spec.chunking.recent} protected; windows of {spec.window} tokens"),
+        ("parameters", f"{sum(value.numel() for value in state.values()):,}"),
+        ("served", str(spec.selection)),
+        *(("or", str(each)) for each in spec.selections[1:]),
+    ])  # fmt: skip
+    made = spec.provenance
+    if made is not None:
+        found.facts.append(
+            ("trained on", f"{made.training} documents traced from {made.backbone}, labels: {made.oracle}")
+        )
+        overall = [row for row in made.metrics if row.task == "all"]
+        for row in overall:
+            values = ", ".join(f"{name} {value:.3f}" for name, value in row.values.items())
+            found.facts.append((row.data, f"{values} ({row.selection})"))
+    found.damage += [
+        f"{name} holds NaN or infinity" for name, value in state.items() if not bool(value.isfinite().all())
+    ]
+    return found
+
+
+def _checkpoint(folder: Path, progress: Progress) -> Found:
+    reason = damage(folder)
+    if reason:
+        return Found("training checkpoint", damage=[f"{folder}: half-written ({reason}); training skips it"])
+    state = json.loads((folder / "trainer_state.json").read_text())
+    found = _model("training checkpoint", load_indexer(folder))
+    best = "-" if state["best_metric"] is None else f"{state['best_metric']:.4f} at step {state['best_global_step']}"
+    found.facts = [
+        ("step", f"{state['global_step']} of {state['max_steps']}, epoch {state['epoch']:g}"),
+        ("best mass recall", best),
+        *found.facts,
+    ]
+    return found
+
+
+def _checkpoints(folder: Path) -> Found:
+    found = Found("training checkpoints")
+    for path in sorted(folder.glob("checkpoint-*"), key=number):
+        reason = damage(path)
+        found.facts.append((path.name, "half-written" if reason else "whole"))
+        if reason:
+            found.damage.append(f"{path}: half-written ({reason}); training skips it")
+    return found
+
+
+def _run(folder: Path, progress: Progress) -> Found:
+    settings = json.loads((folder / SETTINGS).read_text())
+    found = Found("training run")
+    if (folder / "checkpoints").exists():
+        found = _checkpoints(folder / "checkpoints")
+        found.kind = "training run"
+    train = settings["train"]
+    found.facts = [
+        ("loss", f"{train['loss']}, {train['epochs']} epochs, learning rate {train['learning_rate']}"),
+        ("documents", len(settings["traces"]["files"])),
+        *found.facts,
+    ]
+    if (folder / "indexer").exists():
+        indexer = _indexer(folder / "indexer", progress)
+        found.facts += [("indexer", "finished"), *indexer.facts]
+        found.damage += indexer.damage
+    return found
+
+
+def _release(path: Path) -> Found:
+    checkpoint = read_checkpoint(path)
+    found = Found("checkpoint of the FlashMemory release")
+    for ordinal, weights in checkpoint.layers.items():
+        shape = f"{weights.heads} heads, rank {weights.rank}, hidden {weights.hidden}, key width {weights.width}"
+        found.facts.append((f"layer {ordinal}", shape))
+    table: torch.Tensor | None = checkpoint.table
+    found.facts.append(("RoPE", "no table" if table is None else f"table for positions below {len(table)}"))
+    return found

@@ -1,0 +1,120 @@
+"""`lookahead inspect` on everything that the toolkit writes, whole and damaged."""
+
+import shutil
+
+import pytest
+import torch
+
+from data_gen.errors import InputError
+from data_gen.rope import Rope
+from indexer_train.artefacts import inspect
+from indexer_train.bridge.bundle import export_bundle
+from indexer_train.bridge.flashmemory import write_checkpoint
+from indexer_train.bridge.weights import LayerWeights
+from indexer_train.hard_negatives import mine
+from indexer_train.trainer import train
+
+
+def quietly(items, what):
+    return items
+
+
+@pytest.fixture(scope="module")
+def run(stores, tiny_recipe, tmp_path_factory):
+    """A training run's folder with a bundle beside it."""
+    out = tmp_path_factory.mktemp("run")
+    export_bundle(train(stores[0], tiny_recipe.indexer, tiny_recipe.train, out), out / "bundle")
+    return out
+
+
+def facts(path):
+    found = inspect(path, quietly)
+    assert not found.damage, found.damage
+    return found.kind, dict(found.facts)
+
+
+def test_a_trace_store_is_counted(stores):
+    kind, found = facts(stores[0].root)
+    assert kind == "trace store" and found["documents"] == "8 whole, 0 damaged: single 4, text 4"
+    assert found["layers"].startswith("[0, 2], hidden 32") and "llama" in found["backbone"]
+    kind, found = facts(stores[0].paths()[0])
+    assert kind == "document of a trace store" and found["documents"].startswith("1 whole")
+
+
+def test_every_damaged_shard_is_named(stores, run, tiny_recipe, tmp_path):
+    root = tmp_path / "store"
+    shutil.copytree(stores[0].root, root)
+    first, second = sorted(root.glob("doc_*"))[1:3]
+    first.write_bytes(first.read_bytes()[:-9])
+    flipped = bytearray(second.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    second.write_bytes(flipped)
+    (root / ".unfinished-x.safetensors").write_bytes(b"")
+    found = inspect(root, quietly)
+    assert [name for name in (first.name, second.name) if any(name in line for line in found.damage)]
+    assert len(found.damage) == 2 and dict(found.facts)["documents"].startswith("6 whole, 2 damaged")
+    assert "left behind" in dict(found.facts)
+
+
+def test_hard_negatives_belong_to_their_store(stores, run, tiny_recipe, tmp_path):
+    pytest.importorskip("faiss")
+    from data_gen.store import TraceStore
+    from indexer_train.trainer import load_indexer
+
+    shutil.copytree(stores[0].root, tmp_path / "store")
+    store = TraceStore.open(tmp_path / "store")
+    mine(load_indexer(run / "indexer"), store, 0.05, 4, quietly)
+    assert '"count": 4' in facts(store.root)[1]["hard negatives"]
+    next((store.root / "hard_negatives").iterdir()).write_bytes(b"short")
+    assert "damaged hard negatives" in inspect(store.root, quietly).damage[0]
+
+
+@pytest.mark.parametrize("name", ["indexer", "bundle"])
+def test_an_indexer_and_its_bundle_say_the_same(run, name):
+    kind, found = facts(run / name)
+    assert kind == name and found["layers"] == "[0, 2], joined by sum" and found["shape"].startswith("4 heads, rank 8")
+    assert found["trained on"] == "6 documents traced from llama, labels: attention"
+    assert found["served"] == "the best 10.0% of the chunks" and "mass_recall" in found["validation"]
+
+
+def test_a_run_and_its_checkpoints(run, tmp_path):
+    kind, found = facts(run)
+    assert kind == "training run" and found["documents"] == 8 and found["indexer"] == "finished"
+    checkpoints = sorted((run / "checkpoints").glob("checkpoint-*"))
+    assert {found[path.name] for path in checkpoints} == {"whole"}
+    kind, found = facts(checkpoints[0])
+    assert kind == "training checkpoint" and "of 24" in found["step"] and "at step" in found["best mass recall"]
+    shutil.copytree(checkpoints[0], tmp_path / "checkpoint-7")
+    (tmp_path / "checkpoint-7" / "optimizer.pt").write_bytes(b"PK")
+    for path in (tmp_path, tmp_path / "checkpoint-7"):
+        assert "half-written (optimizer.pt is cut short)" in inspect(path, quietly).damage[0]
+
+
+@pytest.mark.parametrize("format", ["flashmemory-joint", "flashmemory-safetensors"])
+def test_checkpoints_of_the_release(tmp_path, format):
+    weights = {
+        layer: LayerWeights(torch.randn(8, 32), torch.ones(8), torch.randn(4 * 16, 8), torch.randn(4, 32))
+        for layer in (10, 12)
+    }
+    path = tmp_path / ("served.pt" if format.endswith("joint") else "served.safetensors")
+    write_checkpoint(weights, Rope(dims=8, theta=1e4, positions=64), path, format)
+    kind, found = facts(path)
+    assert kind == "checkpoint of the FlashMemory release"
+    assert found["layer 12"] == "4 heads, rank 8, hidden 32, key width 16"
+    assert found["RoPE"] == ("table for positions below 64" if format.endswith("joint") else "no table")
+
+
+def test_weights_that_are_no_numbers_are_damage(run, tmp_path, stores):
+    from indexer_train.trainer import load_indexer
+
+    indexer = load_indexer(run / "indexer")
+    torch.nn.init.constant_(indexer.query_encoder.encoders["2"].weights_proj.weight, torch.nan)
+    indexer.save_pretrained(str(tmp_path / "indexer"))
+    assert "encoders.2.weights_proj.weight" in inspect(tmp_path / "indexer", quietly).damage[0]
+
+
+def test_anything_else_is_refused(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    for path, complaint in ((tmp_path, "neither"), (tmp_path / "letter.txt", "neither"), (tmp_path / "x", "no such")):
+        with pytest.raises(InputError, match=complaint):
+            inspect(path, quietly)
