@@ -191,6 +191,19 @@ def inspect(path: Annotated[Path, typer.Argument(help="Traces, indexer, bundle, 
 
 
 @app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="Traces, indexer, bundle, run, any checkpoint.")]) -> None:
+    """Say what lies at a path and read all of it; exit code 1 when something is damaged."""
+    from indexer_train.artefacts import inspect as inspect_artefact
+
+    found = inspect_artefact(path, _progress)
+    typer.echo(str(found))
+    for line in found.damage:
+        typer.echo(f"DAMAGED {line}")
+    if found.damage:
+        raise typer.Exit(1)
+
+
+@app.command()
 def verify(
     traces: Annotated[Path, typer.Option(help="A trace store.")],
     native: Annotated[Path | None, typer.Option(help="The backbone's checkpoint, or its layer_NN files.")] = None,
