@@ -35,8 +35,3 @@ class Chunking(BaseModel):
     def kept(self, budget: float, position: int) -> int:
         """Chunks that `budget` (a share of all visible chunks) buys on top of the protected ones: at least one."""
         return max(1, int(budget * self.visible(position)))
-
-    def resident_tokens(self, selected: int, position: int) -> int:
-        """Tokens kept at `position` by `selected` chunks, the protected ones and the unfinished chunk."""
-        first, last = self.candidates(position)
-        return position + 1 - (last - first - min(selected, last - first)) * self.tokens

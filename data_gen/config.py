@@ -26,10 +26,12 @@ class BackboneConfig(Strict):
 class DocumentsConfig(Strict):
     """Where text comes from and what documents are made of it.
 
-    source: `builtin` (CPython's language reference), a folder, a .jsonl or .parquet file, or a `datasets` name.
+    source: `builtin` (CPython's language reference, then its library's docstrings), a folder, a .jsonl or .parquet
+    file, or a `datasets` name.
     tokens: shortest and longest document; lengths are drawn between them.
     train, heldout: how many documents of each task (see data_gen/tasks.py; `text` is plain text).
     keys: needles with other keys beside the asked one (multi_key); values: values of one key (multi_value).
+    thinking: whether chat templates that can (Qwen3 ...) let the model think before it answers.
     """
 
     source: str = "builtin"
@@ -39,6 +41,7 @@ class DocumentsConfig(Strict):
     heldout: dict[str, NonNegativeInt]
     keys: PositiveInt = 3
     values: PositiveInt = 2
+    thinking: bool = False
     seed: int = 0
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -49,7 +50,7 @@ def build_documents(
         raise InputError(f"documents: unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
     builder = _Builder(config, trace, tokenizer, context, split, counts)
     documents = []
-    for task in TASKS:  # plain text first: it is never repeated, haystacks may be
+    for task in TASKS:
         for index in range(counts[split].get(task, 0)):
             documents.append(builder.build(task, f"{split}-{task}-{index:04d}"))
     return documents
@@ -67,7 +68,7 @@ class _Builder:
     ) -> None:
         self.config, self.trace, self.tokenizer, self.context, self.split = config, trace, tokenizer, context, split
         packed = [task for task in TASKS if task not in ("document", "chat")]
-        needed = {side: sum(tasks.get(task, 0) for task in packed) * config.tokens[1] for side, tasks in counts.items()}
+        needed = {side: sum(tasks.get(task, 0) for task in packed) for side, tasks in counts.items()}
         whole = {side: tasks.get("document", 0) + tasks.get("chat", 0) for side, tasks in counts.items()}
         raw = read_source(config.source, config.text_field)
         self.whole: Iterator[RawDocument] = iter(())
@@ -77,7 +78,7 @@ class _Builder:
             skip = whole["train"] if split == "heldout" else 0
             self.whole = itertools.islice(_once(raw), skip, None)
         else:
-            self.stream = _Stream(raw, needed, tokenizer, split)
+            self.stream = _Stream(raw, needed["heldout"] / max(1, sum(needed.values())), tokenizer, split)
 
     def build(self, task: str, name: str) -> Document:
         rng = random.Random(f"{self.config.seed} {name}")
@@ -87,7 +88,7 @@ class _Builder:
             return self._text(name, self._next(str, name), task)
         length = rng.randint(*self.config.tokens)
         if task == "text":
-            ids = self._text_ids("\n\n".join(self.stream.take(length, repeat=False)))[:length]
+            ids = self._text_ids("\n\n".join(self.stream.take(length)))[:length]
             return self._plain(name, task, ids)
         return self._needles(task, name, length, rng)
 
@@ -117,7 +118,7 @@ class _Builder:
         overhead += sum(len(self._text_ids(sentence)) + 4 for sentence, _ in task.needles) + 8
         if length - overhead < 64:
             raise InputError(f"documents: {length} tokens leave no room for text around the needles of {name!r}")
-        paragraphs = self.stream.take(length - overhead, repeat=True)
+        paragraphs = self.stream.take(length - overhead)
         placed = sorted(task.needles, key=lambda needle: -needle[1])
         for sentence, depth in placed:
             paragraphs.insert(round(depth * len(paragraphs)), sentence)
@@ -151,7 +152,10 @@ class _Builder:
             special = set(self.tokenizer.all_special_ids)
             later = [token for piece in pieces[1:] for token in piece if token not in special]
             return [*pieces[0], *later]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+        # Templates that know no thinking ignore the word; of the others, some open every answer with a thought.
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=prompt, enable_thinking=self.config.thinking, return_dict=False
+        )
 
     def _checked(self, document: Document) -> Document:
         length = len(document.tokens)
@@ -194,45 +198,44 @@ def _question(question: str, paragraphs: list[str]) -> str:
 
 
 class _Stream:
-    """Paragraphs of one side of a source, handed out in order."""
+    """Paragraphs of one side of a source, read as they are needed and each handed out once.
+
+    So no two documents, of whichever side, share text: not those that validation holds back either.
+    """
 
     def __init__(
-        self, raw: Iterable[RawDocument], needed: dict[str, int], tokenizer: PreTrainedTokenizerBase, split: Split
+        self, raw: Iterable[RawDocument], heldout_share: float, tokenizer: PreTrainedTokenizerBase, split: Split
     ) -> None:
-        share = needed["heldout"] / max(1, sum(needed.values()))
-        read = {"train": 0, "heldout": 0}
-        self.tokenizer = tokenizer
-        self.paragraphs: list[tuple[str, int]] = []
-        self.cursor = 0
-        texts = (_as_text(document) for document in raw)
-        for held_out, paragraphs in split_paragraphs(texts, share):
-            side = "heldout" if held_out else "train"
-            lengths = [len(ids) + 1 for ids in tokenizer(paragraphs, add_special_tokens=False, verbose=False).input_ids]
-            read[side] += sum(lengths)
-            if side == split:
-                self.paragraphs += zip(paragraphs, lengths, strict=True)
-            if all(read[name] >= needed[name] for name in read):
-                break
-        if needed[split] and not self.paragraphs:
-            raise InputError(f"documents: too little text to keep {split} documents apart from the others")
+        sides = split_paragraphs((_as_text(document) for document in raw), heldout_share)
+        self.texts = (paragraphs for held_out, paragraphs in sides if held_out == (split == "heldout"))
+        self.tokenizer, self.split = tokenizer, split
+        self.unused: deque[tuple[str, int]] = deque()
+        self.read = 0
 
-    def take(self, tokens: int, repeat: bool) -> list[str]:
-        """Paragraphs of about `tokens` tokens, the last one cut; `repeat` allows starting over at the end."""
+    def take(self, tokens: int) -> list[str]:
+        """Paragraphs of about `tokens` tokens, the last one cut. Raises InputError at the end of the source."""
         taken: list[str] = []
         while tokens > 0:
-            if self.cursor == len(self.paragraphs):
-                if not repeat:
-                    total = sum(length for _, length in self.paragraphs)
-                    raise InputError(f"documents: only {total} tokens of text on this side; ask for fewer or shorter")
-                self.cursor = 0
-            text, length = self.paragraphs[self.cursor]
-            self.cursor += 1
+            text, length = self._next()
             if length > tokens:
                 ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:tokens]
                 text = self.tokenizer.decode(ids)
             taken.append(text)
             tokens -= length
         return taken
+
+    def _next(self) -> tuple[str, int]:
+        """(paragraph, its tokens)."""
+        while not self.unused:
+            paragraphs = next(self.texts, None)
+            if paragraphs is None:
+                raise InputError(
+                    f"documents: only {self.read} tokens of text for {self.split} documents; ask for fewer or shorter"
+                )
+            ids = self.tokenizer(paragraphs, add_special_tokens=False, verbose=False).input_ids
+            self.unused.extend((text, len(piece) + 1) for text, piece in zip(paragraphs, ids, strict=True))
+            self.read += sum(map(len, ids))
+        return self.unused.popleft()
 
 
 def _as_text(document: RawDocument) -> str:

@@ -1,7 +1,9 @@
 """Raw text from a folder, a JSONL or Parquet file, a `datasets` name, or the interpreter itself."""
 
+import ast
 import hashlib
 import json
+import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,11 +11,13 @@ from data_gen.errors import InputError
 
 RawDocument = str | list[dict[str, str]]
 """Plain text, or the messages of a chat ({role, content} each)."""
+TEXT_FILES = {".txt", ".md", ".markdown", ".rst"}
+"""What is read of a folder."""
 
 
 def read_source(source: str, text_field: str) -> Iterator[RawDocument]:
     """Raw documents of `source` in a fixed order. Raises InputError for a missing, empty or malformed one."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if source == "builtin":
         documents: Iterable[RawDocument] = _builtin()
     elif path.is_dir():
@@ -21,11 +25,11 @@ def read_source(source: str, text_field: str) -> Iterator[RawDocument]:
     elif path.suffix == ".jsonl":
         documents = _jsonl(path, text_field)
     elif path.suffix == ".parquet":
-        documents = _datasets("parquet", text_field, data_files=str(_existing(path)))
-    elif path.suffix or source.startswith((".", "/", "~")):
+        documents = _datasets("parquet", text_field, str(_existing(path)), data_files=str(path))
+    elif path.exists() or path.suffix.lower() in TEXT_FILES or source.startswith((".", "/", "~")):
         raise InputError(f"documents {_existing(path)}: expected a folder, .jsonl or .parquet")
     else:
-        documents = _datasets(source, text_field)
+        documents = _datasets(source, text_field, source)
     found = False
     for document in documents:
         found = True
@@ -43,16 +47,22 @@ def _existing(path: Path) -> Path:
 
 
 def _builtin() -> Iterator[str]:
-    """CPython's language reference, as shipped for `help()`."""
+    """CPython's language reference, as shipped for `help()`, then the docstrings of each standard module."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
         yield topics[name]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
+        nodes = ast.walk(ast.parse(file.read_bytes()))
+        docstrings = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
+        if any(docstrings):
+            yield "\n\n".join(filter(None, docstrings))
 
 
 def _folder(path: Path) -> Iterator[str]:
     for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in {".txt", ".md", ".markdown", ".rst"} and file.is_file():
+        if file.suffix.lower() in TEXT_FILES and file.is_file():
             try:
                 text = file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
@@ -74,14 +84,20 @@ def _jsonl(path: Path, text_field: str) -> Iterator[RawDocument]:
             yield _content(row, text_field, f"{path} line {number}")
 
 
-def _datasets(name: str, text_field: str, **options: str) -> Iterator[RawDocument]:
+def _datasets(name: str, text_field: str, where: str, **options: str) -> Iterator[RawDocument]:
+    """where: what the user called it."""
     import datasets
 
+    number = 0
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True, **options)
-        yield from (_content(row, text_field, name) for row in rows)
+        for number, row in enumerate(rows, 1):
+            yield _content(row, text_field, f"{where} row {number}")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"documents {name}: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if options or number:
+            raise InputError(f"documents {where}: cannot be read after row {number} ({reason})") from error
+        raise InputError(f"documents {where}: no such file or folder, and no data set either ({reason})") from error
 
 
 def _content(row: object, text_field: str, where: str) -> RawDocument:

@@ -13,5 +13,3 @@ def test_protected_and_candidates_cover_every_visible_chunk_once(tokens, sink, r
     expected = [c for c in visible if c >= sink and c < len(visible) - recent]
     assert list(range(*chunking.candidates(position))) == expected
     assert chunking.kept(budget, position) == max(1, int(budget * len(visible)))
-    assert chunking.resident_tokens(len(expected), position) == position + 1
-    assert chunking.resident_tokens(0, position) == position + 1 - len(expected) * tokens

@@ -1,11 +1,12 @@
 """What documents hold, and that the two sides never meet."""
 
+import copy
 import json
 
 import pytest
 
 from data_gen.config import DocumentsConfig, TraceConfig
-from data_gen.documents import build_documents
+from data_gen.documents import INSTRUCTION, build_documents
 from data_gen.errors import InputError
 from data_gen.tasks import KEYS, WORDINGS
 
@@ -42,6 +43,37 @@ def test_training_and_heldout_share_neither_text_nor_needles(tokenizer):
     assert values["train"] and values["heldout"] and not values["train"] & values["heldout"]
     assert not set(KEYS["train"]) & set(KEYS["heldout"])
     assert not {w.needle for w in WORDINGS["train"]} & {w.needle for w in WORDINGS["heldout"]}
+
+
+def test_no_two_documents_of_a_side_share_text(tokenizer):
+    """So that those held back for validation are new to the indexer; the built-in text is long enough."""
+    settings = config(tokens=(3000, 3000), train={"text": 90, "single": 90, "multi_key": 30}, heldout={"text": 10})
+    instruction = INSTRUCTION.strip()
+    owner = {}
+    for document in build(settings, tokenizer, "train"):
+        text = tokenizer.decode(document.tokens[: document.prompt]).replace(instruction, "")
+        for paragraph in text.split("\n\n"):
+            key = " ".join(paragraph.split())
+            if len(key) > 200:  # not the questions, not a needle
+                assert owner.setdefault(key, document.name) == document.name
+    assert len(owner) > 500
+
+
+def test_thinking_is_up_to_the_recipe(tokenizer, tmp_path):
+    """A template like Qwen3's: answers carry an empty thought, and prompts too when thinking is off."""
+    thinker = copy.deepcopy(tokenizer)
+    thinker.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}\x03{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>"
+        "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+    )
+    for thinking, ending in ((False, "<assistant><think></think>"), (True, "<assistant>")):
+        settings = config(train={"single": 1}, heldout={}, thinking=thinking)
+        (document,) = build(settings, thinker, "train")
+        assert tokenizer.decode(document.tokens[: document.prompt]).endswith(ending)
+        answer = tokenizer.decode(document.tokens[document.prompt :])
+        assert answer.removeprefix("<think></think>").startswith(("The ", "A")) and thinking == ("<think>" in answer)
 
 
 def test_documents_are_the_same_on_every_call_and_distinct(tokenizer):
@@ -124,3 +156,27 @@ def test_bad_input_gets_one_clear_line(tokenizer, tmp_path, content, settings, m
     with pytest.raises(InputError, match=message) as caught:
         build(config(source=str(path), **settings), tokenizer, "train")
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_parquet_file_is_named_by_its_path(tokenizer, tmp_path):
+    from datasets import Dataset
+
+    whole, path = tmp_path / "whole.parquet", tmp_path / "rows.parquet"
+    Dataset.from_dict({"text": ["some text"] * 50}).to_parquet(whole)
+    for content in (b"", b"no parquet at all" * 9, whole.read_bytes()[:-40]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"^documents {path}: cannot be read after row 0 \(.*Parquet") as caught:
+            build(config(source=str(path)), tokenizer, "train")
+        assert "\n" not in str(caught.value)
+    Dataset.from_dict({"other": ["x"]}).to_parquet(path)
+    with pytest.raises(InputError, match=rf"{path} row 1: needs a text field 'text'"):
+        build(config(source=str(path)), tokenizer, "train")
+
+
+@pytest.mark.parametrize(
+    "source", ["my_texts", "my/texts", "owner/name-1.5", "./texts", "~/no-such-texts", "notes.txt"]
+)
+def test_a_missing_source_is_no_file_or_folder_first_of_all(tokenizer, tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^documents \S+: no such file or folder"):
+        build(config(source=source), tokenizer, "train")
