@@ -123,12 +123,17 @@ def mine(
 @app.command()
 def evaluate(
     recipe: RecipeName,
-    indexer: Annotated[Path, typer.Option(help="A trained indexer.")],
     traces: Annotated[Path, typer.Option(help="A held-out trace store.")],
     out: Out,
+    indexer: Annotated[Path | None, typer.Option(help="A trained indexer.")] = None,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(help="Two indexers side by side.")] = None,
+    every_token: Annotated[bool, typer.Option(help="A window from every token, not one a refresh.")] = False,
 ) -> None:
-    """Recall on held-out traces beside baselines and oracle: writes OUT/results.json and OUT/recall.png."""
-    _evaluate(_recipe(recipe), indexer, traces, out)
+    """Recall on held-out traces beside baselines and oracle: adds to OUT/results.json, writes report.html and .md."""
+    if (indexer is None) == (compare is None):
+        raise InputError("evaluate needs one indexer (--indexer A) or two (--compare A B)")
+    indexers = {"indexer": indexer} if indexer is not None else dict(zip("AB", compare, strict=True))
+    _evaluate(_recipe(recipe), indexers, traces, out, every_token)
 
 
 @app.command()
@@ -230,7 +235,7 @@ def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Docu
     settings = _recipe(recipe, backbone, documents)
     loaded = _generate(settings, out / "traces")
     _train(settings, {out / "traces" / "train": 1.0}, out)
-    _evaluate(settings, out / "indexer", out / "traces" / "heldout", out)
+    _evaluate(settings, {"indexer": out / "indexer"}, out / "traces" / "heldout", out)
     export(out / "indexer", out / "bundle")
     _decode(settings, out / "bundle", out, loaded)
 
@@ -335,29 +340,27 @@ def _train(recipe: Any, traces: dict[Path, float], out: Path) -> None:
     typer.echo(f"indexer: {out / 'indexer'}")
 
 
-def _evaluate(recipe: Any, indexer_path: Path, traces: Path, out: Path) -> None:
+def _evaluate(recipe: Any, paths: dict[str, Path], traces: Path, out: Path, every_token: bool = False) -> None:
     from data_gen.store import TraceStore
-    from eval.recall import as_rows, evaluate_recall
-    from eval.report import plot_recall, recall_table, write_results
+    from eval.evaluation import evaluate as evaluate_indexers
+    from eval.page import write_report
+    from eval.report import comparison_table, plot_recall, recall_table, threshold_lines, write_results
     from indexer_train.trainer import check_traces, load_indexer
 
-    indexer, store = load_indexer(indexer_path), TraceStore.open(traces)
-    check_traces(indexer, store)
-    if store.manifest.documents.get("split") == "train":
-        raise InputError(f"{traces}: training documents; recall is measured on held-out ones")
-    calibrated = indexer.spec.thresholds.get(str(recipe.train.budget))
-    threshold = 0.0 if calibrated is None else calibrated  # without calibration the paper's: sigmoid 0.5
-    rows = as_rows(evaluate_recall(indexer, store, recipe.train.golden, threshold))
-    results = write_results(out, recall=rows)
-    plot_recall(rows, out / "recall.png")
-    typer.echo(recall_table(rows))
-    for row in rows:
-        if row["budget"] == "threshold" and row["task"] in ("needles", "text"):
-            asked = "uncalibrated (0)" if calibrated is None else f"asked for {recipe.train.budget:.1%}"
-            typer.echo(
-                f"threshold, {row['task']}: {asked}, kept {row['kept']:.1%}, mass recall {row['mass_recall']:.3f}"
-            )
-    typer.echo(f"results: {results}\nplot: {out / 'recall.png'}")
+    indexers, store = {name: load_indexer(path) for name, path in paths.items()}, TraceStore.open(traces)
+    for indexer in indexers.values():
+        check_traces(indexer, store)
+    found = evaluate_indexers(indexers, store, recipe.train.golden, recipe.train.budget, every_token)
+    results = write_results(out, **found)
+    plot_recall(found["recall"], out / "recall.png")
+    typer.echo(recall_table(found["recall"]))
+    for line in threshold_lines(found):
+        typer.echo(line)
+    if found["comparison"]:
+        typer.echo("\n".join([f"{name}: {path}" for name, path in paths.items()]))
+        typer.echo(comparison_table(found["comparison"], *paths))
+    page, _ = write_report(out)
+    typer.echo(f"results: {results}\nplot: {out / 'recall.png'}\nreport: {page}")
 
 
 def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None = None) -> None:
@@ -365,6 +368,7 @@ def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None
     from data_gen.backbones.load import load_backbone
     from data_gen.documents import build_documents
     from eval.decode.check import as_rows, check_backbone, decode_check
+    from eval.page import write_report
     from eval.report import decode_summary, decode_table, write_results
     from indexer_train.bridge.bundle import load_bundle
 
@@ -378,8 +382,9 @@ def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None
     rows, answers = decode_check(adapter.model, tokenizer, indexer, documents, recipe.decode, _progress)
     found = as_rows(rows)
     results = write_results(out, decode=found, answers=answers)
+    page, _ = write_report(out)
     plot = f"plot: {out / 'recall.png'}\n" if (out / "recall.png").exists() else ""
-    typer.echo(f"{decode_table(found)}\nresults: {results}\n{plot}{decode_summary(found)}")
+    typer.echo(f"{decode_table(found)}\nresults: {results}\n{plot}report: {page}\n{decode_summary(found)}")
 
 
 def main() -> None:

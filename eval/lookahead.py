@@ -52,8 +52,8 @@ def analyse_lookahead(indexer: MemoryIndexer, store: TraceStore, golden: float, 
     documents, refreshes}. mass_recall is the share of all tokens' attention mass that was resident (macro over
     documents); churn the share of the selected chunks that a refresh has to fetch; both None where nothing is known.
     decay: {policy, task, offset, mass_recall, low, high, documents}, the same by distance from the refresh in tokens,
-    at the traces' own window, where that is one of the intervals. Text is cut to a multiple of the longest interval that fits: every interval sees the
-    same tokens.
+    at the traces' own window, where that is one of the intervals. What arrives after a refresh stays resident until
+    the next. Text is cut to a multiple of the longest interval that fits: every interval sees the same tokens.
     """
     sums: dict[tuple[str, str, int], list[_Sums]] = defaultdict(list)
     for document in store:

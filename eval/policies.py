@@ -50,19 +50,25 @@ def protected(served: ServedWindows) -> torch.Tensor:
     return torch.zeros(len(served.windows), served.document.chunks)
 
 
+def golden_tokens(document: TraceDocument, golden: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunks that single query tokens find golden, CSR over tokens: (pointers [T + 1], chunks [M])."""
+    if document.trace.oracle == "indexer":
+        found = document.golden.votes >= golden
+        return _kept(document.golden.pointers, found), document.golden.chunks[found]
+    found = document.attention.peak.float().mean(dim=1) >= golden
+    return _kept(document.attention.pointers, found), document.attention.chunks[found]
+
+
+def _kept(pointers: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """CSR pointers when only the `found` entries stay."""
+    return torch.nn.functional.pad(found.cumsum(0), (1, 0))[pointers.long()]
+
+
 class Frequency:
     """How many traced tokens so far, the window's first included, found a chunk golden; among equals the newer."""
 
     def __init__(self, document: TraceDocument, golden: float) -> None:
-        if document.trace.oracle == "indexer":
-            oracle = document.golden
-            strength = oracle.votes
-        else:
-            oracle = document.attention
-            strength = oracle.peak.float().mean(dim=1)
-        found = strength >= golden
-        self._chunks = oracle.chunks[found]
-        self._ends = torch.nn.functional.pad(found.cumsum(0), (1, 0))[oracle.pointers.long()]
+        self._ends, self._chunks = golden_tokens(document, golden)
 
     def __call__(self, served: ServedWindows) -> torch.Tensor:
         chunks = served.document.chunks

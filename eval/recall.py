@@ -1,7 +1,7 @@
 """Recall of golden chunks and of attention mass on held-out traces: every chunk scored, every policy, every budget."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -80,6 +80,7 @@ def measure(
     golden: float,
     thresholds: dict[str, float],
     every_token: bool = False,
+    budgets: Sequence[float] = BUDGETS,
 ) -> Iterator[DocumentRecall]:
     """Every document of `store` under every indexer (by name), its layers, and the policies that need no training.
 
@@ -89,7 +90,7 @@ def measure(
         windows = document.windows(serving=not every_token)
         scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
         untrained = policies(document, golden)
-        cuts = [*BUDGETS, *_tops(document)]
+        cuts = [*budgets, *_tops(document)]
         pieces: dict[tuple[str, Cut], list[Tally]] = defaultdict(list)
         for served in in_pieces(document, windows):
             counts = _counts(served, cuts)

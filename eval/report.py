@@ -12,7 +12,8 @@ from matplotlib import pyplot
 
 from data_gen.store import write_atomically
 
-STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "native": ("tab:purple", "-"),
+STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "A": ("tab:red", "-"), "B": ("tab:cyan", "-"),
+          "native": ("tab:purple", "-"),
           "mean_pooled": ("tab:blue", "-"), "frequency": ("tab:orange", "-"), "recency": ("tab:green", "-"),
           "random": ("tab:gray", ":"), "protected": ("tab:gray", "-.")}  # fmt: skip
 """Line colour and style of each policy."""
@@ -46,6 +47,30 @@ def recall_table(rows: list[dict[str, Any]]) -> str:
     return table(header, lines)
 
 
+def comparison_table(rows: list[dict[str, Any]], one: str, other: str) -> str:
+    """Two indexers at every budget: macro averages of both recalls and the paired difference with its interval."""
+    lines = []
+    for row in rows:
+        if row["metric"] in ("mass_recall", "golden_recall") and isinstance(row["budget"], float):
+            interval = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+            lines.append([row["task"], row["metric"], f"{row['budget']:.1%}", row[one], row[other],
+                          f"{row['difference']:+.3f}{interval}", row["documents"]])  # fmt: skip
+    return table(["task", "metric (macro)", "kept", one, other, f"{one} - {other}, 95 % interval", "documents"], lines)
+
+
+def threshold_lines(found: dict[str, Any]) -> list[str]:
+    """What each indexer's threshold kept of needles and text, and the recall it had."""
+    lines = []
+    for row in found["recall"]:
+        if row["budget"] == "threshold" and row["task"] in ("needles", "text"):
+            calibrated = found["evaluated"]["thresholds"][row["policy"]]
+            asked = "uncalibrated (0)" if calibrated is None else f"asked for {found['evaluated']['budget']:.1%}"
+            who = "threshold" if row["policy"] == "indexer" else f"threshold of {row['policy']}"
+            kept = f"kept {row['kept']:.1%}, mass recall {row['mass_recall']:.3f}"
+            lines.append(f"{who}, {row['task']}: {asked}, {kept}")
+    return lines
+
+
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
@@ -65,6 +90,8 @@ def plot_recall(rows: list[dict[str, Any]], path: Path) -> None:
             for policy, (color, style) in STYLES.items():
                 points = [row for row in rows if (row["task"], row["policy"]) == (task, policy)]
                 points = [row for row in points if isinstance(row["budget"], float) and row[metric] is not None]
+                if not points:
+                    continue
                 xs = [100 * row["budget"] for row in points]
                 axis.plot(xs, [row[metric] for row in points], style, color=color, marker="o", ms=3, label=policy)
             axis.set_ylim(0, 1)

@@ -75,6 +75,7 @@ def test_run_leaves_results_a_plot_a_bundle_and_one_plain_sentence(finished):
     assert {row["policy"] for row in results["decode"]} == {"full", "indexer", "mean_pooled", "recency", "random"}
     assert max(row["refreshes"] for row in results["decode"]) >= 3  # 40 tokens, windows of 16
     assert (finished / "recall.png").read_bytes().startswith(b"\x89PNG")
+    assert '<figure id="accuracy">' in (finished / "report.html").read_text()
     assert (finished / "bundle" / "bundle.json").exists()
     last = (finished / "stdout.txt").read_text().splitlines()[-1]
     assert last.startswith("With ") and "of the KV cache resident" in last
@@ -90,6 +91,15 @@ def test_the_verbs_one_by_one_give_what_run_gives(finished, recipe, tmp_path, lo
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads((finished / "results.json").read_text())
     weights = "bundle/indexer.safetensors"
     assert (tmp_path / weights).read_bytes() == (finished / weights).read_bytes()
+
+
+def test_two_indexers_side_by_side(finished, recipe, tmp_path, lookahead):
+    pair, heldout = ("--compare", *[finished / "indexer"] * 2), ("--traces", finished / "traces/heldout")
+    code, printed, _ = lookahead("evaluate", recipe, *pair, *heldout, "--every-token", "--out", tmp_path)
+    assert code == 0 and f"B: {finished / 'indexer'}" in printed and "A - B" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["evaluated"]["every_token"] and all(row["difference"] == 0 for row in results["comparison"])
+    assert "A beside B" in (tmp_path / "report.md").read_text()
 
 
 def test_running_again_rewrites_no_trace(finished, recipe, lookahead):
@@ -109,6 +119,7 @@ def test_running_again_rewrites_no_trace(finished, recipe, lookahead):
         ("generate missing.yaml --out x", "missing.yaml: no such file"),
         ("train smollm2-quickstart --traces nowhere --out x", "no trace store there"),
         ("evaluate smollm2-quickstart --indexer nowhere --traces nowhere --out x", "no indexer there"),
+        ("evaluate smollm2-quickstart --traces nowhere --out x", "one indexer (--indexer A) or two (--compare A B)"),
         ("export --indexer nowhere --out x", "no indexer there"),
         ("decode smollm2-quickstart --bundle nowhere --out x", "no bundle there"),
         ("generate smollm2-quickstart --out x --backbone ./nowhere", "no such file or folder"),
@@ -182,6 +193,12 @@ def test_traces_of_another_backbone_or_layer_are_refused(finished, recipe, tmp_p
         code, _, line = lookahead("evaluate", recipe, *arguments)
         assert code == 2 and ("layers" if field == "layers" else "another backbone") in line
         assert not (tmp_path / "out").exists()
+    training = ("--indexer", finished / "indexer", "--traces", finished / "traces" / "train", "--out", tmp_path / "out")
+    code, _, line = lookahead("evaluate", recipe, *training)
+    assert code == 2 and "training documents" in line and not (tmp_path / "out").exists()
+    (changed / "manifest.json").write_text('{"format": 7}')
+    code, _, line = lookahead("evaluate", recipe, *arguments)
+    assert code == 2 and "not a manifest of this version" in line
 
 
 def test_damaged_and_foreign_bundles_are_refused(finished, recipe, tmp_path, tokenizer, lookahead):

@@ -11,8 +11,17 @@ from indexer_train.model import IndexerSpec, MemoryIndexer
 @pytest.fixture(scope="session")
 def indexer(stores):
     """Random weights for the tiny Llama's traces."""
-    manifest = stores[1].manifest
-    torch.manual_seed(0)
+    return _random_indexer(stores[1].manifest, seed=0)
+
+
+@pytest.fixture(scope="session")
+def other(stores):
+    """Other random weights."""
+    return _random_indexer(stores[1].manifest, seed=1)
+
+
+def _random_indexer(manifest, seed):
+    torch.manual_seed(seed)
     return MemoryIndexer.from_spec(
         IndexerSpec(
             shape=IndexerConfig(heads=4, rank=8),

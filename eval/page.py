@@ -1,0 +1,207 @@
+"""The report: one HTML file with its pictures inside, no network, and a Markdown summary, made from results.json."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from data_gen.errors import InputError
+from data_gen.store import write_atomically
+from eval import figures, figures_time
+from eval.report import comparison_table, decode_summary, decode_table, recall_table, table
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
+figure { margin: 1rem 0; } img { max-width: 100%; } figcaption { color: #555; max-width: 50rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
+th { border-bottom: 2px solid #999; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+"""
+
+
+def write_report(folder: Path) -> tuple[Path, Path]:
+    """FOLDER/report.html and FOLDER/report.md from FOLDER/results.json: whatever sections are there.
+
+    Raises InputError when there are no results or they are not JSON.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        raise InputError(f"{path}: no results there; run `lookahead evaluate` first")
+    try:
+        results = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    sections = [section for make in SECTIONS if (section := make(results)) is not None]
+    page, summary = folder / "report.html", folder / "report.md"
+    write_atomically(page, lambda file: file.write_text(_page(sections), encoding="utf-8"))
+    write_atomically(summary, lambda file: file.write_text(_summary(sections), encoding="utf-8"))
+    return page, summary
+
+
+RECALLS = ("mass_recall", "golden_recall")
+Section = tuple[str, str, list[tuple[str, Figure]], str]
+"""(title, what it says, pictures with their names, a Markdown table or "")."""
+
+
+def _recall(results: dict[str, Any]) -> Section | None:
+    if "recall" not in results:
+        return None
+    text = (
+        "Every chunk is scored; every policy gets the same budget on top of the same protected chunks, which count for "
+        "nobody. Macro averages over documents; bands are 95 % bootstrap intervals over documents. The oracle is a "
+        "bound, for each metric its own. 'native' is what the backbone itself used at the window's first token, "
+        "'frequency' the chunks golden most often so far: both see full attention, which sparse serving would not have."
+    )
+    curves = figures.recall_curves(results["recall"])
+    return "Recall against budget", text, _named(("recall", curves)), recall_table(results["recall"])
+
+
+def _metrics(results: dict[str, Any]) -> Section | None:
+    """Every metric at the budget and at the threshold, macro with its interval, and micro."""
+    budget = results.get("evaluated", {}).get("budget")
+    shown = [row for row in results.get("recall", []) if row["budget"] in (budget, "threshold")]
+    groups = [group for group in ("needles", "text", "document", "chat") if any(r["task"] == group for r in shown)]
+    lines = []
+    for group in groups:
+        for row in (row for row in shown if row["task"] == group):
+            values = [
+                f"{_number(row[name])} {_bounds(row['interval'][name])}" for name in ("mass_recall", "golden_recall")
+            ]
+            micro = [row["micro"][name] for name in (*RECALLS, "precision", "f1")]
+            cut = row["budget"] if isinstance(row["budget"], str) else f"{row['budget']:.1%}"
+            lines.append([group, row["policy"], cut, *values, row["precision"], row["f1"], row["kept"],
+                          row["resident_mass"], *micro])  # fmt: skip
+    if not lines:
+        return None
+    header = ["task", "policy", "cut", "mass recall", "golden recall", "precision", "F1", "kept", "resident mass",
+              "micro: mass", "golden", "precision", "F1"]  # fmt: skip
+    text = (
+        "Macro averages with 95 % intervals over documents, then micro averages: windows added up before dividing. "
+        "'layer L' is one of the indexer's layers on its own. 'resident mass' is the share of all attention that is "
+        "not on evicted chunks: there, and only there, protected chunks count."
+    )
+    return "Every metric at the budget and at the threshold", text, [], table(header, lines)
+
+
+def _comparison(results: dict[str, Any]) -> Section | None:
+    if not results.get("comparison"):
+        return None
+    one, other = results["evaluated"]["thresholds"]
+    text = "The same documents for both; the 95 % interval is a paired bootstrap of the per-document differences."
+    return f"{one} beside {other}", text, [], comparison_table(results["comparison"], one, other)
+
+
+def _decode(results: dict[str, Any]) -> Section | None:
+    rows = results.get("decode")
+    if not rows:
+        return None
+    picture = figures.accuracy_against_bytes(rows)
+    return "Accuracy against KV bytes", decode_summary(rows), _named(("accuracy", picture)), decode_table(rows)
+
+
+def _calibration(results: dict[str, Any]) -> Section | None:
+    if "documents" not in results:
+        return None
+    budget = results["evaluated"]["budget"]
+    pictures = _named(
+        ("reliability", figures.reliability_curve(results.get("reliability", []))),
+        ("threshold", figures.threshold_transfer(results["documents"], budget)),
+    )
+    text = (
+        "First: chunks in bins of equal counts, from the lowest scores to the highest; a calibrated probability would "
+        "lie on the observed share. Listwise losses train an order, not probabilities. Then: what the one calibrated "
+        f"threshold ({budget:.0%} asked for) kept of each held-out document."
+    )
+    return "Calibration", text, pictures, ""
+
+
+def _depth(results: dict[str, Any]) -> Section | None:
+    picture = figures.depth_by_length(results.get("heat", []))
+    if picture is None:
+        return None
+    text = f"The indexer at {results['evaluated']['budget']:.0%} kept; n: documents of a cell. Few of them mean little."
+    return "Needle depth and document length", text, [("heat", picture)], ""
+
+
+def _time(results: dict[str, Any]) -> Section | None:
+    found = results.get("lookahead")
+    if not found:
+        return None
+    pictures = _named(("lookahead", figures_time.refreshes(found)), ("churn", figures_time.churn(found)))
+    text = (
+        "The same budget, refreshed more or less often. What arrives after a refresh stays resident until the next, so "
+        "recall is over the chunks that were there at the refresh: compare with the oracle at the same interval. Churn "
+        "counts selected chunks that were not resident before; recency only keeps what already is."
+    )
+    return "Lookahead and churn", text, pictures, ""
+
+
+def _timeline(results: dict[str, Any]) -> Section | None:
+    picture = figures_time.score_timeline(results.get("timeline"))
+    if picture is None:
+        return None
+    text = "Each dot is a chunk that a token attended to (golden), outside the protected ones."
+    return "One document, token by token", text, [("timeline", picture)], ""
+
+
+SECTIONS: list[Callable[[dict[str, Any]], Section | None]] = [
+    _recall, _decode, _comparison, _metrics, _calibration, _depth, _timeline, _time,
+]  # fmt: skip
+
+
+def _named(*pictures: tuple[str, Figure | None]) -> list[tuple[str, Figure]]:
+    return [(name, picture) for name, picture in pictures if picture is not None]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _bounds(interval: list[float] | None) -> str:
+    return "" if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def _page(sections: list[Section]) -> str:
+    parts = []
+    for title, text, pictures, rows in sections:
+        parts.append(f"<h2>{html.escape(title)}</h2>\n<p>{html.escape(text)}</p>")
+        for name, picture in pictures:
+            parts.append(f'<figure id="{name}"><img alt="{name}" src="{_data_uri(picture)}"></figure>')
+        parts.append(_html_table(rows) if rows else "")
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Lookahead report</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>Lookahead report</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def _data_uri(picture: Figure) -> str:
+    """The figure as an SVG that needs nothing from outside, closed afterwards."""
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(picture)
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _html_table(markdown: str) -> str:
+    """Our own Markdown tables (eval/report.py) as HTML."""
+    rows = [line.strip("| ").split(" | ") for line in markdown.splitlines()]
+    cells = [[html.escape(cell.strip()) for cell in row] for row in (rows[0], *rows[2:])]
+    head = "".join(f"<th>{cell}</th>" for cell in cells[0])
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells[1:])
+    return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
+
+
+def _summary(sections: list[Section]) -> str:
+    parts = ["# Lookahead report\n\nPictures: report.html"]
+    for title, text, _, rows in sections:
+        parts.append(f"## {title}\n\n{text}" + (f"\n\n{rows}" if rows else ""))
+    return "\n\n".join(parts) + "\n"

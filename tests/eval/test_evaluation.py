@@ -1,0 +1,93 @@
+"""All sections of an evaluation: bins, comparison, one document's timeline, and what it refuses."""
+
+import shutil
+
+import pytest
+
+from data_gen.errors import InputError
+from data_gen.store import DocumentMeta, TraceStore
+from eval.evaluation import depth_bin, evaluate, length_bins
+from eval.timeline import timeline
+from indexer_train.metrics import indexer_scores, served_windows
+from tests.eval.conftest import planted_indexer
+
+GOLDEN = 0.05
+
+
+@pytest.fixture(scope="module")
+def compared(stores, indexer, other):
+    return evaluate({"A": indexer, "B": other}, stores[1], GOLDEN, 0.1)
+
+
+def meta(length, depth=None):
+    return DocumentMeta(name="", task="", length=length, spans=[], depth=depth)
+
+
+def test_bins_hold_every_document_once():
+    name = length_bins([1000, 1500, 2000])
+    assert [name(meta(n)) for n in (1000, 1249, 1250, 2000)] == ["1,000-1,250"] * 2 + ["1,250-1,500", "1,750-2,000"]
+    assert length_bins([700, 700])(meta(700)) == "700"
+    assert [depth_bin(meta(1, d)) for d in (0.0, 0.19, 0.2, 1.0)] == ["0%-20%", "0%-20%", "20%-40%", "80%-100%"]
+
+
+def test_cells_of_depth_and_length_add_up(stores, compared):
+    needles = [document for document in stores[1] if document.meta.depth is not None]
+    assert sum(row["documents"] for row in compared["heat"]) == len(needles)
+    first = [row for row in compared["by_length"] if (row["policy"], row["budget"]) == ("A", 0.1)]
+    assert sum(row["documents"] for row in first) == len(stores[1].paths())
+
+
+def test_two_indexers_are_compared_document_by_document(compared):
+    recall = {(r["policy"], r["task"], r["budget"]): r for r in compared["recall"]}
+    row = next(
+        r for r in compared["comparison"] if (r["task"], r["budget"], r["metric"]) == ("text", 0.1, "mass_recall")
+    )
+    assert row["A"] == pytest.approx(recall["A", "text", 0.1]["mass_recall"])
+    assert row["B"] == pytest.approx(recall["B", "text", 0.1]["mass_recall"])
+    assert row["difference"] == pytest.approx(row["A"] - row["B"])
+    assert row["low"] <= row["difference"] <= row["high"] and row["documents"] == 2
+    assert row["A"] != row["B"]
+
+
+def test_an_indexer_beside_itself_differs_nowhere(stores, indexer):
+    rows = evaluate({"A": indexer, "B": indexer}, stores[1], GOLDEN, 0.1)["comparison"]
+    assert rows and all(row["difference"] == 0 for row in rows)
+
+
+def test_the_timeline_shows_what_serving_kept_and_missed(stores, indexer):
+    found = timeline(indexer, stores[1], GOLDEN, 0.1)
+    document = next(d for d in stores[1] if d.meta.name == found["document"])
+    (served,) = served_windows([document])
+    scores = indexer_scores(indexer, served)
+    peak = document.attention.dense(document.chunks)[1]
+    needed = []
+    for row, (window, (first, last)) in enumerate(zip(found["windows"], served.windows.tolist(), strict=True)):
+        start, stop = served.chunking.candidates(int(document.positions[first]))
+        count = served.chunking.kept(0.1, int(document.positions[first]))
+        best = sorted(range(start, stop), key=lambda c: (-float(scores[row, c]), c))
+        assert window["candidates"] == [start, stop] and window["kept"] == sorted(best[:count])
+        assert window["ranks"][best[0]] == 100 and window["ranks"][best[-1]] == -(-100 // (stop - start))
+        for token in range(first, last):
+            for chunk in range(start, stop):
+                if peak[token, chunk] >= GOLDEN:
+                    needed.append([int(document.positions[token]), chunk, int(chunk in window["kept"])])
+    assert found["needed"] == needed and needed
+
+
+def test_reliability_bins_hold_every_candidate(compared, stores):
+    count = sum(int(served.labels.candidate.sum()) for served in served_windows(stores[1]))
+    bins = compared["reliability"]
+    assert sum(each["chunks"] for each in bins) == count
+    assert [each["predicted"] for each in bins] == sorted(each["predicted"] for each in bins)
+
+
+def test_training_traces_and_traces_without_a_window_are_refused(stores, planted, indexer, tmp_path):
+    with pytest.raises(InputError, match="training documents"):
+        evaluate({"indexer": indexer}, stores[0], GOLDEN, 0.1)
+    folder = tmp_path / "store"
+    shutil.copytree(planted[1].root, folder)
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"recent": 2', '"recent": 40'))  # every chunk is protected
+    spec = planted_indexer()
+    with pytest.raises(InputError, match="no document with a whole lookahead window"):
+        evaluate({"indexer": spec}, TraceStore.open(folder), GOLDEN, 0.1)

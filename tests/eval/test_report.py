@@ -1,0 +1,95 @@
+"""The report: looked at in a browser, readable without one, and complete from whatever results there are."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from data_gen.errors import InputError
+from eval.evaluation import evaluate
+from eval.page import write_report
+from eval.report import write_results
+
+PICTURES = ["recall", "accuracy", "reliability", "threshold", "heat", "timeline", "lookahead", "churn"]
+DECODE = [
+    {"policy": policy, "correct": correct, "examples": 10, "low": correct / 10 - 0.1, "high": correct / 10 + 0.1,
+     "agreement": 0.9, "kl": 0.1, "chunks": 20.0, "kv_share": share, "kv_mb": 60 * share, "refreshes": 3}
+    for policy, correct, share in (("full", 8, 1.0), ("indexer", 7, 0.2), ("random", 2, 0.2))
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(stores, indexer, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    write_results(out, **evaluate({"indexer": indexer}, stores[1], 0.05, 0.1), decode=DECODE)
+    write_report(out)
+    return out
+
+
+def test_the_page_needs_nothing_from_outside(folder):
+    page = (folder / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
+    assert len(sources) == len(PICTURES) and all(each.startswith("data:image/svg+xml;base64,") for each in sources)
+    assert re.findall(r'<figure id="(\w+)">', page) == PICTURES
+    assert "<script" not in page and "@import" not in page and "url(" not in page
+
+
+def test_the_summary_holds_every_table(folder):
+    summary = (folder / "report.md").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    for title in ("Recall against budget", "Accuracy against KV bytes", "Calibration", "Lookahead and churn"):
+        assert f"## {title}" in summary
+    row = next(r for r in results["recall"] if (r["policy"], r["task"], r["budget"]) == ("indexer", "needles", 0.1))
+    low, high = row["interval"]["mass_recall"]
+    assert f"{row['mass_recall']:.3f} [{low:.3f}, {high:.3f}]" in summary
+    assert f"{row['micro']['f1']:.3f}" in summary
+
+
+def test_a_browser_shows_every_plot(folder, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    script = (
+        "<script>onload = () => { document.title = JSON.stringify([...document.images].map(i => "
+        "[i.alt, i.naturalWidth, Math.round(i.getBoundingClientRect().top), Math.round(i.width), Math.round(i.height)]"
+        ")); }</script></body>"
+    )
+    page = tmp_path / "page.html"
+    page.write_text((folder / "report.html").read_text().replace("</body>", script))
+    common = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path}/u",
+    ]
+    common += ["--window-size=1200,9000", "--virtual-time-budget=5000"]
+    dom = subprocess.run([*common, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120)
+    found = json.loads(re.search(r"<title>(\[.*?\])</title>", dom.stdout)[1].replace("&quot;", '"'))
+    assert [alt for alt, *_ in found] == PICTURES
+    assert all(natural > 0 for _, natural, *_ in found)
+    shot = tmp_path / "shot.png"
+    command = [*common, f"--screenshot={shot}", f"file://{folder / 'report.html'}"]
+    subprocess.run(command, capture_output=True, check=True, timeout=120)
+    pixels = (image.imread(shot)[:, :, :3] * 255).astype(int)
+    for alt, _, top, width, height in found:
+        assert top + height < len(pixels) and width > 300 and height > 150, alt
+        area = pixels[top : top + height, :width]
+        assert len(np.unique(area.reshape(-1, 3), axis=0)) > 30, f"{alt}: an empty picture"
+        assert (area.max(axis=2) - area.min(axis=2) > 60).any(), f"{alt}: no colour in it"
+
+
+def test_parts_of_the_results_make_a_report_of_their_own(folder, tmp_path):
+    write_results(tmp_path, decode=DECODE)
+    write_report(tmp_path)
+    assert re.findall(r'<figure id="(\w+)">', (tmp_path / "report.html").read_text()) == ["accuracy"]
+    with pytest.raises(InputError, match="no results there"):
+        write_report(tmp_path / "nowhere")
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        write_report(tmp_path)
