@@ -100,17 +100,15 @@ def _native_rows(
 ) -> Iterator[Agreement]:
     keys = document.keys(layer)
     for row, native in document.native(layer).items():
-        visible = len(native.logits)
+        visible = min(len(native.logits), len(keys))  # a dump may lack the keys of the newest chunks
         if visible < 2:
             continue
-        if visible > len(keys):
-            raise InputError(f"{document.path}: layer {layer}, row {row}: {visible} native logits for {len(keys)} keys")
         if weights is None:
             query, scales = _stored_query(store, native)
         else:
             query, scales = _native_query(store, weights[layer], document, layer, row)
         reference = match(query[None], scales[None], keys[:visible])[0]
-        stored = native.logits.double().numpy()
+        stored = native.logits[:visible].double().numpy()
         yield Agreement.between(f"native, layer {layer}", document, row, reference, stored, slack=0.0)
 
 

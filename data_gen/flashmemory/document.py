@@ -42,6 +42,8 @@ def read_document(tensors: dict[str, torch.Tensor], layers: list[int]) -> tuple[
     positions = _tensor(tensors, f"positions_layer_{layers[0]}", torch.int64, 1)
     _require(len(positions) > 0 and int(positions[0]) >= 0, f"positions_layer_{layers[0]} is empty or negative")
     _require(bool((positions.diff() > 0).all()), f"positions_layer_{layers[0]} does not ascend")
+    last = int(positions[-1])
+    _require(last < V4_FLASH.context, f"positions_layer_{layers[0]} reaches {last}, beyond {V4_FLASH.context - 1}")
     hidden, keys, native = {}, {}, {}
     for layer in layers:
         same = _tensor(tensors, f"positions_layer_{layer}", torch.int64, 1)
@@ -55,7 +57,9 @@ def read_document(tensors: dict[str, torch.Tensor], layers: list[int]) -> tuple[
         _require(bool(extremes.isfinite().all()), f"hidden_layer_{layer} holds NaN or infinity")
         keys[layer] = _keys(tensors, layer)
         _require(len(keys[layer]) == len(keys[layers[0]]), f"compk_layer_{layer} has another number of chunks")
-        native |= {(layer, row): found for row in range(SAMPLED_TOKENS) if (found := _native(tensors, layer, row))}
+        for row in range(min(SAMPLED_TOKENS, len(positions))):
+            if (found := _native(tensors, layer, row)) is not None:
+                native[layer, row] = found
     golden, dropped = _labels(tensors, positions, len(keys[layers[0]]))
     return RawTrace(hidden, keys, positions, golden, native=native), dropped
 
@@ -73,16 +77,20 @@ def _keys(tensors: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
 
 
 def _native(tensors: dict[str, torch.Tensor], layer: int, row: int) -> NativeRow | None:
-    """What the dump holds of decode token `row`; the server fuses each query head's fp8 scale into its weights."""
+    """What the dump holds of decode token `row`; the server fuses each query head's fp8 scale into its weights.
+
+    Logits may outnumber the keys by chunks that the answer completed: some dumps hold the prompt's keys only.
+    """
     suffix = f"_layer_{layer}_token_{row}"
     if f"logits{suffix}" not in tensors:
         return None
-    query, weights = tensors.get(f"q{suffix}"), tensors.get(f"weights{suffix}")
-    return NativeRow(
-        logits=_tensor(tensors, f"logits{suffix}", torch.bfloat16, 1),
-        query=None if query is None else query.reshape(-1, V4_FLASH.key_width),
-        weights=None if weights is None else weights.flatten(),
-    )
+    logits = _tensor(tensors, f"logits{suffix}", torch.bfloat16, 1)
+    if f"q{suffix}" not in tensors or f"weights{suffix}" not in tensors:
+        return NativeRow(logits)
+    query, weights = tensors[f"q{suffix}"].flatten(), tensors[f"weights{suffix}"].flatten()
+    shapes = f"q{suffix} and weights{suffix} are {query.numel()} and {weights.numel()} values"
+    _require(query.numel() == weights.numel() * V4_FLASH.key_width > 0, f"{shapes}, not heads of {V4_FLASH.key_width}")
+    return NativeRow(logits, query.reshape(-1, V4_FLASH.key_width), weights)
 
 
 def _labels(tensors: dict[str, torch.Tensor], positions: torch.Tensor, chunks: int) -> tuple[GoldenChunks, Dropped]:
@@ -97,7 +105,10 @@ def _labels(tensors: dict[str, torch.Tensor], positions: torch.Tensor, chunks: i
     counts = pointers.diff()
     ends_meet = int(pointers[0]) == 0 and int(pointers[-1]) == len(index)
     _require(ends_meet and bool((counts >= 0).all()), "label_pointers does not ascend from 0 to the number of labels")
-    _require(bool((votes > 0).all()), "label_scores holds a score below one layer")
+    layers = len(V4_FLASH.full_layers)
+    _require(
+        bool(((votes > 0) & (votes <= layers)).all()), f"label_scores holds a score that is not 1 to {layers} layers"
+    )
     token = torch.repeat_interleave(torch.arange(len(positions)), counts)
     exists = (index >= 0) & (index < chunks)
     visible = index < (positions[token] + 1) // CHUNK_TOKENS

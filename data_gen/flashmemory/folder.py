@@ -14,7 +14,8 @@ from data_gen.flashmemory.document import CHUNK_TOKENS, V4_FLASH, Dropped, read_
 from data_gen.flashmemory.unpickle import load_dump
 from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
 
-NAME = re.compile(r"doc_(\d+)\.pkl")
+NAME = re.compile(r"doc_(\d{5}|[1-9]\d{5,})\.pkl")
+"""As the server numbers them; anything looser would let two files share a number."""
 METADATA = "server_metadata.jsonl"
 
 Progress = Callable[[Iterable[Path], str], Iterable[Path]]
@@ -41,7 +42,10 @@ def import_dumps(folder: Path, root: Path, trace: TraceConfig, progress: Progres
     Documents keep their numbers, gaps included. A damaged file is reported and does not stop the others. Raises
     InputError when there is no dump, when `trace` does not describe dumps, and when `root` holds other traces.
     """
-    paths = sorted(path for path in folder.glob("doc_*.pkl") if NAME.fullmatch(path.name))
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    found = sorted(folder.glob("doc_*.pkl"))
+    paths = [path for path in found if NAME.fullmatch(path.name)]
     if not paths:
         raise InputError(f"{folder}: no dump there (doc_00000.pkl ...)")
     if trace.oracle != "indexer" or trace.chunking.tokens != CHUNK_TOKENS:
@@ -50,7 +54,8 @@ def import_dumps(folder: Path, root: Path, trace: TraceConfig, progress: Progres
         raise InputError(f"trace.layers: {unknown} are not among the {len(V4_FLASH.full_layers)} CSA layers of a dump")
     manifest = Manifest(backbone=V4_FLASH, trace=trace, documents={}, versions={"torch": version("torch")})
     store = TraceStore.create(root, manifest)
-    report = ImportReport()
+    others = [f"{path}: not named like a dump (doc_00000.pkl)" for path in found if path not in paths]
+    report = ImportReport(failed=others)
     metadata = _read_metadata(folder / METADATA, report)
     for path in progress(paths, "importing"):
         number = int(path.stem.removeprefix("doc_"))

@@ -26,8 +26,10 @@ def load_dump(path: Path) -> dict[str, torch.Tensor]:
     try:
         with open(path, "rb") as file:
             found = _TensorUnpickler(file).load()
-    except (InputError, OSError):
+    except InputError:
         raise
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror or error})") from error
     except Exception as error:  # damaged bytes can end in any exception of the pickle machine or of torch
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"damaged dump ({reason})") from error
@@ -35,7 +37,7 @@ def load_dump(path: Path) -> dict[str, torch.Tensor]:
         raise InputError("not a dump (it holds no dictionary of named tensors)")
     if others := sorted(name for name, value in found.items() if not isinstance(value, torch.Tensor)):
         raise InputError(f"not a dump ({others[0]} is no tensor)")
-    return found
+    return {name: value.detach() for name, value in found.items()}
 
 
 def _storage(data: bytes) -> Any:

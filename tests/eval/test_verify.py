@@ -160,7 +160,7 @@ def test_an_indexer_started_from_the_backbone_scores_like_it(native):
     assert reference_scores(indexer, hidden, keys, document.positions[:3]).shape == (3, 100)
 
 
-def dumped(root, queries=True, tamper=False):
+def dumped(root, queries=True, tamper=False, keys_kept=200):
     """A store of the release's dumps: fp8 queries whose scales the server folded into bf16 head weights."""
     generator = torch.Generator().manual_seed(3)
     keys = encode_keys(torch.randn(200, 128, generator=generator))
@@ -178,7 +178,7 @@ def dumped(root, queries=True, tamper=False):
     store = TraceStore.create(root, Manifest(backbone=V4_FLASH, trace=trace, documents={}, versions={}))
     raw = RawTrace(
         hidden={10: torch.zeros(4, 4096).bfloat16()},
-        keys={10: keys},
+        keys={10: keys[:keys_kept]},
         positions=torch.arange(799, 803),
         oracle=GoldenChunks.from_votes(torch.zeros(4, 200, dtype=torch.int64)),
         native={(10, 0): native},
@@ -189,6 +189,8 @@ def dumped(root, queries=True, tamper=False):
 
 
 def test_dumps_of_the_release(tmp_path):
+    prompt_only = verify_native(dumped(tmp_path / "prompt", keys_kept=150), None)
+    assert prompt_only.failures == [] and prompt_only.rows[0].chunks == 150
     verdict = verify_native(dumped(tmp_path / "good"), None)
     assert verdict.failures == []
     assert verdict.rows[0].pearson > 0.999 and verdict.rows[0].overlap[10] >= 0.9

@@ -203,7 +203,18 @@ BROKEN = {
     "label_pointers has 20 entries for 20": spoil("label_pointers", lambda x: x[1:]),
     "label_pointers does not ascend": spoil("label_pointers", lambda x: x + 1),
     "label_scores and label_indices differ": spoil("label_scores", lambda x: x[1:]),
-    "label_scores holds a score below": spoil("label_scores", lambda x: x * 0),
+    "label_scores holds a score that is not 1 to 21": spoil("label_scores", lambda x: x * 0),
+    "label_scores holds a score that is not": spoil("label_scores", lambda x: x + 21),
+    "positions_layer_10 reaches 1048576, beyond 1048575": lambda tensors: tensors.update(
+        {f"positions_layer_{layer}": torch.arange((1 << 20) + 1 - TOKENS, (1 << 20) + 1) for layer in LAYERS}
+    ),
+    "positions_layer_10 is empty": lambda tensors: tensors.update(
+        {f"positions_layer_{layer}": torch.empty(0, dtype=torch.int64) for layer in LAYERS}
+    ),
+    "logits_layer_10_token_1 is torch.float32": spoil("logits_layer_10_token_1", lambda x: x.float()),
+    "q_layer_10_token_2 and weights_layer_10_token_2 are 8100 and 64 values, not heads of 128": spoil(
+        "q_layer_10_token_2", lambda x: x[:, :8100]
+    ),
 }
 
 
@@ -220,21 +231,63 @@ def test_damaged_files_are_reported_by_name_and_stop_nothing(tmp_path):
     save(folder, 200, {name: value for name, value in dump().items()} | {"note": "text"})
     save(folder, 201, dump())
     (folder / "doc_00201.json").write_text("{")
+    (folder / "doc_7.pkl").write_bytes(whole)  # would be number 7, as doc_00007.pkl is
+    (folder / "doc_00202.pkl").mkdir()
     (folder / "server_metadata.jsonl").write_text('{"filename": "doc_00300.pkl"}\nnonsense\n')
     save(folder, 300, dump())
     report = imported(folder, root)
     assert report.written == 1 and [p.name for p in TraceStore.open(root).paths()] == ["doc_00300.safetensors"]
     reasons = [f"doc_{number:05d}.pkl: {reason}" for number, reason in enumerate(BROKEN)]
-    reasons = ["server_metadata.jsonl: line 2", *reasons, "doc_00100.pkl: damaged", "doc_00101.pkl: damaged",
+    reasons = ["doc_7.pkl: not named like a dump", "server_metadata.jsonl: line 2", *reasons,
+               "doc_00100.pkl: damaged", "doc_00101.pkl: damaged",
                "doc_00102.pkl: damaged", "doc_00103.pkl: not a dump", "doc_00104.pkl: damaged",
-               "doc_00200.pkl: not a dump .note is no tensor", "doc_00201.pkl: doc_00201.json is not JSON"]  # fmt: skip
+               "doc_00200.pkl: not a dump .note is no tensor", "doc_00201.pkl: doc_00201.json is not JSON",
+               "doc_00202.pkl: cannot be read .Is a directory"]  # fmt: skip
     assert len(report.failed) == len(reasons)
+    assert all("\n" not in line for line in report.failed)
     for found, reason in zip(report.failed, reasons, strict=True):
         assert re.search(reason, found), (found, reason)
     assert not list(root.glob(".unfinished*"))
 
 
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9, 0.99, 1])
+def test_a_dump_cut_anywhere_is_damaged_or_whole(tmp_path, share):
+    whole = pickle.dumps(dump(), protocol=4)
+    path = tmp_path / "doc_00000.pkl"
+    path.write_bytes(whole[: int(share * len(whole))])
+    if share == 1:
+        assert set(load_dump(path)) == set(dump())
+        return
+    with pytest.raises(InputError, match=r"^damaged dump \(.+\)$"):
+        load_dump(path)
+
+
+@pytest.mark.parametrize("protocol", [3, 5])
+def test_other_pickle_protocols_are_read_too(tmp_path, protocol):
+    path = tmp_path / "doc_00000.pkl"
+    path.write_bytes(pickle.dumps(dump(), protocol=protocol))
+    found = load_dump(path)
+    assert all(torch.equal(found[name], value) for name, value in dump().items())
+
+
+def test_dumps_without_labels_or_with_the_keys_of_the_prompt_only(tmp_path):
+    """The server writes the prompt's keys first; what the answer completed has logits and labels, but no key."""
+    tensors = dump()
+    for name in ("label_indices", "label_scores"):
+        tensors[name] = tensors[name][:0]
+    tensors["label_pointers"] = torch.zeros(TOKENS + 1, dtype=torch.int32)
+    raw, dropped = read_document(tensors, LAYERS)
+    assert not len(raw.oracle.chunks) and dropped.out_of_range == dropped.not_visible == 0
+    tensors = dump(chunks=6)
+    tensors["label_indices"][0], tensors["label_indices"][1:] = 6, 5
+    raw, dropped = read_document(tensors, LAYERS)
+    assert dropped.out_of_range == 1 and set(raw.oracle.chunks.tolist()) == {5}
+    assert len(raw.native[10, 0].logits) == 7 and len(raw.keys[10]) == 6
+
+
 def test_settings_that_do_not_fit_dumps_are_named(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        imported(tmp_path / "nowhere", tmp_path / "store")
     with pytest.raises(InputError, match="no dump there"):
         imported(tmp_path, tmp_path / "store")
     save(tmp_path, 0, dump())
