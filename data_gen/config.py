@@ -16,7 +16,8 @@ class Strict(BaseModel):
 class BackboneConfig(Strict):
     """The frozen LLM.
 
-    path: a local folder, a hub id, a .gguf file, or `package:NAME/FILE` for a file inside an installed package.
+    path: a local folder, a hub id, a .gguf file, `package:NAME/FILE` for a file inside an installed package, or `tiny`
+    for a random model of three layers that is made on the spot.
     """
 
     path: str

@@ -11,14 +11,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from data_gen.backbones.base import Backbone
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.dense import DenseBackbone
+from data_gen.backbones.tiny import tiny_backbone
 from data_gen.config import BackboneConfig
 from data_gen.errors import InputError
 
+TINY = "tiny"
+"""The path that stands for data_gen/backbones/tiny.py."""
+
 
 def resolve(path: str) -> str:
-    """`package:NAME/FILE` -> the file inside an installed package, found without importing it; else unchanged."""
+    """`package:NAME/FILE` -> the file inside an installed package, found without importing it; ~ -> the home folder."""
     if not path.startswith("package:"):
-        return path
+        return str(Path(path).expanduser()) if path.startswith("~") else path
     package, _, file = path.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -28,6 +32,8 @@ def resolve(path: str) -> str:
 
 def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in eval mode on the best device, tokenizer). Raises InputError when there is nothing to load."""
+    if config.path == TINY:
+        return tiny_backbone()
     path = resolve(config.path)
     local = Path(path)
     looks_local = path.startswith((".", "/", "~")) or path.endswith(".gguf") or local.exists()

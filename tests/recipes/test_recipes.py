@@ -1,5 +1,7 @@
 """Shipped recipes are valid, explained, and inside the wheel."""
 
+import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -40,6 +42,41 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, text, complaint):
 def test_an_unknown_recipe_lists_the_shipped_ones():
     with pytest.raises(InputError, match=SHIPPED[0]):
         load_recipe("nothing-like-it")
+
+
+BLOCKED = """
+import socket
+connect = socket.socket.connect
+def local_only(self, address):
+    host = address[0] if isinstance(address, tuple) else "localhost"
+    if host not in ("localhost", "127.0.0.1", "::1"):
+        raise OSError(f"network touched: {address}")
+    return connect(self, address)
+socket.socket.connect = local_only
+"""
+
+
+def test_the_debug_recipe_runs_as_written_without_a_network(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCKED)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "HF_"))}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "cli", "run", "debug", "--out", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["recall"]
+    recall = {(row["policy"], row["task"], row["budget"]): row["mass_recall"] for row in rows}
+    for task in ("text", "single"):
+        random, found, oracle = (recall[policy, task, 0.1] for policy in ("random", "indexer", "oracle"))
+        assert random + 0.01 < found < oracle
+    assert (tmp_path / "out" / "bundle" / "bundle.json").exists()
+
+
+def test_the_paper_recipe_draws_three_negatives_for_each_positive():
+    settings = load_recipe("deepseek-v4-flash")
+    candidates, shape = settings.train.candidates, settings.indexer
+    assert (candidates.kind, candidates.negatives, candidates.positives) == ("sampled", 3, 512)
+    assert (settings.train.loss, shape.heads, shape.rank, shape.join) == ("focal", 128, 2048, "max")
+    assert settings.trace.window == 64 and len(settings.trace.layers) == 8
 
 
 def test_the_wheel_carries_recipes_and_packages(tmp_path):
