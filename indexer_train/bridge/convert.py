@@ -6,20 +6,16 @@ from typing import Literal
 
 import torch
 
-from data_gen.chunks import Chunking
 from data_gen.errors import InputError
-from data_gen.flashmemory.document import CHUNK_TOKENS, V4_FLASH
+from data_gen.flashmemory.document import V4_FLASH
 from data_gen.store import Manifest
 from indexer_train.bridge.bundle import export_bundle
 from indexer_train.bridge.flashmemory import Checkpoint, Format, check_table, read_checkpoint, write_checkpoint
+from indexer_train.bridge.serving import SERVED, WINDOW, serving_notes
 from indexer_train.bridge.weights import LayerWeights
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
-from indexer_train.selection import Budget, Threshold
-
-SERVED = Chunking(tokens=CHUNK_TOKENS, sink=0, recent=2048)
-"""What the release's serving protects."""
-WINDOW = 64
+from indexer_train.selection import Budget
 
 
 @dataclass
@@ -77,35 +73,7 @@ def _export_checkpoint(indexer: MemoryIndexer, out: Path, format: Format) -> Exp
         raise InputError(f"{format} is for DeepSeek-V4's indexer keys; this indexer reads {spec.key} keys")
     encoders = indexer.query_encoder.encoders
     weights = {layer: LayerWeights.of(encoders[str(layer)]) for layer in spec.layers}
-    return Exported(write_checkpoint(weights, spec.rope, out, format), _notes(indexer))
-
-
-def _notes(indexer: MemoryIndexer) -> list[str]:
-    spec, bias = indexer.spec, indexer.query_encoder.bias
-    constant = 0.0 if bias is None else bias.item()
-    thresholds = [each for each in spec.selections if isinstance(each, Threshold) and each.target]
-    notes = [f"logit offset {constant:+.9g} (the bias): serve with {_offset(constant)}"]
-    if spec.shape.join == "max":
-        for threshold in thresholds:
-            share = f"{threshold.value:.1%}"
-            aim = f"keeps {share} of the chunks" if threshold.target == "budget" else f"has a mass recall of {share}"
-            for cut in threshold.cuts:
-                offset = constant - cut.score
-                where = f" in contexts of up to {cut.longest} tokens" if cut.longest else ""
-                notes.append(f"logit offset {offset:+.9g} {aim}{where}: serve with {_offset(offset)}")
-    else:
-        scores = [cut.score for each in thresholds for cut in each.cuts]
-        notes.append(
-            f"layers are joined by {spec.shape.join} here, by max when served: the selection will differ, and the "
-            f"thresholds {scores} do not carry over; train and calibrate with join max"
-        )
-    if spec.rope.model_copy(update={"positions": V4_FLASH.rope.positions}) != V4_FLASH.rope:
-        notes.append("the release's serving computes V4-Flash's RoPE, which is not this indexer's")
-    return notes
-
-
-def _offset(value: float) -> str:
-    return f"SGLANG_RETRIEVER_LOGIT_OFFSET={value:.9g}"
+    return Exported(write_checkpoint(weights, spec.rope, out, format), serving_notes(indexer, format))
 
 
 def import_checkpoints(

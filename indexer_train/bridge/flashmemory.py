@@ -67,8 +67,12 @@ def read_checkpoint(path: Path, layer: int | None = None) -> Checkpoint:
 def write_checkpoint(layers: dict[int, LayerWeights], rope: Rope, out: Path, format: Format) -> list[Path]:
     """Write layers (by CSA ordinal) in one of the release's formats; returns the files, each whole or not there.
 
-    out: the file, or, of `flashmemory-layers`, the folder.
+    out: the file, or, of `flashmemory-layers`, the folder. Raises InputError when it cannot have that name.
     """
+    if out.is_dir() and format != "flashmemory-layers":
+        raise InputError(f"{out}: is a folder; {format} is one file, name it")
+    if (out.suffix == ".safetensors") != (format == "flashmemory-safetensors"):
+        raise InputError(f"{out}: the ending .safetensors says what is inside; {format} is read by it")
     named = {
         ordinal: {NAMES[part]: value for part, value in vars(weights).items()} for ordinal, weights in layers.items()
     }

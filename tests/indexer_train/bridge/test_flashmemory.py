@@ -17,6 +17,7 @@ from data_gen.errors import InputError
 from indexer_train.bridge.bundle import load_bundle
 from indexer_train.bridge.convert import export_indexer, import_checkpoints, keep_layers
 from indexer_train.bridge.flashmemory import read_checkpoint
+from indexer_train.selection import Budget, Cut, Threshold
 from indexer_train.trainer import load_indexer
 
 POSITIONS, HIDDEN = 600, 24
@@ -121,10 +122,8 @@ def test_the_published_safetensors(tmp_path):
 @pytest.mark.parametrize("format", ["flashmemory-joint", "flashmemory-layers", "flashmemory-safetensors"])
 def test_ours_come_back_bit_for_bit(tmp_path, make_indexer, arguments, format):
     indexer = make_indexer()
-    files = export_indexer(indexer, tmp_path / "out", format).files
-    if format == "flashmemory-safetensors":
-        files = [files[0].rename(tmp_path / "out.safetensors")]
-    back = import_checkpoints(files)
+    out = tmp_path / ("out.safetensors" if format == "flashmemory-safetensors" else "out")
+    back = import_checkpoints(export_indexer(indexer, out, format).files)
     assert torch.equal(back.scores(*arguments), indexer.scores(*arguments))
     ours = indexer.query_encoder.state_dict()
     same(dict(back.query_encoder.state_dict()), dict(ours))
@@ -188,6 +187,29 @@ def test_bias_and_thresholds_become_offsets(tmp_path, make_indexer, arguments):
     assert served.any() and not served.all()
     summed = export_indexer(make_indexer(shape={"join": "sum"}), tmp_path / "b.pt", "flashmemory-joint").notes
     assert any("joined by sum" in note for note in summed)
+
+
+def test_what_else_the_files_do_not_say_is_said(tmp_path, make_indexer):
+    indexer = make_indexer(window=8, chunking=Chunking(tokens=8, sink=1, recent=2), selections=[Budget(budget=0.1)])
+    said = "\n".join(export_indexer(indexer, tmp_path / "a.pt", "flashmemory-joint").notes)
+    settings = {"INLINE_LAYERS": "10,12,20", "INTERVAL": 8, "FIRST_KEEP": 1, "LAST_KEEP": 2, "LOGIT_OFFSET": 0}
+    assert all(f"SGLANG_RETRIEVER_{name}={value}" in said for name, value in settings.items())
+    assert "chunk tokens 8: the release's" in said and f"hidden width {HIDDEN}: the release's" in said
+    assert "the best 10.0% of the chunks, but the release's serving knows a threshold only; `lookahead cal" in said
+    assert "--positions" not in said
+    given = make_indexer(selections=[Threshold(cuts=[Cut(longest=99, score=2.0), Cut(score=3.0)])])
+    said = "\n".join(export_indexer(given, tmp_path / "b.safetensors", "flashmemory-safetensors").notes)
+    assert "LOGIT_OFFSET=-2\n" in said and "LOGIT_OFFSET=-3\n" in said and "up to 99 tokens" in said
+    assert f"convert it back with --positions {POSITIONS}" in said and "threshold only" not in said
+
+
+def test_a_name_that_would_mislead_is_refused(tmp_path, make_indexer):
+    with pytest.raises(InputError, match="is a folder"):
+        export_indexer(make_indexer(), tmp_path, "flashmemory-joint")
+    for name, format in (("a.pt", "flashmemory-safetensors"), ("a.safetensors", "flashmemory-joint")):
+        with pytest.raises(InputError, match=f"{name}: the ending .safetensors"):
+            export_indexer(make_indexer(), tmp_path / name, format)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("shape", [{"distance_bumps": 4}, {"scale": True}, {"slot": True}])
