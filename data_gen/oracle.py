@@ -88,6 +88,12 @@ class SparseAttention:
         rest = (torch.cat([getattr(p, name) for p in pieces]) for name in ("chunks", "mean", "peak", "rest"))
         return cls(torch.nn.functional.pad(counts.cumsum(0), (1, 0)), *rest)
 
+    def rows(self, first: int, last: int) -> Self:
+        """Of the tokens `first` to one before `last`."""
+        start, end = self.pointers[first].item(), self.pointers[last].item()
+        stored = (getattr(self, name)[start:end] for name in ("chunks", "mean", "peak"))
+        return type(self)(self.pointers[first : last + 1] - start, *stored, self.rest[first:last])
+
     def dense(self, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean, peak), each [T, chunks] fp32, averaged over layers; zero where nothing was stored."""
         counts = self.pointers.diff()

@@ -25,6 +25,8 @@ from data_gen.trace import BackboneInfo, NativeRow, RawTrace
 from data_gen.votes import GoldenChunks
 
 FORMAT = 1
+DENSE_ELEMENTS = 1 << 25
+"""Query tokens x chunks up to which a document's oracle is kept unpacked (256 MiB); beyond, window by window."""
 
 
 class Span(BaseModel):
@@ -187,8 +189,14 @@ class TraceDocument:
         """The oracle pooled over `windows` ([W, 2], from `windows`)."""
         if self.trace.oracle == "indexer":
             return self.golden.window_labels(self.positions, windows, self.trace.chunking, self.chunks)
-        mean, peak = self._dense
-        return window_labels(mean, peak, self.attention.rest, self.positions, windows, self.trace.chunking)
+        attention, positions = self.attention, self.positions
+        if len(windows) and len(positions) * self.chunks > DENSE_ELEMENTS:
+            first, last = int(windows.min()), int(windows.max())
+            attention, positions, windows = attention.rows(first, last), positions[first:last], windows - first
+            mean, peak = attention.dense(self.chunks)
+        else:
+            mean, peak = self._dense
+        return window_labels(mean, peak, attention.rest, positions, windows, self.trace.chunking)
 
 
 class TraceStore:

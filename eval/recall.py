@@ -19,6 +19,8 @@ TOP = (128, 256, 512, 1024)
 """Numbers of chunks K at which recall@K is measured, where some window has more candidates."""
 PIECE_ELEMENTS = 1 << 21
 """Windows x chunks measured at once: what evaluation holds does not grow with the number of windows."""
+ROW_ELEMENTS = 1 << 24
+"""Query tokens x chunks whose labels are pooled at once."""
 PLAIN_TASKS = ("text", "document", "chat")
 Cut = float | str
 """A share of the chunks, "threshold", or "top K"."""
@@ -81,15 +83,16 @@ def measure(
     thresholds: dict[str, float],
     every_token: bool = False,
     budgets: Sequence[float] = BUDGETS,
+    baselines: bool = True,
 ) -> Iterator[DocumentRecall]:
-    """Every document of `store` under every indexer (by name), its layers, and the policies that need no training.
+    """Every document of `store` under every indexer (by name), its layers and, if asked, what needs no training.
 
     Documents without a window, or that need nothing in any, are left out.
     """
     for document in store:
         windows = document.windows(serving=not every_token)
         scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
-        untrained = policies(document, golden)
+        untrained = policies(document, golden) if baselines else {}
         cuts = [*budgets, *_tops(document)]
         pieces: dict[tuple[str, Cut], list[Tally]] = defaultdict(list)
         for served in in_pieces(document, windows):
@@ -175,8 +178,10 @@ def _counts(served: ServedWindows, cuts: list[Cut]) -> torch.Tensor:
 
 
 def in_pieces(document: TraceDocument, windows: torch.Tensor) -> Iterator[ServedWindows]:
-    """`windows` ([W, 2]) a few at a time, in order."""
-    for piece in windows.split(max(1, PIECE_ELEMENTS // max(1, document.chunks))):
+    """`windows` ([W, 2], one a refresh or one a token) a few at a time, in order."""
+    stride = int(windows[1, 0] - windows[0, 0]) if len(windows) > 1 else 1
+    size = max(1, document.chunks)
+    for piece in windows.split(max(1, min(PIECE_ELEMENTS // size, ROW_ELEMENTS // size // stride))):
         if len(piece):
             yield ServedWindows.of(document, piece)
 

@@ -17,7 +17,7 @@ from data_gen.store import write_atomically
 from data_gen.trace import KeyKind
 from indexer_train.card import Provenance, model_card
 from indexer_train.config import IndexerConfig
-from indexer_train.scoring import PackedQuery, join_layers
+from indexer_train.scoring import TILE_ELEMENTS, PackedQuery, join_layers
 from indexer_train.selection import Budget, Cut, Selection, Threshold
 
 
@@ -74,8 +74,16 @@ class IndexerSpec(BaseModel):
     def turn(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Queries [B, H, key_width] at `positions` ([B]) -> the same turned the way the keys are.
 
-        Raises InputError at positions beyond the backbone's range.
+        Without a gradient the CPU turns a few at a time, in its cache. Raises InputError at positions beyond the
+        backbone's range.
         """
+        if query.requires_grad or query.is_cuda:
+            return self._turn(query, positions)
+        few = max(1, TILE_ELEMENTS // max(1, query[:1].numel()))
+        parts = zip(query.split(few), positions.split(few), strict=True)
+        return torch.cat([self._turn(part, place) for part, place in parts])
+
+    def _turn(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self.rope is not None:
             query = self.rope.rotate(query, positions[:, None])
         return hadamard(query) if self.key == "fp8_rope_hadamard" else query

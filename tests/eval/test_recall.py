@@ -133,3 +133,15 @@ def test_tables_and_plot_show_every_policy(rows, tmp_path):
     assert all(policy in text for policy in POLICIES)
     plot_recall(as_rows(rows), tmp_path / "recall.png")
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_of_a_long_document_are_read_window_by_window(stores, monkeypatch):
+    for document in stores[1]:
+        windows = document.windows(serving=True)
+        whole = document.labels(windows)
+        monkeypatch.setattr("data_gen.store.DENSE_ELEMENTS", 1)
+        for row, window in enumerate(windows):
+            alone = document.labels(window[None])
+            for name in ("mass", "peak", "candidate", "rest"):
+                torch.testing.assert_close(getattr(alone, name)[0], getattr(whole, name)[row])
+        monkeypatch.undo()
