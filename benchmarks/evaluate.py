@@ -74,11 +74,18 @@ def make_indexer(folder: Path, heads: int, rank: int) -> Any:
 def measure_ours(folder: Path, heads: int, rank: int) -> tuple[float, Metrics]:
     """(CPU-seconds, metrics) of what `lookahead evaluate --every-token` does for the indexer."""
     from eval.recall import measure, recall_rows
+    from indexer_train.selection import Cut, Threshold
 
     indexer, store = make_indexer(folder, heads, rank)
     start = time.process_time()
     found = measure(
-        {"indexer": indexer}, store, GOLDEN, {"indexer": 0.0}, every_token=True, budgets=(), baselines=False
+        {"indexer": indexer},
+        store,
+        GOLDEN,
+        {"indexer": Threshold(cuts=[Cut(score=0.0)])},
+        every_token=True,
+        budgets=(),
+        baselines=False,
     )
     rows = recall_rows(list(found), lambda _: ["all"])
     seconds = time.process_time() - start

@@ -13,6 +13,7 @@ from eval.timeline import timeline
 from indexer_train.intervals import bootstrap_means
 from indexer_train.metrics import indexer_scores, served_windows
 from indexer_train.model import MemoryIndexer
+from indexer_train.selection import Cut, Threshold
 
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 LENGTHS = 4
@@ -36,8 +37,7 @@ def evaluate(
     """
     if store.manifest.documents.get("split") == "train":
         raise InputError(f"{store.root}: training documents; recall is measured on held-out ones")
-    calibrated = {name: indexer.spec.thresholds.get(str(budget)) for name, indexer in indexers.items()}
-    thresholds = {name: found or 0.0 for name, found in calibrated.items()}  # without one the paper's: sigmoid 0.5
+    thresholds = {name: threshold_for(indexer, budget) for name, indexer in indexers.items()}
     budgets = sorted({*BUDGETS, budget})
     found = list(measure(indexers, store, golden, thresholds, every_token, budgets))
     if not found:
@@ -57,8 +57,16 @@ def evaluate(
         "reliability": reliability(indexers[first], store, golden),
         "timeline": timeline(indexers[first], store, golden, budget),
         "comparison": compare(found, *indexers) if len(indexers) == 2 else None,
-        "evaluated": {"budget": budget, "golden": golden, "every_token": every_token, "thresholds": calibrated},
-    }
+        "evaluated": {"budget": budget, "golden": golden, "every_token": every_token,
+                      "thresholds": {name: str(threshold) for name, threshold in thresholds.items()}},
+    }  # fmt: skip
+
+
+def threshold_for(indexer: MemoryIndexer, budget: float) -> Threshold:
+    """The indexer's threshold for `budget`, else the one it has for something else, else the paper's sigmoid 0.5."""
+    calibrated = [each for each in indexer.spec.selections if isinstance(each, Threshold)]
+    meant = [each for each in calibrated if (each.target, each.value) == ("budget", budget)]
+    return [*meant, *calibrated, Threshold(cuts=[Cut(score=0.0)])][0]
 
 
 def reliability(indexer: MemoryIndexer, store: TraceStore, golden: float) -> list[dict[str, float]]:

@@ -101,7 +101,7 @@ def threshold_transfer(documents: Rows, budget: float) -> Figure | None:
         axis.set_xlabel("document length, tokens")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].axhline(100 * budget, ls="--", color="black", lw=1, label="asked for")
+    axes[0].axhline(100 * budget, ls="--", color="black", lw=1, label="budget")
     axes[0].set_ylabel("chunks kept by the threshold, %")
     axes[1].set_ylabel("mass recall at the threshold, %")
     axes[0].legend(frameon=False)

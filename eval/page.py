@@ -110,6 +110,7 @@ def _decode(results: dict[str, Any]) -> Section | None:
 def _calibration(results: dict[str, Any]) -> Section | None:
     if "documents" not in results:
         return None
+    first, *_ = results["evaluated"]["thresholds"].values()
     budget = results["evaluated"]["budget"]
     pictures = _named(
         ("reliability", figures.reliability_curve(results.get("reliability", []))),
@@ -118,7 +119,7 @@ def _calibration(results: dict[str, Any]) -> Section | None:
     text = (
         "First: chunks in bins of equal counts, from the lowest scores to the highest; a calibrated probability would "
         "lie on the observed share. Listwise losses train an order, not probabilities. Then: what the one calibrated "
-        f"threshold ({budget:.0%} asked for) kept of each held-out document."
+        f"threshold ({first}) kept of each held-out document; the line is the budget of the other figures."
     )
     return "Calibration", text, pictures, ""
 

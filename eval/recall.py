@@ -12,7 +12,8 @@ from eval.policies import golden_oracle, policies
 from indexer_train.intervals import bootstrap_means
 from indexer_train.metrics import RATIOS, DocumentScorer, ServedWindows, Tally, ranked_tally, tally
 from indexer_train.model import MemoryIndexer
-from indexer_train.scoring import above, join_layers
+from indexer_train.scoring import join_layers
+from indexer_train.selection import Cut, Threshold
 
 BUDGETS = (0.02, 0.05, 0.1, 0.135, 0.2)
 TOP = (128, 256, 512, 1024)
@@ -22,7 +23,7 @@ PIECE_ELEMENTS = 1 << 21
 ROW_ELEMENTS = 1 << 24
 """Query tokens x chunks whose labels are pooled at once."""
 PLAIN_TASKS = ("text", "document", "chat")
-Cut = float | str
+Asked = float | str
 """A share of the chunks, "threshold", or "top K"."""
 
 
@@ -32,7 +33,7 @@ class DocumentRecall:
 
     meta: DocumentMeta
     policy: str
-    cut: Cut
+    cut: Asked
     macro: dict[str, float]
     sums: Tally
 
@@ -50,7 +51,7 @@ class RecallRow:
     policy: str
     task: str
     context: int
-    budget: Cut
+    budget: Asked
     golden_recall: float | None
     mass_recall: float | None
     precision: float | None
@@ -72,7 +73,8 @@ def evaluate_recall(
     every_token: a window from every traced token instead of one per refresh.
     Rows for each task and for all needle tasks together ("needles"); the indexer's layers on their own are "layer L".
     """
-    found = measure({"indexer": indexer}, store, golden, {"indexer": threshold}, every_token)
+    given = Threshold(cuts=[Cut(score=threshold)])
+    found = measure({"indexer": indexer}, store, golden, {"indexer": given}, every_token)
     return recall_rows(list(found), task_groups)
 
 
@@ -80,7 +82,7 @@ def measure(
     indexers: dict[str, MemoryIndexer],
     store: TraceStore,
     golden: float,
-    thresholds: dict[str, float],
+    thresholds: dict[str, Threshold],
     every_token: bool = False,
     budgets: Sequence[float] = BUDGETS,
     baselines: bool = True,
@@ -94,13 +96,13 @@ def measure(
         scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
         untrained = policies(document, golden) if baselines else {}
         cuts = [*budgets, *_tops(document)]
-        pieces: dict[tuple[str, Cut], list[Tally]] = defaultdict(list)
+        pieces: dict[tuple[str, Asked], list[Tally]] = defaultdict(list)
         for served in in_pieces(document, windows):
             counts = _counts(served, cuts)
             for name, scorer in scorers.items():
                 layers = scorer.layers(served)
                 joined = join_layers(layers, scorer.indexer.spec.shape.join)
-                selected = above(joined, served.labels.candidate, thresholds[name])
+                selected = thresholds[name].choose(joined, served.labels.candidate, served.positions, served.chunking)
                 pieces[name, "threshold"].append(tally(selected, served.labels, golden, served.visible))
                 alone = zip(scorer.indexer.spec.layers, layers, strict=True) if len(layers) > 1 else ()
                 scored = {name: joined} | {f"{_prefix(name)}layer {layer}": scores for layer, scores in alone}
@@ -127,14 +129,14 @@ def task_groups(meta: DocumentMeta) -> list[str]:
 
 def recall_rows(found: list[DocumentRecall], groups: Callable[[DocumentMeta], list[str]]) -> list[RecallRow]:
     """Average documents group by group (`groups` says which ones a document counts in)."""
-    cells: dict[tuple[str, str, Cut], list[DocumentRecall]] = defaultdict(list)
+    cells: dict[tuple[str, str, Asked], list[DocumentRecall]] = defaultdict(list)
     for each in found:
         for group in groups(each.meta):
             cells[each.policy, group, each.cut].append(each)
     return [_row(policy, group, cut, members) for (policy, group, cut), members in cells.items()]
 
 
-def _row(policy: str, group: str, cut: Cut, members: list[DocumentRecall]) -> RecallRow:
+def _row(policy: str, group: str, cut: Asked, members: list[DocumentRecall]) -> RecallRow:
     mean, low, high = bootstrap_means(np.array([[each.macro[name] for name in RATIOS] for each in members]))
     sums = Tally.concatenate([each.sums for each in members]).total()
     return RecallRow(
@@ -170,7 +172,7 @@ def _tops(document: TraceDocument) -> list[str]:
     return [f"top {count}" for count in TOP if count < document.chunks]
 
 
-def _counts(served: ServedWindows, cuts: list[Cut]) -> torch.Tensor:
+def _counts(served: ServedWindows, cuts: list[Asked]) -> torch.Tensor:
     """[W, cuts] chunks that each cut buys."""
     bought = [served.kept(cut) if isinstance(cut, float) else int(cut.split()[1]) for cut in cuts]
     one = torch.ones(len(served.windows), dtype=torch.int64)
@@ -186,6 +188,6 @@ def in_pieces(document: TraceDocument, windows: torch.Tensor) -> Iterator[Served
             yield ServedWindows.of(document, piece)
 
 
-def _add(pieces: dict[tuple[str, Cut], list[Tally]], policy: str, cuts: list[Cut], found: Tally) -> None:
+def _add(pieces: dict[tuple[str, Asked], list[Tally]], policy: str, cuts: list[Asked], found: Tally) -> None:
     for place, cut in enumerate(cuts):
         pieces[policy, cut].append(Tally(**{name: value[:, place] for name, value in vars(found).items()}))

@@ -63,11 +63,9 @@ def threshold_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     for row in found["recall"]:
         if row["budget"] == "threshold" and row["task"] in ("needles", "text"):
-            calibrated = found["evaluated"]["thresholds"][row["policy"]]
-            asked = "uncalibrated (0)" if calibrated is None else f"asked for {found['evaluated']['budget']:.1%}"
             who = "threshold" if row["policy"] == "indexer" else f"threshold of {row['policy']}"
             kept = f"kept {row['kept']:.1%}, mass recall {row['mass_recall']:.3f}"
-            lines.append(f"{who}, {row['task']}: {asked}, {kept}")
+            lines.append(f"{who}, {row['task']}: {found['evaluated']['thresholds'][row['policy']]}: {kept}")
     return lines
 
 

@@ -7,6 +7,7 @@ from eval.policies import Frequency, Random, mean_pooled, native, oracle, polici
 from eval.recall import BUDGETS, as_rows, evaluate_recall, measure, recall_rows
 from eval.report import plot_recall, recall_table
 from indexer_train.metrics import served_windows
+from indexer_train.selection import Cut, Threshold
 from tests.eval.conftest import planted_indexer
 
 POLICIES = {"oracle", "indexer", "native", "mean_pooled", "frequency", "recency", "random", "protected"}
@@ -97,7 +98,9 @@ def test_pieces_change_nothing(stores, indexer, rows, monkeypatch):
 
 
 def test_a_trained_secret_beats_what_needs_no_training(planted):
-    measured = list(measure({"indexer": planted_indexer()}, planted[1], 0.5, {"indexer": 0.0}))
+    measured = list(
+        measure({"indexer": planted_indexer()}, planted[1], 0.5, {"indexer": Threshold(cuts=[Cut(score=0.0)])})
+    )
     found = recall_rows(measured, lambda _: ["all"])
     recall = {row.policy: row.golden_recall for row in found if row.budget == 0.1}
     assert recall["oracle"] == recall["indexer"] == 1.0
