@@ -22,6 +22,7 @@ class BackboneConfig(Strict):
 
     path: str
     dtype: Literal["float32", "bfloat16"] = "float32"
+    spread: bool = False
 
 
 class DocumentsConfig(Strict):

@@ -45,16 +45,20 @@ def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTo
             raise InputError("reading a GGUF file needs the package gguf: pip install 'lookahead-indexer[gguf]'")
         folder, extra = str(local.parent), {"gguf_file": local.name}
     dtype = getattr(torch, config.dtype)
+    spread = {"device_map": "auto"} if config.spread else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra, **spread)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"backbone {config.path} cannot be loaded as a causal LM: {first_line}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.spread and model.config.model_type != "deepseek_v4":
+        raise InputError(f"backbone.spread: only the DeepSeek-V4 adapter reads a model on several GPUs; {path} is none")
     with contextlib.suppress(AttributeError):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device).eval(), tokenizer  # a cast here would round the RoPE frequencies too
+    if not config.spread:
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")  # a cast here would round RoPE frequencies too
+    return model.eval(), tokenizer
 
 
 def adapter(model: PreTrainedModel) -> Backbone:

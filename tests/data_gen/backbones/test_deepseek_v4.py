@@ -1,7 +1,9 @@
 """The DeepSeek-V4 tracer against the stock model run in one shot, without cache or pieces."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,19 +11,18 @@ import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 import data_gen.backbones.deepseek_v4 as tracer
+import eval.plan
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.deepseek_v4_hooks import csa_layers, observe_csa
+from data_gen.backbones.deepseek_v4_oracles import IndexerOracle
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.chunks import Chunking
 from data_gen.config import BackboneConfig, TraceConfig
 from data_gen.errors import InputError
-from data_gen.generate import generate
+from data_gen.flashmemory.document import V4_FLASH
 from data_gen.key_codec import decode_keys
 from data_gen.keys import key_vectors
 from data_gen.lightning import lightning_scores
-from eval.recall import evaluate_recall
-from indexer_train.config import TrainConfig
-from indexer_train.trainer import train
 from tests.conftest import TINY_V4, tiny_model
 
 LENGTH = 150
@@ -231,11 +232,31 @@ def test_other_shapes_work_too():
     assert raw.keys[1].shape == (LENGTH // 8, 36)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_saved_checkpoint_loads_and_traces(tmp_path, model, tokenizer, dtype):
+@pytest.mark.parametrize(("name", "layers", "top_k"), [("flash", 21, 512), ("pro", 30, 1024)])
+def test_the_published_models_layers_and_indexers(name, layers, top_k):
+    """Their own config.json, narrow everywhere but in the indexer: 64 heads of 128, all layers in their order."""
+    config = json.loads((Path(eval.plan.__file__).parent / "configs" / f"deepseek-v4-{name}.json").read_text())
+    narrow = {"vocab_size": 128, "hidden_size": 32, "num_attention_heads": 2, "head_dim": 64, "q_lora_rank": 16,
+              "o_groups": 1, "o_lora_rank": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "hc_mult": 2,
+              "moe_intermediate_size": 8, "hc_sinkhorn_iters": 2, "initializer_range": 0.3}  # fmt: skip
+    del config["quantization_config"], config["dtype"]
+    torch.manual_seed(0)
+    backbone = DeepseekV4Backbone(DeepseekV4ForCausalLM(DeepseekV4Config(**config | narrow)))
+    assert backbone.info.full_layers == list(range(layers)) and backbone.info.context == 1 << 20
+    assert [backbone.layers[ordinal] for ordinal in (10, 12, 20)] == [22, 26, 42]
+    assert backbone.info.rope == V4_FLASH.rope and backbone.info.key_width == 128
+    assert IndexerOracle(layers, backbone.model.config.index_topk).top_k == top_k
+    trace = settings(layers=[10, 12, 20], chunking=Chunking(tokens=4, sink=0, recent=2))
+    raw = backbone.trace(IDS, ROWS[-10:], trace)
+    assert raw.keys[20].shape == (LENGTH // 4, 132) and raw.native[12, 0].query.shape == (64, 128)
+    assert 3 <= int(raw.oracle.votes.min()) < int(raw.oracle.votes.max()) <= layers
+
+
+@pytest.mark.parametrize(("dtype", "spread"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_a_saved_checkpoint_loads_and_traces(tmp_path, model, tokenizer, dtype, spread):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded, _ = load_backbone(BackboneConfig(path=str(tmp_path), dtype=dtype))
+    loaded, _ = load_backbone(BackboneConfig(path=str(tmp_path), dtype=dtype, spread=spread))
     backbone = adapter(loaded)
     assert backbone.info == DeepseekV4Backbone(model).info  # the fingerprint survives the cast
     raw = backbone.trace(IDS, ROWS, settings(oracle="attention"))
@@ -274,36 +295,3 @@ def test_bad_input_is_named(model):
         DeepseekV4Backbone(changed(layer_types=["sliding_attention"] * 7))
     with pytest.raises(InputError, match="was it cast to bf16 after loading"):
         DeepseekV4Backbone(changed().to(torch.bfloat16))
-
-
-def test_generate_fills_a_store_either_way(tmp_path, model, tokenizer, tiny_recipe):
-    backbone = adapter(model)
-    assert isinstance(backbone, DeepseekV4Backbone)
-    documents = tiny_recipe.documents.model_copy(update={"heldout": {"text": 1, "single": 1}})
-    for oracle, own_tokens in (("indexer", 0), ("attention", 0), ("indexer", 24)):
-        trace = tiny_recipe.trace.model_copy(update={"layers": [1, 3], "oracle": oracle, "own_tokens": own_tokens})
-        root = tmp_path / f"{oracle}{own_tokens}"
-        store = generate(backbone, tokenizer, documents, trace, "heldout", root, lambda items, _: items)
-        for document in store:
-            windows = document.windows(serving=True)
-            labels = document.labels(windows)
-            assert len(windows) and document.chunks in (document.meta.length // 4, (document.meta.length - 1) // 4)
-            assert labels.mass.shape == (len(windows), document.chunks)
-            if own_tokens and document.meta.task == "text":
-                assert document.meta.length <= 500 + own_tokens and document.meta.spans[0].tail
-
-
-@pytest.mark.parametrize("oracle", ["indexer", "attention"])
-def test_an_indexer_trains_and_is_measured_on_the_traces(tmp_path, model, tokenizer, tiny_recipe, oracle):
-    trace = tiny_recipe.trace.model_copy(update={"layers": [1, 3], "oracle": oracle})
-    documents = tiny_recipe.documents.model_copy(update={"train": {"text": 4}})
-    store = generate(DeepseekV4Backbone(model), tokenizer, documents, trace, "train", tmp_path, lambda items, _: items)
-    loss = "focal" if oracle == "indexer" else "listwise_mass"
-    config = TrainConfig(loss=loss, epochs=1, windows_per_document=8, validation_every=2, eval_epochs=1)
-    indexer = train(store, tiny_recipe.indexer, config, tmp_path / "run")
-    assert indexer.spec.rope == store.manifest.backbone.rope and indexer.spec.key == "fp8_rope_hadamard"
-    rows = evaluate_recall(indexer, store, config.golden, indexer.spec.thresholds["0.1"])
-    best = {row.budget: row.mass_recall for row in rows if row.policy == "oracle"}
-    assert all(0 <= row.mass_recall <= best[row.budget] + 1e-6 for row in rows if row.budget != "threshold")
-    untrained = {"oracle", "native", "frequency", "recency", "random", "protected"}  # nothing is pooled
-    assert {row.policy for row in rows} == untrained | {"indexer", "layer 1", "layer 3"}
