@@ -167,6 +167,8 @@ class TraceDocument:
     def windows(self, serving: bool) -> torch.Tensor:
         """[W, 2] rows (first, one past the last) of lookahead windows that have an unprotected chunk to choose.
 
+        The window of token t is t .. t + tau - 1, the release's definition, in training and in measured recall alike.
+        Serving lags by one: a set is chosen from t's hidden state once t has been read, and serves t + 1 .. t + tau.
         serving: one window every tau tokens, as a runtime refreshes; otherwise one starting at every row.
         Windows cut short by the end of a span count only where the span says so and `trace.tail` tokens remain.
         """
