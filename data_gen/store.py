@@ -25,6 +25,7 @@ from data_gen.trace import BackboneInfo, NativeRow, RawTrace
 from data_gen.votes import GoldenChunks
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 DENSE_ELEMENTS = 1 << 25
 """Query tokens x chunks up to which a document's oracle is kept unpacked (256 MiB); beyond, window by window."""
 
@@ -70,6 +71,13 @@ class Manifest(BaseModel):
     trace: TraceConfig
     documents: dict[str, Any]
     versions: dict[str, str]
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{path}: not a manifest of this version ({error.errors()[0]['msg']})") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -212,14 +220,10 @@ class TraceStore:
     @classmethod
     def open(cls, root: Path) -> "TraceStore":
         """Open a store for reading. Raises InputError when there is none or it is empty."""
-        path = root / "manifest.json"
+        path = root / MANIFEST
         if not path.exists():
-            raise InputError(f"{root}: no trace store there (manifest.json is missing); run `lookahead generate` first")
-        try:
-            manifest = Manifest.model_validate_json(path.read_text())
-        except ValidationError as error:
-            raise InputError(f"{path}: not a manifest of this version ({error.errors()[0]['msg']})") from error
-        store = cls(root, manifest)
+            raise InputError(f"{root}: no trace store there ({MANIFEST} is missing); run `lookahead generate` first")
+        store = cls(root, _read_manifest(path))
         if not store.paths():
             raise InputError(f"{root}: the trace store holds no document")
         return store
@@ -228,9 +232,9 @@ class TraceStore:
     def create(cls, root: Path, manifest: Manifest) -> "TraceStore":
         """Start a store, or continue one made with the same settings."""
         root.mkdir(parents=True, exist_ok=True)
-        path = root / "manifest.json"
+        path = root / MANIFEST
         if path.exists():
-            earlier = Manifest.model_validate_json(path.read_text()) if list(root.glob("doc_*")) else manifest
+            earlier = _read_manifest(path) if list(root.glob("doc_*")) else manifest
             for field in ("backbone", "trace", "documents"):
                 if getattr(earlier, field) != getattr(manifest, field):
                     raise InputError(f"{root}: holds traces made with another {field}; choose another folder")

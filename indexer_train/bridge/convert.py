@@ -1,6 +1,7 @@
 """Indexers to bundles and the FlashMemory release's checkpoints and back; what a format cannot carry is reported."""
 
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +33,10 @@ def keep_layers(indexer: MemoryIndexer, layers: list[int]) -> MemoryIndexer:
     Raises InputError when a layer is not there.
     """
     spec = indexer.spec
-    if missing := sorted(set(layers) - set(spec.layers)) or not layers:
+    if (missing := sorted(set(layers) - set(spec.layers))) or not layers:
         raise InputError(f"layers {missing or layers}: the indexer has {spec.layers}")
+    if len(set(layers)) < len(layers):
+        raise InputError(f"layers {layers}: one is named twice")
     if sorted(layers) == spec.layers:
         return indexer
     budgets = [each for each in spec.selections if isinstance(each, Budget)]
@@ -90,6 +93,8 @@ def import_checkpoints(
     offset it was served with, which becomes the bias. positions: first position to refuse, instead of the end of the
     file's RoPE table. Raises InputError when files do not belong together.
     """
+    if not isfinite(offset):
+        raise InputError(f"--offset {offset}: not a number that a logit can be moved by")
     only = layers[0] if layers and len(layers) == len(paths) == 1 else None
     found = {path: read_checkpoint(path, only) for path in paths}
     weights: dict[int, LayerWeights] = {}

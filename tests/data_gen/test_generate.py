@@ -52,6 +52,14 @@ def test_damaged_and_missing_stores_are_named(tmp_path, tokenizer, tiny_recipe):
     with pytest.raises(InputError, match="no trace store"):
         TraceStore.open(tmp_path)
     store = run(tmp_path, tokenizer, tiny_recipe)
+    whole = (tmp_path / "manifest.json").read_bytes()
+    for damaged in (b"", b"{", b"\xff\xfe", b"[]"):
+        (tmp_path / "manifest.json").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"manifest\.json: not a manifest"):
+            TraceStore.open(tmp_path)
+        with pytest.raises(InputError, match=r"manifest\.json: not a manifest"):
+            run(tmp_path, tokenizer, tiny_recipe)
+    (tmp_path / "manifest.json").write_bytes(whole)
     victim = store.paths()[2]
     victim.write_bytes(victim.read_bytes()[:-100])
     with pytest.raises(InputError, match=f"{victim.name}: damaged trace"):

@@ -169,8 +169,9 @@ def test_eight_trained_layers_to_three_served(tmp_path, make_indexer, arguments)
     assert load_bundle(tmp_path / "bundle").spec.layers == [10, 12, 20]
     assert read_checkpoint(tmp_path / "flashmemory-joint").layers.keys() == {10, 12, 20}
     assert keep_layers(indexer, indexer.spec.layers).spec.thresholds == {"0.1": -1.0}
-    with pytest.raises(InputError, match=r"layers \[11\]"):
-        keep_layers(indexer, [10, 11])
+    for layers, message in (([10, 11], r"layers \[11\]"), ([10, 10], "named twice"), ([], r"layers \[\]: the indexer")):
+        with pytest.raises(InputError, match=message):
+            keep_layers(indexer, layers)
 
 
 def test_bias_and_thresholds_become_offsets(tmp_path, make_indexer, arguments):
@@ -308,4 +309,6 @@ def test_the_command_line_both_ways(tmp_path, v4_store):
     same(torch.load(tmp_path / "back.pt", weights_only=True), dict(joint(["10", "12"])))
     assert run(app, [*command, "--format", "other"]).exit_code == 2
     result = run(app, [*command, "--layers", "10,x"])
-    assert isinstance(result.exception, InputError) or result.exit_code == 2
+    assert isinstance(result.exception, InputError) and "--layers 10,x: not numbers" in str(result.exception)
+    result = run(app, ["convert", str(path), "--out", str(tmp_path / "other"), "--offset", "nan"])
+    assert isinstance(result.exception, InputError) and not (tmp_path / "other").exists()
