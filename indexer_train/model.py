@@ -12,11 +12,13 @@ from torch import nn
 from data_gen.chunks import Chunking
 from data_gen.key_codec import hadamard
 from data_gen.keys import key_vectors
+from data_gen.products import product
 from data_gen.rope import Rope
 from data_gen.store import write_atomically
 from data_gen.trace import KeyKind
 from indexer_train.card import Provenance, model_card
 from indexer_train.config import IndexerConfig
+from indexer_train.memory import SteadyLinear
 from indexer_train.scoring import TILE_ELEMENTS, PackedQuery, join_layers
 from indexer_train.selection import Budget, Cut, Selection, Threshold
 
@@ -96,10 +98,10 @@ class LayerEncoder(nn.Module):
         super().__init__()
         packed = spec.packed
         self.turn = spec.turn
-        self.wq_a = nn.Linear(spec.hidden, spec.shape.rank, bias=False)
+        self.wq_a = SteadyLinear(spec.hidden, spec.shape.rank)
         self.q_norm = nn.RMSNorm(spec.shape.rank, eps=1e-6)
-        self.wq_b = nn.Linear(spec.shape.rank, packed.heads * packed.width, bias=False)
-        self.weights_proj = nn.Linear(spec.hidden, packed.heads, bias=False)
+        self.wq_b = SteadyLinear(spec.shape.rank, packed.heads * packed.width)
+        self.weights_proj = SteadyLinear(spec.hidden, packed.heads)
         extras = packed.bumps + packed.scale + packed.slot
         self.extras = nn.Linear(spec.hidden, extras) if extras else None
         if self.extras is not None:
@@ -110,11 +112,17 @@ class LayerEncoder(nn.Module):
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """hidden: [B, hidden], positions: [B] -> packed query without the bias [B, size]."""
-        query = self.wq_b(self.q_norm(self.wq_a(hidden).float())).unflatten(-1, (self.heads, -1))
+        latent = self.q_norm(_project(self.wq_a, hidden).float())
+        query = _project(self.wq_b, latent).unflatten(-1, (self.heads, -1))
         parts = [self.turn(query, positions).flatten(1), self.weights_proj(hidden) * self.weight_scale]
         if self.extras is not None:
             parts.append(self.extras(hidden))
         return torch.cat(parts, dim=-1)
+
+
+def _project(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """layer(x), faster where the CPU needs no gradient of it."""
+    return product(x, layer.weight) if x.is_cpu and not torch.is_grad_enabled() else layer(x)
 
 
 class QueryEncoder(InputModule):

@@ -21,6 +21,7 @@ from indexer_train.checkpoints import KeepLoss, newest_whole, restore_loss
 from indexer_train.config import IndexerConfig, TrainConfig
 from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
+from indexer_train.memory import keep_freed_memory
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, served_first
 
@@ -72,6 +73,7 @@ def make_trainer(
     weights: dict[Path, float] | None = None,
 ) -> SentenceTransformerTrainer:
     """The stock trainer as `train` runs it, with a new indexer."""
+    keep_freed_memory()
     if config.loss not in LOSSES:
         raise InputError(f"train.loss: unknown loss {config.loss!r}; choose from {', '.join(LOSSES)}")
     if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
