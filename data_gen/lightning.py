@@ -3,10 +3,11 @@
 import torch
 
 from data_gen.oracle import TILE_ELEMENTS
+from data_gen.products import product
 
 CACHE_ELEMENTS = 1 << 18
 """Matches of queries and keys held in the CPU's cache at once (1 MiB in fp32)."""
-CACHE_ROWS = 1024
+CACHE_ROWS = 512
 """Heads times queries of such a tile: enough for the matrix product to run at full speed."""
 
 
@@ -22,14 +23,16 @@ def tiled_scores(query: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor)
     On the CPU a tile is used while it is in the cache.
     """
     scores = torch.empty(len(query), len(keys), device=keys.device)
-    size = TILE_ELEMENTS if keys.is_cuda else CACHE_ELEMENTS
-    rows = max(1, CACHE_ROWS // weights.shape[1]) if not keys.is_cuda else max(1, len(query))
-    step = max(1, size // max(1, min(rows, len(query)) * weights.shape[1]))
-    for tile_rows in range(0, len(query), rows):
-        some = slice(tile_rows, tile_rows + rows)
-        packed, share = query[some].float().flatten(0, 1), weights[some, None].float()
-        for first in range(0, len(keys), step):
-            tile = slice(first, first + step)
-            match = torch.mm(packed, keys[tile].float().T).relu_().unflatten(0, share.shape[::2])
-            torch.bmm(share, match, out=scores[some, None, tile])
+    if not scores.numel():
+        return scores
+    heads, rows, size = weights.shape[1], len(query), TILE_ELEMENTS
+    if not keys.is_cuda:
+        rows, size = min(rows, max(1, CACHE_ROWS // heads)), CACHE_ELEMENTS
+    step = max(1, size // (rows * heads))
+    for first in range(0, len(keys), step):
+        tile = keys[first : first + step].float().contiguous()
+        for top in range(0, len(query), rows):
+            few = slice(top, top + rows)
+            match = product(query[few].float().flatten(0, 1), tile, relu=True).unflatten(0, (-1, heads))
+            torch.bmm(weights[few, None].float(), match, out=scores[few, None, first : first + step])
     return scores
