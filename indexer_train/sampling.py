@@ -44,7 +44,7 @@ class SparseOracle:
         """What rows first..last-1 needed of the chunks in `bounds` (first and one past the last candidate)."""
         found = slice(self.pointers[first], self.pointers[last])
         chunks, where = np.unique(self.chunks[found], return_inverse=True)
-        mass = np.bincount(where, self.mass[found], minlength=len(chunks))
+        mass = np.bincount(where, self.mass[found], minlength=len(chunks)).astype(np.float64)  # of nothing: integers
         mass /= max(mass.sum(), 1.0) if self.votes else last - first
         peak = np.zeros(len(chunks), np.float32)
         np.maximum.at(peak, where, self.peak[found])

@@ -132,6 +132,14 @@ def test_the_sparse_oracle_is_the_dense_one(which, stores, voted):
             assert abs(window.protected - protected) < 1e-5
 
 
+@pytest.mark.parametrize("votes", [True, False])
+def test_a_window_that_needed_nothing(votes):
+    nothing = np.zeros(0, np.float32)
+    oracle = SparseOracle(np.zeros(5, np.int64), np.zeros(0, np.int64), nothing, nothing, np.zeros(4, np.float32), votes)
+    window = oracle.window(1, 4, (1, 9))
+    assert not len(window.chunks) and not len(window.mass) and window.protected == 1
+
+
 @pytest.mark.parametrize("source", ["uniform", "in_batch"])
 def test_candidates_are_the_golden_chunks_and_three_negatives_each(voted, source):
     settings = CandidatesConfig(kind="sampled", source=source, common_weight=0.5)
