@@ -135,7 +135,9 @@ def test_the_sparse_oracle_is_the_dense_one(which, stores, voted):
 @pytest.mark.parametrize("votes", [True, False])
 def test_a_window_that_needed_nothing(votes):
     nothing = np.zeros(0, np.float32)
-    oracle = SparseOracle(np.zeros(5, np.int64), np.zeros(0, np.int64), nothing, nothing, np.zeros(4, np.float32), votes)
+    oracle = SparseOracle(
+        np.zeros(5, np.int64), np.zeros(0, np.int64), nothing, nothing, np.zeros(4, np.float32), votes
+    )
     window = oracle.window(1, 4, (1, 9))
     assert not len(window.chunks) and not len(window.mass) and window.protected == 1
 
