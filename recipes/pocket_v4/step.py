@@ -30,7 +30,7 @@ def losses(model: DeepseekV4ForCausalLM, tokens: Tensor, tasks: Tensor, config: 
     text = (surprise * ~answers).sum() / (~answers).sum()
     kl = sum(reading.kl for reading in probe.readings)
     right = logits[:, :-1].argmax(-1) == tokens[:, 1:]
-    asked = F.one_hot(wanted[:, :-1] + 1, len(TASKS) + 1)[..., 1:]  # [B, L - 1, tasks]
+    asked = wanted[:, :-1, None] == torch.arange(len(TASKS), device=tokens.device)  # [B, L - 1, tasks]
     hits, counts = (asked * right.unsqueeze(-1)).sum((0, 1)), asked.sum((0, 1))
     parts = torch.stack([answer, text, kl, recall(probe.readings)])
     total = answer + config.text * text + config.indexer * kl

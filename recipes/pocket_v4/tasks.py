@@ -124,36 +124,38 @@ def training_items(words: Words, facts: int) -> list[Item]:
 def training_document(lexicon: Lexicon, length: int, far: int, rng: Random) -> tuple[list[str], list[int]]:
     """`length` words with many facts and questions, and per word the index of the task it answers (-1: none).
 
-    far: words between an item's last fact and its question, so that a sliding window cannot answer.
+    far: least number of words between the last mention of an item and its next question, so that no sliding window
+    answers it. The item asked is drawn from all that are due: were the newest one asked, distance would give it away.
     """
     words = Words(lexicon, rng)
-    density = rng.choice((0.15, 0.5, 0.8, 0.95))
-    slot = sum(GAP) // 2 + 5
-    pending = training_items(words, max(1, int(density * 0.5 * length / slot)))
-    left = {id(item): len(item.facts) for item in pending}
-    facts = [(item, fact) for item in pending for fact in item.facts]
+    spread = rng.choice((1, 1, 1, 1 + length // 512))
+    most = 0.5 * length / (spread * sum(GAP) / 2 + 4)
+    items = training_items(words, max(1, round(most ** rng.random() ** 0.25)))
+    untold = {id(item): len(item.facts) for item in items}
+    facts = [(item, fact) for item in items for fact in item.facts]
     rng.shuffle(facts)
-    waiting: list[tuple[int, Item]] = []
+    telling = rng.choice((0.5, 1.0, 1.0, 1.0))
+    told: list[tuple[int, Item]] = []  # with the first word at which the item may be asked
     text: list[str] = []
     tasks: list[int] = []
     while len(text) < length:
-        plain = filler(rng, rng.randint(*GAP))
-        ready = [entry for entry in waiting if len(text) - entry[0] > far]
-        if ready and (not facts or rng.random() < 0.5):
-            chosen = rng.choice(ready)
-            waiting.remove(chosen)
-            item = chosen[1]
-            text += [*plain, *item.question, *item.answer, "."]
-            tasks += [-1] * (len(plain) + len(item.question)) + [TASKS.index(item.task)] * len(item.answer) + [-1]
-            continue
-        if facts and rng.random() < density:
+        due = [i for i, (word, _) in enumerate(told) if word <= len(text)]
+        if facts and (not due or rng.random() < telling):
             item, fact = facts.pop()
-            plain += fact
-            left[id(item)] -= 1
-            if not left[id(item)]:
-                waiting.append((len(text) + len(plain), item))
-        text += plain
-        tasks += [-1] * len(plain)
+            text += [*filler(rng, spread * rng.randint(*GAP)), *fact]
+            untold[id(item)] -= 1
+            if not untold[id(item)]:
+                told.append((len(text) + far, item))
+        elif due:
+            chosen = rng.choice(due)
+            item = told[chosen][1]
+            text += [*filler(rng, rng.randint(0, rng.choice((2, GAP[1])))), *item.question]
+            tasks += [-1] * (len(text) - len(tasks)) + [TASKS.index(item.task)] * len(item.answer)
+            text += [*item.answer, "."]
+            told[chosen] = (len(text) + int(far * (length / far) ** rng.random()), item)
+        else:
+            text += filler(rng, rng.randint(*GAP))
+        tasks += [-1] * (len(text) - len(tasks))
     return text[:length], tasks[:length]
 
 
