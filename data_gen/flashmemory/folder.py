@@ -12,7 +12,7 @@ from data_gen.config import TraceConfig
 from data_gen.errors import InputError
 from data_gen.flashmemory.document import CHUNK_TOKENS, V4_FLASH, Dropped, read_document
 from data_gen.flashmemory.unpickle import load_dump
-from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
+from data_gen.store import DocumentMeta, Manifest, Span, TraceDocument, TraceStore
 
 NAME = re.compile(r"doc_(\d{5}|[1-9]\d{5,})\.pkl")
 """As the server numbers them; anything looser would let two files share a number."""
@@ -59,10 +59,11 @@ def import_dumps(folder: Path, root: Path, trace: TraceConfig, progress: Progres
     metadata = _read_metadata(folder / METADATA, report)
     for path in progress(paths, "importing"):
         number = int(path.stem.removeprefix("doc_"))
-        if store.path(number).exists():
-            report.present += 1
-            continue
         try:
+            if store.path(number).exists():
+                _check_same(path, store.path(number), trace)
+                report.present += 1
+                continue
             dropped = _import_one(path, number, store, metadata.get(path.name, {}))
         except InputError as error:
             report.failed.append(f"{path}: {error}")
@@ -71,6 +72,12 @@ def import_dumps(folder: Path, root: Path, trace: TraceConfig, progress: Progres
         report.out_of_range += dropped.out_of_range
         report.not_visible += dropped.not_visible
     return report
+
+
+def _check_same(path: Path, document: Path, trace: TraceConfig) -> None:
+    """Raise InputError when `document` was made of another dump than `path`, by its size: every folder counts from 0."""
+    if TraceDocument(document, trace).source.get("bytes") != path.stat().st_size:
+        raise InputError(f"{document} was made of another dump; import each folder into a store of its own")
 
 
 def _import_one(path: Path, number: int, store: TraceStore, server: dict[str, Any]) -> Dropped:
@@ -84,7 +91,8 @@ def _import_one(path: Path, number: int, store: TraceStore, server: dict[str, An
         spans=[Span(first=0, last=len(raw.positions), serve=0, tail=True)],
     )
     client = _read_json(path.with_suffix(".json"))
-    store.write(number, meta, raw, {"client": client, "server": server, "dropped": vars(dropped)})
+    source = {"client": client, "server": server, "dropped": vars(dropped), "bytes": path.stat().st_size}
+    store.write(number, meta, raw, source)
     return dropped
 
 

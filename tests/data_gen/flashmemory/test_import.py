@@ -95,7 +95,8 @@ def test_a_folder_becomes_a_store(tmp_path):
         assert torch.equal(native[1].query.flatten(), tensors["q_layer_10_token_1"][0])
         assert torch.equal(native[2].weights, tensors["weights_layer_10_token_2"].flatten())
     sources = [document.source for document in store]
-    assert sources[1] == {"client": client, "server": server, "dropped": {"out_of_range": 0, "not_visible": 0}}
+    dropped, size = {"out_of_range": 0, "not_visible": 0}, (folder / "doc_00003.pkl").stat().st_size
+    assert sources[1] == {"client": client, "server": server, "dropped": dropped, "bytes": size}
     assert sources[0]["client"] == {} and sources[0]["server"] == {}
 
 
@@ -110,6 +111,18 @@ def test_finished_documents_stay_and_other_settings_are_refused(tmp_path):
     assert (root / "doc_00000.safetensors").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="another trace"):
         imported(folder, root, TRACE.model_copy(update={"window": 4}))
+
+
+def test_two_folders_do_not_pass_for_one(tmp_path):
+    """Both count from 0: the second one's documents must not count as present."""
+    for name, tokens in (("a", TOKENS), ("b", TOKENS + 1)):
+        save(tmp_path / name, 0, dump(tokens=tokens))
+    imported(tmp_path / "a", tmp_path / "store")
+    report = imported(tmp_path / "b", tmp_path / "store")
+    assert report.present == report.written == 0
+    assert "b/doc_00000.pkl: " in report.failed[0] and "was made of another dump" in report.failed[0]
+    (tmp_path / "store" / "doc_00000.safetensors").write_bytes(b"x")
+    assert "damaged trace" in imported(tmp_path / "a", tmp_path / "store").failed[0]
 
 
 @settings(max_examples=40)
