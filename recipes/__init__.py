@@ -2,9 +2,10 @@
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Self
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from data_gen.config import BackboneConfig, DocumentsConfig, Strict, TraceConfig
 from data_gen.errors import InputError
@@ -21,6 +22,13 @@ class Recipe(Strict):
     indexer: IndexerConfig
     train: TrainConfig
     decode: DecodeConfig = DecodeConfig()
+
+    @model_validator(mode="after")
+    def _texts_outlast_decoding(self) -> Self:
+        shortest, followed = self.documents.tokens[0], self.decode.text_tokens
+        if self.documents.heldout.get("text") and self.decode.text_documents and followed >= shortest:
+            raise ValueError(f"decode.text_tokens {followed}: a text of documents.tokens {shortest} has no prompt left")
+        return self
 
 
 def load_recipe(name: str) -> Recipe:

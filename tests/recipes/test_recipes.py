@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data_gen.errors import InputError
 from recipes import load_recipe
@@ -36,6 +37,14 @@ def test_shipped_recipes_are_valid_and_say_what_to_expect(name):
 def test_mistakes_in_a_recipe_are_named(tmp_path, text, complaint):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(InputError, match=complaint):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_text_that_is_followed_has_a_prompt(tmp_path):
+    settings = load_recipe("smollm2-quickstart").model_dump(mode="json")
+    settings["decode"]["text_tokens"] = settings["documents"]["tokens"][0]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError, match=r"decode\.text_tokens 1000: a text of documents\.tokens 1000"):
         load_recipe(str(tmp_path / "r.yaml"))
 
 
