@@ -34,14 +34,16 @@ Metrics = dict[str, dict[str, float]]
 
 
 def write_documents(folder: Path, documents: int, chunks: int, tokens: int) -> None:
-    """The training benchmark's dumps, cut to `tokens` query tokens that come after all the chunks."""
+    """The training benchmark's dumps, cut to `tokens` query tokens that come after all the chunks (where rope ends,
+    at 2^20 positions, after all but the last few)."""
     write_dumps(folder, documents, chunks)
+    start = min(4 * chunks, 2**20 - tokens)
     for path in folder.glob("doc_*.pkl"):
         tensors = pickle.loads(path.read_bytes())
         end = int(tensors["label_pointers"][tokens])
         for layer in LAYERS:
             tensors[f"hidden_layer_{layer}"] = tensors[f"hidden_layer_{layer}"][:tokens].clone()
-            tensors[f"positions_layer_{layer}"] = torch.arange(4 * chunks, 4 * chunks + tokens)
+            tensors[f"positions_layer_{layer}"] = torch.arange(start, start + tokens)
         tensors["label_pointers"] = tensors["label_pointers"][: tokens + 1].clone()
         for name in ("label_indices", "label_scores"):
             tensors[name] = tensors[name][:end].clone()
@@ -151,7 +153,8 @@ def main() -> None:
         write_documents(folder, arguments.documents, arguments.chunks, arguments.tokens)
         chunking = Chunking(tokens=4, sink=0, recent=0)
         trace = TraceConfig(chunking=chunking, layers=LAYERS, oracle="indexer", window=WINDOW, tail=1)
-        import_dumps(folder, folder / "store", trace, lambda items, _: items)
+        if failed := import_dumps(folder, folder / "store", trace, lambda items, _: items).failed:
+            sys.exit("\n".join(failed))
 
         def run(side: str) -> dict[str, Any]:
             command = [sys.executable, "-m", "benchmarks.evaluate", *sys.argv[1:], "--measure", side, "--folder", name]

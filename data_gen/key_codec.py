@@ -5,6 +5,7 @@ Page: the values of 64 chunks, then their 64 scales (8,448 bytes), the layout of
 Widths come from the tensors, so that narrow models use the same code.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ NAN_CODE = 0x7F
 def hadamard(x: torch.Tensor) -> torch.Tensor:
     """Sylvester's Walsh-Hadamard transform over the last axis / sqrt(width); its own inverse.
 
-    x: [..., d], d a power of two. Returns [..., d] fp32. Written as butterflies: neither autocast nor TF32 can touch
-    the sums, and every device adds in the same order. Raises InputError on any other width.
+    x: [..., d], d a power of two. Returns [..., d] fp32, whatever autocast or TF32 may say. Raises InputError on any
+    other width.
     """
     width = x.shape[-1]
     if width < 1 or width & (width - 1):
@@ -34,12 +35,25 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     return _Hadamard.apply(x.float())
 
 
+@lru_cache
+def _signs(width: int) -> torch.Tensor:
+    """Sylvester's matrix, [width, width] of +-1."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < width:
+        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
+    return matrix
+
+
 class _Hadamard(torch.autograd.Function):
     """Linear and symmetric: the gradient is the transform of the gradient, nothing is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        width, half = x.shape[-1], 1
+        given, width, half = x, x.shape[-1], 1
+        if x.device.type == "cpu":  # butterflies among neighbours are slow there: the first four passes at once
+            half = min(width, 16)
+            with torch.autocast("cpu", enabled=False):
+                x = (x.reshape(-1, half) @ _signs(half)).view(x.shape)
         while half < width:
             even, odd = x.unflatten(-1, (-1, 2, half)).unbind(-2)
             x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -47,7 +61,7 @@ class _Hadamard(torch.autograd.Function):
             torch.add(even, odd, out=sums)
             torch.sub(even, odd, out=differences)
             half *= 2
-        return x * width**-0.5
+        return x * width**-0.5 if x is given else x.mul_(width**-0.5)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,6 @@ class Rope(BaseModel):
         """Turn the last `dims` of x: [..., d] by positions, which broadcast to x.shape[:-1]. Returns [..., d] fp32."""
         fixed, turning = x.float().split([x.shape[-1] - self.dims, self.dims], dim=-1)
         angles = self.angles(positions)
-        cos, sin = angles.cos(), angles.sin()
-        even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+        pairs = torch.view_as_complex(turning.contiguous().unflatten(-1, (-1, 2)))
+        turned = torch.view_as_real(pairs * torch.complex(angles.cos(), angles.sin())).flatten(-2)
         return torch.cat([fixed, turned], dim=-1)

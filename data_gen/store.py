@@ -27,7 +27,7 @@ from data_gen.votes import GoldenChunks
 FORMAT = 1
 MANIFEST = "manifest.json"
 DENSE_ELEMENTS = 1 << 25
-"""Query tokens x chunks up to which a document's oracle is kept unpacked (256 MiB); beyond, window by window."""
+"""Query tokens x chunks up to which a document's oracle is kept unpacked (256 MiB); beyond, a few windows at a time."""
 
 
 class Span(BaseModel):
@@ -199,14 +199,21 @@ class TraceDocument:
         """The oracle pooled over `windows` ([W, 2], from `windows`)."""
         if self.trace.oracle == "indexer":
             return self.golden.window_labels(self.positions, windows, self.trace.chunking, self.chunks)
-        attention, positions = self.attention, self.positions
-        if len(windows) and len(positions) * self.chunks > DENSE_ELEMENTS:
-            first, last = int(windows.min()), int(windows.max())
-            attention, positions, windows = attention.rows(first, last), positions[first:last], windows - first
-            mean, peak = attention.dense(self.chunks)
-        else:
+        if len(self.positions) * self.chunks <= DENSE_ELEMENTS:
             mean, peak = self._dense
-        return window_labels(mean, peak, attention.rest, positions, windows, self.trace.chunking)
+            return window_labels(mean, peak, self.attention.rest, self.positions, windows, self.trace.chunking)
+        stride = int(windows[1, 0] - windows[0, 0]) if len(windows) > 1 else 1
+        rows = DENSE_ELEMENTS // 2 // self.chunks - self.trace.window
+        parts = [vars(self._labels_of(few)).values() for few in windows.split(max(1, rows // stride + 1))]
+        return WindowLabels(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    def _labels_of(self, windows: torch.Tensor) -> WindowLabels:
+        """`labels`, with no more of the oracle unpacked than the rows of these windows."""
+        first, last = int(windows.min()), int(windows.max())
+        few = self.attention.rows(first, last)
+        mean, peak = few.dense(self.chunks)
+        positions = self.positions[first:last]
+        return window_labels(mean, peak, few.rest, positions, windows - first, self.trace.chunking)
 
 
 class TraceStore:

@@ -19,6 +19,8 @@ DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 LENGTHS = 4
 """Bins of document lengths, equally wide."""
 RELIABILITY_BINS = 20
+SAMPLED = 1 << 16
+"""Candidates of one document that its scores are judged by, at most."""
 COMPARED = ("mass_recall", "golden_recall", "precision", "f1", "kept")
 
 
@@ -72,12 +74,15 @@ def threshold_for(indexer: MemoryIndexer, budget: float) -> Threshold:
 def reliability(indexer: MemoryIndexer, store: TraceStore, golden: float) -> list[dict[str, float]]:
     """Candidates of all serving windows in bins of equal counts, the lowest scores first.
 
-    Per bin {predicted: mean sigmoid(score), observed: share that is golden, chunks}.
+    Of a long document every n-th candidate, SAMPLED at most. Per bin {predicted: mean sigmoid(score), observed: share
+    that is golden, chunks}.
     """
     scores, truth = [], []
     for served in served_windows(store):
-        scores.append(indexer_scores(indexer, served)[served.labels.candidate])
-        truth.append(served.labels.golden(golden)[served.labels.candidate])
+        candidate = served.labels.candidate
+        every = -(-int(candidate.sum()) // SAMPLED)
+        scores.append(indexer_scores(indexer, served)[candidate][::every])
+        truth.append(served.labels.golden(golden)[candidate][::every])
     ranked, order = torch.cat(scores).double().sigmoid().sort()
     parts = zip(ranked.chunk(RELIABILITY_BINS), torch.cat(truth)[order].double().chunk(RELIABILITY_BINS), strict=True)
     return [{"predicted": float(p.mean()), "observed": float(t.mean()), "chunks": len(p)} for p, t in parts]

@@ -20,8 +20,6 @@ TOP = (128, 256, 512, 1024)
 """Numbers of chunks K at which recall@K is measured, where some window has more candidates."""
 PIECE_ELEMENTS = 1 << 21
 """Windows x chunks measured at once: what evaluation holds does not grow with the number of windows."""
-ROW_ELEMENTS = 1 << 24
-"""Query tokens x chunks whose labels are pooled at once."""
 PLAIN_TASKS = ("text", "document", "chat")
 Asked = float | str
 """A share of the chunks, "threshold", or "top K"."""
@@ -180,10 +178,8 @@ def _counts(served: ServedWindows, cuts: list[Asked]) -> torch.Tensor:
 
 
 def in_pieces(document: TraceDocument, windows: torch.Tensor) -> Iterator[ServedWindows]:
-    """`windows` ([W, 2], one a refresh or one a token) a few at a time, in order."""
-    stride = int(windows[1, 0] - windows[0, 0]) if len(windows) > 1 else 1
-    size = max(1, document.chunks)
-    for piece in windows.split(max(1, min(PIECE_ELEMENTS // size, ROW_ELEMENTS // size // stride))):
+    """`windows` ([W, 2]) a few at a time, in order."""
+    for piece in windows.split(max(1, PIECE_ELEMENTS // max(1, document.chunks))):
         if len(piece):
             yield ServedWindows.of(document, piece)
 

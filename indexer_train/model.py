@@ -110,14 +110,14 @@ class LayerEncoder(nn.Module):
         self.heads = packed.heads
         self.weight_scale = (packed.width * packed.heads) ** -0.5
 
-    def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """hidden: [B, hidden], positions: [B] -> packed query without the bias [B, size]."""
+    def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+        """hidden: [B, hidden], positions: [B] -> the packed query's parts without the bias, [B, size] together."""
         latent = self.q_norm(_project(self.wq_a, hidden).float())
         query = _project(self.wq_b, latent).unflatten(-1, (self.heads, -1))
         parts = [self.turn(query, positions).flatten(1), self.weights_proj(hidden) * self.weight_scale]
         if self.extras is not None:
             parts.append(self.extras(hidden))
-        return torch.cat(parts, dim=-1)
+        return parts
 
 
 def _project(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ class QueryEncoder(InputModule):
         hidden = features["input_features"].to(next(self.parameters()).dtype).unbind(dim=1)
         packed = []
         for encoder, state in zip(self.encoders.values(), hidden, strict=True):
-            packed += [encoder(state, positions), *bias]
+            packed += [*encoder(state, positions), *bias]
         features["sentence_embedding"] = torch.cat([*packed, positions[:, None].float()], dim=-1)
         return features
 

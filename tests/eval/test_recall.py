@@ -138,13 +138,13 @@ def test_tables_and_plot_show_every_policy(rows, tmp_path):
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_labels_of_a_long_document_are_read_window_by_window(stores, monkeypatch):
+@pytest.mark.parametrize("limit", [1, 12_000])
+def test_labels_of_a_long_document_are_read_a_few_windows_at_a_time(stores, monkeypatch, limit):
     for document in stores[1]:
-        windows = document.windows(serving=True)
-        whole = document.labels(windows)
-        monkeypatch.setattr("data_gen.store.DENSE_ELEMENTS", 1)
-        for row, window in enumerate(windows):
-            alone = document.labels(window[None])
+        for windows in (document.windows(serving=True), document.windows(serving=False)):
+            whole = document.labels(windows)
+            monkeypatch.setattr("data_gen.store.DENSE_ELEMENTS", limit)
+            few = document.labels(windows)
+            monkeypatch.undo()
             for name in ("mass", "peak", "candidate", "rest"):
-                torch.testing.assert_close(getattr(alone, name)[0], getattr(whole, name)[row])
-        monkeypatch.undo()
+                torch.testing.assert_close(getattr(few, name), getattr(whole, name))
