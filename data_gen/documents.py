@@ -17,6 +17,8 @@ from data_gen.store import Span
 from data_gen.tasks import NEEDLE_TASKS, Split, make_task
 
 TASKS = ("text", "document", "chat", *NEEDLE_TASKS)
+WHOLE = ("document", "chat")
+"""Tasks that read a source's documents as they are; the others pack its paragraphs to a length."""
 INSTRUCTION = "Read the text below, then answer the question at its end.\n\n"
 
 
@@ -67,18 +69,16 @@ class _Builder:
         counts: dict[str, dict[str, int]],
     ) -> None:
         self.config, self.trace, self.tokenizer, self.context, self.split = config, trace, tokenizer, context, split
-        packed = [task for task in TASKS if task not in ("document", "chat")]
-        needed = {side: sum(tasks.get(task, 0) for task in packed) for side, tasks in counts.items()}
-        whole = {side: tasks.get("document", 0) + tasks.get("chat", 0) for side, tasks in counts.items()}
+        whole = {side: sum(tasks.get(task, 0) for task in WHOLE) for side, tasks in counts.items()}
         raw = read_source(config.source, config.text_field)
         self.whole: Iterator[RawDocument] = iter(())
         if any(whole.values()):
-            if any(needed.values()):
+            if any(count for tasks in counts.values() for task, count in tasks.items() if task not in WHOLE):
                 raise InputError("documents: whole documents or chats and packed text need separate recipes")
             skip = whole["train"] if split == "heldout" else 0
             self.whole = itertools.islice(_once(raw), skip, None)
         else:
-            self.stream = _Stream(raw, needed["heldout"] / max(1, sum(needed.values())), tokenizer, split)
+            self.stream = _Stream(raw, heldout_share(config), tokenizer, split)
 
     def build(self, task: str, name: str) -> Document:
         rng = random.Random(f"{self.config.seed} {name}")
@@ -147,15 +147,7 @@ class _Builder:
         return self._checked(Document(name, task, ids, prompt, spans, positions, values, depth))
 
     def _conversation(self, messages: list[dict[str, str]], prompt: bool = False) -> list[int]:
-        if self.tokenizer.chat_template is None:  # message by message, so that no token spans two of them
-            pieces = [self._text_ids(f"{message['content']}\n\n") for message in messages]
-            special = set(self.tokenizer.all_special_ids)
-            later = [token for piece in pieces[1:] for token in piece if token not in special]
-            return [*pieces[0], *later]
-        # Templates that know no thinking ignore the word; of the others, some open every answer with a thought.
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=prompt, enable_thinking=self.config.thinking, return_dict=False
-        )
+        return conversation(self.tokenizer, messages, self.config.thinking, prompt)
 
     def _checked(self, document: Document) -> Document:
         length = len(document.tokens)
@@ -168,6 +160,33 @@ class _Builder:
                 f"{document.name}: {length} tokens, shorter than one window behind the protected chunks ({shortest})"
             )
         return document
+
+
+def conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], thinking: bool, prompt: bool = False
+) -> list[int]:
+    """Token ids of messages through the chat template, or one after the other where the model has none.
+
+    prompt: ends where the model's answer begins; thinking: whether templates that can let it think first.
+    """
+    if tokenizer.chat_template is None:  # message by message, so that no token spans two of them
+        pieces = [tokenizer(f"{message['content']}\n\n", verbose=False).input_ids for message in messages]
+        special = set(tokenizer.all_special_ids)
+        later = [token for piece in pieces[1:] for token in piece if token not in special]
+        return [*pieces[0], *later]
+    # Templates that know no thinking ignore the word; of the others, some open every answer with a thought.
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=prompt, enable_thinking=thinking, return_dict=False
+    )
+
+
+def heldout_share(config: DocumentsConfig) -> float:
+    """The share of the source's documents that packed text of the held-out side is taken from."""
+    packed = {
+        side: sum(count for task, count in counts.items() if task not in WHOLE)
+        for side, counts in (("train", config.train), ("heldout", config.heldout))
+    }
+    return packed["heldout"] / max(1, sum(packed.values()))
 
 
 def _once(documents: Iterable[RawDocument]) -> Iterator[RawDocument]:
