@@ -1,0 +1,1 @@
+"""End-to-end tasks: what a model answers under lookahead sparse attention, beside full attention and the baselines."""

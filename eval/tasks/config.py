@@ -1,0 +1,54 @@
+"""Validated settings of the benchmark."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from data_gen.config import Strict
+
+GeneratedTask = Literal["single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text"]
+TASKS: list[GeneratedTask] = [
+    "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text",
+]  # fmt: skip
+PolicyName = Literal["indexer", "mean_pooled", "native", "recency", "random", "oracle"]
+POLICIES: list[PolicyName] = ["indexer", "mean_pooled", "native", "recency", "random", "oracle"]
+"""Beside full attention, which is always run."""
+Format = Literal["ruler", "longbench-v2", "longmemeval", "mrcr"]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class BenchmarkFile(Strict):
+    """A published benchmark. source: .json, .jsonl, .parquet or a `datasets` name; limit: its first examples only."""
+
+    format: Format
+    source: str
+    limit: PositiveInt | None = None
+
+
+class BenchmarkConfig(Strict):
+    """What `lookahead benchmark` asks.
+
+    lengths: of generated examples in tokens; None: the longest that the indexer was trained on, and twice that;
+    tasks: generated ones beside `mrcr`, the dense demand where sparse attention is known to fail, which is always
+    asked; `text` is plain text to follow; examples: of each task and length; texts: of each length;
+    text_tokens: followed of each text; budgets: shares of chunks kept on top of the protected ones; policies: beside
+    full attention; keys, values, queries, hops: sizes of the needle tasks; common: words to find by `aggregation`;
+    haystack: plain text that training has not seen, a source as documents.source is; None: what the indexer's training
+    held out; files: published benchmarks.
+    """
+
+    lengths: list[PositiveInt] | None = None
+    tasks: list[GeneratedTask] = Field(TASKS)
+    examples: PositiveInt = 20
+    texts: PositiveInt = 4
+    text_tokens: PositiveInt = 256
+    budgets: list[Share] = Field([0.1], min_length=1)
+    policies: list[PolicyName] = Field(POLICIES)
+    keys: PositiveInt = 3
+    values: PositiveInt = 2
+    queries: PositiveInt = 2
+    hops: PositiveInt = 3
+    common: PositiveInt = 10
+    haystack: str | None = None
+    files: list[BenchmarkFile] = Field([])
+    seed: NonNegativeInt = 0
