@@ -18,10 +18,15 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class BenchmarkFile(Strict):
-    """A published benchmark. source: .json, .jsonl, .parquet or a `datasets` name; limit: its first examples only."""
+    """A published benchmark.
+
+    source: .json, .jsonl, .parquet or a `datasets` name, with its subset and split; limit: its first examples only.
+    """
 
     format: Format
     source: str
+    subset: str | None = None
+    split: str = "train"
     limit: PositiveInt | None = None
 
 

@@ -14,7 +14,7 @@ class Example:
     benchmark, task: where it is counted; length: tokens asked for, None for an example of a file, which is as long as
     it is; messages: the prompt; prefix: how the answer begins (RULER's answer prefix), read, not generated;
     references, scorer: see eval/tasks/scorers.py; answer_tokens: most that are generated behind the prefix;
-    depth: mean depth of what is asked for, 0 to 1.
+    depth: mean depth of what is asked for, 0 to 1; left_out: why it cannot be scored, empty when it can.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Example:
     answer_tokens: int
     prefix: str = ""
     depth: float | None = None
+    left_out: str = ""
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> list[int]:
         """Token ids up to where the answer begins: through the chat template of models that have one."""
