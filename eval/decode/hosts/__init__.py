@@ -1,0 +1,1 @@
+"""The models that decode under lookahead sparse attention: one host a family."""

@@ -1,0 +1,184 @@
+"""A DeepSeek-V4 cache that holds every compressed entry cold, in host memory, and shows the model the resident ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache
+
+from data_gen.backbones.deepseek_v4_hooks import CSA
+from data_gen.errors import InputError
+
+PAD = -1
+"""Stands for no chunk, in front of the chunks of a sequence that has fewer resident ones than its neighbours."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """How one resident set becomes another; index pairs (sequence, row or chunk).
+
+    shape: (B, R) of the new set; stay: rows of the old set, stay_to: where they go; fetch: chunks of the cold side,
+    fetch_to: where they go; evicted: chunks that leave.
+    """
+
+    shape: tuple[int, int]
+    stay: tuple[torch.Tensor, torch.Tensor]
+    stay_to: tuple[torch.Tensor, torch.Tensor]
+    fetch: tuple[torch.Tensor, torch.Tensor]
+    fetch_to: tuple[torch.Tensor, torch.Tensor]
+    evicted: int
+
+    @property
+    def fetched(self) -> int:
+        return len(self.fetch[0])
+
+
+class ResidentTable:
+    """Which chunk lies in which row of the resident entries: the kept ones, then all that were made since.
+
+    kept: [B, R] int64, ascending in each sequence, PAD first; fresh: the first chunk made since `kept` was fixed.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Everything is resident, for any number of sequences."""
+        self.kept, self.fresh = torch.empty(1, 0, dtype=torch.int64), 0
+
+    def chunks(self, total: int, batch: int) -> torch.Tensor:
+        """The chunk in every row, [B, rows], of `total` made so far."""
+        fresh = torch.arange(self.fresh, total)
+        return torch.cat([self.kept.expand(batch, -1), fresh.expand(batch, -1)], dim=1)
+
+    def evicted(self) -> bool:
+        """Whether some row is not the chunk of its own number."""
+        return self.kept.shape[1] != self.fresh or bool((self.kept == PAD).any())
+
+    def move_to(self, resident: Sequence[torch.Tensor], total: int) -> Move:
+        """Fix the resident chunks of each sequence ([R] ascending ids below `total`) and say what must move."""
+        old = self.chunks(total, len(resident))
+        for sequence, chunks in enumerate(resident):
+            inside = not len(chunks) or (int(chunks[0]) >= 0 and int(chunks[-1]) < total)
+            if not inside or bool((chunks.diff() <= 0).any()):
+                raise InputError(
+                    f"resident chunks of sequence {sequence}: must be ascending, without repeats, below {total}"
+                )
+        longest = max(map(len, resident))
+        new = torch.stack([torch.nn.functional.pad(c.long().cpu(), (longest - len(c), 0), value=PAD) for c in resident])
+        row = torch.searchsorted(old, new).clamp_max(max(old.shape[1] - 1, 0))
+        held = (old.gather(1, row) == new) & (new != PAD) if old.shape[1] else torch.zeros_like(new, dtype=torch.bool)
+        stay_to, fetch_to = held.nonzero(as_tuple=True), (~held & (new != PAD)).nonzero(as_tuple=True)
+        self.kept, self.fresh = new, total
+        return Move(
+            shape=(len(new), longest),
+            stay=(stay_to[0], row[stay_to]),
+            stay_to=stay_to,
+            fetch=(fetch_to[0], new[fetch_to]),
+            fetch_to=fetch_to,
+            evicted=int((old != PAD).sum()) - len(stay_to[0]),
+        )
+
+
+class ColdEntries:
+    """All entries of one kind of one layer, [B, N, width] in host memory; room doubles as they grow."""
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | None = None
+        self.count = 0
+
+    def append(self, entries: torch.Tensor) -> None:
+        """entries: [B, n, width], copied."""
+        batch, new, width = entries.shape
+        if self.rows is None or self.count + new > self.rows.shape[1]:
+            room = max(2 * self.count, self.count + new)
+            grown = torch.empty(batch, room, width, dtype=entries.dtype)
+            if self.rows is not None:
+                grown[:, : self.count] = self.rows[:, : self.count]
+            self.rows = grown
+        self.rows[:, self.count : self.count + new] = entries
+        self.count += new
+
+
+class ResidentCsaLayer(DeepseekV4CSACache):
+    """One CSA layer. compressed_kv: the resident entries only, in the order of the table; cold: all of them."""
+
+    _layer_type = None  # or it would replace the stock class in every cache of the process
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.cold = {name: ColdEntries() for name in self.compressed_kv}
+
+    def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:
+        """New entries are resident at once and copied to the cold side."""
+        self.cold[name].append(compressed)
+        return super().update_compressor_states(name, compressed)
+
+    def move(self, move: Move) -> None:
+        """Rebuild the resident entries: those that stay from where they lie, the others from the cold side."""
+        for name, hot in self.compressed_kv.items():
+            rows = hot.new_zeros(*move.shape, hot.shape[-1])
+            rows[_on(hot, move.stay_to)] = hot[_on(hot, move.stay)]
+            rows[_on(hot, move.fetch_to)] = self.cold[name].rows[move.fetch].to(hot.device)
+            self.compressed_kv[name] = rows
+
+    def resident_bytes(self) -> int:
+        return sum(hot.numel() * hot.element_size() for hot in self.compressed_kv.values() if hot is not None)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        for cold in self.cold.values():
+            if cold.rows is not None:
+                cold.rows = cold.rows.index_select(0, beam_idx.cpu())
+
+    def reset(self) -> None:
+        super().reset()
+        self.cold = {name: ColdEntries() for name in self.cold}
+
+
+class ResidentCsaCache(DynamicCache):
+    """A ResidentCsaLayer for every CSA layer, one table for all; sliding and HCA layers keep their stock cache."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.csa = [layer for layer, kind in enumerate(config.layer_types) if kind == CSA]
+        for layer in self.csa:
+            self.layers[layer] = ResidentCsaLayer(config)
+        self.table = ResidentTable()
+
+    @property
+    def total(self) -> int:
+        """Chunks made so far."""
+        return self.layers[self.csa[0]].entry_count["compressor"]
+
+    def resident(self) -> list[torch.Tensor]:
+        """The resident chunks of each sequence, ascending."""
+        hot = self.layers[self.csa[0]].compressed_kv["compressor"]
+        batch = 1 if hot is None else len(hot)
+        return [row[row != PAD] for row in self.table.chunks(self.total, batch)]
+
+    def keep(self, resident: Sequence[torch.Tensor]) -> Move:
+        """Make exactly these chunks resident, one [R] of ascending ids a sequence; later ones join on their own."""
+        move = self.table.move_to(resident, self.total)
+        if self.total:
+            for layer in self.csa:
+                self.layers[layer].move(move)
+        return move
+
+    def resident_bytes(self) -> int:
+        """Bytes of the resident entries and native index keys of all CSA layers, as they lie."""
+        return sum(self.layers[layer].resident_bytes() for layer in self.csa)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if len(self.table.kept) > 1:
+            self.table.kept = self.table.kept[beam_idx.cpu()]
+
+    def reset(self) -> None:
+        super().reset()
+        self.table.reset()
+
+
+def _on(like: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return pair[0].to(like.device), pair[1].to(like.device)
