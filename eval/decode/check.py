@@ -73,7 +73,7 @@ def decode_check(
     agreement: dict[str, list[float]] = {name: [] for name in policies}
     kl: dict[str, list[float]] = {name: [] for name in policies}
     answers = []
-    stop = _stop_tokens(model, tokenizer)
+    stop = stop_tokens(model, tokenizer)
     tau = indexer.spec.window
     for document in progress([*needles, *texts], "decoding"):
         asked = bool(document.values)
@@ -137,7 +137,8 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end an answer: the generation config's and the tokenizer's."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
