@@ -70,10 +70,10 @@ class _LayerWatch:
         ]
 
     def _enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.hidden = _arguments(module, args, kwargs)["hidden_states"][0]
+        self.hidden = arguments(module, args, kwargs)["hidden_states"][0]
 
     def _scores(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = _arguments(module, args, kwargs)
+        given = arguments(module, args, kwargs)
         self.query, self.keys = given["q"][0], given["compressed_kv"][0]
         heads, width = self.query.shape[1:]
         self.weights = module.weights_proj(given["hidden_states"])[0].float() * (heads * width) ** -0.5
@@ -92,6 +92,6 @@ class _LayerWatch:
         self.hidden = self.query = self.keys = self.weights = self.picks = torch.empty(0)
 
 
-def _arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
+def arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
     """The call's arguments by name, however the caller passed them."""
     return inspect.signature(module.forward).bind(*args, **kwargs).arguments

@@ -54,7 +54,11 @@ class ResidentTable:
 
     def evicted(self) -> bool:
         """Whether some row is not the chunk of its own number."""
-        return self.kept.shape[1] != self.fresh or bool((self.kept == PAD).any())
+        return self.kept.shape[1] != self.fresh or self.padded()
+
+    def padded(self) -> bool:
+        """Whether sequences keep different numbers of chunks."""
+        return bool((self.kept == PAD).any())
 
     def move_to(self, resident: Sequence[torch.Tensor], total: int) -> Move:
         """Fix the resident chunks of each sequence ([R] ascending ids below `total`) and say what must move."""
