@@ -23,13 +23,17 @@ class VocabularyConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """AdamW. Backbone and indexer are clipped apart: the indexer sees detached inputs and its own loss only."""
+    """Muon for the matrices of the layers, AdamW for the rest: plain AdamW learns rare key-value pairs far slower.
+
+    Backbone and indexer are clipped apart: the indexer sees detached inputs and its own loss only.
+    """
 
     betas: tuple[float, float]
     weight_decay: float
     clip: PositiveFloat
     warmup: PositiveInt
-    indexer_lr: PositiveFloat = Field(description="factor on the stage's learning rate")
+    matrix_lr: PositiveFloat = Field(description="Muon's factor on the stage's learning rate")
+    indexer_lr: PositiveFloat = Field(description="the indexer's factor on the stage's learning rate")
 
 
 class LossConfig(Strict):
@@ -56,7 +60,7 @@ class StageConfig(Strict):
 
 
 class EvaluationConfig(Strict):
-    """documents: per task and length. tokens: size of a batch."""
+    """documents: per task and length. tokens: size of a batch. distractors: other keys, at most one every 32 tokens."""
 
     lengths: list[PositiveInt]
     documents: PositiveInt

@@ -24,7 +24,8 @@ def documents_of(config: PocketConfig, task: str, length: int, count: int) -> li
     """The first `count` test documents of a task at a length; training never draws from this seed."""
     lexicon = build_lexicon(config.vocabulary)
     rng = Random(f"test/{task}/{length}")
-    return [test_document(lexicon, task, length, config.evaluation.distractors, rng) for _ in range(count)]
+    distractors = min(config.evaluation.distractors, length // 32)
+    return [test_document(lexicon, task, length, distractors, rng) for _ in range(count)]
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from recipes.pocket_v4.batches import stage_batches
 from recipes.pocket_v4.config import PocketConfig, StageConfig, load_config
 from recipes.pocket_v4.evaluate import accuracy
 from recipes.pocket_v4.model import build_model, save_model, set_topk
+from recipes.pocket_v4.optimizer import build_optimizers
 from recipes.pocket_v4.step import METRICS, Step
 from recipes.pocket_v4.tasks import TASKS
 from recipes.pocket_v4.words import build_lexicon, build_tokenizer
@@ -35,13 +36,8 @@ class Trainer:
         self.tokenizer = build_tokenizer(build_lexicon(config.vocabulary))
         self.model = build_model(config, self.tokenizer).to(self.device)
         named = list(self.model.named_parameters())
-        self.groups = [[p for n, p in named if (".indexer." in n) == indexer] for indexer in (False, True)]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group} for group in self.groups],
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
-        )
+        self.clipped = [[p for n, p in named if (".indexer." in n) == indexer] for indexer in (False, True)]
+        self.optimizers = build_optimizers(self.model, config.optimizer)
         self.progress = {"stage": 0, "step": 0, "steps": 0, "seconds": 0.0}
         out.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
@@ -49,16 +45,17 @@ class Trainer:
 
     @property
     def checkpoint(self) -> Path:
-        """Weights in fp32, Adam's moments in bf16, progress."""
+        """Weights in fp32, the optimizers' moments in bf16, progress."""
         return self.out / "checkpoint.pt"
 
     def save(self) -> None:
         """Replace the checkpoint; an interrupted save leaves the old one."""
-        moments = [
-            {k: v.to(torch.bfloat16) for k, v in self.optimizer.state[p].items() if k != "step"}
-            for group in self.groups
-            for p in group
-        ]
+        moments = {
+            name: {k: v.to(torch.bfloat16) for k, v in optimizer.state[parameter].items() if k != "step"}
+            for name, parameter in self.model.named_parameters()
+            for optimizer in self.optimizers
+            if parameter in optimizer.state  # what never had a gradient has none
+        }
         state = {"model": self.model.state_dict(), "moments": moments, "progress": self.progress}
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
@@ -70,8 +67,13 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.progress = state["progress"]
         step = torch.tensor(float(self.progress["steps"]), device=self.device)
-        for parameter, moments in zip((p for group in self.groups for p in group), state["moments"], strict=True):
-            self.optimizer.state[parameter] = {"step": step.clone()} | {k: v.float() for k, v in moments.items()}
+        parameters = dict(self.model.named_parameters())
+        for name, moments in state["moments"].items():
+            remembered = {k: v.float() for k, v in moments.items()}
+            if "exp_avg" in moments:
+                self.optimizers[0].state[parameters[name]] = {"step": step.clone()} | remembered
+            else:
+                self.optimizers[1].state[parameters[name]] = remembered
 
     def log(self, **record: object) -> None:
         """One line on the screen and in log.jsonl."""
@@ -99,9 +101,10 @@ class Trainer:
         for tokens, tasks in stage_batches(self.config, self.progress["stage"], self.progress["step"], self.workers):
             self.set_rates(stage)
             window.append(step(tokens, tasks))
-            for group in self.groups:
+            for group in self.clipped:
                 torch.nn.utils.clip_grad_norm_(group, self.config.optimizer.clip)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.progress["step"] += 1
             self.progress["steps"] += 1
             if len(window) < REPORT:
@@ -121,8 +124,9 @@ class Trainer:
         done = self.progress["step"] / stage.steps
         rate = stage.lr[0] + (stage.lr[1] - stage.lr[0]) * done
         rate *= min(1.0, (self.progress["steps"] + 1) / self.config.optimizer.warmup)
-        for group, factor in zip(self.optimizer.param_groups, (1.0, self.config.optimizer.indexer_lr), strict=True):
-            group["lr"] = rate * factor
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
 
     def report(self, stage: StageConfig, metrics: Tensor, started: float) -> float:
         """Log the means of the last steps [n, metrics]; return the needle accuracy."""
