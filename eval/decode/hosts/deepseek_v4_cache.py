@@ -9,6 +9,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACa
 
 from data_gen.backbones.deepseek_v4_hooks import CSA
 from data_gen.errors import InputError
+from data_gen.key_codec import encode_keys, hadamard
 
 PAD = -1
 """Stands for no chunk, in front of the chunks of a sequence that has fewer resident ones than its neighbours."""
@@ -85,34 +86,49 @@ class ResidentTable:
         )
 
 
-class ColdEntries:
-    """All entries of one kind of one layer, [B, N, width] in host memory; room doubles as they grow."""
+class GrowingRows:
+    """One kind of row of all chunks of one layer, in memory of its own; room doubles as they grow."""
 
-    def __init__(self) -> None:
-        self.rows: torch.Tensor | None = None
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self.room: torch.Tensor | None = None
         self.count = 0
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[B, N, width]"""
+        return self.room[:, : self.count]
 
     def append(self, entries: torch.Tensor) -> None:
         """entries: [B, n, width], copied."""
         batch, new, width = entries.shape
-        if self.rows is None or self.count + new > self.rows.shape[1]:
-            room = max(2 * self.count, self.count + new)
-            grown = torch.empty(batch, room, width, dtype=entries.dtype)
-            if self.rows is not None:
-                grown[:, : self.count] = self.rows[:, : self.count]
-            self.rows = grown
-        self.rows[:, self.count : self.count + new] = entries
+        if self.room is None or self.count + new > self.room.shape[1]:
+            capacity = max(2 * self.count, self.count + new)
+            room = torch.empty(batch, capacity, width, dtype=entries.dtype, device=self.device)
+            if self.room is not None:
+                room[:, : self.count] = self.rows
+            self.room = room
+        self.room[:, self.count : self.count + new] = entries
         self.count += new
+
+    def reorder(self, sequences: torch.Tensor) -> None:
+        if self.room is not None:
+            self.room = self.room.index_select(0, sequences.to(self.room.device))
 
 
 class ResidentCsaLayer(DeepseekV4CSACache):
-    """One CSA layer. compressed_kv: the resident entries only, in the order of the table; cold: all of them."""
+    """One CSA layer. compressed_kv: the resident entries only, in the order of the table; cold: all of them;
+    keys_so_far: chunk keys of all chunks, beside the model, once somebody asked."""
 
     _layer_type = None  # or it would replace the stock class in every cache of the process
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.cold = {name: ColdEntries() for name in self.compressed_kv}
+        self._forget()
+
+    def _forget(self) -> None:
+        self.cold = {name: GrowingRows() for name in self.compressed_kv}
+        self.keys_so_far: GrowingRows | None = None
 
     def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:
         """New entries are resident at once and copied to the cold side."""
@@ -127,22 +143,33 @@ class ResidentCsaLayer(DeepseekV4CSACache):
             rows[_on(hot, move.fetch_to)] = self.cold[name].rows[move.fetch].to(hot.device)
             self.compressed_kv[name] = rows
 
+    def index_keys(self) -> torch.Tensor:
+        """Keys of all chunks as a trace holds them: [B, N, d + 4] uint8, each encoded once."""
+        if self.keys_so_far is None:
+            self.keys_so_far = GrowingRows(self.device)
+        new = self.cold["indexer"].rows[:, self.keys_so_far.count :].to(self.device)
+        self.keys_so_far.append(encode_keys(hadamard(new)))
+        return self.keys_so_far.rows
+
     def resident_bytes(self) -> int:
         return sum(hot.numel() * hot.element_size() for hot in self.compressed_kv.values() if hot is not None)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        for cold in self.cold.values():
-            if cold.rows is not None:
-                cold.rows = cold.rows.index_select(0, beam_idx.cpu())
+        for rows in [*self.cold.values(), self.keys_so_far]:
+            if rows is not None:
+                rows.reorder(beam_idx)
 
     def reset(self) -> None:
         super().reset()
-        self.cold = {name: ColdEntries() for name in self.cold}
+        self._forget()
 
 
 class ResidentCsaCache(DynamicCache):
-    """A ResidentCsaLayer for every CSA layer, one table for all; sliding and HCA layers keep their stock cache."""
+    """A ResidentCsaLayer for every CSA layer, one table for all; sliding and HCA layers keep their stock cache.
+
+    newest: what the newest token of each sequence brought into an observed CSA layer, by ordinal: [B, hidden].
+    """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
@@ -150,6 +177,7 @@ class ResidentCsaCache(DynamicCache):
         for layer in self.csa:
             self.layers[layer] = ResidentCsaLayer(config)
         self.table = ResidentTable()
+        self.newest: dict[int, torch.Tensor] = {}
 
     @property
     def total(self) -> int:
@@ -178,10 +206,12 @@ class ResidentCsaCache(DynamicCache):
         super().reorder_cache(beam_idx)
         if len(self.table.kept) > 1:
             self.table.kept = self.table.kept[beam_idx.cpu()]
+        self.newest = {ordinal: state[beam_idx.to(state.device)] for ordinal, state in self.newest.items()}
 
     def reset(self) -> None:
         super().reset()
         self.table.reset()
+        self.newest = {}
 
 
 def _on(like: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

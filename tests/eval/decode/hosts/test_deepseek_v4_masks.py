@@ -1,16 +1,14 @@
 """Under a restricted set the model equals the stock model whose attention cannot reach the evicted chunks."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from transformers import DynamicCache
 
-from data_gen.backbones.deepseek_v4_hooks import csa_layers
 from data_gen.errors import InputError
 from eval.decode.hosts.deepseek_v4_cache import ResidentCsaCache
 from eval.decode.hosts.deepseek_v4_masks import resident_masks
 from tests.conftest import tiny_model
+from tests.eval.decode.hosts.masked_v4 import masked
 
 IDS = torch.randint(0, 128, (3, 190), generator=torch.Generator().manual_seed(6))
 
@@ -18,29 +16,6 @@ IDS = torch.randint(0, 128, (3, 190), generator=torch.Generator().manual_seed(6)
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("deepseek_v4")
-
-
-@contextmanager
-def masked(model, evicted):
-    """The stock model, -inf for the chunks evicted[b]: as native scores, and again as attention bias."""
-    hooks = []
-
-    def score(_, __, scores):
-        for row, chunks in zip(scores, evicted, strict=True):
-            row[:, [c for c in chunks if c < scores.shape[-1]]] = -torch.inf
-        return scores
-
-    def attend(_, __, output):
-        for row, chunks in zip(output[1], evicted, strict=True):
-            row[..., [c for c in chunks if c < output[1].shape[-1]]] = -torch.inf
-        return output
-
-    for layer in csa_layers(model):
-        compressor = model.get_decoder().layers[layer].self_attn.compressor
-        hooks += [compressor.indexer.scorer.register_forward_hook(score), compressor.register_forward_hook(attend)]
-    yield
-    for hook in hooks:
-        hook.remove()
 
 
 @torch.no_grad()

@@ -1,0 +1,89 @@
+"""A Hugging Face DeepSeek-V4 as host of lookahead sparse attention: what the memory indexer reads, what it decides."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
+from data_gen.backbones.deepseek_v4_hooks import arguments
+from data_gen.errors import InputError
+from data_gen.key_codec import SCALE_BYTES
+from eval.decode.hosts.deepseek_v4_cache import Move, ResidentCsaCache
+from eval.decode.hosts.deepseek_v4_masks import resident_masks
+from eval.plan.deepseek_v4 import entry_bytes
+
+
+@dataclass(frozen=True)
+class ResidentBytes:
+    """Beside the model now. tensors: entries and native index keys of the resident chunks in all CSA layers, as they
+    lie; served: the same in a serving engine's formats (584 + 132 bytes on V4-Flash); keys: the memory indexer's
+    keys of all chunks."""
+
+    tensors: int
+    served: int
+    keys: int
+
+
+class DeepseekV4Host:
+    """A model and one batch of sequences that it decodes.
+
+    layers: CSA ordinals that the memory indexer reads. Raises InputError when the model lacks one of them.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
+        backbone = DeepseekV4Backbone(model)
+        if unknown := sorted(set(layers) - set(backbone.info.full_layers)):
+            raise InputError(f"the indexer reads CSA layers {unknown}, the model has {len(backbone.layers)} (from 0)")
+        self.model, self.info, self.chunk_tokens = model, backbone.info, backbone.chunk_tokens
+        self.layers = {ordinal: backbone.layers[ordinal] for ordinal in layers}
+        self.cache = ResidentCsaCache(model.config)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Read into `cache` only while this is open: hooks mask evicted chunks and note what the newest token asks."""
+        decoder = self.model.get_decoder()
+        with ExitStack() as stack:
+            stack.enter_context(resident_masks(self.model))
+            for ordinal, layer in self.layers.items():
+                attention = decoder.layers[layer].self_attn
+                watch = attention.register_forward_pre_hook(partial(_remember, ordinal), with_kwargs=True)
+                stack.callback(watch.remove)
+            yield
+
+    @property
+    def position(self) -> int:
+        """Position of the newest token read, 0-based."""
+        return self.cache.get_seq_length() - 1
+
+    def hidden(self) -> torch.Tensor:
+        """What enters the attention block of the indexer's layers at the newest token: [B, layers, hidden] bf16."""
+        return torch.stack([self.cache.newest[ordinal].to(self.model.device) for ordinal in self.layers], dim=1)
+
+    def keys(self) -> torch.Tensor:
+        """Keys of all chunks made so far, as a trace holds them: [B, N, layers, d + 4] uint8."""
+        rows = [self.cache.layers[layer].index_keys().to(self.model.device) for layer in self.layers.values()]
+        return torch.stack(rows, dim=2)
+
+    def keep(self, resident: Sequence[torch.Tensor]) -> Move:
+        """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them."""
+        return self.cache.keep(resident)
+
+    def resident_bytes(self) -> ResidentBytes:
+        """Summed over sequences."""
+        chunks, key = sum(map(len, self.cache.resident())), self.info.key_width + SCALE_BYTES
+        return ResidentBytes(
+            tensors=self.cache.resident_bytes(),
+            served=chunks * len(self.cache.csa) * (entry_bytes(self.model.config) + key),
+            keys=self.cache.total * len(self.cache.resident()) * len(self.layers) * key,
+        )
+
+
+def _remember(ordinal: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    given = arguments(module, args, kwargs)
+    if isinstance(cache := given.get("past_key_values"), ResidentCsaCache):
+        cache.newest[ordinal] = given["hidden_states"][:, -1].to(torch.bfloat16)
