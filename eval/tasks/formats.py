@@ -4,6 +4,7 @@ Fields are those of the releases (NVIDIA/RULER `prepare.py`, THUDM/LongBench-v2,
 Answers are scored by eval/tasks/scorers.py; the words around LongBench-v2's and LongMemEval's questions are our own.
 """
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_benchmark(file: BenchmarkFile, tokenizer: PreTrainedTokenizerBase) -> l
         "mrcr": lambda row, each: _mrcr(row, each, tokenizer),
     }
     read = readers[file.format]
-    examples = [read(row, f"{name}-{index:05d}") for index, row in enumerate(read_rows(file))]
+    examples = [read(row, f"{name}-{_digest(row)}-{index:05d}") for index, row in enumerate(read_rows(file))]
     longest = max((example.length or 0 for example in examples), default=0)
     return [replace(example, length=longest or None) for example in examples]
 
@@ -137,6 +138,11 @@ def _mrcr(row: Row, name: str, tokenizer: PreTrainedTokenizerBase) -> Example:
         answer_tokens=len(tokenizer(answer, add_special_tokens=False, verbose=False).input_ids) + 16,
         depth=row.number("desired_msg_index") / len(messages) if row.has("desired_msg_index") else None,
     )
+
+
+def _digest(row: Row) -> str:
+    """So that answers to a file that changed are not taken for answers to this one."""
+    return hashlib.sha256(json.dumps(row.fields, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _turns(turns: Any, row: Row) -> str:

@@ -1,0 +1,149 @@
+"""One example under every policy, from one prefill: answers are generated, texts are followed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eval.decode.check import stop_tokens
+from eval.decode.cycle import Usage, steps
+from eval.decode.policies import DecodePolicy, decode_policies
+from eval.decode.session import Session
+from eval.tasks.config import BenchmarkConfig
+from eval.tasks.examples import Example, TextExample
+from eval.tasks.oracle import Foresight
+from eval.tasks.scorers import SCORERS
+from indexer_train.model import MemoryIndexer
+
+Record = dict[str, Any]
+"""What became of one example: its name, benchmark, task, length, tokens, depth, why it was left out (empty: it was
+not) and its runs, one a policy and budget, full attention first."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Reads each example once with full attention, all but its last prompt token, then goes on under every policy.
+
+    The resident set is fixed before the last prompt token and every tau tokens after, so the first answer token
+    already comes from sparse attention.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    indexer: MemoryIndexer
+    config: BenchmarkConfig
+    thinking: bool
+    context: int
+
+    @property
+    def policies(self) -> list[str]:
+        """The asked policies that this backbone has."""
+        known = {*decode_policies(self.indexer), "oracle"}
+        return [name for name in self.config.policies if name in known]
+
+    def run(self, example: Example | TextExample) -> Record:
+        """The record of one example."""
+        follows = isinstance(example, TextExample)
+        record: Record = {
+            "name": example.name,
+            "benchmark": example.benchmark,
+            "task": example.task,
+            "length": example.length,
+            "depth": None if follows else example.depth,
+        }
+        if follows:
+            place = len(example.tokens) - example.follow - 1
+            prompt, given, most = example.tokens[:place], example.tokens[place:-1], 0
+        else:
+            ids = example.prompt(self.tokenizer, self.thinking)
+            prompt, given, most = ids[:-1], [ids[-1], *example.opening(self.tokenizer)], example.answer_tokens
+        size = len(prompt) + len(given) + most
+        record |= {"tokens": size, "left_out": "" if follows else example.left_out, "runs": []}
+        if size > self.context:
+            record["left_out"] = f"longer than the backbone's context ({self.context} tokens)"
+        if record["left_out"]:
+            return record
+        session = Session(self.model, self.indexer.spec.chunking)
+        session.read(prompt)
+        measure = _Fidelity(example.tokens[place + 1 :]) if follows else None
+        foresight = Foresight(self.indexer.spec.window)
+        known = {**decode_policies(self.indexer), "oracle": foresight}
+        asked = [("full", None), *[(name, budget) for budget in self.config.budgets for name in self.policies]]
+        for name, budget in asked:
+            watch = foresight.watch if name == "full" and "oracle" in self.policies else None
+            answer, usage = self._go_on(session.fork(), known[name], budget or 1.0, given, most, measure, watch)
+            run = {
+                "policy": name,
+                "budget": budget,
+                "kept": usage.kept_share,
+                "kv_bytes": usage.mean_bytes,
+                "chunks": usage.resident / usage.steps / session.chunking.tokens,
+                "refreshes": usage.refreshes,
+            }
+            if measure is not None:
+                run |= measure.finish()
+            else:
+                response = example.prefix + self.tokenizer.decode(answer, skip_special_tokens=True)
+                run |= {"score": SCORERS[example.scorer](response, example.references), "response": response}
+            record["runs"].append(run)
+        return record
+
+    def _go_on(
+        self,
+        session: Session,
+        policy: DecodePolicy | None,
+        budget: float,
+        given: list[int],
+        most: int,
+        measure: "_Fidelity | None",
+        watch: Callable[[Session], None] | None,
+    ) -> tuple[list[int], Usage]:
+        """Read `given`, then write at most `most` tokens greedily. Returns what was written and what was kept."""
+        answer: list[int] = []
+        usage, rest = Usage(), iter(given[1:])
+        stop = stop_tokens(self.model, self.tokenizer)
+
+        def follow(logits: torch.Tensor) -> int | None:
+            if watch is not None:
+                watch(session)
+            if measure is not None:
+                measure.add(logits)
+            token = next(rest, None)
+            if token is not None or len(answer) == most:
+                return token
+            answer.append(int(logits.argmax()))
+            return None if answer[-1] in stop or len(answer) == most else answer[-1]
+
+        for _ in steps(session, policy, budget, self.indexer.spec.window, given[0], follow, usage):
+            pass
+        return answer, usage
+
+
+class _Fidelity:
+    """Next-token agreement with full attention, KL from it in nats, and loss per token, one policy after the other.
+
+    The first one measured is full attention itself. targets: the text's next tokens.
+    """
+
+    def __init__(self, targets: list[int]) -> None:
+        self._targets = targets
+        self._full: list[torch.Tensor] = []
+        self._sums: list[tuple[float, float, float]] = []
+
+    def add(self, logits: torch.Tensor) -> None:
+        place = len(self._sums)
+        log_p = logits.float().log_softmax(dim=-1)
+        if place == len(self._full):
+            self._full.append(log_p)
+        full = self._full[place]
+        agrees = float(log_p.argmax() == full.argmax())
+        kl = float((full.exp() * (full - log_p)).sum())
+        self._sums.append((agrees, kl, -float(log_p[self._targets[place]])))
+
+    def finish(self) -> dict[str, float]:
+        """Means over the text's tokens; ready for the next policy."""
+        agreement, kl, loss = (sum(values) / len(values) for values in zip(*self._sums, strict=True))
+        self._sums = []
+        return {"agreement": agreement, "kl": kl, "loss": loss}

@@ -1,0 +1,114 @@
+"""`lookahead benchmark`: what a model answers under every policy, on generated tasks and on published files."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from data_gen.backbones.dense import DenseBackbone
+from data_gen.config import DocumentsConfig
+from data_gen.documents import heldout_share
+from data_gen.errors import InputError
+from eval.decode.check import check_backbone
+from eval.tasks.answers import Runner
+from eval.tasks.config import BenchmarkConfig
+from eval.tasks.formats import read_benchmark
+from eval.tasks.generated import generate_examples
+from eval.tasks.haystack import Haystack
+from eval.tasks.journal import Journal
+from eval.tasks.summary import accuracy_rows, depth_rows, fidelity_rows, left_out_lines
+from indexer_train.model import MemoryIndexer
+
+JOURNAL = "answers.jsonl"
+
+
+def benchmark(
+    backbone: DenseBackbone,
+    tokenizer: PreTrainedTokenizerBase,
+    indexer: MemoryIndexer,
+    config: BenchmarkConfig,
+    out: Path,
+    progress: Callable[[Iterable[str], str], Iterable[str]],
+) -> tuple[dict[str, Any], list[str]]:
+    """Ask every example; OUT/answers.jsonl keeps the finished ones, and the same call continues behind them.
+
+    Returns (sections for results.json, lines on what is not in them). Raises InputError for a bundle of another
+    backbone, lengths beyond the backbone's context, too little held-out text, files of other formats, and a folder with
+    answers of other settings.
+    """
+    check_backbone(indexer, backbone)
+    documents = _documents(indexer)
+    trained = None if documents is None else documents.tokens[1]
+    lengths = _lengths(config, trained, backbone.info.context)
+    thinking = documents is not None and documents.thinking
+    runner = Runner(backbone.model, tokenizer, indexer, config, thinking, backbone.info.context)
+    haystack = _haystack(config, documents, tokenizer, max(lengths))
+    examples = generate_examples(config, lengths, haystack, tokenizer, thinking)
+    for file in config.files:
+        examples |= {example.name: lambda same=example: same for example in read_benchmark(file, tokenizer)}
+    journal = Journal(out / JOURNAL, _settings(runner, haystack))
+    for name in progress([name for name in examples if name not in journal.records], "asking"):
+        journal.add(runner.run(examples[name]()))
+    records = [journal.records[name] for name in examples]
+    notes = left_out_lines(records)
+    if missing := [name for name in config.policies if name not in runner.policies]:
+        notes.append(f"this backbone has no policy {', '.join(missing)}")
+    sections = {
+        "benchmark": accuracy_rows(records, trained),
+        "fidelity": fidelity_rows(records, trained),
+        "depth": depth_rows(records),
+    }
+    return sections, notes
+
+
+def _settings(runner: Runner, haystack: Haystack) -> dict[str, Any]:
+    """What the answer to an example depends on; how many are asked, and which, is not part of it."""
+    weights = hashlib.sha256()
+    for name, value in sorted(runner.indexer.query_encoder.state_dict().items()):
+        weights.update(name.encode() + value.float().cpu().numpy().tobytes())
+    config = runner.config.model_dump(mode="json", exclude={"lengths", "tasks", "examples", "texts", "files"})
+    return config | {
+        "backbone": runner.indexer.spec.backbone,
+        "precision": str(runner.model.dtype),
+        "indexer": runner.indexer.spec.model_dump(mode="json", exclude={"provenance"}),
+        "weights": weights.hexdigest(),
+        "text": hashlib.sha256("\n\n".join(text for text, _ in haystack.paragraphs).encode()).hexdigest(),
+        "thinking": runner.thinking,
+    }
+
+
+def _documents(indexer: MemoryIndexer) -> DocumentsConfig | None:
+    """The settings of the documents that trained the indexer, None where it does not say them."""
+    made = indexer.spec.provenance
+    if made is None:
+        return None
+    known = {name: value for name, value in made.documents.items() if name in DocumentsConfig.model_fields}
+    try:
+        return DocumentsConfig.model_validate(known)
+    except ValidationError:  # dumps and hand-made stores describe themselves otherwise
+        return None
+
+
+def _lengths(config: BenchmarkConfig, trained: int | None, context: int) -> list[int]:
+    if config.lengths is not None:
+        if too_long := [length for length in config.lengths if length > context]:
+            raise InputError(f"benchmark.lengths: {too_long[0]}, but the backbone's context is {context} tokens")
+        return sorted(set(config.lengths))
+    if trained is None:
+        raise InputError("the bundle does not say on which lengths it was trained: give the lengths to ask (--length)")
+    return sorted({trained, min(2 * trained, context)})
+
+
+def _haystack(
+    config: BenchmarkConfig, documents: DocumentsConfig | None, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> Haystack:
+    if config.haystack is not None:
+        return Haystack(config.haystack, "text", 1.0, tokenizer, longest)
+    if documents is None or not (share := heldout_share(documents)):
+        raise InputError(
+            "the bundle does not say which text its training held out: name text that it has not seen (--documents)"
+        )
+    return Haystack(documents.source, documents.text_field, share, tokenizer, longest)

@@ -1,0 +1,79 @@
+"""The benchmark's tables: accuracy against KV bytes in the shape of the paper's Table 1, and fidelity of text."""
+
+from collections import defaultdict
+from typing import Any
+
+from eval.report import table
+
+Rows = list[dict[str, Any]]
+
+
+def benchmark_table(rows: Rows) -> str:
+    """A line per task and length, a column per policy: accuracy in %, its 95 % interval, resident KV in MB."""
+    columns, lines = list(dict.fromkeys(map(column_name, rows))), []
+    cells = {(*_place(row), column_name(row)): row for row in rows}
+    for place in dict.fromkeys(map(_place, rows)):
+        found = [cells.get((*place, column)) for column in columns]
+        first = next(row for row in found if row is not None)
+        lines.append([f"{place[0]} {place[1]}", _length(first), first["examples"], *map(_cell, found)])
+    lines.append(["average", "", "", *_averages(rows, columns)])
+    return table(["accuracy % [95 % interval] / KV MB", "tokens", "n", *columns], lines)
+
+
+def fidelity_table(rows: Rows) -> str:
+    """A line per length and policy: agreement with full attention, KL from it and perplexity."""
+    lines = [
+        [
+            _length(row),
+            column_name(row),
+            row["texts"],
+            f"{row['agreement']:.3f}{_bounds(row['agreement_interval'])}",
+            f"{row['kl']:.3f}{_bounds(row['kl_interval'])}",
+            row["perplexity"],
+            f"{row['kept']:.1%}",
+            f"{row['kv_mb']:.1f}",
+        ]
+        for row in rows
+    ]
+    header = ["text, tokens", "policy", "texts", "next-token agreement", "KL to full, nats", "perplexity", "kept"]
+    return table([*header, "KV MB"], lines)
+
+
+def column_name(row: dict[str, Any]) -> str:
+    """The policy, with its budget where it has one."""
+    return row["policy"] if row["budget"] is None else f"{row['policy']} {row['budget']:.0%}"
+
+
+def _place(row: dict[str, Any]) -> tuple[str, str, int | None]:
+    return row["benchmark"], row["task"], row["length"]
+
+
+def _length(row: dict[str, Any]) -> str:
+    beyond = "" if row["beyond"] is None or row["beyond"] <= 1.01 else f" ({row['beyond']:.1f}x trained)"
+    return f"{row['tokens']:.0f}{beyond}"
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    interval = "" if row["low"] is None else f" [{100 * row['low']:.0f}-{100 * row['high']:.0f}]"
+    return f"{100 * row['accuracy']:.0f}{interval} / {row['kv_mb']:.1f}"
+
+
+def _averages(rows: Rows, columns: list[str]) -> list[str]:
+    """Means over the lines; the share of full attention's bytes is the mean of the lines' ratios, as the paper's."""
+    found: dict[str, Rows] = defaultdict(list)
+    for row in rows:
+        found[column_name(row)].append(row)
+    full = {_place(row): row["kv_mb"] for row in found["full"]}
+    averages = []
+    for column in columns:
+        members = found[column]
+        accuracy = 100 * sum(row["accuracy"] for row in members) / len(members)
+        share = sum(row["kv_mb"] / full[_place(row)] for row in members) / len(members)
+        averages.append(f"{accuracy:.1f} / {share:.1%}")
+    return averages
+
+
+def _bounds(interval: list[float | None]) -> str:
+    return "" if interval[0] is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"

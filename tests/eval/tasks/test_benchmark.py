@@ -1,0 +1,129 @@
+"""The whole benchmark on a tiny model: resumed, extended, refused."""
+
+import json
+
+import pytest
+
+from data_gen.backbones.dense import DenseBackbone
+from data_gen.errors import InputError
+from eval.tasks.benchmark import benchmark
+from eval.tasks.config import BenchmarkConfig
+from indexer_train.card import Provenance
+from indexer_train.model import MemoryIndexer
+from tests.conftest import tiny_model
+from tests.eval.tasks.test_formats import RULER, write
+
+CONFIG = BenchmarkConfig(examples=2, texts=1, text_tokens=40, common=1, values=1, policies=["indexer", "recency"])
+
+
+def tiny_backbone(context=1200):
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = context
+    return DenseBackbone(model)
+
+
+@pytest.fixture(scope="module")
+def trained(indexer, tiny_recipe):
+    """An indexer that says what documents trained it."""
+    twin = MemoryIndexer.from_spec(indexer.spec.model_copy(), device="cpu")
+    twin.query_encoder.load_state_dict(indexer.query_encoder.state_dict())
+    documents = tiny_recipe.documents.model_dump(mode="json") | {"split": "train", "heldout": {"text": 2, "single": 2}}
+    twin.spec.provenance = Provenance(
+        backbone="llama", oracle="attention", documents=documents, training=8, validation=0, train={}
+    )
+    return twin
+
+
+def ask(trained, tokenizer, out, config=CONFIG, progress=lambda names, _: names, **changes):
+    return benchmark(tiny_backbone(), tokenizer, trained, config.model_copy(update=changes), out, progress)
+
+
+@pytest.fixture(scope="module")
+def finished(trained, tokenizer, tmp_path_factory):
+    out = tmp_path_factory.mktemp("benchmark")
+    return out, *ask(trained, tokenizer, out)
+
+
+def test_every_task_has_every_policy_within_and_beyond_the_training_lengths(finished):
+    _, sections, notes = finished
+    rows = sections["benchmark"]
+    tasks = {"single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "mrcr"}
+    assert {(row["task"], row["length"]) for row in rows} == {(task, n) for task in tasks for n in (500, 1000)}
+    assert {row["policy"] for row in rows} == {"full", "indexer", "recency"}
+    for row in rows:
+        assert row["examples"] == 2 and 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
+        assert (row["beyond"] > 1.5) == (row["length"] == 1000)
+        assert row["kept"] == 1 if row["policy"] == "full" else row["kept"] < 0.5
+    text = sections["fidelity"]
+    assert [row["length"] for row in text] == [500] * 3 + [1000] * 3 and text[0]["agreement"] == 1
+    assert {row["policy"] for row in sections["depth"]} == {"full", "indexer", "recency"}
+    assert notes == [] and json.dumps(sections)
+
+
+def test_a_killed_run_continues_and_gives_the_same(finished, trained, tokenizer, tmp_path, monkeypatch):
+    def killed(names, _):
+        yield from list(names)[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(trained, tokenizer, tmp_path, progress=killed)
+    with open(tmp_path / "answers.jsonl", "a") as file:
+        file.write('{"name": "half')
+    asked = []
+    sections, _ = ask(trained, tokenizer, tmp_path, progress=lambda names, _: asked.extend(names) or names)
+    assert sections == finished[1]
+    assert len(asked) == 30 - 5  # 7 tasks x 2 and 1 text, at 2 lengths
+    read = (tmp_path / "answers.jsonl").read_bytes()
+    assert read == (finished[0] / "answers.jsonl").read_bytes()
+    again, _ = ask(trained, tokenizer, tmp_path, progress=lambda names, _: [] if not names else 1 / 0)
+    assert again == sections and (tmp_path / "answers.jsonl").read_bytes() == read
+
+
+def test_a_finished_run_can_be_extended_but_not_mixed(finished, trained, tokenizer):
+    out = finished[0]
+    asked = []
+    path = write(out / "niah_single_1" / "validation.jsonl", RULER, RULER | {"input": "word " * 400})
+    files = [{"format": "ruler", "source": str(path)}]
+    config = BenchmarkConfig.model_validate(CONFIG.model_dump() | {"files": files, "examples": 1})
+    sections, notes = ask(trained, tokenizer, out, config, lambda names, _: asked.extend(names) or names)
+    assert len(asked) == 2 and all(name.startswith("ruler") for name in asked)
+    rows = [row for row in sections["benchmark"] if row["benchmark"] == "ruler"]
+    assert [(row["task"], row["examples"], row["left_out"]) for row in rows] == [("niah_single_1", 1, 1)] * 3
+    assert notes == ["left out: 1 of ruler niah_single_1: longer than the backbone's context (1200 tokens)"]
+    with pytest.raises(InputError, match=r"other settings \(budgets\)"):
+        ask(trained, tokenizer, out, budgets=[0.2])
+    with pytest.raises(InputError, match=r"other settings \(text\)"):
+        ask(trained, tokenizer, out, lengths=[600])
+
+
+def test_policies_that_the_backbone_lacks_are_named(trained, tokenizer, tmp_path):
+    config = CONFIG.model_copy(update={"policies": ["native", "indexer"], "tasks": [], "lengths": [500], "examples": 1})
+    sections, notes = ask(trained, tokenizer, tmp_path, config)
+    assert [row["policy"] for row in sections["benchmark"]] == ["full", "indexer"]
+    assert notes == ["this backbone has no policy native"]
+
+
+def test_what_cannot_be_asked_is_refused_first(trained, indexer, tokenizer, tmp_path):
+    def refused(message, who=trained, backbone=None, **changes):
+        with pytest.raises(InputError, match=message):
+            benchmark(backbone or tiny_backbone(), tokenizer, who, CONFIG.model_copy(update=changes), tmp_path, None)
+        assert not (tmp_path / "answers.jsonl").exists()
+
+    refused("lengths: 2000, but the backbone's context is 1200", lengths=[2000])
+    refused("fingerprint", backbone=DenseBackbone(tiny_model("qwen3")))
+    refused("on which lengths it was trained: give the lengths", who=indexer)
+    refused("text its training held out", who=indexer, lengths=[500])
+    refused("no such file", haystack=str(tmp_path / "gone.txt"))
+    whole = trained.spec.provenance.documents | {"train": {"document": 8}, "heldout": {"document": 2}}
+    twin = MemoryIndexer.from_spec(trained.spec.model_copy(deep=True), device="cpu")
+    twin.spec.provenance.documents = whole
+    refused("text its training held out", who=twin)
+
+
+def test_unseen_text_may_be_named(indexer, tokenizer, tmp_path):
+    source = tmp_path / "essay.md"
+    source.write_text("\n\n".join(f"Paragraph {n} tells of a river that bends {n} times." for n in range(60)))
+    config = CONFIG.model_copy(update={"haystack": str(tmp_path), "tasks": ["single"], "lengths": [500], "examples": 1})
+    sections, _ = ask(indexer, tokenizer, tmp_path / "out", config)
+    assert {row["task"] for row in sections["benchmark"]} == {"single", "mrcr"}
+    assert sections["benchmark"][0]["beyond"] is None
