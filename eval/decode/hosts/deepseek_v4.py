@@ -86,4 +86,4 @@ class DeepseekV4Host:
 def _remember(ordinal: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
     given = arguments(module, args, kwargs)
     if isinstance(cache := given.get("past_key_values"), ResidentCsaCache):
-        cache.newest[ordinal] = given["hidden_states"][:, -1].to(torch.bfloat16)
+        cache.newest[ordinal] = given["hidden_states"][:, -1].to(torch.bfloat16, copy=True)

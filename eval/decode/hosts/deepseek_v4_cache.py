@@ -1,10 +1,12 @@
 """A DeepSeek-V4 cache that holds every compressed entry cold, in host memory, and shows the model the resident ones."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache
 
 from data_gen.backbones.deepseek_v4_hooks import CSA
@@ -111,6 +113,12 @@ class GrowingRows:
         self.room[:, self.count : self.count + new] = entries
         self.count += new
 
+    def fork(self) -> "GrowingRows":
+        """The same rows, and no room to grow in: whoever appends first moves to room of its own."""
+        twin = copy.copy(self)
+        twin.room = None if self.room is None else self.rows
+        return twin
+
     def reorder(self, sequences: torch.Tensor) -> None:
         if self.room is not None:
             self.room = self.room.index_select(0, sequences.to(self.room.device))
@@ -202,6 +210,16 @@ class ResidentCsaCache(DynamicCache):
         """Bytes of the resident entries and native index keys of all CSA layers, as they lie."""
         return sum(self.layers[layer].resident_bytes() for layer in self.csa)
 
+    def fork(self) -> "ResidentCsaCache":
+        """An independent continuation of the same history; tensors are shared until either side goes on."""
+        twin = copy.copy(self)
+        twin.table, twin.newest = copy.copy(self.table), dict(self.newest)
+        twin.layers = [_fork_layer(layer) for layer in self.layers]
+        return twin
+
+    def crop(self, *args: object, **kwargs: object) -> None:
+        raise NotImplementedError("compressed entries cannot be taken back: no assisted or speculative decoding")
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if len(self.table.kept) > 1:
@@ -212,6 +230,19 @@ class ResidentCsaCache(DynamicCache):
         super().reset()
         self.table.reset()
         self.newest = {}
+
+
+def _fork_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """Stock layers replace their tensors and never write into them, so that new dicts around the same ones do."""
+    twin = copy.copy(layer)
+    for name, state in vars(layer).items():
+        if isinstance(state, GrowingRows):
+            setattr(twin, name, state.fork())
+        elif isinstance(state, dict):
+            setattr(
+                twin, name, {key: rows.fork() if isinstance(rows, GrowingRows) else rows for key, rows in state.items()}
+            )
+    return twin
 
 
 def _on(like: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

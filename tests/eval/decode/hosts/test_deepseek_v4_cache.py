@@ -100,6 +100,29 @@ def test_reordered_sequences_keep_their_own_chunks(models):
     assert torch.equal(cache.layers[1].compressed_kv["compressor"], cold[[2, 2, 0], :15])
 
 
+def test_forks_go_their_own_ways(models):
+    model = models["fp32"]
+    cache, ids = ResidentCsaCache(model.config), IDS[:2]
+    read(model, cache, ids[:, :62], [62])
+    cache.layers[1].index_keys()
+    cache.keep([torch.arange(12)] * 2)
+    twin, third = cache.fork(), cache.fork()
+    twin.keep([torch.arange(3, 9)] * 2)
+    read(model, twin, ids[:, 80:110], [1] * 30)
+    ours = read(model, cache, ids[:, 62:92], [1] * 30)
+    assert torch.equal(read(model, third, ids[:, 62:92], [1] * 30), ours)
+    assert not torch.equal(cache.layers[1].cold["indexer"].rows, twin.layers[1].cold["indexer"].rows)
+    assert torch.equal(cache.layers[1].cold["indexer"].rows, third.layers[1].cold["indexer"].rows)
+    assert torch.equal(cache.layers[1].index_keys(), third.layers[1].index_keys())
+    assert torch.equal(cache.layers[1].index_keys()[:, :15], twin.layers[1].index_keys()[:, :15])
+    assert len(cache.resident()[0]) == 12 + 8 and len(twin.resident()[0]) == 6 + 8
+
+
+def test_taking_tokens_back_is_refused(models):
+    with pytest.raises(NotImplementedError, match="cannot be taken back"):
+        ResidentCsaCache(models["fp32"].config).crop(-1)
+
+
 def test_the_stock_cache_of_others_stays_stock(models):
     layer = DynamicCache(config=models["fp32"].config).layers[1]
     assert type(layer) is DeepseekV4CSACache and not isinstance(layer, ResidentCsaLayer)

@@ -88,3 +88,17 @@ def test_beam_search_with_everything_resident(model):
     with resident_masks(model):
         ours = model.generate(IDS[:2, :60], past_key_values=ResidentCsaCache(model.config), **settings)
     assert torch.equal(ours, model.generate(IDS[:2, :60], **settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_on_a_gpu():
+    model = tiny_model("deepseek_v4").to("cuda")
+    turns = [([[0, 5, 6], [1, 7], [22, 23, 24]], [1] * 12), ([[0, 5, 6], [1, 7, 20], []], [13, 1, 1])]
+    assert compare(model, IDS.to("cuda"), 100, turns) < 1e-4
+    cache = ResidentCsaCache(model.config)
+    with torch.no_grad():
+        for part in IDS.to("cuda").split(50, dim=1):
+            ours = model(part, past_key_values=cache).logits
+    rows = cache.layers[1].cold["compressor"].rows
+    assert rows.device.type == "cpu" and cache.layers[1].compressed_kv["compressor"].is_cuda and ours.isfinite().all()
