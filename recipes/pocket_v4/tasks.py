@@ -1,9 +1,11 @@
 """Long-context tasks over the pocket language: items made of scattered facts, a question and an answer.
 
-    single, multi_key   note bako 417 .  ...  recall bako -> 417           (few or many other keys in the document)
-    multi_value         note bako 417 .  ... note bako 233 . ...  list bako -> 233 bako 417       (any order)
-    tracking            alias Rolu bako . ... note bako 417 . ...  trace Rolu -> bako 417
-    copy                step first 417 . ... step second 233 . ...  repeat -> first 417 second 233
+    single, multi_key   note bako 417 .  ...  recall bako ? -> 417         (few or many other keys in the document)
+    multi_value         note bako 417 .  ... note bako 233 . ...  list bako ? -> 233 bako 417       (any order)
+    tracking            alias Rolu bako . ... note bako 417 . ...  trace Rolu ? -> bako 417
+    copy                step first 417 . ... step second 233 . ...  repeat ? -> first 417 second 233
+
+A question ends in a word of its own: whoever decides what to keep for the answer has read what is asked.
 """
 
 from collections.abc import Callable
@@ -53,7 +55,7 @@ class Words:
 def pair(words: Words, task: str = "multi_key") -> Item:
     """One key, one value."""
     key, (value,) = words.keys.pop(), words.values(1)
-    return Item(task, [["note", key, value, "."]], ["recall", key], [value])
+    return Item(task, [["note", key, value, "."]], ["recall", key, "?"], [value])
 
 
 def multi_value(words: Words, count: int = 3) -> Item:
@@ -61,20 +63,20 @@ def multi_value(words: Words, count: int = 3) -> Item:
     key, values = words.keys.pop(), words.values(count)
     listed = words.rng.sample(values, count)
     answer = [listed[0]] + [word for value in listed[1:] for word in (key, value)]
-    return Item("multi_value", [["note", key, v, "."] for v in values], ["list", key], answer)
+    return Item("multi_value", [["note", key, v, "."] for v in values], ["list", key, "?"], answer)
 
 
 def tracking(words: Words) -> Item:
     """A name stands for a key, which has a value: two hops."""
     key, name, (value,) = words.keys.pop(), words.names.pop(), words.values(1)
-    return Item("tracking", [["alias", name, key, "."], ["note", key, value, "."]], ["trace", name], [key, value])
+    return Item("tracking", [["alias", name, key, "."], ["note", key, value, "."]], ["trace", name, "?"], [key, value])
 
 
 def copy(words: Words, count: int = 6) -> Item:
     """Numbered steps anywhere in the text, repeated in order."""
     steps = list(zip(words.lexicon.ordinals, words.values(count), strict=False))
     facts = [["step", ordinal, value, "."] for ordinal, value in steps]
-    return Item("copy", facts, ["repeat"], [word for step in steps for word in step])
+    return Item("copy", facts, ["repeat", "?"], [word for step in steps for word in step])
 
 
 MAKERS: dict[str, Callable[[Words], Item]] = {

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from recipes.pocket_v4.config import VocabularyConfig
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
-MARKERS = ["note", "alias", "step", "recall", "list", "trace", "repeat", "."]
+MARKERS = ["note", "alias", "step", "recall", "list", "trace", "repeat", "?", "."]
 ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 DETERMINERS = ["the", "a", "this", "that", "every", "another"]
 ADJECTIVES = [
