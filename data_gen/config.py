@@ -34,6 +34,7 @@ class DocumentsConfig(Strict):
     train, heldout: how many documents of each task (see data_gen/tasks.py; `text` is plain text).
     keys: needles with other keys beside the asked one (multi_key); values: values of one key (multi_value).
     thinking: whether chat templates that can (Qwen3 ...) let the model think before it answers.
+    turns: which of a chat's answers are traced: the `last` one or `all`.
     """
 
     source: str = "builtin"
@@ -44,6 +45,7 @@ class DocumentsConfig(Strict):
     keys: PositiveInt = 3
     values: PositiveInt = 2
     thinking: bool = False
+    turns: Literal["last", "all"] = "last"
     seed: int = 0
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ import itertools
 import json
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -123,28 +123,41 @@ class _Builder:
         for sentence, depth in placed:
             paragraphs.insert(round(depth * len(paragraphs)), sentence)
         messages = [_user(_question(task.question, paragraphs)), _assistant(task.answer)]
-        return self._answered(document, name, messages, task.values, task.depth)
+        return self._answered(document, name, messages, [1], task.values, task.depth)
 
     def _chat(self, name: str) -> Document:
         messages = self._next(list, name)
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise InputError(f"documents {self.config.source}: {name} must end with an assistant message")
-        return self._answered(name, "chat", messages, [], None)
+        if self.config.turns == "last":
+            return self._answered(name, "chat", messages, [len(messages) - 1])
+        if self.trace.own_tokens:
+            raise InputError("documents.turns: the backbone's own tokens (trace.own_tokens) replace a last answer only")
+        return self._answered(name, "chat", messages, [i for i, m in enumerate(messages) if m["role"] == "assistant"])
 
     def _answered(
-        self, name: str, task: str, messages: list[dict[str, str]], values: list[str], depth: float | None
+        self,
+        name: str,
+        task: str,
+        messages: list[dict[str, str]],
+        turns: list[int],
+        values: Sequence[str] = (),
+        depth: float | None = None,
     ) -> Document:
-        """A conversation whose last message is traced, with a few tokens before it."""
+        """A conversation of which the messages `turns` are traced, each with a few tokens before it."""
         ids = self._conversation(messages)
-        prompt_ids = self._conversation(messages[:-1], prompt=True)
-        prompt = len(prompt_ids)
-        if ids[:prompt] != prompt_ids:
-            raise InputError("the chat template rewrites earlier turns: answers cannot be located")
-        first = max(0, prompt - self.trace.answer_lead)
-        # Serving reads the prompt but for its last token, so that the first answer token is already predicted sparsely.
-        spans = [Span(first=0, last=len(ids) - 1 - first, serve=prompt - 2 - first, tail=True)]
-        positions = list(range(first, len(ids) - 1))
-        return self._checked(Document(name, task, ids, prompt, spans, positions, values, depth))
+        spans: list[Span] = []
+        positions: list[int] = []
+        for turn in turns:
+            prompt_ids = self._conversation(messages[:turn], prompt=True)
+            prompt, end = len(prompt_ids), len(self._conversation(messages[: turn + 1]))
+            if ids[:prompt] != prompt_ids:
+                raise InputError("the chat template rewrites earlier turns: answers cannot be located")
+            row, first = len(positions), max(prompt - self.trace.answer_lead, positions[-1] + 1 if positions else 0)
+            positions += range(first, end - 1)
+            # Serving reads the prompt but for its last token, so that the first answer token is predicted sparsely.
+            spans.append(Span(first=row, last=len(positions), serve=row + max(0, prompt - 2 - first), tail=True))
+        return self._checked(Document(name, task, ids, prompt, spans, positions, list(values), depth))
 
     def _conversation(self, messages: list[dict[str, str]], prompt: bool = False) -> list[int]:
         return conversation(self.tokenizer, messages, self.config.thinking, prompt)

@@ -75,7 +75,7 @@ def import_dumps(folder: Path, root: Path, trace: TraceConfig, progress: Progres
 
 
 def _check_same(path: Path, document: Path, trace: TraceConfig) -> None:
-    """Raise InputError when `document` was made of another dump than `path`, by its size: every folder counts from 0."""
+    """Raise InputError when `document` was made of another dump than `path`, by size: every folder counts from 0."""
     if TraceDocument(document, trace).source.get("bytes") != path.stat().st_size:
         raise InputError(f"{document} was made of another dump; import each folder into a store of its own")
 

@@ -104,6 +104,27 @@ def test_lengths_of_text_are_drawn_between_the_limits(tokenizer):
     assert len(set(lengths)) > 1 and all(1500 <= length <= 2500 for length in lengths)
 
 
+def test_every_answer_of_a_chat_is_traced_on_request(tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    chat = [
+        {"role": "user", "content": "question " * 40},
+        {"role": "assistant", "content": "a first answer of some length"},
+        {"role": "user", "content": "and now"},
+        {"role": "assistant", "content": "another answer, the last one"},
+    ]
+    path.write_text(json.dumps({"messages": chat}))
+    settings = config(source=str(path), train={"chat": 1}, heldout={})
+    (last,) = build(settings, tokenizer, "train")
+    (both,) = build(settings.model_copy(update={"turns": "all"}), tokenizer, "train")
+    assert both.tokens == last.tokens and both.prompt == last.prompt and len(both.spans) == 2
+    assert both.positions == sorted(set(both.positions)) and both.positions[-1] == last.positions[-1]
+    for span, turn in zip(both.spans, (1, 3), strict=True):
+        traced = both.positions[span.first : span.last]
+        assert traced == list(range(traced[0], traced[-1] + 1))
+        served = both.tokens[both.positions[span.serve] + 2 :]  # what follows the last token of the prompt
+        assert tokenizer.decode(served).lstrip().startswith(chat[turn]["content"])
+
+
 def test_whole_documents_chats_and_fields(tokenizer, tmp_path):
     rows = [{"body": "abcdefgh " * 60}, {"body": "ijkl mnop " * 60}]
     path = tmp_path / "rows.jsonl"
