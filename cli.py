@@ -230,6 +230,32 @@ def decode(
 
 
 @app.command()
+def benchmark(
+    bundle: Annotated[Path, typer.Argument(help="An exported bundle.")],
+    out: Annotated[Path, typer.Option("--out", "--output", help="Output folder.")],
+    backbone: Annotated[str | None, typer.Option("--backbone", "--model", help="The bundle's model.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Whose backbone and `benchmark:` section; else defaults.")] = None,
+    documents: Annotated[str | None, typer.Option(help="Text never trained on; else what was held out.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens; else as long as trained, and twice that.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A generated task; else all. mrcr is always asked.")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Of each generated task and length.")] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="Share of chunks kept; repeatable.")] = None,
+    file: Annotated[list[str] | None, typer.Option(help="ruler=, longbench-v2=, longmemeval= or mrcr=FILE.")] = None,
+) -> None:
+    """Long-context tasks under every policy: adds to OUT/results.json and the report. A stopped run continues."""
+    from data_gen.config import BackboneConfig
+    from eval.tasks.config import BenchmarkConfig
+
+    if recipe is None and backbone is None:
+        raise InputError("benchmark needs the bundle's model: --backbone PATH, or --recipe NAME that says it")
+    settings = None if recipe is None else _recipe(recipe, backbone)
+    config = (settings.benchmark if settings else BenchmarkConfig()).changed(
+        file or [], lengths=length, tasks=task, examples=examples, budgets=budget, haystack=documents
+    )
+    _benchmark(bundle, settings.backbone if settings else BackboneConfig(path=backbone), config, out)
+
+
+@app.command()
 def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Documents = None) -> None:
     """All verbs in a row: generate, train, evaluate, export, decode. A stopped run continues."""
     settings = _recipe(recipe, backbone, documents)
@@ -385,6 +411,24 @@ def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None
     page, _ = write_report(out)
     plot = f"plot: {out / 'recall.png'}\n" if (out / "recall.png").exists() else ""
     typer.echo(f"{decode_table(found)}\nresults: {results}\n{plot}report: {page}\n{decode_summary(found)}")
+
+
+def _benchmark(bundle: Path, backbone: Any, config: Any, out: Path) -> None:
+    from data_gen.backbones.dense import DenseBackbone
+    from data_gen.backbones.load import load_backbone
+    from eval.page import write_report
+    from eval.report import write_results
+    from eval.tasks.benchmark import benchmark as run_benchmark
+    from eval.tasks.tables import benchmark_table, fidelity_table
+    from indexer_train.bridge.bundle import load_bundle
+
+    indexer = load_bundle(bundle)
+    model, tokenizer = load_backbone(backbone)
+    found, notes = run_benchmark(DenseBackbone(model), tokenizer, indexer, config, out, _progress)
+    results = write_results(out, **found)
+    page, _ = write_report(out)
+    typer.echo(f"{benchmark_table(found['benchmark'])}\n\n{fidelity_table(found['benchmark_text'])}\n")
+    typer.echo("\n".join([*notes, f"results: {results}", f"report: {page}"]))
 
 
 def main() -> None:

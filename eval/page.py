@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 
 from data_gen.errors import InputError
 from data_gen.store import write_atomically
-from eval import figures, figures_time
+from eval import figures, figures_tasks, figures_time
 from eval.report import comparison_table, decode_summary, decode_table, recall_table, table
+from eval.tasks.tables import benchmark_table, fidelity_table
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -107,6 +108,31 @@ def _decode(results: dict[str, Any]) -> Section | None:
     return "Accuracy against KV bytes", decode_summary(rows), _named(("accuracy", picture)), decode_table(rows)
 
 
+def _benchmark(results: dict[str, Any]) -> Section | None:
+    rows = results.get("benchmark")
+    if not rows:
+        return None
+    pictures = _named(
+        ("benchmark", figures_tasks.accuracy_by_bytes(rows)),
+        ("depth", figures_tasks.answers_by_depth(results.get("benchmark_depth", []))),
+    )
+    text = (
+        "Answers from one prefill, a column per policy and budget; every policy has the same protected chunks on top. "
+        "KV: keys and values of the full-attention layers that are resident while answering. Intervals: Wilson where "
+        "an answer is right or wrong, bootstrap over examples where it is scored in between. 'mrcr' is dense demand, "
+        "where sparse attention is known to fail. The oracle knows what full attention's own answer attended to. "
+        "Average: means over the lines, bytes as the mean of each line's share of full attention's."
+    )
+    return "Benchmark: accuracy against KV bytes", text, pictures, benchmark_table(rows)
+
+
+def _benchmark_text(results: dict[str, Any]) -> Section | None:
+    if not results.get("benchmark_text"):
+        return None
+    text = "Held-out text read on under each policy, one token at a time; intervals are bootstraps over texts."
+    return "Benchmark: fidelity of plain text", text, [], fidelity_table(results["benchmark_text"])
+
+
 def _calibration(results: dict[str, Any]) -> Section | None:
     if "documents" not in results:
         return None
@@ -154,7 +180,7 @@ def _timeline(results: dict[str, Any]) -> Section | None:
 
 
 SECTIONS: list[Callable[[dict[str, Any]], Section | None]] = [
-    _recall, _decode, _comparison, _metrics, _calibration, _depth, _timeline, _time,
+    _recall, _decode, _benchmark, _benchmark_text, _comparison, _metrics, _calibration, _depth, _timeline, _time,
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError, model_validator
 from data_gen.config import BackboneConfig, DocumentsConfig, Strict, TraceConfig
 from data_gen.errors import InputError
 from eval.decode.config import DecodeConfig
+from eval.tasks.config import BenchmarkConfig
 from indexer_train.config import IndexerConfig, TrainConfig
 
 
@@ -22,6 +23,7 @@ class Recipe(Strict):
     indexer: IndexerConfig
     train: TrainConfig
     decode: DecodeConfig = DecodeConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
 
     @model_validator(mode="after")
     def _texts_outlast_decoding(self) -> Self:

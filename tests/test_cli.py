@@ -238,6 +238,28 @@ def test_ctrl_c_ends_with_130_and_the_same_command_continues(recipe, tmp_path, l
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in early.items())
 
 
+def test_benchmark_adds_to_results_and_continues(finished, recipe, tmp_path, lookahead):
+    arguments = ("benchmark", finished / "bundle", "--out", tmp_path / "out", "--length", 500, "--task", "single")
+    code, printed, line = lookahead(*arguments, "--recipe", recipe, "--examples", 2, "--budget", 0.1)
+    assert code == 0 and "| needles single" in printed and "| mrcr" in printed, line
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["benchmark"]
+    policies = {"full", "indexer", "mean_pooled", "recency", "random", "oracle"}
+    assert {row["policy"] for row in rows} == policies and {row["task"] for row in rows} == {"single", "mrcr"}
+    assert '<figure id="benchmark">' in (tmp_path / "out" / "report.html").read_text()
+    answers = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    model = ("--model", recipe.parent / "model", "--examples", 1, "--budget", 0.1)
+    assert lookahead(*arguments, *model)[0] == 0 and (tmp_path / "out" / "answers.jsonl").read_bytes() == answers
+    for more, complaint in [
+        ((), "--backbone PATH, or --recipe NAME"),
+        ((*model, "--task", "poetry"), "benchmark.tasks.1: Input should be"),
+        ((*model, "--file", "ruler"), "benchmark.files.0.source: Field required"),
+        ((*model, "--file", f"mrcr={recipe}.json"), "no such file"),
+        ((*model, "--budget", 0.3), "other settings (budgets)"),
+    ]:
+        code, _, line = lookahead(*arguments, *more)
+        assert code == 2 and complaint in line, line
+
+
 def test_select_layers_saves_what_it_found_best(finished, tmp_path, lookahead):
     traces = ("--traces", finished / "traces" / "heldout")
     indexer = ("--indexer", finished / "indexer")

@@ -55,11 +55,11 @@ def benchmark(
     records = [journal.records[name] for name in examples]
     notes = left_out_lines(records)
     if missing := [name for name in config.policies if name not in runner.policies]:
-        notes.append(f"this backbone has no policy {', '.join(missing)}")
+        notes.append(f"not run: {', '.join(missing)} (this backbone has no indexer of its own)")
     sections = {
         "benchmark": accuracy_rows(records, trained),
-        "fidelity": fidelity_rows(records, trained),
-        "depth": depth_rows(records),
+        "benchmark_text": fidelity_rows(records, trained),
+        "benchmark_depth": depth_rows(records),
     }
     return sections, notes
 

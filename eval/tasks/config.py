@@ -1,10 +1,11 @@
 """Validated settings of the benchmark."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from data_gen.config import Strict
+from data_gen.errors import InputError
 
 GeneratedTask = Literal["single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text"]
 TASKS: list[GeneratedTask] = [
@@ -57,3 +58,19 @@ class BenchmarkConfig(Strict):
     haystack: str | None = None
     files: list[BenchmarkFile] = Field([])
     seed: NonNegativeInt = 0
+
+    def changed(self, files: list[str], **given: Any) -> Self:
+        """A copy with what was `given` (None and [] were not) and more files, FORMAT=SOURCE each.
+
+        Raises InputError for what does not fit.
+        """
+        more = [dict(zip(("format", "source"), file.split("=", 1), strict=False)) for file in files]
+        given = {name: value for name, value in given.items() if value} | {
+            "files": [*self.model_dump()["files"], *more]
+        }
+        try:
+            return type(self).model_validate(self.model_dump() | given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"benchmark.{where}: {first['msg']} ({first['input']})") from error

@@ -15,7 +15,7 @@ def benchmark_table(rows: Rows) -> str:
     for place in dict.fromkeys(map(_place, rows)):
         found = [cells.get((*place, column)) for column in columns]
         first = next(row for row in found if row is not None)
-        lines.append([f"{place[0]} {place[1]}", _length(first), first["examples"], *map(_cell, found)])
+        lines.append([" ".join(dict.fromkeys(place[:2])), _length(first), first["examples"], *map(_cell, found)])
     lines.append(["average", "", "", *_averages(rows, columns)])
     return table(["accuracy % [95 % interval] / KV MB", "tokens", "n", *columns], lines)
 

@@ -54,9 +54,9 @@ def test_every_task_has_every_policy_within_and_beyond_the_training_lengths(fini
         assert row["examples"] == 2 and 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
         assert (row["beyond"] > 1.5) == (row["length"] == 1000)
         assert row["kept"] == 1 if row["policy"] == "full" else row["kept"] < 0.5
-    text = sections["fidelity"]
+    text = sections["benchmark_text"]
     assert [row["length"] for row in text] == [500] * 3 + [1000] * 3 and text[0]["agreement"] == 1
-    assert {row["policy"] for row in sections["depth"]} == {"full", "indexer", "recency"}
+    assert {row["policy"] for row in sections["benchmark_depth"]} == {"full", "indexer", "recency"}
     assert notes == [] and json.dumps(sections)
 
 
@@ -100,7 +100,7 @@ def test_policies_that_the_backbone_lacks_are_named(trained, tokenizer, tmp_path
     config = CONFIG.model_copy(update={"policies": ["native", "indexer"], "tasks": [], "lengths": [500], "examples": 1})
     sections, notes = ask(trained, tokenizer, tmp_path, config)
     assert [row["policy"] for row in sections["benchmark"]] == ["full", "indexer"]
-    assert notes == ["this backbone has no policy native"]
+    assert notes == ["not run: native (this backbone has no indexer of its own)"]
 
 
 def test_what_cannot_be_asked_is_refused_first(trained, indexer, tokenizer, tmp_path):
