@@ -42,9 +42,13 @@ def set_topk(model: nn.Module, topk: int) -> None:
 
 
 def save_model(model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write config, bf16 weights and tokenizer, loadable with `from_pretrained`. `model` itself is not changed."""
+    """Write config, bf16 weights and tokenizer, loadable with `from_pretrained`. `model` itself is not changed.
+
+    Generation ends with the sentence: every answer does.
+    """
     state = {name: tensor.detach().cpu().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     copy = DeepseekV4ForCausalLM(model.config).to(torch.bfloat16)
     copy.load_state_dict(state)
+    copy.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(".")]
     copy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

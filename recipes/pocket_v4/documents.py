@@ -1,0 +1,75 @@
+"""Files for the toolkit: chats to trace, and tests in RULER's format. `python -m recipes.pocket_v4.documents --out X`.
+
+X/chats.jsonl: the training language, each answer a message of its own; X/tests/TASK-LENGTH.jsonl: questions at the end
+of documents of LENGTH tokens. No test document is among the model's or the indexer's training documents.
+"""
+
+import argparse
+import json
+from itertools import groupby
+from pathlib import Path
+from random import Random
+
+from recipes.pocket_v4.config import PocketConfig, load_config
+from recipes.pocket_v4.evaluate import documents_of
+from recipes.pocket_v4.tasks import TASKS, training_document
+from recipes.pocket_v4.words import Lexicon, build_lexicon
+
+Message = dict[str, str]
+
+
+def chat(lexicon: Lexicon, length: int, far: int, rng: Random) -> list[Message]:
+    """A training document of about `length` words as messages: text up to a question, its answer, and so on."""
+    words, tasks = training_document(lexicon, length, far, rng)
+    messages = []
+    for answers, run in groupby(zip(words, tasks, strict=True), key=lambda pair: pair[1] >= 0):
+        text = " ".join(word for word, _ in run)
+        messages.append({"role": "assistant" if answers else "user", "content": text})
+    return messages if messages[-1]["role"] == "assistant" else messages[:-1]
+
+
+def write_chats(config: PocketConfig, path: Path, count: int, lengths: tuple[int, int]) -> None:
+    """`count` chats of lengths drawn evenly on a log scale."""
+    lexicon, far = build_lexicon(config.vocabulary), config.model["sliding_window"] + 8
+    rows = []
+    for number in range(count):
+        rng = Random(f"chats/{number}")
+        length = round(lengths[0] * (lengths[1] / lengths[0]) ** rng.random())
+        rows.append({"messages": chat(lexicon, length, far, rng)})
+    _write(path, rows)
+
+
+def write_tests(config: PocketConfig, folder: Path, task: str, length: int, count: int) -> None:
+    """The first `count` test documents of a task and length."""
+    documents = documents_of(config, task, length, count)
+    rows = []
+    for index, document in enumerate(documents):
+        answer = document.answer.split()
+        outputs = answer[::2] if task == "multi_value" else [document.answer]  # several values may come in any order
+        rows.append({"index": index, "input": document.prompt, "outputs": outputs, "length": length})
+    _write(folder / f"{task}-{length}.jsonl", rows)
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main() -> None:
+    """Write both kinds of files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--chats", type=int, default=80)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--tests", type=int, nargs="+", default=[12, 12, 8, 4, 2], help="for each length, of each task")
+    args = parser.parse_args()
+    config = load_config(args.config)
+    write_chats(config, args.out / "chats.jsonl", args.chats, (512, 4096))
+    for length, count in zip(args.lengths, args.tests, strict=True):
+        for task in TASKS:
+            write_tests(config, args.out / "tests", task, length, count)
+
+
+if __name__ == "__main__":
+    main()
