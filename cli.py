@@ -390,8 +390,7 @@ def _evaluate(recipe: Any, paths: dict[str, Path], traces: Path, out: Path, ever
 
 
 def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None = None) -> None:
-    from data_gen.backbones.dense import DenseBackbone
-    from data_gen.backbones.load import load_backbone
+    from data_gen.backbones.load import adapter, load_backbone
     from data_gen.documents import build_documents
     from eval.decode.check import as_rows, check_backbone, decode_check
     from eval.page import write_report
@@ -401,11 +400,11 @@ def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None
     indexer = load_bundle(bundle)
     if loaded is None:
         model, tokenizer = load_backbone(recipe.backbone)
-        loaded = DenseBackbone(model), tokenizer
-    adapter, tokenizer = loaded
-    check_backbone(indexer, adapter)
-    documents = build_documents(recipe.documents, recipe.trace, tokenizer, adapter.info.context, "heldout")
-    rows, answers = decode_check(adapter.model, tokenizer, indexer, documents, recipe.decode, _progress)
+        loaded = adapter(model), tokenizer
+    backbone, tokenizer = loaded
+    check_backbone(indexer, backbone)
+    documents = build_documents(recipe.documents, recipe.trace, tokenizer, backbone.info.context, "heldout")
+    rows, answers = decode_check(backbone.model, tokenizer, indexer, documents, recipe.decode, _progress)
     found = as_rows(rows)
     results = write_results(out, decode=found, answers=answers)
     page, _ = write_report(out)
@@ -414,8 +413,7 @@ def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None
 
 
 def _benchmark(bundle: Path, backbone: Any, config: Any, out: Path) -> None:
-    from data_gen.backbones.dense import DenseBackbone
-    from data_gen.backbones.load import load_backbone
+    from data_gen.backbones.load import adapter, load_backbone
     from eval.page import write_report
     from eval.report import write_results
     from eval.tasks.benchmark import benchmark as run_benchmark
@@ -424,7 +422,7 @@ def _benchmark(bundle: Path, backbone: Any, config: Any, out: Path) -> None:
 
     indexer = load_bundle(bundle)
     model, tokenizer = load_backbone(backbone)
-    found, notes = run_benchmark(DenseBackbone(model), tokenizer, indexer, config, out, _progress)
+    found, notes = run_benchmark(adapter(model), tokenizer, indexer, config, out, _progress)
     results = write_results(out, **found)
     page, _ = write_report(out)
     typer.echo(f"{benchmark_table(found['benchmark'])}\n\n{fidelity_table(found['benchmark_text'])}\n")

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from data_gen.config import TraceConfig
 from data_gen.trace import BackboneInfo, RawTrace
@@ -11,6 +12,7 @@ from data_gen.trace import BackboneInfo, RawTrace
 class Backbone(Protocol):
     """A frozen LLM that can be traced."""
 
+    model: PreTrainedModel
     info: BackboneInfo
 
     def trace(self, tokens: list[int], positions: torch.Tensor, config: TraceConfig) -> RawTrace:

@@ -109,7 +109,7 @@ class _Reader:
         start = 0
         with observe_csa(self.model, self._keep):
             while start < len(tokens):
-                piece = tokens[start : start + self._piece_tokens()]
+                piece = tokens[start : start + piece_tokens(self.model, self.length)]
                 self.rows = self._traced(len(piece))
                 ids = torch.tensor([piece], device=self.model.device)
                 states = self.model.get_decoder()(ids, past_key_values=self.cache, use_cache=True).last_hidden_state
@@ -117,15 +117,6 @@ class _Reader:
                 self.length += len(piece)
                 start += len(piece)
         return states[0, -1]
-
-    def _piece_tokens(self) -> int:
-        """How many tokens to read at once so that no layer holds more than PIECE_ELEMENTS scores."""
-        config = self.model.config
-        heads = max(config.num_attention_heads, config.index_n_heads)
-        chunks = (self.length + PIECE_TOKENS) // min(config.compress_rates.values())
-        keys = chunks + PIECE_TOKENS + config.sliding_window
-        elements = PIECE_ELEMENTS_CPU if self.model.device.type == "cpu" else PIECE_ELEMENTS
-        return max(1, min(PIECE_TOKENS, elements // (heads * keys)))
 
     def _traced(self, tokens: int) -> torch.Tensor:
         """Rows of the next `tokens` tokens that are query tokens."""
@@ -161,6 +152,16 @@ class _Reader:
             native=self.native,
             near_ties=self.near_ties,
         )
+
+
+def piece_tokens(model: PreTrainedModel, length: int, sequences: int = 1) -> int:
+    """How many tokens to read at once behind `length` so that no layer holds more than PIECE_ELEMENTS scores."""
+    config = model.config
+    heads = max(config.num_attention_heads, config.index_n_heads)
+    chunks = (length + PIECE_TOKENS) // min(config.compress_rates.values())
+    keys = chunks + PIECE_TOKENS + config.sliding_window
+    elements = PIECE_ELEMENTS_CPU if model.device.type == "cpu" else PIECE_ELEMENTS
+    return max(1, min(PIECE_TOKENS, elements // (sequences * heads * keys)))
 
 
 def _rope(model: PreTrainedModel, layer: int) -> Rope:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_gen.backbones.dense import DenseBackbone
+from data_gen.backbones.base import Backbone
 from data_gen.documents import Document
 from data_gen.errors import InputError
 from eval.decode.config import DecodeConfig
 from eval.decode.cycle import Usage, follow_text, generate
+from eval.decode.open import open_session
 from eval.decode.policies import decode_policies
-from eval.decode.session import Session
 from indexer_train.model import MemoryIndexer
 
 Progress = Callable[[Iterable[Document], str], Iterable[Document]]
@@ -41,7 +41,7 @@ class DecodeRow:
     refreshes: int
 
 
-def check_backbone(indexer: MemoryIndexer, backbone: DenseBackbone) -> None:
+def check_backbone(indexer: MemoryIndexer, backbone: Backbone) -> None:
     """Raise InputError unless the bundle was made for this very model."""
     if indexer.spec.backbone != backbone.info.fingerprint:
         raise InputError(
@@ -80,7 +80,7 @@ def decode_check(
         # A conversation is cut before its answer, plain text before its last tokens.
         prompt = min(document.prompt, len(document.tokens) - config.text_tokens) - 1
         prompt = document.prompt - 1 if asked or document.task == "chat" else prompt
-        session = Session(model, indexer.spec.chunking)
+        session = open_session(model, indexer.spec)
         session.read(document.tokens[:prompt])
         full: torch.Tensor | None = None
         record: dict[str, Any] = {"document": document.name, "task": document.task, "values": document.values}

@@ -50,7 +50,7 @@ def steps(
             usage.refreshes += 1
         logits = session.read([token])
         usage.steps += 1
-        usage.resident += session.cache.layers[session.cache.full_layers[0]].keys.shape[-2]
+        usage.resident += session.resident_tokens
         usage.total += session.position + 1
         usage.bytes += session.cache.resident_bytes()
         yield logits

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from data_gen.keys import flatten_heads, mean_pooled_scores
+from data_gen.keys import mean_pooled_scores
+from eval.decode.hosts.deepseek_v4_session import native_indexer
 from eval.decode.session import Session
 from indexer_train.model import MemoryIndexer
 
@@ -16,11 +17,8 @@ def indexer_policy(indexer: MemoryIndexer) -> DecodePolicy:
     """Score the session's chunks with the trained indexer at the newest token."""
 
     def score(session: Session) -> torch.Tensor:
-        layers = indexer.spec.layers
-        hidden = torch.stack([session.newest[layer].hidden[0, -1:].float() for layer in layers], dim=1)
-        # Keys pass through the stored precision, so that decoding scores what training scored.
-        keys = torch.stack([flatten_heads(session.pooled[layer].pooled).half() for layer in layers], dim=1)
-        return indexer.scores(hidden.to(torch.bfloat16), keys, torch.tensor([session.position]))[0].cpu()
+        hidden, keys = session.asked(indexer.spec.layers)
+        return indexer.scores(hidden, keys, torch.tensor([session.position]))[0].cpu()
 
     return score
 
@@ -49,10 +47,11 @@ def random(session: Session) -> torch.Tensor:
 
 def decode_policies(indexer: MemoryIndexer) -> dict[str, DecodePolicy | None]:
     """All policies by name; None keeps everything."""
+    learned = indexer.spec.key == "fp8_rope_hadamard"  # DeepSeek-V4 has indexers of its own, and no keys to pool
     return {
         "full": None,
         "indexer": indexer_policy(indexer),
-        "mean_pooled": mean_pooled,
+        **({"native": native_indexer} if learned else {"mean_pooled": mean_pooled}),
         "recency": recency,
         "random": random,
     }

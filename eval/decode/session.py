@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from data_gen.backbones.observe import AttentionCall, attention_modules, observe
 from data_gen.chunks import Chunking
-from data_gen.keys import KeyPooler
+from data_gen.keys import KeyPooler, flatten_heads
+from data_gen.oracle import pooled_attention
 from eval.decode.cache import ResidentCache
 
 
@@ -51,6 +52,33 @@ class Session:
         self.pooled[call.layer].append(call.new_keys()[0])
         self.newest[call.layer] = call
 
+    def asked(self, layers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What an indexer of `layers` scores: newest hidden state [1, L, hidden] bf16, keys [N, L, ...]."""
+        hidden = torch.stack([self.newest[layer].hidden[0, -1:].float() for layer in layers], dim=1)
+        # Keys pass through the stored precision, so that decoding scores what training scored.
+        keys = torch.stack([flatten_heads(self.pooled[layer].pooled).half() for layer in layers], dim=1)
+        return hidden.to(torch.bfloat16), keys
+
+    def mass(self) -> torch.Tensor:
+        """Attention of the newest token on each complete chunk [N], averaged over heads and full-attention layers.
+
+        Raises ValueError unless everything is resident.
+        """
+        total = torch.zeros(self.chunking.visible(self.position))
+        for call in self.newest.values():
+            if call.key.shape[2] != self.position + 1:
+                raise ValueError("full attention only: what evicted chunks would get is not known")
+            row = torch.tensor([self.position], device=call.query.device)
+            pooled = pooled_attention(
+                call.query[0, :, -1:], call.key[0], row, self.chunking.tokens, call.scaling, call.softcap, call.sinks
+            )
+            total += pooled[:, 0, : len(total)].mean(dim=0).cpu()
+        return total / len(self.newest)
+
+    @property
+    def resident_tokens(self) -> int:
+        return self.cache.layers[self.cache.full_layers[0]].keys.shape[-2]
+
     def keep(self, scores: torch.Tensor, budget: float) -> None:
         """Fix the resident set: the best unprotected chunks under `budget`, the protected ones, the unfinished one.
 
@@ -58,9 +86,14 @@ class Session:
         """
         first, last = self.chunking.candidates(self.position)
         count = min(self.chunking.kept(budget, self.position), last - first)
-        best = scores[first:last].argsort(descending=True, stable=True)[:count] + first
-        resident = torch.ones(self.position + 1, dtype=torch.bool)
-        resident[first * self.chunking.tokens : last * self.chunking.tokens] = False
-        for chunk in best.tolist():
-            resident[chunk * self.chunking.tokens : (chunk + 1) * self.chunking.tokens] = True
-        self.cache.keep(resident.nonzero().flatten())
+        resident = torch.ones(self.chunking.visible(self.position), dtype=torch.bool)
+        resident[first:last] = False
+        resident[scores[first:last].argsort(descending=True, stable=True)[:count] + first] = True
+        self.keep_chunks(resident.nonzero().flatten())
+
+    def keep_chunks(self, chunks: torch.Tensor) -> None:
+        """Make exactly these complete chunks ([R], ascending) resident, beside the unfinished one."""
+        size = self.chunking.tokens
+        complete = self.chunking.visible(self.position) * size
+        tokens = (chunks[:, None] * size + torch.arange(size)).flatten()
+        self.cache.keep(torch.cat([tokens, torch.arange(complete, self.position + 1)]))

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.decode.check import stop_tokens
 from eval.decode.cycle import Usage, steps
+from eval.decode.open import open_session
 from eval.decode.policies import DecodePolicy, decode_policies
 from eval.decode.session import Session
 from eval.tasks.config import BenchmarkConfig
@@ -65,7 +66,7 @@ class Runner:
             record["left_out"] = f"longer than the backbone's context ({self.context} tokens)"
         if record["left_out"]:
             return record
-        session = Session(self.model, self.indexer.spec.chunking)
+        session = open_session(self.model, self.indexer.spec)
         session.read(prompt)
         measure = _Fidelity(example.tokens[place + 1 :]) if follows else None
         foresight = Foresight(self.indexer.spec.window)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from data_gen.backbones.dense import DenseBackbone
+from data_gen.backbones.base import Backbone
 from data_gen.config import DocumentsConfig
 from data_gen.documents import heldout_share
 from data_gen.errors import InputError
@@ -26,7 +26,7 @@ JOURNAL = "answers.jsonl"
 
 
 def benchmark(
-    backbone: DenseBackbone,
+    backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
     indexer: MemoryIndexer,
     config: BenchmarkConfig,

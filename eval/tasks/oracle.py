@@ -2,7 +2,6 @@
 
 import torch
 
-from data_gen.oracle import pooled_attention
 from eval.decode.session import Session
 
 
@@ -22,17 +21,7 @@ class Foresight:
 
     def watch(self, session: Session) -> None:
         """Keep the newest token's attention mass per complete chunk. Everything must be resident."""
-        position, chunk_tokens = session.position, session.chunking.tokens
-        total = torch.zeros(session.chunking.visible(position))
-        for call in session.newest.values():
-            if call.key.shape[2] != position + 1:
-                raise ValueError("the oracle watches full attention only")
-            row = torch.tensor([position], device=call.query.device)
-            mass = pooled_attention(
-                call.query[0, :, -1:], call.key[0], row, chunk_tokens, call.scaling, call.softcap, call.sinks
-            )
-            total += mass[:, 0, : len(total)].mean(dim=0).cpu()
-        self._masses[position] = total / len(session.newest)
+        self._masses[session.position] = session.mass()
 
     def __call__(self, session: Session) -> torch.Tensor:
         """Scores [N] of the complete chunks for the window behind the newest token."""

@@ -1,5 +1,6 @@
 """A Hugging Face DeepSeek-V4 as host of lookahead sparse attention: what the memory indexer reads, what it decides."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
+from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone, piece_tokens
 from data_gen.backbones.deepseek_v4_hooks import arguments
 from data_gen.errors import InputError
 from data_gen.key_codec import SCALE_BYTES
@@ -43,6 +44,12 @@ class DeepseekV4Host:
         self.layers = {ordinal: backbone.layers[ordinal] for ordinal in layers}
         self.cache = ResidentCsaCache(model.config)
 
+    def fork(self) -> "DeepseekV4Host":
+        """An independent continuation of the same history."""
+        twin = copy.copy(self)
+        twin.cache = self.cache.fork()
+        return twin
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Read into `cache` only while this is open: hooks mask evicted chunks and note what the newest token asks."""
@@ -54,6 +61,23 @@ class DeepseekV4Host:
                 watch = attention.register_forward_pre_hook(partial(_remember, ordinal), with_kwargs=True)
                 stack.callback(watch.remove)
             yield
+
+    @torch.no_grad()
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Read tokens [B, S], in pieces that bound memory; returns the logits behind the last ones, [B, vocabulary].
+
+        Raises InputError beyond the model's context.
+        """
+        if self.position + 1 + ids.shape[1] > self.info.context:
+            raise InputError(
+                f"{self.position + 1 + ids.shape[1]} tokens, the backbone's context is {self.info.context}"
+            )
+        with self.attached():
+            while ids.shape[1]:
+                size = piece_tokens(self.model, self.position + 1, len(ids))
+                piece, ids = ids[:, :size].to(self.model.device), ids[:, size:]
+                logits = self.model(piece, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+        return logits
 
     @property
     def position(self) -> int:

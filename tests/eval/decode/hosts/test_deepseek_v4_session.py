@@ -1,0 +1,93 @@
+"""Sessions of a DeepSeek-V4: the cycle, the policies and the decode check run on them as on any model."""
+
+import pytest
+import torch
+
+from data_gen.backbones import deepseek_v4 as tracer
+from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
+from data_gen.backbones.deepseek_v4_hooks import csa_layers
+from data_gen.chunks import Chunking
+from data_gen.config import TraceConfig
+from data_gen.errors import InputError
+from eval.decode.cycle import follow_text
+from eval.decode.open import open_session
+from eval.decode.policies import decode_policies
+from indexer_train.config import IndexerConfig
+from indexer_train.model import IndexerSpec, MemoryIndexer
+from tests.conftest import tiny_model
+
+IDS = torch.randint(0, 128, (200,), generator=torch.Generator().manual_seed(9)).tolist()
+CHUNKING = Chunking(tokens=4, sink=1, recent=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("deepseek_v4")
+
+
+@pytest.fixture(scope="module")
+def indexer(model):
+    info = DeepseekV4Backbone(model).info
+    spec = IndexerSpec(
+        shape=IndexerConfig(heads=16, rank=8), layers=[0, 2], hidden=32, key_width=16, chunking=CHUNKING, window=16,
+        backbone=info.fingerprint, key=info.key, rope=info.rope,
+    )  # fmt: skip
+    torch.manual_seed(4)
+    return MemoryIndexer.from_spec(spec, device="cpu").eval()
+
+
+def test_scores_while_decoding_are_those_of_the_trace(model, indexer):
+    session = open_session(model, indexer.spec)
+    session.read(IDS[:150])
+    settings = TraceConfig(chunking=CHUNKING, layers=[0, 2], oracle="attention", window=8, tail=4, text_rows=32)
+    raw = DeepseekV4Backbone(model).trace(IDS[:150], torch.tensor([149]), settings)
+    hidden = torch.stack([raw.hidden[0], raw.hidden[2]], dim=1)
+    expected = indexer.scores(hidden, torch.stack([raw.keys[0], raw.keys[2]], dim=1), torch.tensor([149]))[0]
+    scores = {name: policy(session) for name, policy in decode_policies(indexer).items() if policy is not None}
+    assert list(scores) == ["indexer", "native", "recency", "random"]
+    torch.testing.assert_close(scores["indexer"], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(session.mass(), raw.oracle.dense(37)[0][0], atol=1e-3, rtol=2e-3)  # stored in fp16
+    native = []
+    hooks = [
+        model.get_decoder()
+        .layers[layer]
+        .self_attn.compressor.indexer.scorer.register_forward_hook(
+            lambda _, __, output: native.append(output[0, -1].softmax(dim=-1))
+        )
+        for layer in csa_layers(model)
+    ]
+    with torch.no_grad():
+        model(torch.tensor([IDS[:150]]))
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(scores["native"], torch.stack(native).mean(dim=0), atol=1e-5, rtol=1e-4)
+    session.keep(scores["indexer"], 0.2)
+    session.read(IDS[150:151])
+    assert len(decode_policies(indexer)["native"](session)) == 37  # evicted chunks are scored all the same
+    with pytest.raises(ValueError, match="full attention only"):
+        session.mass()
+
+
+def test_the_cycle_keeps_what_the_policy_chose(model, indexer):
+    session = open_session(model, indexer.spec)
+    session.read(IDS[:120])
+    twin = session.fork()
+    logits, usage = follow_text(session, decode_policies(indexer)["recency"], 0.2, 16, IDS[120:160])
+    resident = session.cache.resident()[0].tolist()
+    # At position 151 there were 38 chunks: the sink, 7 (a fifth) recent ones, 2 protected, and 2 made since.
+    assert resident == [0, *range(29, 40)]
+    assert usage.refreshes == 3 and session.resident_tokens == 4 * 12
+    full, _ = follow_text(twin.fork(), None, 1.0, 16, IDS[120:160])
+    everything, _ = follow_text(twin, decode_policies(indexer)["recency"], 1.0, 16, IDS[120:160])
+    assert torch.equal(full, everything) and float((full - logits).abs().max()) > 0.1
+
+
+def test_long_prompts_are_read_in_pieces(model, indexer, monkeypatch):
+    whole = open_session(model, indexer.spec)
+    logits = whole.read(IDS)
+    monkeypatch.setattr(tracer, "PIECE_TOKENS", 48)
+    pieces = open_session(model, indexer.spec)
+    torch.testing.assert_close(pieces.read(IDS), logits, atol=1e-4, rtol=0)
+    assert whole.position == pieces.position == 199
+    with pytest.raises(InputError, match="2100 tokens, the backbone's context is 2048"):
+        pieces.read(IDS[:100] * 19)
