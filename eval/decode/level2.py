@@ -1,0 +1,80 @@
+"""Level 2 in plain torch: DeepSeek-V4's native selection and attention of one new token, over resident chunks only.
+
+The resident chunks of one layer lie in pages: index keys (data_gen.key_codec) and attention entries
+(eval.decode.entries) in the same slots, slot s being place s % 64 of page s // 64. Each sequence brings the list of
+its slots. Nothing outside the listed slots is read, so that what was evicted may hold anything.
+"""
+
+import torch
+
+from data_gen.errors import InputError
+from data_gen.key_codec import PAGE, SCALE_BYTES, decode_keys, pages_to_rows
+from data_gen.lightning import lightning_scores
+from eval.decode.entries import V4, EntryShape, decode_entries, gather_entries
+
+NONE = -1
+"""Stands for no chunk in a list of slots, anywhere in it: lists of different lengths share a tensor."""
+
+
+def score_resident(
+    query: torch.Tensor, weights: torch.Tensor, key_pages: torch.Tensor, slots: torch.Tensor
+) -> torch.Tensor:
+    """Native logits sum_h w_h relu(q_h . k) of one token a sequence over its resident chunks, -inf where there is none.
+
+    query: [B, H, d] after RoPE and Hadamard, as the keys are; weights: [B, H], already scaled by (H d)^-0.5;
+    key_pages: [P, >= 64 (d + 4)] uint8; slots: [B, R] -> [B, R] fp32. Raises InputError on damaged keys.
+    """
+    rows = pages_to_rows(key_pages[:, : PAGE * (query.shape[-1] + SCALE_BYTES)], len(key_pages) * PAGE)
+    scores = torch.full(slots.shape, -torch.inf, device=query.device)
+    for sequence, listed in enumerate(slots.long()):
+        keys = decode_keys(rows[listed[listed != NONE]])
+        one = slice(sequence, sequence + 1)
+        scores[sequence, listed != NONE] = lightning_scores(query[one].float(), weights[one].float(), keys)[0]
+    return scores
+
+
+def select_resident(scores: torch.Tensor, slots: torch.Tensor, k: int) -> torch.Tensor:
+    """The slots of the k best scores of each sequence, in the order of the list, then NONE: [B, R], [B, R] -> [B, k].
+
+    Of equal scores those that are listed first win; -inf never does. Raises InputError on NaN.
+    """
+    if bool(scores.isnan().any()):
+        raise InputError("select_resident: a score is NaN; the queries or the keys are damaged")
+    places = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    places = places.masked_fill(scores.gather(1, places) == -torch.inf, scores.shape[1]).sort(dim=1).values
+    places = torch.nn.functional.pad(places, (0, k - places.shape[1]), value=scores.shape[1])
+    return torch.nn.functional.pad(slots, (0, 1), value=NONE).gather(1, places)
+
+
+def attend(
+    query: torch.Tensor,
+    entry_pages: torch.Tensor,
+    chosen: torch.Tensor,
+    window_pages: torch.Tensor,
+    window: torch.Tensor,
+    sinks: torch.Tensor,
+    scale: float,
+    shape: EntryShape = V4,
+) -> torch.Tensor:
+    """One softmax over chosen chunks, sliding window and sink; an entry is key and value of every head.
+
+    query: [B, H, D] after RoPE; entry_pages, window_pages: [P, >= 64 * bytes] uint8; chosen: [B, k] slots of the first,
+    window: [B, W] slots of the second; sinks: [H] logits that take weight and bring nothing; scale: of the other
+    logits, D^-0.5 -> [B, H, D] fp32, its last `rope` values still turned by the entries' positions. Raises InputError
+    on damaged entries.
+    """
+    out = torch.zeros(query.shape, device=query.device)
+    for sequence, (near, far) in enumerate(zip(window.long(), chosen.long(), strict=True)):
+        entries = decode_entries(
+            torch.cat(
+                [
+                    gather_entries(pages, listed[listed != NONE], shape)
+                    for pages, listed in ((entry_pages, far), (window_pages, near))
+                ]
+            ),
+            shape,
+        )
+        logits = scale * query[sequence].float() @ entries.T
+        weights = torch.softmax(torch.cat([logits, sinks.float().unsqueeze(1)], dim=1), dim=1)
+        out[sequence] = weights[:, :-1] @ entries
+    return out
