@@ -37,8 +37,7 @@ def test_evicts_what_was_wanted_longest_ago():
     go(made, [0, 3])
     assert go(made, [0, 4]).evict_units.tolist() == [1]
     assert go(made, [0, 5]).evict_units.tolist() == [2]
-    evicted = set(go(made, [6, 7]).evict_units.tolist())
-    assert 3 in evicted and len(evicted & {0, 4, 5}) == 1
+    assert set(go(made, [6, 7]).evict_units.tolist()) == {3, 4}
 
 
 def test_overlapping_takes_no_slot_of_the_set_in_force():
