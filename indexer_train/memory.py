@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from data_gen.lightning import CACHE_ELEMENTS
+from data_gen.products import product
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 
@@ -42,16 +45,20 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, layer: SteadyLinear) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.layer = layer
-        return x @ weight.T
+        return product(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         x, weight = ctx.saved_tensors
-        inner = gradient @ weight if ctx.needs_input_grad[0] else None
+        inner = product(gradient, weight.T) if ctx.needs_input_grad[0] else None
         if weight.grad is not None:
-            return inner, gradient.T @ x, None
+            return inner, product(gradient.T, x.T), None
         if ctx.layer.memory is None:
             ctx.layer.memory = torch.empty_like(weight)
         own = ctx.layer.memory.detach()  # a tensor of its own: autograd takes it as the gradient without a copy
-        return inner, torch.mm(gradient.T, x, out=own), None
+        rows, columns = gradient.T.contiguous(), x.T.contiguous()
+        few = max(1, CACHE_ELEMENTS // own.shape[1])  # rows that stay in the cache between the product and the copy
+        for place, part in zip(own.split(few), rows.split(few), strict=True):
+            place.copy_(product(part, columns))
+        return inner, own, None

@@ -17,6 +17,8 @@ def test_products_against_float64(shape, relu):
     expected = x.double() @ weight.double().T
     expected = expected.clamp_min(0) if relu else expected
     torch.testing.assert_close(product(x, weight, relu).double(), expected, atol=1e-4, rtol=1e-5)
+    turned = product(x.T.contiguous().T, weight.T.contiguous().T, relu)
+    torch.testing.assert_close(turned.double(), expected, atol=1e-4, rtol=1e-5)
     bf16 = product(x.bfloat16(), weight.bfloat16(), relu)
     torch.testing.assert_close(bf16.double(), expected, atol=0.5, rtol=0.1)
 

@@ -29,6 +29,19 @@ def test_gradients_are_those_of_torch_and_add_up():
     assert torch.equal(ours(x), stock(x)) and ours.state_dict().keys() == {"weight"}
 
 
+def test_a_wide_layer_whose_gradient_is_made_part_by_part():
+    ours = SteadyLinear(3000, 200)
+    stock = torch.nn.Linear(3000, 200, bias=False)
+    stock.load_state_dict(ours.state_dict())
+    x, weight = torch.randn(6, 3000, requires_grad=True), torch.randn(6, 200)
+    found = []
+    for layer in (ours, stock):
+        (layer(x) * weight).sum().backward()
+        found.append((x.grad, layer.weight.grad))
+        x.grad = None
+    torch.testing.assert_close(*found)
+
+
 def test_every_step_writes_to_the_same_place_without_a_copy():
     layer = SteadyLinear(5, 7)
     run(layer, 1)
