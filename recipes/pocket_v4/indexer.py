@@ -73,9 +73,7 @@ class IndexerProbe:
         self.scores = self.picks = None
 
 
-def read_layer(
-    scores: Tensor, picks: Tensor, mass: Tensor, answers: Tensor, answer_rows: float, topk: int
-) -> Reading:
+def read_layer(scores: Tensor, picks: Tensor, mass: Tensor, answers: Tensor, answer_rows: float, topk: int) -> Reading:
     """KL from the picked entries' mass to the softmax of their scores, and recall of mass by the best `topk`.
 
     scores, mass: [B, S, T]. picks: [B, S, k] entries in descending score, -1 for none. answers: [B, S] bool.

@@ -17,16 +17,16 @@ ADJECTIVES = [
     "quiet", "old", "bright", "narrow", "gentle", "dusty", "early", "famous", "hollow", "green", "heavy", "silver",
     "patient", "broken", "distant", "warm", "careful", "empty", "clever", "golden", "humble", "simple", "tired",
     "young",
-]
+]  # fmt: skip
 NOUNS = [
     "river", "garden", "baker", "window", "letter", "market", "teacher", "forest", "engine", "harbor", "painter",
     "mountain", "village", "lantern", "sailor", "kitchen", "library", "bridge", "farmer", "station", "doctor",
     "meadow", "tower", "orchard", "carpenter", "valley",
-]
+]  # fmt: skip
 VERBS = [
     "crosses", "paints", "follows", "watches", "carries", "repairs", "remembers", "visits", "opens", "measures",
     "finds", "leaves", "describes", "builds", "guards", "sells", "admires", "reaches",
-]
+]  # fmt: skip
 PREPOSITIONS = ["near", "behind", "under", "beyond", "beside", "across", "inside", "without"]
 
 
