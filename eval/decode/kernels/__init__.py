@@ -1,0 +1,1 @@
+"""Triton kernels of the decode runtime. Import their modules only where triton is installed: torch is the reference."""
