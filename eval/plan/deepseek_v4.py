@@ -56,7 +56,7 @@ def deepseek_v4_model(name: str, config: Any, chunk_tokens: int | None) -> Model
 def _caches(config: Any, index_key: int) -> tuple[Cache, ...]:
     attend = 4 * config.num_attention_heads * config.head_dim  # a product with the entry, then one with the weights
     score = config.index_n_heads * (2 * config.index_head_dim + 2)  # a product per head, then their weighted sum
-    entry, csa, hca = entry_bytes(config), config.layer_types.count(CSA), config.layer_types.count(HCA)
+    entry, csa, hca = _entry_bytes(config), config.layer_types.count(CSA), config.layer_types.count(HCA)
     csa_rate, hca_rate = config.compress_rates[CSA], config.compress_rates[HCA]
     layers, window = len(config.layer_types), config.sliding_window
     return (
@@ -67,7 +67,7 @@ def _caches(config: Any, index_key: int) -> tuple[Cache, ...]:
     )
 
 
-def entry_bytes(config: Any) -> int:
+def _entry_bytes(config: Any) -> int:
     """Bytes of one cached attention entry: fp8 values, bf16 rotated values, scales, padding."""
     still = config.head_dim - config.qk_rope_head_dim
     used = still + ROPE_BYTES * config.qk_rope_head_dim + _ceil(still, CACHE_SCALE_BLOCK)

@@ -14,9 +14,9 @@ from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone, piece_tokens
 from data_gen.backbones.deepseek_v4_hooks import arguments
 from data_gen.errors import InputError
 from data_gen.key_codec import SCALE_BYTES
+from eval.decode.entries import EntryShape
 from eval.decode.hosts.deepseek_v4_cache import Move, ResidentCsaCache
 from eval.decode.hosts.deepseek_v4_masks import resident_masks
-from eval.plan.deepseek_v4 import entry_bytes
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,12 @@ class DeepseekV4Host:
 
     def resident_bytes(self) -> ResidentBytes:
         """Summed over sequences."""
-        chunks, key = sum(map(len, self.cache.resident())), self.info.key_width + SCALE_BYTES
+        config, chunks = self.model.config, sum(map(len, self.cache.resident()))
+        key = self.info.key_width + SCALE_BYTES
+        entry = EntryShape(config.head_dim - config.qk_rope_head_dim, config.qk_rope_head_dim).bytes
         return ResidentBytes(
             tensors=self.cache.resident_bytes(),
-            served=chunks * len(self.cache.csa) * (entry_bytes(self.model.config) + key),
+            served=chunks * len(self.cache.csa) * (entry + key),
             keys=self.cache.total * len(self.cache.resident()) * len(self.layers) * key,
         )
 
