@@ -1,5 +1,6 @@
 """Where units live: all of them cold in host memory, some of them hot on the device."""
 
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -11,17 +12,25 @@ ALIGNMENT = 16
 """Units start at multiples of this many bytes, so that they are read and written 16 bytes at a time."""
 
 
+@dataclass(frozen=True)
 class UnitLayout:
     """One unit: `shape` of `dtype`, contiguous (layers innermost: one copy moves all layers), padded to 16 bytes."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.elements = prod(self.shape)
-        self.bytes = self.elements * dtype.itemsize
-        if self.bytes < 1:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.elements < 1:
             raise InputError(f"a unit of shape {self.shape} holds nothing: give every dimension at least one element")
-        self.stride = -(-self.bytes // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one unit to the next."""
+        return -(-self.elements * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
     def view(self, storage: torch.Tensor) -> torch.Tensor:
         """Units [n, *shape] over their bytes `storage` [n, stride] uint8; no copy."""
