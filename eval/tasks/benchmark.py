@@ -15,6 +15,7 @@ from data_gen.errors import InputError
 from eval.decode.check import check_backbone
 from eval.tasks.answers import Runner
 from eval.tasks.config import BenchmarkConfig
+from eval.tasks.examples import Example, TextExample
 from eval.tasks.formats import read_benchmark
 from eval.tasks.generated import generate_examples
 from eval.tasks.haystack import Haystack
@@ -42,11 +43,16 @@ def benchmark(
     check_backbone(indexer, backbone)
     documents = _documents(indexer)
     trained = None if documents is None else documents.tokens[1]
-    lengths = _lengths(config, trained, backbone.info.context)
+    if not config.tasks and not config.files:
+        raise InputError("benchmark: neither tasks nor files to ask")
     thinking = documents is not None and documents.thinking
     runner = Runner(backbone.model, tokenizer, indexer, config, thinking, backbone.info.context)
-    haystack = _haystack(config, documents, tokenizer, max(lengths))
-    examples = generate_examples(config, lengths, haystack, tokenizer, thinking)
+    examples: dict[str, Callable[[], Example | TextExample]] = {}
+    haystack = None
+    if config.tasks:
+        lengths = _lengths(config, trained, backbone.info.context)
+        haystack = _haystack(config, documents, tokenizer, max(lengths))
+        examples |= generate_examples(config, lengths, haystack, tokenizer, thinking)
     for file in config.files:
         examples |= {example.name: lambda same=example: same for example in read_benchmark(file, tokenizer)}
     journal = Journal(out / JOURNAL, _settings(runner, haystack))
@@ -64,7 +70,7 @@ def benchmark(
     return sections, notes
 
 
-def _settings(runner: Runner, haystack: Haystack) -> dict[str, Any]:
+def _settings(runner: Runner, haystack: Haystack | None) -> dict[str, Any]:
     """What the answer to an example depends on; how many are asked, and which, is not part of it."""
     weights = hashlib.sha256()
     for name, value in sorted(runner.indexer.query_encoder.state_dict().items()):
@@ -75,7 +81,7 @@ def _settings(runner: Runner, haystack: Haystack) -> dict[str, Any]:
         "precision": str(runner.model.dtype),
         "indexer": runner.indexer.spec.model_dump(mode="json", exclude={"provenance"}),
         "weights": weights.hexdigest(),
-        "text": hashlib.sha256("\n\n".join(text for text, _ in haystack.paragraphs).encode()).hexdigest(),
+        "text": None if haystack is None else haystack.digest,
         "thinking": runner.thinking,
     }
 

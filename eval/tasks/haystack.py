@@ -1,5 +1,6 @@
 """Text that training has not seen, to hide needles in and to follow."""
 
+import hashlib
 import random
 
 from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,11 @@ class Haystack:
             tokens -= length
             place += 1
         return taken
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text."""
+        return hashlib.sha256("\n\n".join(text for text, _ in self.paragraphs).encode()).hexdigest()
 
     def words(self) -> list[str]:
         """Lower-case words of four to nine ASCII letters, each once, sorted."""
