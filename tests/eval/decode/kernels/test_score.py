@@ -1,0 +1,84 @@
+"""Triton's native logits against the torch reference, and what the compiler makes of them for an H100."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the score kernel needs triton")
+
+from triton.testing import do_bench_cudagraph
+
+from data_gen.errors import InputError
+from data_gen.key_codec import encode_keys, rows_to_pages
+from eval.decode import level2
+from eval.decode.kernels import score as kernel
+from tests.eval.decode.kernels.aot import compile_sm90
+from tests.eval.decode.kernels.interpreter import compiled_only, in_interpreter, run_interpreted
+
+H200_BYTES_A_SECOND = 4.8e12
+
+
+def problem(batch, listed, heads, width, offset=0, device="cpu"):
+    """Queries, weights, pages and slots; pages lie `offset` bytes inside wider pages of NaN bytes."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = {"generator": generator, "device": device}
+    pages = rows_to_pages(encode_keys(torch.randn(-(-batch * listed // 64) * 64, width, **draw)))
+    wide = torch.full((len(pages), pages.shape[1] + 3 * offset), 0xFF, dtype=torch.uint8, device=device)
+    wide[:, offset : offset + pages.shape[1]] = pages
+    slots = torch.randperm(len(pages) * 64, **draw)[: batch * listed].view(batch, listed).int()
+    slots[:, ::9] = level2.NONE
+    query = torch.randn(batch, heads, width, **draw)
+    weights = torch.randn(batch, heads, **draw) * (heads * width) ** -0.5
+    return query.half(), weights, wide[:, offset : offset + pages.shape[1]], slots
+
+
+@compiled_only
+def test_in_the_interpreter():
+    run_interpreted(__file__)
+
+
+@in_interpreter
+@pytest.mark.parametrize(
+    ("batch", "listed", "heads", "width", "offset"), [(2, 100, 16, 128, 16), (1, 64, 5, 16, 0), (3, 1, 64, 32, 48)]
+)
+def test_interpreted_against_torch(batch, listed, heads, width, offset):
+    given = problem(batch, listed, heads, width, offset)
+    torch.testing.assert_close(kernel.score_resident(*given), level2.score_resident(*given), rtol=1e-5, atol=1e-5)
+
+
+def test_other_layouts_are_refused():
+    query, weights, pages, slots = problem(1, 64, 16, 32)
+    for bad, what in [
+        ((query[..., :24], weights, pages, slots), "power of two"),
+        ((query, weights, pages[:, :-1], slots), "no key pages"),
+        ((query, weights, pages.int(), slots), "no key pages"),
+        ((query, weights, pages, slots.long()), "int32"),
+    ]:
+        with pytest.raises(InputError, match=what):
+            kernel.score_resident(*bad)
+
+
+@compiled_only
+def test_compiled_for_sm_90():
+    pointers = {"query": "*fp16:16", "weights": "*fp32:16", "pages": "*u8:16", "scales": "*fp32:16"}
+    sizes = {"page_stride": "i32:16", "scale_stride": "i32:16", "heads": "i32:16", "listed": "i32:16"}
+    constants = {"HEADS": 64, "WIDTH": 128, "PAGE": 64, "TILE": kernel.TILE}
+    found = compile_sm90(
+        kernel._score, pointers | {"slots": "*i32:16", "scores": "*fp32:16"} | sizes, constants, num_warps=4
+    )
+    assert found.spilled == 0 and found.tensor_core["wgmma"] and not found.tensor_core["mma"]
+    # keys and queries come 16 bytes a load: 64 x 128 + 2 x 64 x 128 of them by 128 threads; no bytes one by one
+    assert min(found.load_bytes) >= 4 and found.load_bytes[16] == 4 + 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_on_a_device(batch):
+    given = problem(batch, 24576, 64, 128, device="cuda")
+    torch.testing.assert_close(kernel.score_resident(*given), level2.score_resident(*given), rtol=2e-3, atol=2e-3)
+    seconds = do_bench_cudagraph(lambda: kernel.score_resident(*given)) / 1e3
+    moved = batch * 24576 * (132 + 4 + 4)
+    print(
+        f"\nLevel-2 score, {batch} x 24,576 resident, H 64: {seconds * 1e6:.1f} us, {moved / seconds / 1e9:.0f} GB/s, "
+        f"{moved / seconds / H200_BYTES_A_SECOND:.0%} of an H200's memory"
+    )
