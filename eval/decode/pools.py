@@ -60,19 +60,27 @@ class ColdPool:
 
     def append(self, data: torch.Tensor) -> None:
         """Store new units [n, *shape] behind the others; from a device into pinned memory without waiting."""
+        self.check(data)
+        self.reserve(data.shape[0])
+        while data.shape[0]:
+            segment, row = divmod(self.units, self.segment_units)
+            count = min(data.shape[0], self.segment_units - row)
+            self.layout.view(self.segments[segment])[row : row + count].copy_(data[:count], non_blocking=self.pinned)
+            self.units += count
+            data = data[count:]
+
+    def reserve(self, count: int) -> None:
+        """Have memory for `count` more units, so that storing them neither waits nor fails."""
+        while len(self.segments) * self.segment_units < self.units + count:
+            self.segments.append(self._segment())
+
+    def check(self, data: torch.Tensor) -> None:
+        """Raise InputError unless these are units [n, *shape] of this pool's kind."""
         if tuple(data.shape[1:]) != self.layout.shape or data.dtype != self.layout.dtype:
             raise InputError(
                 f"units of shape {tuple(data.shape[1:])} and {data.dtype} do not fit a pool of "
                 f"{self.layout.shape} and {self.layout.dtype}"
             )
-        while data.shape[0]:
-            row = self.units % self.segment_units
-            if row == 0:
-                self.segments.append(self._segment())
-            count = min(data.shape[0], self.segment_units - row)
-            self.layout.view(self.segments[-1])[row : row + count].copy_(data[:count], non_blocking=self.pinned)
-            self.units += count
-            data = data[count:]
 
     def storage(self, unit: int) -> torch.Tensor:
         """The bytes of one unit, [stride] uint8: the memory itself."""

@@ -32,6 +32,16 @@ def test_units_come_back_and_never_move(unit, batches, segment_units):
         assert (addresses[number] - addresses[number // segment_units * segment_units]) % 16 == 0
 
 
+def test_reserved_memory_is_used():
+    pool = ColdPool((16,), torch.uint8, pageable=True, segment_bytes=32)
+    pool.append(torch.full((1, 16), 3, dtype=torch.uint8))
+    pool.reserve(4)
+    reserved = [segment.data_ptr() for segment in pool.segments]
+    pool.append(torch.arange(4, dtype=torch.uint8)[:, None].expand(4, 16))
+    assert [segment.data_ptr() for segment in pool.segments] == reserved and len(reserved) == 3
+    assert [int(pool[unit][0]) for unit in range(5)] == [3, 0, 1, 2, 3]
+
+
 def test_one_unit_may_be_larger_than_a_segment():
     pool = ColdPool((100,), torch.uint8, pageable=True, segment_bytes=16)
     pool.append(torch.arange(300, dtype=torch.int32).to(torch.uint8).view(3, 100))
