@@ -60,10 +60,14 @@ class StageConfig(Strict):
 
 
 class EvaluationConfig(Strict):
-    """documents: per task and length. tokens: size of a batch. distractors: other keys, at most one every 32 tokens."""
+    """documents: per task and length; the first `comparisons` of them also with sparse attention open and closed.
+
+    tokens: size of a batch. distractors: other keys, at most one every 32 tokens.
+    """
 
     lengths: list[PositiveInt]
     documents: PositiveInt
+    comparisons: PositiveInt
     tokens: PositiveInt
     distractors: PositiveInt
 

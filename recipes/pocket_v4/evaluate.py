@@ -1,11 +1,13 @@
-"""Accuracy of a trained pocket model by task and length: `python -m recipes.pocket_v4.evaluate FOLDER`.
+"""Measures a trained pocket model: `python -m recipes.pocket_v4.evaluate FOLDER`.
 
-Uses the stock class and its stock attention; sparse attention as trained (`topk`), open to every entry (`open`) and
-closed (`closed`: sliding window and heavily compressed attention only).
+Writes FOLDER/evaluation.json, length by length, and the model card. Settings: sparse attention as trained (`topk`),
+open to every entry (`open`) and closed (`closed`: sliding window and heavily compressed attention only).
 """
 
 import argparse
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -14,8 +16,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, DeepseekV4ForCausalLM, PreTrainedTokenizerFast
 
 from recipes.pocket_v4.attention import NAME, no_mask
+from recipes.pocket_v4.card import write_card
 from recipes.pocket_v4.config import PocketConfig, load_config
-from recipes.pocket_v4.model import OPEN, set_topk
+from recipes.pocket_v4.indexer import IndexerProbe, Reading, recall
+from recipes.pocket_v4.model import OPEN, hardware, set_topk
 from recipes.pocket_v4.tasks import TASKS, Document, solved_forced, test_document
 from recipes.pocket_v4.words import build_lexicon
 
@@ -30,60 +34,96 @@ def documents_of(config: PocketConfig, task: str, length: int, count: int) -> li
 
 @torch.inference_mode()
 def predict(model: DeepseekV4ForCausalLM, tokens: Tensor) -> Tensor:
-    """Best next token at every position. tokens, result: [B, L]."""
-    banded = model.config._attn_implementation == NAME
-    mask = no_mask(*tokens.shape, tokens.device) if banded else None
+    """Best next token at every position, by a model with the `pocket` attention. tokens, result: [B, L]."""
+    mask = no_mask(*tokens.shape, tokens.device)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
         return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits.argmax(-1)
 
 
+def batches(
+    tokenizer: PreTrainedTokenizerFast, documents: list[Document], size: int
+) -> Iterator[tuple[list[Document], Tensor, slice]]:
+    """Documents of one task and length with their tokens [B, L] and the rows that predict the answer."""
+    rows = slice(-len(documents[0].answer.split()) - 1, -1)
+    for start in range(0, len(documents), size):
+        batch = documents[start : start + size]
+        yield batch, tokenizer([f"{d.prompt} {d.answer}" for d in batch], return_tensors="pt").input_ids, rows
+
+
 def accuracy(
-    model: DeepseekV4ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    config: PocketConfig,
-    task: str,
-    length: int,
-    documents: int,
+    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document], size: int
 ) -> float:
-    """Share of test documents whose whole answer is right, from one forward pass each (see tasks.solved_forced)."""
-    tests = documents_of(config, task, length, documents)
+    """Share of documents whose whole answer is right, from one forward pass each (see tasks.solved_forced)."""
     right = 0
-    size = max(1, config.evaluation.tokens // length)
-    for start in range(0, documents, size):
-        batch = tests[start : start + size]
-        tokens = tokenizer([f"{d.prompt} {d.answer}" for d in batch], return_tensors="pt").input_ids.to(model.device)
-        for document, row in zip(batch, predict(model, tokens), strict=True):
-            answer = len(document.answer.split())
-            predicted = tokenizer.convert_ids_to_tokens(row[-answer - 1 : -1].tolist())
-            right += solved_forced(document, predicted)
-    return right / documents
+    for batch, tokens, rows in batches(tokenizer, documents, size):
+        predicted = predict(model, tokens.to(model.device))[:, rows].tolist()
+        answers = map(tokenizer.convert_ids_to_tokens, predicted)
+        right += sum(solved_forced(document, answer) for document, answer in zip(batch, answers, strict=True))
+    return right / len(documents)
 
 
-def table(folder: Path, config: PocketConfig) -> dict[str, dict[int, dict[str, float]]]:
-    """Accuracy by setting, length and task."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    results: dict[str, dict[int, dict[str, float]]] = {}
-    for setting, topk in {"topk": model.config.index_topk, "open": OPEN, "closed": 0}.items():
+def readings(
+    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document], size: int
+) -> list[Reading]:
+    """What the indexers' best entries hold of the answer rows' attention mass, were every entry attended to."""
+    set_topk(model, OPEN)
+    found: list[Reading] = []
+    for _, tokens, rows in batches(tokenizer, documents, size):
+        answers = torch.zeros(tokens.shape, dtype=torch.bool, device=model.device)
+        answers[:, rows] = True
+        with IndexerProbe(model, model.config.index_topk, 0.5, answers) as probe:
+            predict(model, tokens.to(model.device))
+        found += probe.readings
+    return found
+
+
+def measure(
+    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: PocketConfig, length: int
+) -> dict[str, object]:
+    """One length: accuracy by setting and task, the indexer's recall, and the seconds it took."""
+    started = time.monotonic()
+    plan = config.evaluation
+    size = max(1, plan.tokens // length)
+    tests = {task: documents_of(config, task, length, plan.documents) for task in TASKS}
+    row: dict[str, object] = {}
+    for setting, (topk, count) in {
+        "topk": (model.config.index_topk, plan.documents),
+        "open": (OPEN, plan.comparisons),
+        "closed": (0, plan.comparisons),
+    }.items():
         set_topk(model, topk)
-        results[setting] = {}
-        for length in config.evaluation.lengths:
-            count = config.evaluation.documents
-            row = {task: accuracy(model, tokenizer, config, task, length, count) for task in TASKS}
-            results[setting][length] = row
-            print(setting, length, row, flush=True)
-    return results
+        row[setting] = {task: accuracy(model, tokenizer, tests[task][:count], size) for task in TASKS}
+    few = max(1, plan.comparisons // len(TASKS))
+    found = [reading for task in TASKS for reading in readings(model, tokenizer, tests[task][:few], size)]
+    return row | {"recall": recall(found).item(), "seconds": round(time.monotonic() - started, 1)}
+
+
+def evaluate(folder: Path, config: PocketConfig) -> None:
+    """Measure every length; print and keep each as it is done, so that a run cut short leaves what it has."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = DeepseekV4ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=NAME, experts_implementation=NAME
+    )
+    model.to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plan = config.evaluation
+    report = {"hardware": hardware(device), "documents": plan.documents, "comparisons": plan.comparisons, "lengths": {}}
+    for length in plan.lengths:
+        report["lengths"][length] = measure(model, tokenizer, config, length)
+        print(length, json.dumps(report["lengths"][length]), flush=True)
+        (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_card(folder)
 
 
 def main() -> None:
-    """Print the table and write it to a file."""
+    """Measure a model folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="as written by recipes.pocket_v4.train")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"))
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
     args = parser.parse_args()
-    args.out.write_text(json.dumps(table(args.folder, load_config(args.config)), indent=1) + "\n")
+    if not (args.folder / "config.json").is_file():
+        parser.error(f"{args.folder}: no model there (config.json is missing)")
+    evaluate(args.folder, load_config(args.config))
 
 
 if __name__ == "__main__":

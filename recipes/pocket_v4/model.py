@@ -30,6 +30,11 @@ def build_model(config: PocketConfig, tokenizer: PreTrainedTokenizerFast) -> Dee
     )
 
 
+def hardware(device: torch.device) -> str:
+    """What a run ran on, for its records."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def indexers(model: nn.Module) -> Iterator[DeepseekV4Indexer]:
     """The lightning indexers, in layer order."""
     return (module for module in model.modules() if isinstance(module, DeepseekV4Indexer))

@@ -6,17 +6,18 @@ indexer's recall of attention mass while training, and the accuracy on unseen do
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV4ForCausalLM
 
 from recipes.pocket_v4.batches import stage_batches
+from recipes.pocket_v4.card import write_card
 from recipes.pocket_v4.config import PocketConfig, StageConfig, load_config
-from recipes.pocket_v4.evaluate import accuracy
-from recipes.pocket_v4.model import build_model, save_model, set_topk
+from recipes.pocket_v4.evaluate import accuracy, documents_of
+from recipes.pocket_v4.model import build_model, hardware, save_model, set_topk
 from recipes.pocket_v4.optimizer import build_optimizers
 from recipes.pocket_v4.step import METRICS, Step
 from recipes.pocket_v4.tasks import TASKS
@@ -142,16 +143,21 @@ class Trainer:
     def examine(self, stage: StageConfig) -> None:
         """Log the accuracy with the indexer's own top-k on unseen documents of the stage's length."""
         set_topk(self.model, self.model.config.index_topk)
-        results = {}
+        size, results = max(1, self.config.evaluation.tokens // stage.length), {}
         for task in TASKS:
-            results[task] = accuracy(self.model, self.tokenizer, self.config, task, stage.length, documents=32)
+            documents = documents_of(self.config, task, stage.length, 32)
+            results[task] = accuracy(self.model, self.tokenizer, documents, size)
         self.log(stage=self.progress["stage"], length=stage.length, accuracy=results)
 
-    def export(self) -> DeepseekV4ForCausalLM:
-        """Write the bf16 model folder."""
+    def export(self) -> None:
+        """Write the model folder: bf16 weights, recipe, log and card."""
         set_topk(self.model, self.model.config.index_topk)
-        save_model(self.model, self.tokenizer, self.out / "model")
-        return self.model
+        folder = self.out / "model"
+        save_model(self.model, self.tokenizer, folder)
+        run = {"hardware": hardware(self.device), "config": self.config.model_dump(mode="json")}
+        (folder / "training.json").write_text(json.dumps(run, indent=1) + "\n")
+        shutil.copyfile(self.out / "log.jsonl", folder / "training.jsonl")
+        write_card(folder)
 
 
 def parse() -> argparse.Namespace:
