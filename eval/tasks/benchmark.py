@@ -43,13 +43,11 @@ def benchmark(
     check_backbone(indexer, backbone)
     documents = _documents(indexer)
     trained = None if documents is None else documents.tokens[1]
-    if not config.tasks and not config.files:
-        raise InputError("benchmark: neither tasks nor files to ask")
     thinking = documents is not None and documents.thinking
     runner = Runner(backbone.model, tokenizer, indexer, config, thinking, backbone.info.context)
     examples: dict[str, Callable[[], Example | TextExample]] = {}
     haystack = None
-    if config.tasks:
+    if config.tasks or not config.files:
         lengths = _lengths(config, trained, backbone.info.context)
         haystack = _haystack(config, documents, tokenizer, max(lengths))
         examples |= generate_examples(config, lengths, haystack, tokenizer, thinking)

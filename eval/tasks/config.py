@@ -36,7 +36,7 @@ class BenchmarkConfig(Strict):
 
     lengths: of generated examples in tokens; None: the longest that the indexer was trained on, and twice that;
     tasks: generated ones beside `mrcr`, the dense demand where sparse attention is known to fail, which is always
-    asked with them; none: the files only; `text` is plain text to follow; examples: of each task and length; texts: of
+    asked with them; none beside files: the files only; `text` is plain text to follow; examples: of each task and length; texts: of
     each length; text_tokens: followed of each text; budgets: shares of chunks kept on top of the protected ones;
     policies: beside full attention; keys, values, queries, hops: sizes of the needle tasks; common: words to find by
     `aggregation`; haystack: plain text that training has not seen, a source as documents.source is; None: what the
