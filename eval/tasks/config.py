@@ -36,11 +36,11 @@ class BenchmarkConfig(Strict):
 
     lengths: of generated examples in tokens; None: the longest that the indexer was trained on, and twice that;
     tasks: generated ones beside `mrcr`, the dense demand where sparse attention is known to fail, which is always
-    asked with them; none beside files: the files only; `text` is plain text to follow; examples: of each task and length; texts: of
-    each length; text_tokens: followed of each text; budgets: shares of chunks kept on top of the protected ones;
-    policies: beside full attention; keys, values, queries, hops: sizes of the needle tasks; common: words to find by
-    `aggregation`; haystack: plain text that training has not seen, a source as documents.source is; None: what the
-    indexer's training held out; files: published benchmarks.
+    asked with them; none beside files: the files only; `text` is plain text to follow; examples: of each task and
+    length; texts: of each length; text_tokens: followed of each text; budgets: shares of chunks kept on top of the
+    protected ones; policies: beside full attention; keys, values, queries, hops: sizes of the needle tasks; common:
+    words to find by `aggregation`; haystack: plain text that training has not seen, a source as documents.source
+    is; None: what the indexer's training held out; files: published benchmarks.
     """
 
     lengths: list[PositiveInt] | None = None
@@ -62,12 +62,12 @@ class BenchmarkConfig(Strict):
     def changed(self, files: list[str], **given: Any) -> Self:
         """A copy with what was `given` (None and [] were not) and more files, FORMAT=SOURCE each.
 
-        Raises InputError for what does not fit.
+        Files without tasks beside them are asked alone. Raises InputError for what does not fit.
         """
-        more = [dict(zip(("format", "source"), file.split("=", 1), strict=False)) for file in files]
-        given = {name: value for name, value in given.items() if value} | {
-            "files": [*self.model_dump()["files"], *more]
-        }
+        given = {name: value for name, value in given.items() if value}
+        if files:
+            more = [dict(zip(("format", "source"), file.split("=", 1), strict=False)) for file in files]
+            given = {"tasks": []} | given | {"files": [*self.model_dump()["files"], *more]}
         try:
             return type(self).model_validate(self.model_dump() | given)
         except ValidationError as error:
