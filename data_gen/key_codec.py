@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data_gen.checks import require
 from data_gen.errors import InputError
 
 PAGE = 64
@@ -95,10 +96,9 @@ def decode_keys(rows: torch.Tensor) -> torch.Tensor:
 def check_rows(rows: torch.Tensor) -> None:
     """Raise InputError when rows [..., d + 4] hold a NaN code, or a scale that is not a positive number."""
     values, scale = _split(rows)
-    if bool(((values & NAN_CODE) == NAN_CODE).any()):
-        raise InputError("NaN code (0x7f or 0xff) among the key bytes; the keys are damaged")
-    if not bool((scale.isfinite() & (scale > 0)).all()):
-        raise InputError("the scale of a key is not a positive finite number; the keys are damaged")
+    require((values & NAN_CODE) != NAN_CODE, lambda: "NaN code (0x7f or 0xff) among the key bytes; they are damaged")
+    good = scale.isfinite() & (scale > 0)
+    require(good, lambda: "the scale of a key is not a positive finite number; the keys are damaged")
 
 
 def rows_to_pages(rows: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """Rotary positions of DeepSeek-V4's compressed branch: interleaved pairs on the last dims, plain or YaRN."""
 
 import math
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from data_gen.checks import require
 from data_gen.errors import InputError
 
 
@@ -72,12 +74,14 @@ class Rope(BaseModel):
 
         Raises InputError beyond the configured maximum: a table that clamps there scores distances that are wrong.
         """
-        if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= self.positions):
-            raise InputError(
+        require(
+            (positions >= 0) & (positions < self.positions),
+            lambda: (
                 f"positions {int(positions.min())}..{int(positions.max())} are outside 0..{self.positions - 1}, "
                 "the backbone's range"
-            )
-        return positions[..., None].float() * self.frequencies().to(positions.device)
+            ),
+        )
+        return positions[..., None].float() * _frequencies(self, positions.device)
 
     def table(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions [...] -> unit complex numbers [..., dims / 2] complex64 (the release's freqs_cis)."""
@@ -91,3 +95,9 @@ class Rope(BaseModel):
         pairs = torch.view_as_complex(turning.contiguous().unflatten(-1, (-1, 2)))
         turned = torch.view_as_real(pairs * torch.complex(angles.cos(), angles.sin())).flatten(-2)
         return torch.cat([fixed, turned], dim=-1)
+
+
+@lru_cache
+def _frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
+    """Kept where they are used: a copy to a GPU would be waited for."""
+    return rope.frequencies().to(device)

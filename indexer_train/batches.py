@@ -86,7 +86,8 @@ class DocumentBatchSampler(DefaultBatchSampler):
 class Collator(ABC):
     """Rows of the index -> query features, document features and soft labels of one document.
 
-    query_input_features [B, L, hidden]; query_positions [B]; document_input_values [N, L, ...] as stored;
+    query_input_features [B, L, hidden]; query_positions [B]; query_most_golden: golden chunks of the window that has the
+    most; document_input_values [N, L, ...] as stored;
     label [B, 5, N]: window mass, window peak, candidate mask, (in its first entry) the mass on protected chunks, and
     weight. epoch: the trainer's, see `TellEpoch`.
     """
@@ -109,12 +110,15 @@ class Collator(ABC):
         number = rows[0]["document"]
         windows = torch.tensor([[row["first"], row["last"]] for row in rows])
         document, first = self.document(number), windows[:, 0]
+        candidates = self.candidates(number, windows)
+        _, peak, candidate, _, _ = candidates["label"].unbind(dim=1)
         return {
             "query_input_features": torch.stack([document.hidden(layer)[first] for layer in self.layers], dim=1),
             "query_positions": document.positions[first],
+            "query_most_golden": int((candidate.bool() & (peak >= self.golden)).sum(dim=1).max()),
             "query_task": "query",
             "document_task": "document",
-            **self.candidates(number, windows),
+            **candidates,
         }
 
     @abstractmethod

@@ -79,7 +79,7 @@ class IndexerSpec(BaseModel):
         Without a gradient the CPU turns a few at a time, in its cache. Raises InputError at positions beyond the
         backbone's range.
         """
-        if query.requires_grad or query.is_cuda:
+        if query.requires_grad or not query.is_cpu:
             return self._turn(query, positions)
         few = max(1, TILE_ELEMENTS // max(1, query[:1].numel()))
         parts = zip(query.split(few), positions.split(few), strict=True)

@@ -111,7 +111,7 @@ def _gather(keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def _tiles(match: torch.Tensor) -> Iterator[slice]:
     """Runs of queries: one to a few on the CPU, whose cache they share; all at once on a GPU."""
     size = 1 if match.numel() == 0 else TILE_ELEMENTS // match[0].numel()
-    step = len(match) if match.is_cuda else max(1, size)
+    step = max(1, size) if match.is_cpu else len(match)
     for first in range(0, len(match), max(1, step)):
         yield slice(first, first + step)
 

@@ -22,7 +22,8 @@ class Targets:
     """The oracle for B windows and N chunks: all of a document's, or those drawn for each window.
 
     mass, peak: [B, N] (data_gen/oracle.py WindowLabels); candidate: [B, N] bool; protected: [B], mass on protected
-    chunks; weight: [B, N] of each candidate in a pointwise loss, None for one.
+    chunks; weight: [B, N] of each candidate in a pointwise loss, None for one; most: golden chunks of the window that
+    has the most, which a GPU would have to be waited for.
     """
 
     mass: torch.Tensor
@@ -30,6 +31,7 @@ class Targets:
     candidate: torch.Tensor
     protected: torch.Tensor
     weight: torch.Tensor | None = None
+    most: int | None = None
 
     def golden(self, threshold: float) -> torch.Tensor:
         """[B, N] bool: candidates whose peak reaches `threshold`."""
@@ -78,7 +80,8 @@ class IndexerLoss(nn.Module, ABC):
             keys = inner(document)["sentence_embedding"]
         logits = inner.layer_logits(queries, keys, document.get("chunks"), query.get("candidates"), self.scoring)
         mass, peak, candidate, protected, weight = label.unbind(dim=1)
-        return self.compute(logits, Targets(mass, peak, candidate.bool(), protected[:, 0], weight))
+        targets = Targets(mass, peak, candidate.bool(), protected[:, 0], weight, query.get("most_golden"))
+        return self.compute(logits, targets)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What the loss learns beside the model, such as a temperature."""

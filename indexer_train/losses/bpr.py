@@ -13,7 +13,8 @@ class BprLoss(IndexerLoss):
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         golden = targets.golden(self.golden)
-        total = _PairwiseSoftplus.apply(logits, golden, targets.candidate & ~golden)
+        most = int(golden.sum(dim=-1).max()) if targets.most is None else targets.most
+        total = _PairwiseSoftplus.apply(logits, golden, targets.candidate & ~golden, most)
         pairs = len(logits) * (golden.sum(dim=-1) * (targets.candidate & ~golden).sum(dim=-1)).sum()
         return total / pairs.clamp_min(1)
 
@@ -25,11 +26,13 @@ class _PairwiseSoftplus(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, golden: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, golden: torch.Tensor, negative: torch.Tensor, most: int
+    ) -> torch.Tensor:
         gradient = torch.zeros_like(logits)
         total = logits.new_zeros(())
         ranked = golden.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices  # golden chunks first
-        for turn in range(int(golden.sum(dim=-1).max())):
+        for turn in range(most):
             chunk = ranked[:, turn].expand(len(logits), -1)[..., None]
             pair = negative & (golden.sum(dim=-1, keepdim=True) > turn)
             lead = logits - logits.gather(-1, chunk)
@@ -41,5 +44,5 @@ class _PairwiseSoftplus(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return ctx.saved_tensors[0] * outer, None, None
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.saved_tensors[0] * outer, None, None, None

@@ -1,0 +1,71 @@
+"""A GPU must not wait for the host within a step: run on a device without data, where asking for a value raises."""
+
+import pytest
+import torch
+
+from data_gen.checks import require
+from data_gen.chunks import Chunking
+from data_gen.errors import InputError
+from data_gen.rope import Rope
+from indexer_train.config import IndexerConfig
+from indexer_train.losses import LOSSES
+from indexer_train.model import IndexerSpec, MemoryIndexer
+
+BATCH, CHUNKS, CANDIDATES, LAYERS, HIDDEN, WIDTH = 5, 40, 12, 2, 24, 16
+
+
+@pytest.fixture
+def indexer():
+    """Every part of the score, DeepSeek-V4's keys and positions."""
+    spec = IndexerSpec(
+        shape=IndexerConfig(heads=4, rank=8, bias=True),
+        layers=[0, 1],
+        hidden=HIDDEN,
+        key_width=WIDTH,
+        chunking=Chunking(tokens=4),
+        window=16,
+        backbone="none",
+        key="fp8_rope_hadamard",
+        rope=Rope(dims=8, theta=1e4, positions=1000),
+    )
+    return MemoryIndexer.from_spec(spec, device="cpu").to("meta")
+
+
+def batch(sampled):
+    columns = CANDIDATES if sampled else CHUNKS
+    query = {
+        "input_features": torch.empty(BATCH, LAYERS, HIDDEN, device="meta"),
+        "positions": torch.empty(BATCH, dtype=torch.int64, device="meta"),
+        "most_golden": 3,
+        "task": "query",
+    }
+    document = {
+        "input_values": torch.empty(CHUNKS, LAYERS, WIDTH + 4, dtype=torch.uint8, device="meta"),
+        "task": "document",
+    }
+    if sampled:
+        query["candidates"] = torch.empty(BATCH, CANDIDATES, dtype=torch.int64, device="meta")
+        document["chunks"] = torch.empty(CHUNKS, dtype=torch.int64, device="meta")
+    return [query, document], torch.empty(BATCH, 5, columns, device="meta")
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_no_loss_asks_the_device_for_a_value(indexer, name, precision, sampled):
+    loss = LOSSES[name](indexer, 0.05).to("meta")
+    loss.scoring = precision
+    loss(*batch(sampled)).backward()
+    assert all(parameter.grad.device.type == "meta" for parameter in loss.parameters())
+
+
+def test_this_device_would_notice():
+    with pytest.raises(RuntimeError, match="meta"):
+        int(torch.empty(3, device="meta").max())
+
+
+def test_checks_are_made_on_the_device():
+    require(torch.tensor([True, True]), lambda: "never asked for")
+    with pytest.raises(InputError, match="one is wrong"):
+        require(torch.tensor([True, False]), lambda: "one is wrong")
+    require(torch.empty(3, dtype=torch.bool, device="meta"), lambda: "unknown")
