@@ -86,8 +86,8 @@ class DocumentBatchSampler(DefaultBatchSampler):
 class Collator(ABC):
     """Rows of the index -> query features, document features and soft labels of one document.
 
-    query_input_features [B, L, hidden]; query_positions [B]; query_most_golden: golden chunks of the window that has the
-    most; document_input_values [N, L, ...] as stored;
+    query_input_features [B, L, hidden]; query_positions [B]; query_most_golden: golden chunks of the window that has
+    the most; document_input_values [N, L, ...] as stored;
     label [B, 5, N]: window mass, window peak, candidate mask, (in its first entry) the mass on protected chunks, and
     weight. epoch: the trainer's, see `TellEpoch`.
     """

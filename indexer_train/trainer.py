@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from tqdm import tqdm
 from transformers import EarlyStoppingCallback, set_seed
 
 from data_gen.errors import InputError
@@ -78,8 +79,9 @@ def make_trainer(
         raise InputError(f"train.loss: unknown loss {config.loss!r}; choose from {', '.join(LOSSES)}")
     if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
         raise InputError(f"train.candidates.common_weight: {config.loss} weighs no single chunk; leave it out")
-    for document in store:
-        check_document(document, store.manifest, read=False)
+    own = store.paths()[processes.rank() :: processes.count()]
+    for document in tqdm(TraceStore(store.root, store.manifest, own), "checking", len(own), delay=5, unit="doc"):
+        check_document(document, store.manifest, read=True)
     traces, validation = store.hold_back(config.validation_every)
     index = window_index(traces, config.stride, config.tails, weights)
     if not len(index) or not len(window_index(validation)):

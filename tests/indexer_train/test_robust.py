@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from data_gen.errors import InputError
+from data_gen.store import TraceStore
 from indexer_train import tracking
 from indexer_train.batches import DocumentBatchSampler, window_index
 from indexer_train.checkpoints import newest_whole
@@ -170,6 +172,19 @@ def test_half_written_checkpoints_are_skipped(planted, settings, tmp_path):
         assert not (folder / f"checkpoint-{newer}").exists()
     (folder / "checkpoint-9999").mkdir()
     assert newest_whole(folder) == good
+
+
+@pytest.mark.parametrize("how", ["cut short", "one bit of it flipped"])
+def test_a_damaged_shard_is_named_before_training_starts(planted, settings, tmp_path, how):
+    shutil.copytree(planted[0].root, tmp_path / "store")
+    store = TraceStore.open(tmp_path / "store")
+    shard = store.paths()[17]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content[: -40 if how == "cut short" else len(content)])
+    with pytest.raises(InputError, match=f"{shard.name}: damaged trace"):
+        train(store, SHAPE, settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_end_with_the_same_weights_from_disjoint_documents(planted, settings, tmp_path):
