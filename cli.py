@@ -240,7 +240,7 @@ def benchmark(
     task: Annotated[list[str] | None, typer.Option(help="A generated task; else all. mrcr is always asked.")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Of each generated task and length.")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="Share of chunks kept; repeatable.")] = None,
-    file: Annotated[list[str] | None, typer.Option(help="ruler=, longbench-v2=, longmemeval= or mrcr=FILE.")] = None,
+    file: Annotated[list[str] | None, typer.Option(help="ruler=, longbench-v2=, longmemeval=, mrcr=FILE.")] = None,
 ) -> None:
     """Long-context tasks under every policy: adds to OUT/results.json and the report. A stopped run continues."""
     from data_gen.config import BackboneConfig

@@ -59,7 +59,7 @@ def benchmark(
     records = [journal.records[name] for name in examples]
     notes = left_out_lines(records)
     if missing := [name for name in config.policies if name not in runner.policies]:
-        notes.append(f"not run: {', '.join(missing)} (this backbone has no indexer of its own)")
+        notes.append(f"not run: {', '.join(missing)} (this backbone has none)")
     sections = {
         "benchmark": accuracy_rows(records, trained),
         "benchmark_text": fidelity_rows(records, trained),

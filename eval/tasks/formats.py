@@ -60,7 +60,10 @@ def _ruler(row: Row, name: str, file: BenchmarkFile) -> Example:
 
 
 def _longbench(row: Row, name: str) -> Example:
-    """LongBench-v2 without chain of thought; its tasks are here its lengths: short, medium, long."""
+    """LongBench-v2 without chain of thought; its tasks are here its lengths: short, medium, long.
+
+    Texts longer than the backbone's context are left out and counted, not cut in the middle.
+    """
     if row.text("answer") not in ("A", "B", "C", "D"):
         raise InputError(f"{row.where}: field 'answer' is {row.text('answer')!r}, not A, B, C or D")
     choices = [f"({letter}) {row.text(f'choice_{letter}').strip()}" for letter in "ABCD"]

@@ -99,8 +99,8 @@ def test_a_finished_run_can_be_extended_but_not_mixed(finished, trained, tokeniz
 def test_policies_that_the_backbone_lacks_are_named(trained, tokenizer, tmp_path):
     config = CONFIG.model_copy(update={"policies": ["native", "indexer"], "tasks": [], "lengths": [500], "examples": 1})
     sections, notes = ask(trained, tokenizer, tmp_path, config)
-    assert [row["policy"] for row in sections["benchmark"]] == ["full", "indexer"]
-    assert notes == ["not run: native (this backbone has no indexer of its own)"]
+    assert [row["policy"] for row in sections["benchmark"]] == ["full", "indexer"]  # mrcr is asked in any case
+    assert notes == ["not run: native (this backbone has none)"]
 
 
 def test_what_cannot_be_asked_is_refused_first(trained, indexer, tokenizer, tmp_path):
@@ -118,6 +118,16 @@ def test_what_cannot_be_asked_is_refused_first(trained, indexer, tokenizer, tmp_
     twin = MemoryIndexer.from_spec(trained.spec.model_copy(deep=True), device="cpu")
     twin.spec.provenance.documents = whole
     refused("text its training held out", who=twin)
+
+
+def test_files_alone_need_no_text_and_no_lengths(indexer, tokenizer, tmp_path):
+    path = write(tmp_path / "niah_single_1.jsonl", RULER)
+    config = CONFIG.changed([f"ruler={path}"], budgets=[0.3])
+    assert config.tasks == [] and config.budgets == [0.3] and CONFIG.changed([f"ruler={path}"], tasks=["text"]).tasks
+    sections, _ = ask(indexer, tokenizer, tmp_path / "out", config)
+    assert {(row["benchmark"], row["task"], row["examples"]) for row in sections["benchmark"]} == {
+        ("ruler", "niah_single_1", 1)
+    }
 
 
 def test_unseen_text_may_be_named(indexer, tokenizer, tmp_path):
