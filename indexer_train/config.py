@@ -74,7 +74,7 @@ class TrainConfig(Strict):
     """
 
     loss: str = "listwise_mass"
-    loss_options: dict[str, float] = Field(default_factory=dict)
+    loss_options: dict[str, float | bool] = Field(default_factory=dict)
     candidates: CandidatesConfig = CandidatesConfig()
     epochs: PositiveInt
     windows_per_document: PositiveInt = 64

@@ -59,7 +59,7 @@ class IndexerLoss(nn.Module, ABC):
     scoring = torch.float32
     """dtype of the products of queries and keys; a run in bf16 changes it."""
 
-    def __init__(self, model: MemoryIndexer, golden: float, **options: float) -> None:
+    def __init__(self, model: MemoryIndexer, golden: float, **options: float | bool) -> None:
         """golden: peak (or votes) that makes a chunk golden. Raises InputError on an option that the loss lacks."""
         super().__init__()
         self.model = model
@@ -74,7 +74,7 @@ class IndexerLoss(nn.Module, ABC):
     def forward(self, features: list[dict[str, Any]], label: torch.Tensor) -> torch.Tensor:
         """features: query and document features of the collator; label: [B, 5, N] (indexer_train/batches.py)."""
         query, document = features
-        inner = getattr(self.model, "module", self.model)  # the model itself when wrapped for several processes
+        inner = self.inner
         queries = self.model(query)["sentence_embedding"]
         with torch.no_grad():  # no parameters: the wrapper, which waits for their gradients, is left out
             keys = inner(document)["sentence_embedding"]
@@ -82,6 +82,11 @@ class IndexerLoss(nn.Module, ABC):
         mass, peak, candidate, protected, weight = label.unbind(dim=1)
         targets = Targets(mass, peak, candidate.bool(), protected[:, 0], weight, query.get("most_golden"))
         return self.compute(logits, targets)
+
+    @property
+    def inner(self) -> MemoryIndexer:
+        """The model itself where it is wrapped for several processes."""
+        return getattr(self.model, "module", self.model)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What the loss learns beside the model, such as a temperature."""

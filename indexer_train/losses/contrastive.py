@@ -21,7 +21,7 @@ class ContrastiveLoss(IndexerLoss):
 
         temperature: PositiveFloat = 1.0
 
-    def __init__(self, model: MemoryIndexer, golden: float, **options: float) -> None:
+    def __init__(self, model: MemoryIndexer, golden: float, **options: float | bool) -> None:
         super().__init__(model, golden, **options)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(self.options.temperature)))
 

@@ -2,19 +2,19 @@
 
 import torch
 
-from indexer_train.losses.base import IndexerLoss, Targets
+from indexer_train.losses.base import Targets
+from indexer_train.losses.listwise import ListwiseLoss, cross_entropy
 
 
-class ListwiseMassLoss(IndexerLoss):
-    """Per layer: softmax over all candidates and one slot of logit zero (the score is relative to it).
+class ListwiseMassLoss(ListwiseLoss):
+    """Per layer, or joined: softmax over all candidates and one slot of logit zero (the score is relative to it).
 
     Targets are the window's attention probabilities, averaged over heads, layers and tokens; the slot's is what lies
     on protected chunks. The best attention-mass recall among the losses tried.
     """
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-        logits = logits.masked_fill(~targets.candidate, -torch.inf)
+        logits = self.scores(logits, targets)
         slot = torch.zeros_like(logits[..., :1])
-        log_probability = torch.cat([slot, logits], dim=-1).log_softmax(dim=-1)
         target = torch.cat([targets.protected[:, None], targets.mass], dim=-1)
-        return -torch.where(target > 0, target * log_probability, 0.0).sum(dim=-1).mean()
+        return cross_entropy(target, torch.cat([slot, logits], dim=-1).log_softmax(dim=-1))

@@ -1,7 +1,10 @@
 """Every registered loss passes the same tests."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_gen.errors import InputError
 from indexer_train.losses import LOSSES
@@ -17,15 +20,54 @@ def targets(batch=3, chunks=7, dtype=torch.float64):
     return Targets(mass, peak, candidate, 1 - mass.sum(1))
 
 
-@pytest.fixture(params=sorted(LOSSES))
+JOINED = ["listwise_mass", "listwise_peak"]
+
+
+@pytest.fixture(params=[*sorted(LOSSES), *(f"{name} joined" for name in JOINED)])
 def loss(request):
-    return LOSSES[request.param](model=None, golden=0.1)
+    return make(*request.param.split())
+
+
+def make(name, joined="", join="sum"):
+    model = SimpleNamespace(spec=SimpleNamespace(shape=SimpleNamespace(join=join)))
+    return LOSSES[name](model, golden=0.1, **({"joined": True} if joined else {}))
 
 
 def test_gradient_equals_finite_differences(loss):
     logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    goal = targets()
-    assert torch.autograd.gradcheck(lambda z: loss.compute(z, goal), logits)
+    goal, learned = targets(), [*loss.double().parameters()]
+    assert torch.autograd.gradcheck(lambda z, *_: loss.compute(z, goal), [logits, *learned])
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any result of an operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for each in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return found
+
+
+def test_no_table_of_pairs_is_built(loss):
+    goal = targets(batch=2, chunks=1500, dtype=torch.float32)
+    logits = torch.randn(2, 2, 1500, requires_grad=True)
+    with Largest() as largest:
+        loss.compute(logits, goal).backward()
+    assert largest.elements <= 2 * 2 * 1501  # with the slot; pairs would be 1,500 times as many
+
+
+@pytest.mark.parametrize("join", ["sum", "mean", "max"])
+@pytest.mark.parametrize("name", JOINED)
+def test_a_joined_loss_is_that_of_the_joined_score(name, join):
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    joined = {"sum": logits.sum(0), "mean": logits.mean(0), "max": logits.amax(0)}[join]
+    expected = make(name).compute(joined[None], targets())
+    torch.testing.assert_close(make(name, "joined", join).compute(logits, targets()), expected)
+    assert not torch.isclose(make(name).compute(logits, targets()), expected)
 
 
 def test_what_is_no_candidate_does_not_matter(loss):
