@@ -121,7 +121,7 @@ def _benchmark(results: dict[str, Any]) -> Section | None:
         "KV: keys and values of the full-attention layers that are resident while answering. Intervals: Wilson where "
         "an answer is right or wrong, bootstrap over examples where it is scored in between. 'mrcr' is dense demand, "
         "where sparse attention is known to fail. The oracle knows what full attention's own answer attended to. "
-        "Average: means over the lines, bytes as the mean of each line's share of full attention's."
+        "Share of full: of the average accuracy, and the mean of each line's share of the bytes."
     )
     return "Benchmark: accuracy against KV bytes", text, pictures, benchmark_table(rows)
 

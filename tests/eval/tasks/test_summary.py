@@ -63,7 +63,8 @@ def test_table_has_the_paper_s_shape_and_averages():
     assert cells[0][1:] == ["tokens", "n", "full", "indexer 10%"]
     assert cells[2] == ["needles single", "1000", "2", "100 [34-100] / 10.0", "50 [9-91] / 2.0"]
     assert cells[3][:2] == ["needles multi_value", "2000 (2.0x trained)"]
-    assert cells[4] == ["average", "", "", "87.5 / 100.0%", "50.0 / 20.0%"]
+    assert cells[4] == ["average", "", "", "87.5 / 10.0", "50.0 / 2.0"]
+    assert cells[5] == ["share of full", "", "", "100% / 100.0%", "57% / 20.0%"]
 
 
 def test_fidelity():
