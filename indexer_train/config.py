@@ -53,6 +53,8 @@ class CandidatesConfig(Strict):
 class TrainConfig(Strict):
     """How the indexer is trained.
 
+    one_by_one: train each layer in a run of its own, with its own best checkpoint, in the memory of one, instead of all
+    together;
     loss: a name of indexer_train/losses; loss_options: what that class lets a recipe set;
     candidates: which chunks it compares;
     epochs: passes over the documents; windows_per_document: query tokens of a document in one epoch, which is one
@@ -73,6 +75,7 @@ class TrainConfig(Strict):
     DeepSeek-V4 backbone (only its indexers are read), or with the release's layer_NN.safetensors files.
     """
 
+    one_by_one: bool = False
     loss: str = "listwise_mass"
     loss_options: dict[str, float | bool] = Field(default_factory=dict)
     candidates: CandidatesConfig = CandidatesConfig()

@@ -46,6 +46,8 @@ def train(
     an epoch reads the documents of each mixed store, by its folder. Raises InputError before training when a trace is
     damaged or there are too few.
     """
+    if config.one_by_one and len(store.manifest.trace.layers) > 1:
+        return _train_one_by_one(store, shape, config, out, weights)
     trainer = make_trainer(store, shape, config, out, weights)
     if (out / "indexer").exists():
         logger.info("%s is trained already", out / "indexer")
@@ -54,7 +56,11 @@ def train(
     if checkpoint is not None:
         restore_loss(trainer.loss, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    indexer, evaluator = trainer.model, trainer.evaluator
+    return _finish(trainer.model, trainer.evaluator, config, out)
+
+
+def _finish(indexer: MemoryIndexer, evaluator: MassRecallEvaluator, config: TrainConfig, out: Path) -> MemoryIndexer:
+    """Choose how the indexer is served, measure it and save it."""
     scored = score_windows(indexer, evaluator.served)
     others = [Budget(budget=config.budget), calibrate(scored, "budget", config.budget)]
     indexer.spec.selections = served_first(evaluator.selection(scored), others)
@@ -64,6 +70,28 @@ def train(
         indexer.save_pretrained(str(unfinished))
         unfinished.rename(out / "indexer")  # there whole or not at all
     return indexer
+
+
+def _train_one_by_one(
+    store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Path, weights: dict[Path, float] | None
+) -> MemoryIndexer:
+    """A run for each layer under `out`/layer-N, put together in `out`/indexer: layers share no parameters."""
+    if shape.bias or config.loss_options.get("joined"):
+        raise InputError("train.one_by_one: `bias` and a `joined` loss are of all layers together; leave them out")
+    if processes.rank() == 0:
+        _same_settings(out, _settings(store, shape, config, {"weights": [*(weights or {}).values()]}))
+    traces, validation = store.hold_back(config.validation_every)
+    indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config))
+    for layer in store.manifest.trace.layers:
+        trace = store.manifest.trace.model_copy(update={"layers": [layer]})
+        one = TraceStore(store.root, store.manifest.model_copy(update={"trace": trace}), store.paths())
+        alone = config.model_copy(update={"one_by_one": False})
+        part = train(one, shape, alone, out / f"layer-{layer}", weights)
+        own = part.query_encoder.encoders[str(layer)].state_dict()
+        indexer.query_encoder.encoders[str(layer)].load_state_dict(own)
+    if (out / "indexer").exists():
+        return load_indexer(out / "indexer")
+    return _finish(indexer, MassRecallEvaluator(validation, config.budget, config.select), config, out)
 
 
 def make_trainer(
@@ -86,36 +114,15 @@ def make_trainer(
     index = window_index(traces, config.stride, config.tails, weights)
     if not len(index) or not len(window_index(validation)):
         raise InputError(f"{store.root}: too few documents with a whole lookahead window to train and validate on")
-    trace, backbone = traces.manifest.trace, traces.manifest.backbone
     set_seed(config.seed)
-    indexer = MemoryIndexer.from_spec(
-        IndexerSpec(
-            shape=shape,
-            layers=trace.layers,
-            hidden=backbone.hidden,
-            key_width=backbone.key_width,
-            chunking=trace.chunking,
-            window=trace.window,
-            backbone=backbone.fingerprint,
-            key=backbone.key,
-            rope=backbone.rope,
-            provenance=Provenance(
-                backbone=backbone.model_type,
-                oracle=trace.oracle,
-                documents=traces.manifest.documents,
-                training=len(traces.paths()),
-                validation=len(validation.paths()),
-                train=config.model_dump(),
-            ),
-        )
-    )
+    indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config))
     if config.init is not None:
         initialise(indexer, Path(config.init))
     loss = LOSSES[config.loss](indexer, config.golden, **config.loss_options)
     loss.scoring = getattr(torch, config.precision)
     for parameter in loss.own_parameters().values():
         parameter.register_hook(processes.average)
-    settings = (traces, trace.layers, config.golden, config.candidates)
+    settings = (traces, traces.manifest.trace.layers, config.golden, config.candidates)
     sampled = config.candidates.kind == "sampled"
     collator = SampledCandidates(*settings, config.seed) if sampled else AllCandidates(*settings)
     mined = collator.hard.made_by if sampled and collator.hard else None
@@ -171,6 +178,30 @@ def make_trainer(
             KeepLoss(loss),
             tracking.RecipeToWandb(run),
         ],
+    )
+
+
+def _spec(traces: TraceStore, validation: int, shape: IndexerConfig, config: TrainConfig) -> IndexerSpec:
+    """Of an indexer trained on `traces` and chosen on `validation` other documents."""
+    trace, backbone = traces.manifest.trace, traces.manifest.backbone
+    return IndexerSpec(
+        shape=shape,
+        layers=trace.layers,
+        hidden=backbone.hidden,
+        key_width=backbone.key_width,
+        chunking=trace.chunking,
+        window=trace.window,
+        backbone=backbone.fingerprint,
+        key=backbone.key,
+        rope=backbone.rope,
+        provenance=Provenance(
+            backbone=backbone.model_type,
+            oracle=trace.oracle,
+            documents=traces.manifest.documents,
+            training=len(traces.paths()),
+            validation=validation,
+            train=config.model_dump(),
+        ),
     )
 
 

@@ -67,6 +67,25 @@ def test_every_loss_finds_the_planted_chunks(planted, tiny_recipe, tmp_path, los
     assert evaluator(indexer)["mass_recall"] > 0.85
 
 
+def test_layers_trained_one_by_one_make_one_indexer(planted, tiny_recipe, tmp_path):
+    settings = tiny_recipe.train.model_copy(
+        update={"epochs": 8, "learning_rate": 3e-3, "windows_per_document": 32, "one_by_one": True}
+    )
+    shape = IndexerConfig(heads=16, rank=32)
+    indexer = train(planted[0], shape, settings, tmp_path)
+    assert indexer.spec.layers == [0, 1] and indexer.spec.provenance.metrics
+    assert MassRecallEvaluator(planted[1], settings.budget)(indexer)["mass_recall"] > 0.85
+    for layer in (0, 1):
+        part = load_indexer(tmp_path / f"layer-{layer}" / "indexer")
+        assert part.spec.layers == [layer]
+        for name, value in part.query_encoder.encoders[str(layer)].state_dict().items():
+            assert torch.equal(indexer.query_encoder.encoders[str(layer)].state_dict()[name], value)
+    again = train(planted[0], shape, settings, tmp_path)
+    assert again.spec == indexer.spec
+    with pytest.raises(InputError, match="all layers together"):
+        train(planted[0], shape.model_copy(update={"bias": True}), settings, tmp_path / "b")
+
+
 def test_the_saved_indexer_is_the_best_checkpoint_and_calibrated(stores, tiny_recipe, tmp_path):
     indexer = train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
     saved = load_indexer(tmp_path / "indexer")
