@@ -9,10 +9,12 @@ import json
 import shutil
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 
+from data_gen.errors import InputError
 from recipes.pocket_v4.batches import stage_batches
 from recipes.pocket_v4.card import write_card
 from recipes.pocket_v4.config import PocketConfig, StageConfig, load_config
@@ -25,6 +27,11 @@ from recipes.pocket_v4.words import build_lexicon, build_tokenizer
 
 REPORT = 50  # steps between printed lines
 NEEDLE = TASKS.index("multi_key")
+
+
+def recipe_of(config: PocketConfig) -> str:
+    """All that decides the weights; a run may be continued under another evaluation."""
+    return config.model_dump_json(exclude={"evaluation"})
 
 
 class Trainer:
@@ -57,14 +64,23 @@ class Trainer:
             for optimizer in self.optimizers
             if parameter in optimizer.state  # what never had a gradient has none
         }
-        state = {"model": self.model.state_dict(), "moments": moments, "progress": self.progress}
+        weights = self.model.state_dict()
+        state = {"model": weights, "moments": moments, "progress": self.progress, "recipe": recipe_of(self.config)}
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(self.checkpoint)
 
     def restore(self) -> None:
-        """Continue from the checkpoint; the next batch is the one that was due."""
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        """Continue from the checkpoint; the next batch is the one that was due.
+
+        Raises InputError if the file is damaged or of another recipe.
+        """
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+            raise InputError(f"{self.checkpoint}: damaged; delete it to train from the start") from error
+        if state["recipe"] != recipe_of(self.config):
+            raise InputError(f"{self.checkpoint}: trained by another recipe; choose another --out, or delete it")
         self.model.load_state_dict(state["model"])
         self.progress = state["progress"]
         step = torch.tensor(float(self.progress["steps"]), device=self.device)
@@ -174,7 +190,10 @@ def main() -> None:
     """Train, save, export."""
     args = parse()
     torch.set_float32_matmul_precision("high")
-    trainer = Trainer(load_config(args.config), args.out, args.workers, args.seconds)
+    try:
+        trainer = Trainer(load_config(args.config), args.out, args.workers, args.seconds)
+    except InputError as error:
+        raise SystemExit(str(error)) from error
     if trainer.run():
         trainer.export()
 

@@ -1,0 +1,88 @@
+"""The committed weights under the stock class and stock eager attention, fp32 on the CPU: no code of ours inside."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes.pocket_v4.card import write_card
+from recipes.pocket_v4.evaluate import documents_of
+from recipes.pocket_v4.model import indexers, set_topk
+from recipes.pocket_v4.tasks import solved, solved_forced
+from recipes.pocket_v4.words import build_lexicon, build_tokenizer
+
+from .conftest import RECIPE
+
+FOLDER = RECIPE / "model"
+LENGTH, DOCUMENTS = 1024, 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+@torch.inference_mode()
+def count_solved(model, tokenizer, documents):
+    right = 0
+    for document in documents:
+        tokens = tokenizer(f"{document.prompt} {document.answer}", return_tensors="pt")
+        assert tokens.input_ids.shape == (1, LENGTH)
+        rows = slice(-len(document.answer.split()) - 1, -1)
+        predicted = model(**tokens, use_cache=False).logits[0, rows].argmax(-1)
+        right += solved_forced(document, tokenizer.convert_ids_to_tokens(predicted.tolist()))
+    return right
+
+
+@pytest.mark.parametrize("task", ["single", "multi_key"])
+def test_needles_are_found_and_only_through_sparse_attention(model, tokenizer, shipped, task):
+    documents = documents_of(shipped, task, LENGTH, DOCUMENTS)
+    assert [indexer.index_topk for indexer in indexers(model)] == [64] * 3 < [LENGTH // 4] * 3
+    assert count_solved(model, tokenizer, documents) >= DOCUMENTS - 1
+    set_topk(model, 0)
+    try:
+        assert count_solved(model, tokenizer, documents) <= 1
+    finally:
+        set_topk(model, model.config.index_topk)
+
+
+@pytest.mark.parametrize("task", ["multi_key", "tracking"])
+def test_greedy_decoding_agrees_with_the_forced_check(model, tokenizer, shipped, task):
+    (document,) = documents_of(shipped, task, LENGTH, 1)
+    prompt = tokenizer(document.prompt, return_tensors="pt")
+    made = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt.input_ids.shape[1] :]
+    completion = tokenizer.decode(made)
+    assert solved(document, completion) == (count_solved(model, tokenizer, [document]) == 1)
+    assert completion.split()[-1] == "."  # generation ends with the sentence
+
+
+def test_the_folder_is_small_whole_and_stock(model):
+    assert (FOLDER / "model.safetensors").stat().st_size <= 20e6
+    settings = json.loads((FOLDER / "config.json").read_text())
+    assert settings["architectures"] == ["DeepseekV4ForCausalLM"] and settings["dtype"] == "bfloat16"
+    assert "auto_map" not in settings
+    assert 3e6 < sum(parameter.numel() for parameter in model.parameters()) < 10e6
+    assert (settings["head_dim"], settings["index_head_dim"]) == (512, 128) and settings["index_n_heads"] >= 16
+
+
+def test_the_tokenizer_is_the_recipes_and_loses_nothing(tokenizer, shipped):
+    lexicon = build_lexicon(shipped.vocabulary)
+    assert tokenizer.get_vocab() == build_tokenizer(lexicon).get_vocab()
+    text = " ".join(lexicon.vocabulary[4:])
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_the_card_is_what_the_files_say(tmp_path):
+    for file in FOLDER.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "README.md").unlink()
+    write_card(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (FOLDER / "README.md").read_text()
