@@ -20,7 +20,7 @@ Message = dict[str, str]
 
 def chat(lexicon: Lexicon, length: int, far: int, rng: Random) -> list[Message]:
     """A training document of about `length` words as messages: text up to a question, its answer, and so on."""
-    words, tasks = training_document(lexicon, length, far, rng)
+    words, tasks = training_document(lexicon, length, far, rng, even=True)
     messages = []
     for answers, run in groupby(zip(words, tasks, strict=True), key=lambda pair: pair[1] >= 0):
         text = " ".join(word for word, _ in run)

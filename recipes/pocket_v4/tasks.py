@@ -106,33 +106,36 @@ def test_document(lexicon: Lexicon, task: str, length: int, distractors: int, rn
     return Document(task, " ".join(body + tail), " ".join(item.answer), length)
 
 
-def training_items(words: Words, facts: int) -> list[Item]:
-    """Random items with about `facts` facts in all, at most one `copy`."""
+def training_items(words: Words, facts: int, even: bool) -> list[Item]:
+    """Random items with about `facts` facts in all, at most one `copy`; mostly pairs, or every task as `even`."""
     items: list[Item] = []
     rng = words.rng
-    if facts >= 6 and rng.random() < 0.3:
+    if facts >= 6 and (even or rng.random() < 0.3):
         items.append(copy(words, rng.randint(2, min(6, facts))))
     while sum(len(item.facts) for item in items) < facts and len(words.keys) > 1 and words.names:
         kind = rng.random()
-        if kind < 0.1:
+        if kind < (0.3 if even else 0.1):
             items.append(multi_value(words, rng.randint(2, 3)))
-        elif kind < 0.25:
+        elif kind < (0.6 if even else 0.25):
             items.append(tracking(words))
         else:
             items.append(pair(words))
     return items
 
 
-def training_document(lexicon: Lexicon, length: int, far: int, rng: Random) -> tuple[list[str], list[int]]:
+def training_document(
+    lexicon: Lexicon, length: int, far: int, rng: Random, even: bool = False
+) -> tuple[list[str], list[int]]:
     """`length` words with many facts and questions, and per word the index of the task it answers (-1: none).
 
     far: least number of words between the last mention of an item and its next question, so that no sliding window
     answers it. The item asked is drawn from all that are due: were the newest one asked, distance would give it away.
+    even: every task is asked about as often; else most questions are of the kind that is learned last, `multi_key`.
     """
     words = Words(lexicon, rng)
     spread = rng.choice((1, 1, 1, 1 + length // 512))
     most = 0.5 * length / (spread * sum(GAP) / 2 + 4)
-    items = training_items(words, max(1, round(most ** rng.random() ** 0.25)))
+    items = training_items(words, max(1, round(most ** rng.random() ** 0.25)), even)
     untold = {id(item): len(item.facts) for item in items}
     facts = [(item, fact) for item in items for fact in item.facts]
     rng.shuffle(facts)
@@ -149,6 +152,9 @@ def training_document(lexicon: Lexicon, length: int, far: int, rng: Random) -> t
             if not untold[id(item)]:
                 told.append((len(text) + far, item))
         elif due:
+            if even:
+                task = rng.choice(sorted({told[i][1].task for i in due}))
+                due = [i for i in due if told[i][1].task == task]
             chosen = rng.choice(due)
             item = told[chosen][1]
             text += [*filler(rng, rng.randint(0, rng.choice((2, GAP[1])))), *item.question]
