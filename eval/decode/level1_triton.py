@@ -1,0 +1,151 @@
+"""The Triton backend of Level 1: two launches, nothing read back by the host, outputs allocated once."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from data_gen.errors import InputError
+from data_gen.key_codec import PAGE
+from eval.decode.kernels.level1 import score_kernel
+from eval.decode.kernels.limits import limit_kernel
+from eval.decode.level1 import Level1, PagedKeys, check_keys
+from eval.decode.select import Limits, Resident
+from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.selection import Budget, Threshold
+
+PROGRAMS_AN_SM = 3
+"""What fits: one layer's queries (32 KiB in fp16 at 128 x 128), two pages in flight, 160 registers a thread."""
+STAGES = 6
+"""Depth of the pipeline that gives two pages in flight: a page's address is loaded first."""
+FOREVER = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What a call writes, for B sequences of T pages; status is zero between calls."""
+
+    logits: torch.Tensor
+    scores: torch.Tensor
+    status: torch.Tensor
+    ids: torch.Tensor
+    counts: torch.Tensor
+    demand: torch.Tensor
+
+
+class TritonLevel1(Level1):
+    """Scores fp8 pages with fp16 products on a GPU; fp8: also round the queries to fp8, twice the speed of products.
+
+    Every term and every join of a bundle is computed. `scores` and `resident` return buffers that the next call
+    overwrites. Key bytes are not checked; a sequence whose table is too short for its position gets the count -1.
+    Raises InputError, by name, for what it lacks: keys that are no fp8 pages, heads or widths that are no power of two.
+    """
+
+    def __init__(
+        self,
+        indexer: MemoryIndexer,
+        limits: Limits,
+        selection: Budget | Threshold | None = None,
+        fp8: bool = False,
+    ) -> None:
+        super().__init__(indexer, limits, selection)
+        check_terms(indexer.spec)
+        self.fp8 = fp8
+        budget = isinstance(self.selection, Budget)
+        cuts = [] if budget else self.selection.cuts
+        device = indexer.device
+        ends = [cut.longest or FOREVER for cut in cuts] or [FOREVER]
+        self.cut_ends = torch.tensor(ends, dtype=torch.int32, device=device)
+        self.cut_scores = torch.tensor([cut.score for cut in cuts] or [torch.inf], device=device)
+        share = self.selection.budget if budget else 0.0
+        self.share = torch.tensor([share], dtype=torch.float64, device=device)
+        self._buffers: dict[tuple[int, int], Buffers] = {}
+
+    def scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
+        """As `Level1.scores`."""
+        scores = self._launch(queries, keys).scores
+        seen = (queries[:, -1:].long() + 1) // self.indexer.spec.chunking.tokens
+        return scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= seen, -torch.inf)
+
+    def resident(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Resident:
+        """As `Level1.resident`."""
+        buffers = self._launch(queries, keys)
+        return Resident(buffers.ids, buffers.counts, buffers.demand)
+
+    def _launch(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Buffers:
+        spec, chunking = self.indexer.spec, self.indexer.spec.chunking
+        check_keys(spec, keys, len(queries))
+        if not isinstance(keys, PagedKeys):
+            raise InputError("keys: the Triton backend reads pages (PagedKeys) only; use the torch backend")
+        pages, table = keys.pages, keys.table.contiguous()
+        if pages.stride(2) != 1 or any(step % 16 for step in (pages.data_ptr(), *pages.stride()[:2])):
+            raise InputError("key pages: each must be 16-byte aligned and without gaps; copy them into such a pool")
+        (sequences, width), layers = table.shape, len(spec.layers)
+        buffers = self._allocated(sequences, width)
+        runs = buffers.status.shape[1] // layers
+        values, scales = pages.view(torch.float8_e4m3fn), pages.view(torch.float32)
+        score_kernel[(runs * layers, sequences)](
+            queries, queries.stride(0), values, *values.stride()[:2], scales, *scales.stride()[:2], table, width,
+            self.cut_ends, self.cut_scores, buffers.logits, buffers.scores, buffers.status, buffers.ids,
+            buffers.counts, self.limits.cap, **score_constants(spec, len(self.cut_ends), runs, self.fp8),
+        )  # fmt: skip
+        limit_kernel[(sequences,)](
+            queries[:, -1], queries.stride(0), buffers.scores, width * PAGE, buffers.status, buffers.ids,
+            buffers.counts, buffers.demand, self.share, self.limits.floor, self.limits.cap,
+            BUDGET=isinstance(self.selection, Budget), TOKENS=chunking.tokens, SINK=chunking.sink,
+            RECENT=chunking.recent, STATUS=runs * layers, TILE=4096, num_warps=16,
+        )  # fmt: skip
+        return buffers
+
+    def _allocated(self, sequences: int, width: int) -> Buffers:
+        if (sequences, width) not in self._buffers:
+            device, layers = self.indexer.device, len(self.indexer.spec.layers)
+            processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+            runs = max(1, min(width, PROGRAMS_AN_SM * processors // (layers * sequences)))
+            self._buffers[sequences, width] = Buffers(
+                logits=torch.empty(sequences, layers, width * PAGE, device=device),
+                scores=torch.empty(sequences, width * PAGE, device=device),
+                status=torch.zeros(sequences, runs * layers, dtype=torch.int32, device=device),
+                ids=torch.empty(sequences, self.limits.cap, dtype=torch.int32, device=device),
+                counts=torch.empty(sequences, dtype=torch.int32, device=device),
+                demand=torch.empty(sequences, dtype=torch.int32, device=device),
+            )
+        return self._buffers[sequences, width]
+
+
+def check_terms(spec: IndexerSpec) -> None:
+    """Raise InputError for what of a bundle the kernels lack."""
+    heads, width = spec.shape.heads, spec.key_width
+    if spec.key != "fp8_rope_hadamard":
+        raise InputError(
+            f"key: {spec.key} keys are no fp8 pages, which the Triton backend reads; use the torch backend"
+        )
+    if heads < 16 or heads & (heads - 1) or width < 32 or width & (width - 1) or heads * width > 1 << 15:
+        raise InputError(
+            f"heads, key_width: {heads} x {width}; the Triton backend takes powers of two from 16 heads and 32 values "
+            f"up to {1 << 15} in all; use the torch backend"
+        )
+
+
+def score_constants(spec: IndexerSpec, cuts: int, runs: int, fp8: bool) -> dict[str, object]:
+    """The compile-time arguments of `score_kernel`."""
+    shape, chunking = spec.shape, spec.chunking
+    return {
+        "LAYERS": len(spec.layers),
+        "HEADS": shape.heads,
+        "WIDTH": spec.key_width,
+        "BUMPS": shape.distance_bumps,
+        "SCALE": shape.scale,
+        "SLOT": shape.slot,
+        "BIAS": shape.bias,
+        "JOIN": shape.join,
+        "CUTS": cuts,
+        "TOKENS": chunking.tokens,
+        "SINK": chunking.sink,
+        "RECENT": chunking.recent,
+        "RUNS": triton.next_power_of_2(runs),
+        "BUMP_TILE": triton.next_power_of_2(max(1, shape.distance_bumps)),
+        "TILE": 1024,
+        "FP8": fp8,
+        "STAGES": STAGES,
+    }

@@ -1,0 +1,154 @@
+"""Level 1's kernels: in the interpreter and on a GPU against the torch backend, compiled for sm_90 without one."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+from data_gen.chunks import Chunking
+from data_gen.errors import InputError
+from data_gen.key_codec import encode_keys
+from data_gen.rope import Rope
+from eval.decode.level1 import Level1, PagedKeys
+from eval.decode.level1_triton import TritonLevel1
+from eval.decode.select import Limits
+from indexer_train.config import IndexerConfig
+from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.selection import Budget, Cut, Threshold
+from tests.eval.decode.kernels.interpreter import in_interpreter, run_interpreted
+
+
+def make_indexer(
+    join: str = "max", bumps: int = 12, terms: bool = True, layers: int = 3, heads: int = 16, width: int = 32
+) -> MemoryIndexer:
+    torch.manual_seed(9)
+    shape = IndexerConfig(heads=heads, rank=16, distance_bumps=bumps, scale=terms, slot=terms, bias=terms, join=join)
+    spec = IndexerSpec(
+        shape=shape, layers=list(range(layers)), hidden=24, key_width=width, window=64, backbone="x",
+        chunking=Chunking(tokens=4, sink=1, recent=8), key="fp8_rope_hadamard",
+        rope=Rope(dims=16, theta=160000.0, positions=1 << 24),
+    )  # fmt: skip
+    indexer = MemoryIndexer.from_spec(spec)
+    for name, parameter in indexer.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.2 if "wq_" in name else 0.5)
+    return indexer.eval()
+
+
+def inputs(indexer: MemoryIndexer, *chunks: int) -> tuple[torch.Tensor, PagedKeys]:
+    """Packed queries and the shuffled pages of one history per length."""
+    spec, generator = indexer.spec, torch.Generator().manual_seed(sum(chunks))
+    pages = -(-max(chunks) // 64)
+    keys = torch.randn(pages * len(chunks) * 64, len(spec.layers), spec.key_width, generator=generator)
+    paged = PagedKeys.from_rows(encode_keys(keys))
+    table = torch.randperm(pages * len(chunks), generator=generator).int().view(len(chunks), pages)
+    hidden = torch.randn(len(chunks), len(spec.layers), spec.hidden, generator=generator)
+    positions = torch.tensor([4 * n - 1 + row % 4 for row, n in enumerate(chunks)])
+    queries = Level1(indexer, Limits(cap=9)).queries(hidden, positions)
+    return queries, PagedKeys(paged.pages.to(queries.device), table.to(queries.device))
+
+
+def in_half(indexer: MemoryIndexer, queries: torch.Tensor) -> torch.Tensor:
+    """Packed queries with q as fp16 products see it."""
+    spec = indexer.spec
+    layers = queries[:, :-1].unflatten(1, (len(spec.layers), -1)).clone()
+    part = layers[..., : spec.shape.heads * spec.key_width]
+    part.copy_(part.half())
+    return torch.cat([layers.flatten(1), queries[:, -1:]], dim=1)
+
+
+def check_against_torch(indexer, queries, keys, limits, selection) -> None:
+    """The same scores, and exactly the set that the torch rules make of the kernel's scores; twice, for the reset."""
+    torch_backend = Level1(indexer, limits, selection)
+    kernel = TritonLevel1(indexer, limits, selection)
+    expected = torch_backend.scores(in_half(indexer, queries), keys)
+    for _ in range(2):
+        scores = kernel.scores(queries, keys)
+        torch.testing.assert_close(scores, expected, atol=2e-4, rtol=2e-4)
+        torch_backend.scores = lambda *_, found=scores: found
+        wanted, found = torch_backend.resident(queries, keys), kernel.resident(queries, keys)
+        for name in ("counts", "demand", "ids"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+
+
+def middle(indexer: MemoryIndexer, queries: torch.Tensor, keys: PagedKeys) -> Threshold:
+    """A threshold that about a third of the chunks reach."""
+    scores = Level1(indexer, Limits(cap=9)).scores(queries, keys)
+    return Threshold(cuts=[Cut(score=float(scores[scores.isfinite()].quantile(0.67)))])
+
+
+@in_interpreter
+@pytest.mark.parametrize("join", ["max", "mean", "sum"])
+@pytest.mark.parametrize(("bumps", "terms"), [(12, True), (0, False), (5, False)])
+def test_every_term_and_join(join, bumps, terms):
+    indexer = make_indexer(join, bumps, terms)
+    queries, keys = inputs(indexer, 150)
+    check_against_torch(indexer, queries, keys, Limits(cap=150), middle(indexer, queries, keys))
+
+
+@in_interpreter
+@pytest.mark.parametrize("chunks", [(300, 5), (64, 128), (9,), (1, 65, 200)])
+def test_ragged_batches(chunks):
+    indexer = make_indexer(layers=2)
+    queries, keys = inputs(indexer, *chunks)
+    check_against_torch(indexer, queries, keys, Limits(cap=300), middle(indexer, queries, keys))
+
+
+@in_interpreter
+@pytest.mark.parametrize("floor_cap", [(0, 400), (0, 9), (0, 40), (390, 400), (60, 80)])
+@pytest.mark.parametrize("score", [-99.0, None, 99.0])
+def test_floor_and_cap(floor_cap, score):
+    indexer = make_indexer(layers=1)
+    queries, keys = inputs(indexer, 330, 77)
+    rule = middle(indexer, queries, keys) if score is None else Threshold(cuts=[Cut(score=score)])
+    check_against_torch(indexer, queries, keys, Limits(floor=floor_cap[0], cap=floor_cap[1]), rule)
+
+
+@in_interpreter
+def test_budgets_ties_and_cuts_by_length():
+    indexer = make_indexer(layers=1, bumps=0, terms=False)
+    queries, keys = inputs(indexer, 330, 77)
+    keys.table[0, :3] = keys.table[0, 3]  # the same page four times: ties
+    check_against_torch(indexer, queries, keys, Limits(cap=300), Budget(budget=0.2))
+    check_against_torch(indexer, queries, keys, Limits(floor=70, cap=100), Budget(budget=0.29))
+    cut = middle(indexer, queries, keys).cuts[0].score
+    rule = Threshold(cuts=[Cut(longest=310, score=cut), Cut(longest=1000, score=99.0), Cut(score=cut)])
+    check_against_torch(indexer, queries, keys, Limits(cap=300), rule)
+
+
+@in_interpreter
+def test_a_table_too_short_is_told_apart():
+    indexer = make_indexer(layers=1)
+    queries, keys = inputs(indexer, 330, 77)
+    short = PagedKeys(keys.pages, keys.table[:, :2])
+    found = TritonLevel1(indexer, Limits(cap=40)).resident(queries, short)
+    assert found.counts.tolist()[0] == -1 and found.ids[0].eq(-1).all() and int(found.counts[1]) >= 9
+
+
+@in_interpreter
+def test_fp8_products_choose_nearly_the_same():
+    """Jaccard of the sets; queries lose three bits of their mantissa's ten."""
+    indexer = make_indexer(layers=2, heads=32, width=64)
+    queries, keys = inputs(indexer, 500)
+    limits, rule = Limits(cap=500), middle(indexer, queries, keys)
+    exact = set(Level1(indexer, limits, rule).resident(queries, keys).row(0).tolist())
+    rough = set(TritonLevel1(indexer, limits, rule, fp8=True).resident(queries, keys).row(0).tolist())
+    assert len(exact & rough) / len(exact | rough) > 0.85
+
+
+@in_interpreter
+def test_refusals_name_what_is_lacking():
+    indexer = make_indexer()
+    queries, keys = inputs(indexer, 70)
+    with pytest.raises(InputError, match="keys: the Triton backend reads pages"):
+        TritonLevel1(indexer, Limits(cap=40)).resident(queries, keys.rows(0, 0, 70))
+    with pytest.raises(InputError, match="16-byte aligned"):
+        pool = torch.zeros(9, 3, keys.pages.shape[2] + 4, dtype=torch.uint8)[..., 4:]
+        TritonLevel1(indexer, Limits(cap=40)).resident(queries, PagedKeys(pool, keys.table))
+    with pytest.raises(InputError, match="heads, key_width: 12 x 32"):
+        TritonLevel1(make_indexer(heads=12), Limits(cap=40))
+    indexer.spec.key = "mean_pre_rope"
+    with pytest.raises(InputError, match="key: mean_pre_rope"):
+        TritonLevel1(indexer, Limits(cap=40))
+
+
+def test_in_the_interpreter():
+    run_interpreted(__file__)
