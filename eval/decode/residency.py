@@ -61,7 +61,7 @@ def side_lane(device: torch.device) -> Lane:
 
 
 @dataclass(frozen=True)
-class Resident:
+class InForce:
     """The set in force. units: [R] int32, ascending; slots: [R] int32 on the device, where each can be read."""
 
     units: np.ndarray
@@ -176,4 +176,4 @@ class Residency:
 
     def _enforce(self, units: np.ndarray) -> None:
         slots = torch.from_numpy(self.table.slots(units))
-        self.resident = Resident(units, slots.to(self.hot.device, non_blocking=True))
+        self.resident = InForce(units, slots.to(self.hot.device, non_blocking=True))

@@ -1,0 +1,83 @@
+"""Times on the device at hand, and what that device could do at best."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+MEMORY_GBPS = {"H200": 4800, "H100": 3350, "A100": 2039, "L40S": 864, "RTX 4090": 1008}
+"""Device memory by name, as the makers give it, in GB/s. Any other device: a measured copy."""
+CALLS = 20
+"""Calls in one CUDA graph: a kernel of 10 us is shorter than its launch from Python."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes per microsecond. memory: of the device; link: host to device, measured; source: where memory is from."""
+
+    memory: float
+    link: float
+    source: str
+
+
+def limits(device: torch.device, copy_bytes: int) -> Limits:
+    """Measure one large copy from (pinned) host memory, and the device's memory unless its name is known."""
+    pinned = device.type == "cuda"
+    host = torch.zeros(copy_bytes, dtype=torch.uint8, pin_memory=pinned)
+    target = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
+    link = copy_bytes / microseconds(lambda: target.copy_(host, non_blocking=True), device)
+    name = torch.cuda.get_device_name(device) if pinned else "CPU"
+    for known, rate in MEMORY_GBPS.items():
+        if known in name:
+            return Limits(rate * 1e3, link, f"{rate} GB/s, {name}")
+    source = torch.zeros_like(target)
+    rate = 2 * copy_bytes / microseconds(lambda: target.copy_(source), device)  # read and written
+    return Limits(rate, link, f"{rate / 1e3:.0f} GB/s, copy measured on {name}")
+
+
+def microseconds(work: Callable[[], object], device: torch.device, graph: bool = False) -> float:
+    """Median time of a call. graph: replay captured calls, for work that never waits for the host."""
+    for _ in range(3):
+        work()
+    if device.type != "cuda":
+        return statistics.median(_rounds(work, 0.3))
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            for _ in range(CALLS):
+                work()
+        return _on_device(captured.replay, 15) / CALLS
+    return _on_device(work, 15)
+
+
+def host_microseconds(work: Callable[[], object], rounds: int) -> float:
+    """Median time of a call on the host."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)
+
+
+def _rounds(work: Callable[[], object], seconds: float) -> list[float]:
+    times: list[float] = []
+    while sum(times) < seconds * 1e6 or len(times) < 3:
+        start = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def _on_device(work: Callable[[], object], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times)
