@@ -60,10 +60,10 @@ def attend(
 
     query: [B, H, D] after RoPE; entry_pages, window_pages: [P, >= 64 * bytes] uint8; chosen: [B, k] slots of the first,
     window: [B, W] slots of the second; sinks: [H] logits that take weight and bring nothing; scale: of the other
-    logits, D^-0.5 -> [B, H, D] fp32, its last `rope` values still turned by the entries' positions. Raises InputError
-    on damaged entries.
+    logits, D^-0.5 -> [B, H, D] in the query's dtype, its last `rope` values still turned by the entries' positions.
+    Raises InputError on damaged entries.
     """
-    out = torch.zeros(query.shape, device=query.device)
+    out = torch.empty_like(query)
     for sequence, (near, far) in enumerate(zip(window.long(), chosen.long(), strict=True)):
         entries = decode_entries(
             torch.cat(

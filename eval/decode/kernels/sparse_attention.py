@@ -1,0 +1,195 @@
+"""Level 2's attention in Triton: one token a sequence over the chosen entries and the window, in two kernels.
+
+An output row of 512 values for 64 heads does not fit into registers beside a running softmax. So a program takes one
+tile of entries, all heads, and makes its whole softmax at once: first the logits, block of 64 values by block, then,
+reading the tile again from the cache, the output by the same blocks. A second kernel joins the tiles and the sinks.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from data_gen.errors import InputError
+from data_gen.key_codec import PAGE
+from eval.decode.entries import BLOCK, V4, EntryShape
+
+HEADS = 64
+"""Heads a program: the rows of one tensor-core instruction of four warps."""
+PROGRAMS = 132
+"""Programs that there should be, one a multiprocessor: below it, tiles get smaller."""
+WARPS = {128: 8, 64: 4, 32: 4}
+"""Entries a program, the most first -> its warps."""
+LOG2_E = math.log2(math.e)
+
+
+def attend(
+    query: torch.Tensor,
+    entry_pages: torch.Tensor,
+    chosen: torch.Tensor,
+    window_pages: torch.Tensor,
+    window: torch.Tensor,
+    sinks: torch.Tensor,
+    scale: float,
+    shape: EntryShape = V4,
+) -> torch.Tensor:
+    """`eval.decode.level2.attend` on the device: the same arguments, query and entries rounded to fp16.
+
+    Entries must lie within fp16's range, +-65504. chosen, window: int32, contiguous; pages may be views into wider
+    pages that start at multiples of 16 bytes. Damaged entries are not found here. Raises InputError on other layouts.
+    """
+    batch, heads, width = query.shape
+    _check(query, entry_pages, chosen, window_pages, window, shape)
+    rows = batch * triton.cdiv(heads, HEADS)
+    tile = next((size for size in WARPS if rows * _splits(chosen, window, size) >= PROGRAMS), min(WARPS))
+    far, splits = triton.cdiv(chosen.shape[1], tile), _splits(chosen, window, tile)
+    partial = torch.empty(batch, splits, heads, width, dtype=torch.float16, device=query.device)
+    weight = torch.empty(batch, splits, heads, device=query.device)
+    query = query.contiguous()
+    _attend_tile[(splits, triton.cdiv(heads, HEADS), batch)](
+        query,
+        *_views(entry_pages), chosen, chosen.shape[1], entry_pages.stride(0),
+        *_views(window_pages), window, window.shape[1], window_pages.stride(0),
+        partial, weight, far, heads, scale * LOG2_E,
+        HEADS=HEADS, STILL=shape.still, ROPE=shape.rope, BLOCK=BLOCK,
+        PAGE=PAGE, TILE=tile, num_warps=WARPS[tile],
+    )  # fmt: skip
+    out = torch.empty_like(query)
+    _join[(heads, batch)](
+        partial, weight, sinks, out, splits, heads, LOG2_E,
+        SPLITS=triton.next_power_of_2(splits), WIDTH=width, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def _views(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return pages, pages.view(torch.bfloat16), pages.view(torch.int64)
+
+
+def _splits(chosen: torch.Tensor, window: torch.Tensor, tile: int) -> int:
+    return triton.cdiv(chosen.shape[1], tile) + triton.cdiv(window.shape[1], tile)
+
+
+def _check(
+    query: torch.Tensor,
+    entry_pages: torch.Tensor,
+    chosen: torch.Tensor,
+    window_pages: torch.Tensor,
+    window: torch.Tensor,
+    shape: EntryShape,
+) -> None:
+    width = query.shape[2]
+    if width != shape.width or width & (width - 1) or shape.still % BLOCK or shape.rope < 16 or shape.blocks > 8:
+        raise InputError(
+            f"kernels.sparse_attention: queries of {width} values and entries of {shape.still} + {shape.rope}; "
+            f"the kernel needs 1 to 8 blocks of {BLOCK}, 16 or more rotated values, and a power of two together"
+        )
+    for pages in (entry_pages, window_pages):
+        if pages.dtype != torch.uint8 or pages.shape[1] < shape.page_bytes or pages.stride(1) != 1:
+            raise InputError(f"kernels.sparse_attention: {pages.dtype} {list(pages.shape)} are no entry pages")
+    for listed in (chosen, window):
+        if listed.dtype != torch.int32 or not listed.is_contiguous():
+            raise InputError("kernels.sparse_attention: slots must be contiguous int32")
+
+
+@triton.jit
+def _attend_tile(
+    query,  # [B, heads, STILL + ROPE]
+    far_pages,  # uint8, pages of chosen entries, `far_stride` bytes apart
+    far_rope,  # the same memory as bf16
+    far_scales,  # the same memory as int64: the scale bytes of an entry at once
+    far_slots,  # [B, far_count] int32, -1 for none
+    far_count,
+    far_stride,
+    near_pages,  # the same of the window
+    near_rope,
+    near_scales,
+    near_slots,
+    near_count,
+    near_stride,
+    partial,  # [B, splits, heads, STILL + ROPE] fp16: attention over this tile alone
+    weight,  # [B, splits, heads] fp32: log2 of its softmax's denominator
+    far_splits,
+    heads,
+    scale,  # of logits in bits
+    HEADS: tl.constexpr,
+    STILL: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    WIDTH: tl.constexpr = STILL + ROPE
+    ROW: tl.constexpr = STILL + 2 * ROPE
+    split, sequence = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    real = (head < heads)[:, None]
+    if split < far_splits:
+        pages, rope, scales, stride = far_pages, far_rope, far_scales, far_stride
+        slots, count = far_slots, far_count
+        place = split * TILE + tl.arange(0, TILE)
+    else:
+        pages, rope, scales, stride = near_pages, near_rope, near_scales, near_stride
+        slots, count = near_slots, near_count
+        place = (split - far_splits) * TILE + tl.arange(0, TILE)
+    slot = tl.load(slots + sequence * count + place, mask=place < count, other=-1)
+    there = slot >= 0
+    page, row = (slot // PAGE).to(tl.int64) * stride, slot % PAGE
+    values = pages + (page + row * ROW)[:, None] + tl.arange(0, BLOCK)[None, :]
+    bytes_of_scales = tl.load(scales + page // 8 + PAGE * ROW // 8 + row, mask=there, other=0)
+    turned = rope + tl.multiple_of((page + row * ROW + STILL) // 2, 8)[:, None] + tl.arange(0, ROPE)[None, :]
+    vectors = query + ((sequence * heads + head) * WIDTH)[:, None]
+    block = tl.arange(0, BLOCK)[None, :]
+    last = STILL + tl.arange(0, ROPE)[None, :]
+
+    logits = tl.zeros([HEADS, TILE], tl.float32)
+    for first in range(0, STILL, BLOCK):
+        q = tl.load(vectors + first + block, mask=real, other=0.0).to(tl.float16)
+        entries = _entries(values + first, bytes_of_scales >> (first // BLOCK * 8), there)
+        logits = tl.dot(q, tl.trans(entries), logits)
+    q = tl.load(vectors + last, mask=real, other=0.0).to(tl.float16)
+    rotated = tl.load(turned, mask=there[:, None], other=0.0).to(tl.float32).to(tl.float16)
+    logits = tl.dot(q, tl.trans(rotated), logits)
+
+    logits = tl.where(there[None, :], logits * scale, -float("inf"))
+    top = tl.max(logits, axis=1)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    shares = tl.exp2(logits - top[:, None])
+    total = tl.sum(shares, axis=1)
+    at = (sequence * tl.num_programs(0) + split) * heads + head
+    tl.store(weight + at, top + tl.log2(total), mask=head < heads)
+    shares = (shares / tl.maximum(total, 1e-30)[:, None]).to(tl.float16)
+
+    out = partial + (at * WIDTH)[:, None]
+    for first in range(0, STILL, BLOCK):
+        entries = _entries(values + first, bytes_of_scales >> (first // BLOCK * 8), there)
+        tl.store(out + first + block, tl.dot(shares, entries).to(tl.float16), mask=real)
+    tl.store(out + last, tl.dot(shares, rotated).to(tl.float16), mask=real)
+
+
+@triton.jit
+def _entries(values, scales, there):
+    """One block of a tile of entries, exact in fp16: fp8 values [TILE, BLOCK] times 2^(lowest byte - 127) [TILE]."""
+    codes = tl.load(values, mask=there[:, None], other=0).to(tl.float8e4nv, bitcast=True)
+    power = ((scales & 0xFF).to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    return codes.to(tl.float16) * power.to(tl.float16)[:, None]
+
+
+@triton.jit
+def _join(
+    partial, weight, sinks, out, splits, heads, log2_e, SPLITS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """One head of one sequence: the tiles' outputs by their shares of the common denominator, sink included."""
+    head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    column = tl.arange(0, WIDTH)
+    at = (sequence * splits + split) * heads + head
+    bits = tl.load(weight + at, mask=split < splits, other=-float("inf"))
+    sink = tl.load(sinks + head).to(tl.float32) * log2_e
+    top = tl.maximum(tl.max(bits, axis=0), sink)
+    share = tl.exp2(bits - top)
+    total = tl.sum(share, axis=0) + tl.exp2(sink - top)
+    parts = tl.load(partial + (at * WIDTH)[:, None] + column[None, :], mask=(split < splits)[:, None], other=0.0)
+    joined = tl.sum(parts.to(tl.float32) * share[:, None], axis=0) / total
+    tl.store(out + (sequence * heads + head) * WIDTH + column, joined.to(out.dtype.element_ty))
