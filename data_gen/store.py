@@ -254,6 +254,11 @@ class TraceStore:
         """The finished documents' files, in order."""
         return sorted(self.root.glob("doc_*.safetensors")) if self._files is None else self._files
 
+    def check_held_out(self) -> None:
+        """Raise InputError on documents to train on: what an indexer learned by heart chooses nothing."""
+        if self.manifest.documents.get("split") == "train":
+            raise InputError(f"{self.root}: training documents; this is decided on held-out ones")
+
     def hold_back(self, every: int) -> tuple["TraceStore", "TraceStore"]:
         """Views of this store: (all documents but every n-th, every n-th document)."""
         paths = self.paths()

@@ -11,13 +11,16 @@ import torch
 
 from data_gen.errors import InputError
 from data_gen.shards import check_document
-from data_gen.store import TraceStore
+from data_gen.store import MANIFEST, TraceStore
 from indexer_train.bridge.bundle import HEADER, load_bundle
 from indexer_train.bridge.flashmemory import read_checkpoint
 from indexer_train.checkpoints import damage, number
 from indexer_train.hard_negatives import FOLDER, HardNegatives
 from indexer_train.model import MemoryIndexer
 from indexer_train.trainer import SETTINGS, load_indexer
+
+RESULTS = "results.json"
+"""What evaluate, decode and benchmark add to."""
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -38,23 +41,30 @@ class Found:
 def inspect(path: Path, progress: Progress) -> Found:
     """Recognise what lies at `path` and check all of it. Raises InputError when it is nothing that is known."""
     for marker, describe in (
-        ("manifest.json", _store),
+        (MANIFEST, _store),
         ("trainer_state.json", _checkpoint),
         (HEADER, _bundle),
         ("modules.json", _indexer),
         (SETTINGS, _run),
+        (RESULTS, _results),
     ):
         if (path / marker).exists():
             return describe(path, progress)
+    if path.name == RESULTS and path.is_file():
+        return _results(path.parent, progress)
+    if path.name == FOLDER and (path.parent / MANIFEST).exists():
+        return _hard_negatives(path)
+    if stores := [marker.parent for marker in sorted(path.glob(f"*/{MANIFEST}"))]:
+        return _stores(stores, progress)
     if path.is_file() and path.suffix in {".pt", ".safetensors"}:
-        if path.name.startswith("doc_") and (path.parent / "manifest.json").exists():
+        if path.name.startswith("doc_") and (path.parent / MANIFEST).exists():
             return _store(path.parent, progress, [path])
         return _release(path)
     if path.is_dir() and list(path.glob("checkpoint-*")):
         return _checkpoints(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    raise InputError(f"{path}: neither traces, an indexer, a bundle, a training run, nor a checkpoint")
+    raise InputError(f"{path}: neither traces, an indexer, a bundle, a run, results, nor a checkpoint")
 
 
 def _store(root: Path, progress: Progress, only: list[Path] | None = None) -> Found:
@@ -99,6 +109,35 @@ def _store(root: Path, progress: Progress, only: list[Path] | None = None) -> Fo
     if left := [path.name for path in root.glob(".unfinished-*")]:
         found.facts.append(("left behind", f"{len(left)} unfinished files of a run that was killed"))
     return found
+
+
+def _stores(roots: list[Path], progress: Progress) -> Found:
+    """Of `lookahead generate`: train and heldout."""
+    found = Found("trace stores")
+    for root in roots:
+        one = _store(root, progress)
+        found.facts += [(f"{root.name}: {name}", value) for name, value in one.facts if name in ("documents", "read")]
+        found.damage += one.damage
+    return found
+
+
+def _hard_negatives(folder: Path) -> Found:
+    store = TraceStore.open(folder.parent)
+    mined = HardNegatives.beside(store)
+    facts = [
+        ("of", f"{len(mined.documents)} documents in {store.root}"),
+        *(("mined by", each) for each in mined.made_by),
+    ]
+    return Found("hard negatives", facts)
+
+
+def _results(folder: Path, progress: Progress) -> Found:
+    path = folder / RESULTS
+    try:
+        sections = json.loads(path.read_text())
+        return Found("results", [(name, f"{len(rows)} rows") for name, rows in sections.items()])
+    except (ValueError, AttributeError, TypeError) as error:
+        return Found("results", damage=[f"{path}: {error}"])
 
 
 def _indexer(folder: Path, progress: Progress) -> Found:

@@ -19,6 +19,9 @@ from indexer_train.config import CandidatesConfig
 from indexer_train.hard_negatives import HardNegatives
 from indexer_train.sampling import SparseOracle, WindowOracle, as_tensor, draw, generator, uniform, without
 
+OPEN_DOCUMENTS = 32
+"""Documents that stay open, each with its oracle unpacked (up to 256 MiB): memory must not grow with the store."""
+
 
 def window_index(
     store: TraceStore, stride: int = 1, tails: bool = True, weights: dict[Path, float] | None = None
@@ -99,7 +102,7 @@ class Collator(ABC):
         self.paths = store.paths()
         self.layers, self.golden, self.settings = layers, golden, settings
         self.epoch = 0
-        self.document = lru_cache(maxsize=len(self.paths))(self._open)
+        self.document = lru_cache(maxsize=OPEN_DOCUMENTS)(self._open)
         self.oracle = lru_cache(maxsize=len(self.paths))(lambda number: SparseOracle.of(self.document(number)))
         self.common = lru_cache(maxsize=len(self.paths))(lambda number: self.oracle(number).common(golden))
 

@@ -31,8 +31,9 @@ def choose_layers(indexer: MemoryIndexer, store: TraceStore, count: int, budget:
     """All subsets of `count` layers under every joining rule, best mass recall first.
 
     Layers are scored once; with more than EXHAUSTIVE of them, each rule's set grows greedily by the layer that helps
-    most. Raises InputError when the indexer has fewer layers or the store no window.
+    most. Raises InputError when the indexer has fewer layers, or the store no window or training documents.
     """
+    store.check_held_out()
     layers = indexer.spec.layers
     if not 1 <= count <= len(layers):
         raise InputError(f"cannot choose {count} of the indexer's {len(layers)} layers {layers}")

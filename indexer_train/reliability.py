@@ -73,8 +73,7 @@ def calibrate_folder(
     target: what the threshold is for; longest: see `calibrate`; by_budget: serve the budget itself, beside which the
     threshold is kept. Raises InputError on training traces, and see `calibrate`.
     """
-    if store.manifest.documents.get("split") == "train":
-        raise InputError(f"{store.root}: training documents; thresholds are found on held-out ones")
+    store.check_held_out()
     scored = score_windows(indexer, served_windows(store))
     if not scored:
         raise InputError(f"{store.root}: no document with a whole lookahead window to calibrate on")

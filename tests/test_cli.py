@@ -303,5 +303,6 @@ def test_inspect_says_what_lies_there_and_exits_1_on_damage(finished, tmp_path, 
     shard.write_bytes(shard.read_bytes()[:-5])
     code, out, _ = lookahead("inspect", tmp_path / "store")
     assert code == 1 and f"DAMAGED {shard}" in out
-    code, _, line = lookahead("inspect", tmp_path)
+    (tmp_path / "nothing").mkdir()
+    code, _, line = lookahead("inspect", tmp_path / "nothing")
     assert code == 2 and "neither" in line

@@ -7,6 +7,7 @@ import torch
 
 from data_gen.errors import InputError
 from data_gen.rope import Rope
+from eval.report import write_results
 from indexer_train.artefacts import inspect
 from indexer_train.bridge.bundle import export_bundle
 from indexer_train.bridge.flashmemory import write_checkpoint
@@ -65,8 +66,21 @@ def test_hard_negatives_belong_to_their_store(stores, run, tiny_recipe, tmp_path
     store = TraceStore.open(tmp_path / "store")
     mine(load_indexer(run / "indexer"), store, 0.05, 4, quietly)
     assert '"count": 4' in facts(store.root)[1]["hard negatives"]
+    kind, found = facts(store.root / "hard_negatives")
+    assert kind == "hard negatives" and found["of"].startswith("8 documents") and '"count": 4' in found["mined by"]
     next((store.root / "hard_negatives").iterdir()).write_bytes(b"short")
     assert "damaged hard negatives" in inspect(store.root, quietly).damage[0]
+
+
+def test_the_folder_of_both_stores_and_results(stores, tmp_path):
+    kind, found = facts(stores[0].root.parent)
+    assert kind == "trace stores" and found["train: documents"].startswith("8 whole")
+    assert found["heldout: documents"].startswith("4 whole")
+    write_results(tmp_path, recall=[{"a": 1}, {"a": 2}], decode=[])
+    for path in (tmp_path, tmp_path / "results.json"):
+        assert facts(path) == ("results", {"recall": "2 rows", "decode": "0 rows"})
+    (tmp_path / "results.json").write_text("{")
+    assert str(tmp_path / "results.json") in inspect(tmp_path, quietly).damage[0]
 
 
 @pytest.mark.parametrize("name", ["indexer", "bundle"])

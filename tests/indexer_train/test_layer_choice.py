@@ -46,3 +46,8 @@ def test_greedy_growth_finds_the_seeing_layer_too(half_blind, planted, monkeypat
 def test_more_layers_than_there_are_is_refused(half_blind, planted):
     with pytest.raises(InputError, match="cannot choose 3"):
         choose_layers(half_blind, planted[1], 3, 0.1)
+
+
+def test_training_documents_choose_nothing(half_blind, stores):
+    with pytest.raises(InputError, match="training documents"):
+        choose_layers(half_blind, stores[0], 1, 0.1)

@@ -1,6 +1,7 @@
 """What a long run must survive and may ask for: kills, damage, several processes, bf16, accumulation, wandb."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -112,6 +113,21 @@ def test_gradients_are_clipped_to_the_length_asked_for(planted, settings, tmp_pa
     for clipped, whole in zip(gradients(planted[0], asked, tmp_path / "b"), free, strict=True):
         assert float(whole.norm()) > 0.01
         torch.testing.assert_close(clipped, whole * 0.01 / whole.norm(), atol=1e-6, rtol=1e-3)
+
+
+def test_the_rate_rises_through_the_warm_up_and_falls_along_a_cosine(planted, settings, tmp_path):
+    asked = settings.model_copy(update={"epochs": 2, "warmup": 0.25, "learning_rate": 2e-3})
+    trainer, rates = make_trainer(planted[0], SHAPE, asked, tmp_path), []
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    trainer.add_callback(Rates())
+    trainer.train()
+    rising = [2e-3 * step / 18 for step in range(18)]
+    falling = [1e-3 * (1 + math.cos(math.pi * step / 54)) for step in range(54)]
+    assert rates == pytest.approx(rising + falling)
 
 
 @pytest.mark.parametrize("kind", ["all", "sampled"])
