@@ -18,9 +18,12 @@ H200_BYTES_A_SECOND = 4.8e12
 NARROW = EntryShape(still=64, rope=64)
 
 
-def pool(entries, shape, offset):
-    """Entries [N, width] in pages that lie `offset` bytes inside wider pages of NaN bytes."""
-    pages = entries_to_pages(encode_entries(entries, shape), shape)
+def pool(entries, slots, shape, offset):
+    """Entries [N, width] in pages that lie `offset` bytes inside wider pages; NaN bytes wherever no slot points."""
+    rows = encode_entries(entries, shape)
+    listed = slots[slots != level2.NONE].long()
+    poisoned = torch.full_like(rows, 0xFF).index_copy_(0, listed, rows[listed])
+    pages = entries_to_pages(poisoned, shape)
     wide = torch.full((len(pages), pages.shape[1] + 2 * offset), 0xFF, dtype=torch.uint8, device=pages.device)
     wide[:, offset : offset + pages.shape[1]] = pages
     return wide[:, offset : offset + pages.shape[1]]
@@ -37,9 +40,9 @@ def problem(batch, heads, chosen, window, shape=V4, dtype=torch.float16, offset=
     window_slots[-1] = level2.NONE
     return (
         torch.randn(batch, heads, shape.width, **draw).to(dtype),
-        pool(entries, shape, offset),
+        pool(entries, slots, shape, offset),
         slots,
-        pool(near, shape, offset),
+        pool(near, window_slots, shape, offset),
         window_slots,
         torch.randn(heads, **draw) * 3,
         shape.width**-0.5,
