@@ -14,8 +14,8 @@ from eval.decode.select import Limits, Resident
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, Threshold
 
-PROGRAMS_AN_SM = 3
-"""What fits: one layer's queries (32 KiB in fp16 at 128 x 128), two pages in flight, 160 registers a thread."""
+PROGRAMS_AN_SM = {False: 3, True: 2}
+"""What fits, without and with fp8 queries, which take more registers: all share an SM's 65,536 (`registers`)."""
 STAGES = 6
 """Depth of the pipeline that gives two pages in flight: a page's address is loaded first."""
 FOREVER = 2**31 - 1
@@ -87,7 +87,8 @@ class TritonLevel1(Level1):
         score_kernel[(runs * layers, sequences)](
             queries, queries.stride(0), values, *values.stride()[:2], scales, *scales.stride()[:2], table, width,
             self.cut_ends, self.cut_scores, buffers.logits, buffers.scores, buffers.status, buffers.ids,
-            buffers.counts, self.limits.cap, **score_constants(spec, len(self.cut_ends), runs, self.fp8),
+            buffers.counts, self.limits.cap, num_warps=4, maxnreg=registers(self.fp8),
+            **score_constants(spec, len(self.cut_ends), runs, self.fp8),
         )  # fmt: skip
         limit_kernel[(sequences,)](
             queries[:, -1], queries.stride(0), buffers.scores, width * PAGE, buffers.status, buffers.ids,
@@ -101,7 +102,7 @@ class TritonLevel1(Level1):
         if (sequences, width) not in self._buffers:
             device, layers = self.indexer.device, len(self.indexer.spec.layers)
             processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-            runs = max(1, min(width, PROGRAMS_AN_SM * processors // (layers * sequences)))
+            runs = max(1, min(width, PROGRAMS_AN_SM[self.fp8] * processors // (layers * sequences)))
             self._buffers[sequences, width] = Buffers(
                 logits=torch.empty(sequences, layers, width * PAGE, device=device),
                 scores=torch.empty(sequences, width * PAGE, device=device),
@@ -125,6 +126,11 @@ def check_terms(spec: IndexerSpec) -> None:
             f"heads, key_width: {heads} x {width}; the Triton backend takes powers of two from 16 heads and 32 values "
             f"up to {1 << 15} in all; use the torch backend"
         )
+
+
+def registers(fp8: bool) -> int:
+    """What a thread may use so that PROGRAMS_AN_SM programs of 128 threads fit; the hardware's steps are of 8."""
+    return min(255, 65536 // (128 * PROGRAMS_AN_SM[fp8]) // 8 * 8)
 
 
 def score_constants(spec: IndexerSpec, cuts: int, runs: int, fp8: bool) -> dict[str, object]:

@@ -77,12 +77,12 @@ def score_kernel(
                 pass
         threshold = tl.load(cut_scores + CUTS - 1)
         for cut in tl.static_range(CUTS - 1):
-            earlier: tl.constexpr = CUTS - 2 - cut
-            threshold = tl.where(position < tl.load(cut_ends + earlier), tl.load(cut_scores + earlier), threshold)
+            end = tl.load(cut_ends + CUTS - 2 - cut)
+            threshold = tl.where(position < end, tl.load(cut_scores + CUTS - 2 - cut), threshold)
         compact_run(
             logits + sequence * LAYERS * table_width * PAGE, scores + sequence * table_width * PAGE,
             table_width * PAGE, flags, ids + sequence * cap, counts + sequence, cap,
-            first * PAGE, tl.minimum(last * PAGE, visible), visible, seen, threshold, run, runs,
+            first * PAGE, last * PAGE, visible, seen, threshold, run, runs,
             LAYERS, JOIN, SINK, RECENT, RUNS, TILE,
         )  # fmt: skip
 
@@ -95,14 +95,15 @@ def score_run(
 ):  # fmt: skip
     """One layer's logits of the pages [first, last), all terms (indexer_train/scoring.py PackedQuery.score)."""
     chunk, dim, head = tl.arange(0, PAGE), tl.arange(0, WIDTH), tl.arange(0, HEADS)
-    query = tl.load(packed + head[:, None] * WIDTH + dim[None, :])
     weight = tl.load(packed + HEADS * WIDTH + head)
-    if FP8:
-        unit = tl.maximum(tl.max(tl.abs(query), 1), 1e-20) / 448.0
-        operand = tl.trans((query / unit[:, None]).to(tl.float8e4nv))
+    unit = tl.full([HEADS], 1e-20, tl.float32)
+    if FP8:  # each head uses fp8's whole range; a slice at a time, because all of it would not fit in registers twice
+        for start in range(0, WIDTH, 32):
+            some = tl.load(packed + head[:, None] * WIDTH + start + tl.arange(0, 32)[None, :])
+            unit = tl.maximum(unit, tl.max(tl.abs(some), 1) / 448.0)
         weight = weight * unit
-    else:
-        operand = tl.trans(query.to(tl.float16))
+    query = tl.load(packed + head[:, None] * WIDTH + dim[None, :])
+    operand = tl.trans((query * (1 / unit)[:, None]).to(tl.float8e4nv) if FP8 else query.to(tl.float16))
     extra = packed + HEADS * WIDTH + HEADS
     bump = tl.arange(0, BUMP_TILE)
     factor, offset = 1.0, 0.0
@@ -135,7 +136,7 @@ def compact_run(
     LAYERS: tl.constexpr, JOIN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     RUNS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Join the layers' logits of the chunks [first, last) and write the ids of those that are resident."""
+    """Join the layers' logits of the chunks [first, last), whole pages, and write the ids of those to be resident."""
     total = 0
     for start in range(first, last, TILE):
         at = start + tl.arange(0, TILE)
@@ -146,7 +147,8 @@ def compact_run(
         if JOIN == "mean":
             joined = joined / LAYERS
         tl.store(scores + at, joined, mask=at < last)
-        total += tl.sum(resident(joined, at, last, visible, threshold, SINK, RECENT))
+        kept = resident(joined, at, visible, threshold, SINK, RECENT)
+        total += tl.sum(tl.where(at < last, kept, 0))
     tl.atomic_xchg(flags + run * LAYERS + LAYERS - 1, total + 1)
     other = tl.arange(0, RUNS)
     said = flags + other * LAYERS + LAYERS - 1
@@ -159,14 +161,15 @@ def compact_run(
     tl.debug_barrier()  # the scores may have been written by other threads
     for start in range(first, last, TILE):
         at = start + tl.arange(0, TILE)
-        kept = resident(tl.load(scores + at, mask=at < last), at, last, visible, threshold, SINK, RECENT)
+        kept = resident(tl.load(scores + at, mask=at < last), at, visible, threshold, SINK, RECENT)
+        kept = tl.where(at < last, kept, 0)
         place = base + tl.cumsum(kept) - 1
         tl.store(ids + place, at, mask=(kept > 0) & (place < cap))
         base += tl.sum(kept)
 
 
 @triton.jit
-def resident(score, at, last, visible, threshold, SINK: tl.constexpr, RECENT: tl.constexpr):
-    """1 for protected chunks and those that reach the threshold, 0 for others and beyond `last`."""
+def resident(score, at, visible, threshold, SINK: tl.constexpr, RECENT: tl.constexpr):
+    """1 for protected chunks and those that reach the threshold, 0 for others."""
     candidate = (at >= SINK) & (at < visible - RECENT)
-    return ((at < last) & ((score >= threshold) | ~candidate)).to(tl.int32)
+    return ((at < visible) & ((score >= threshold) | ~candidate)).to(tl.int32)

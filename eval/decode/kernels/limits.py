@@ -59,8 +59,7 @@ def write_best(scores, ids, visible, kept, SINK: tl.constexpr, RECENT: tl.conste
     digit = tl.arange(0, 256)
     prefix = tl.zeros([], tl.int64)
     missing = kept
-    for byte in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * byte
+    for shift in tl.static_range(24, -1, -8):
         histogram = tl.zeros([256], tl.int32)
         for start in range(0, visible, TILE):
             at = start + tl.arange(0, TILE)
@@ -86,7 +85,7 @@ def write_best(scores, ids, visible, kept, SINK: tl.constexpr, RECENT: tl.conste
 @triton.jit
 def ranks(scores, at, visible, SINK: tl.constexpr, RECENT: tl.constexpr):
     """The scores as integers from 0 to 2^32 - 1 that sort like them, -0 and 0 alike, and which chunks compete."""
-    score = tl.load(scores + at, mask=at < visible, other=0.0)
+    score = tl.load(scores + at, mask=at < tl.cdiv(visible, 64) * 64, other=0.0)  # whole pages, for wide loads
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
     return rank, (at >= SINK) & (at < visible - RECENT)

@@ -8,13 +8,16 @@ from data_gen.chunks import Chunking
 from data_gen.errors import InputError
 from data_gen.key_codec import encode_keys
 from data_gen.rope import Rope
+from eval.decode.kernels.level1 import score_kernel
+from eval.decode.kernels.limits import limit_kernel
 from eval.decode.level1 import Level1, PagedKeys
-from eval.decode.level1_triton import TritonLevel1
+from eval.decode.level1_triton import PROGRAMS_AN_SM, TritonLevel1, registers, score_constants
 from eval.decode.select import Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
-from tests.eval.decode.kernels.interpreter import in_interpreter, run_interpreted
+from tests.eval.decode.kernels.aot import compile_sm90
+from tests.eval.decode.kernels.interpreter import compiled_only, in_interpreter, run_interpreted
 
 
 def make_indexer(
@@ -150,5 +153,44 @@ def test_refusals_name_what_is_lacking():
         TritonLevel1(indexer, Limits(cap=40))
 
 
+SCORE_ARGUMENTS = {
+    "queries": "*fp32:16", "query_stride": "i32", "values": "*fp8e4nv:16", "page_stride": "i32:16",
+    "layer_stride": "i32:16", "scales": "*fp32:16", "scale_page_stride": "i32:16", "scale_layer_stride": "i32:16",
+    "table": "*i32:16", "table_width": "i32:16", "cut_ends": "*i32:16", "cut_scores": "*fp32:16",
+    "logits": "*fp32:16", "scores": "*fp32:16", "status": "*i32:16", "ids": "*i32:16", "counts": "*i32:16",
+    "cap": "i32:16",
+}  # fmt: skip
+LIMIT_ARGUMENTS = {
+    "positions": "*fp32", "position_stride": "i32", "scores": "*fp32:16", "chunks": "i32:16", "status": "*i32:16",
+    "ids": "*i32:16", "counts": "*i32:16", "demand": "*i32:16", "share": "*fp64:16", "floor": "i32", "cap": "i32:16",
+}  # fmt: skip
+
+
+@compiled_only
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("bumps", [0, 12])
+def test_scores_on_tensor_cores_without_spills(fp8, bumps):
+    """The release's shape: three programs an SM (two with fp8) must fit, as the grid assumes."""
+    spec = make_indexer(bumps=bumps, terms=bumps > 0, heads=128, width=128).spec
+    found = compile_sm90(
+        score_kernel, SCORE_ARGUMENTS, score_constants(spec, 2, 132, fp8), num_warps=4, maxnreg=registers(fp8)
+    )
+    assert found.spilled == 0 and found.registers <= registers(fp8)
+    assert PROGRAMS_AN_SM[fp8] * (found.shared + 1024) <= 228 * 1024
+    assert found.tensor_core["wgmma"] == (4 if fp8 else 8) and not found.tensor_core["mma"]  # steps of 32 or 16 bytes
+    assert not {1, 2} & set(found.load_bytes) and found.load_bytes[16 if fp8 else 8] >= 8  # keys
+    assert ("QGMMA" if fp8 else "HGMMA") in found.sass
+
+
+@compiled_only
+@pytest.mark.parametrize("budget", [False, True])
+def test_limits_without_spills(budget):
+    constants = {"BUDGET": budget, "TOKENS": 4, "SINK": 1, "RECENT": 8, "STATUS": 396, "TILE": 4096}
+    found = compile_sm90(limit_kernel, LIMIT_ARGUMENTS, constants, num_warps=16)
+    assert found.spilled == 0
+    assert not {1, 2} & set(found.load_bytes) and found.load_bytes[16] >= 10
+
+
+@compiled_only
 def test_in_the_interpreter():
     run_interpreted(__file__)
