@@ -7,22 +7,51 @@ from dataclasses import dataclass
 
 import torch
 
-MEMORY_GBPS = {"H200": 4800, "H100": 3350, "A100": 2039, "L40S": 864, "RTX 4090": 1008}
+MEMORY_GBPS = {"H200": 4800, "H100 PCIe": 2039, "H100": 3350, "A100": 2039, "L40S": 864, "RTX 4090": 1008}
 """Device memory by name, as the makers give it, in GB/s. Any other device: a measured copy."""
 CALLS = 20
 """Calls in one CUDA graph: a kernel of 10 us is shorter than its launch from Python."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Bytes per microsecond. memory: of the device; link: host to device, measured; source: where memory is from."""
+class Hardware:
+    """Bytes a microsecond. memory: of the device; link: host to device, measured; source: where memory is from."""
 
     memory: float
     link: float
     source: str
 
 
-def limits(device: torch.device, copy_bytes: int) -> Limits:
+@dataclass(frozen=True)
+class Row:
+    """One figure. us: microseconds a call; bytes: that it must move; limit_us: those bytes at the hardware's rate."""
+
+    stage: str
+    backend: str
+    us: float
+    bytes: int | None = None
+    limit_us: float | None = None
+
+    def line(self) -> str:
+        """As a row of a Markdown table."""
+        start = f"| {self.stage} | {self.backend} | {self.us:.1f} us |"
+        if self.bytes is None:
+            return f"{start} - | - | - |"
+        rate = self.bytes / self.us / 1e3
+        return f"{start} {rate:.1f} GB/s | {self.limit_us:.1f} us | {self.limit_us / self.us:.0%} |"
+
+
+class WrongResultError(Exception):
+    """A stage's result is not that of its reference: it has no speed."""
+
+
+def require(right: bool, what: str) -> None:
+    """Raise WrongResultError unless `right`."""
+    if not right:
+        raise WrongResultError(what)
+
+
+def hardware(device: torch.device, copy_bytes: int) -> Hardware:
     """Measure one large copy from (pinned) host memory, and the device's memory unless its name is known."""
     pinned = device.type == "cuda"
     host = torch.zeros(copy_bytes, dtype=torch.uint8, pin_memory=pinned)
@@ -31,10 +60,10 @@ def limits(device: torch.device, copy_bytes: int) -> Limits:
     name = torch.cuda.get_device_name(device) if pinned else "CPU"
     for known, rate in MEMORY_GBPS.items():
         if known in name:
-            return Limits(rate * 1e3, link, f"{rate} GB/s, {name}")
+            return Hardware(rate * 1e3, link, f"{rate} GB/s, {name}")
     source = torch.zeros_like(target)
     rate = 2 * copy_bytes / microseconds(lambda: target.copy_(source), device)  # read and written
-    return Limits(rate, link, f"{rate / 1e3:.0f} GB/s, copy measured on {name}")
+    return Hardware(rate, link, f"{rate / 1e3:.0f} GB/s, copy measured on {name}")
 
 
 def microseconds(work: Callable[[], object], device: torch.device, graph: bool = False) -> float:
@@ -42,7 +71,7 @@ def microseconds(work: Callable[[], object], device: torch.device, graph: bool =
     for _ in range(3):
         work()
     if device.type != "cuda":
-        return statistics.median(_rounds(work, 0.3))
+        return host_microseconds(work, 15)
     if graph:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
@@ -60,15 +89,6 @@ def host_microseconds(work: Callable[[], object], rounds: int) -> float:
         work()
         times.append((time.perf_counter() - start) * 1e6)
     return statistics.median(times)
-
-
-def _rounds(work: Callable[[], object], seconds: float) -> list[float]:
-    times: list[float] = []
-    while sum(times) < seconds * 1e6 or len(times) < 3:
-        start = time.perf_counter()
-        work()
-        times.append((time.perf_counter() - start) * 1e6)
-    return times
 
 
 def _on_device(work: Callable[[], object], rounds: int) -> float:
