@@ -191,6 +191,74 @@ def test_limits_without_spills(budget):
     assert not {1, 2} & set(found.load_bytes) and found.load_bytes[16] >= 10
 
 
+SIZES = [262_144, 65_536, 16_384]
+HBM_TERABYTES = {"H100": 3.35, "H200": 4.8}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """The release's shape (three layers of 128 x 128, the bias a serving engine takes), and 400 MiB of pages."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    indexer = make_indexer(bumps=0, terms=False, heads=128, width=128).cuda()
+    rows = [encode_keys(torch.randn(65_536, 3, 128, device="cuda")) for _ in range(16)]
+    return indexer, torch.cat([PagedKeys.from_rows(part).pages for part in rows])
+
+
+@pytest.mark.gpu
+@compiled_only
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("chunks", SIZES)
+def test_on_the_gpu(pool, chunks, fp8):
+    """Against torch; then the time of a call with selection, from pages that are in no cache."""
+    indexer, pages = pool
+    width = chunks // 64
+    positions = torch.tensor([4 * chunks - 1])
+    queries = Level1(indexer, Limits(cap=9)).queries(torch.randn(1, 3, 24), positions)
+    order = torch.randperm(len(pages), device="cuda").int()
+    tables = [order[start : start + width][None].contiguous() for start in range(0, len(order), width)]
+    keys = PagedKeys(pages, tables[0])
+    scores = Level1(indexer, Limits(cap=9)).scores(queries, keys)
+    rule = Threshold(cuts=[Cut(score=float(scores[0].kthvalue(int(0.95 * chunks)).values))])
+    limits = Limits(cap=chunks // 8)
+    if not fp8:
+        check_against_torch(indexer, queries, keys, limits, rule)
+        check_against_torch(indexer, queries, keys, Limits(cap=chunks // 64), rule)
+    kernel = TritonLevel1(indexer, limits, rule, fp8=fp8)
+    exact = set(Level1(indexer, limits, rule).resident(queries, keys).row(0).tolist())
+    found = set(kernel.resident(queries, keys).row(0).tolist())
+    capped = TritonLevel1(indexer, Limits(cap=chunks // 64), rule, fp8=fp8)
+    micros = per_call(kernel, queries, pages, tables)
+    with_cap = per_call(capped, queries, pages, tables)
+    read = chunks * 3 * 132
+    limit = next((bytes_ for name, bytes_ in HBM_TERABYTES.items() if name in torch.cuda.get_device_name()), None)
+    share = f", {read / micros / limit / 1e4:.0f} % of {limit} TB/s" if limit else ""
+    jaccard = len(exact & found) / len(exact | found)
+    print(
+        f"\nLevel 1, {chunks} chunks, {'fp8' if fp8 else 'fp16'}: {micros:.1f} us with selection "
+        f"({read / micros / 1e3:.0f} GB/s{share}), {with_cap:.1f} us when the cap bites; Jaccard to fp32 {jaccard:.4f}"
+    )
+    assert jaccard > (0.9 if fp8 else 0.99)
+
+
+def per_call(level1: TritonLevel1, queries: torch.Tensor, pages: torch.Tensor, tables: list[torch.Tensor]) -> float:
+    """Microseconds a call: a CUDA graph of calls over different pages one after the other, median of 20 replays."""
+    level1.resident(queries, PagedKeys(pages, tables[0]))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for table in tables:
+            level1.resident(queries, PagedKeys(pages, table))
+    times = []
+    for _ in range(25):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(tables))
+    return sorted(times[5:])[10]
+
+
 @compiled_only
 def test_in_the_interpreter():
     run_interpreted(__file__)
