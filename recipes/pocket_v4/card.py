@@ -30,14 +30,21 @@ tags: [deepseek_v4, sparse-attention, long-context, toy-model]
 USE = """## Use
 
 ```python
+from pathlib import Path
+
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from recipes.pocket_v4.config import load_config
+from recipes.pocket_v4.evaluate import documents_of
 
 model, tokenizer = (kind.from_pretrained(FOLDER) for kind in (AutoModelForCausalLM, AutoTokenizer))
-document = "note bako 117 . the quiet river crosses this tower near a garden . recall bako ?"
-print(tokenizer.decode(model.generate(**tokenizer(document, return_tensors="pt"), do_sample=False)[0]))
+(document,) = documents_of(load_config(Path("recipes/pocket_v4/config.yaml")), "multi_key", length=1024, count=1)
+prompt = tokenizer(document.prompt, return_tensors="pt")
+made = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt.input_ids.shape[1] :]
+print(tokenizer.decode(made), document.answer)
 ```
 
-It answers 117. Words outside the vocabulary (tokenizer.json) become `<unk>`.
+Words outside the vocabulary (tokenizer.json) become `<unk>`. A fact that the sliding window still holds may be missed:
+training never asked for one.
 
 Intended use: tests and teaching: compressed sparse attention, lightning indexers, lookahead memory indexers on a
 laptop. Limits: it knows an artificial language of a few hundred words and the five tasks below, nothing else; it holds
