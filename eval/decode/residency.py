@@ -123,14 +123,14 @@ class Residency:
             self._admitted.append(units)
         self._enforce(np.concatenate([self.resident.units, units]))
 
-    def write(self, unit: int, row: int, data: torch.Tensor) -> None:
-        """Fill in row `row` of a unit on the device (the newest page, chunk after chunk), on both sides.
+    def write(self, unit: int, place: tuple[int | slice, ...], data: torch.Tensor) -> None:
+        """unit[place] = data on both sides, for a unit on the device: the newest page fills up chunk after chunk.
 
         Raises InputError when the unit is not on the device.
         """
         slot = int(self.table.slots(np.array([unit]))[0])
-        self.hot.slots[slot, row].copy_(data)
-        self.cold[unit][row].copy_(data, non_blocking=self.cold.pinned)
+        self.hot.slots[slot][place].copy_(data)
+        self.cold[unit][place].copy_(data, non_blocking=self.cold.pinned)
 
     def refresh(self, wanted: np.ndarray) -> Window:
         """At the start of a window: towards `wanted`, ascending units. Raises InputError when it does not fit."""

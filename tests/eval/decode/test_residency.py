@@ -179,10 +179,10 @@ def test_both_sets_without_room_are_fetched_alone():
 def test_a_growing_page_is_written_on_both_sides():
     residency = Residency(*pools(2, 5))
     residency.refresh(np.array([3]))
-    residency.write(3, 1, torch.full((5,), 9, dtype=torch.uint8))
+    residency.write(3, (1,), torch.full((5,), 9, dtype=torch.uint8))
     assert (read(residency)[0, 1] == 9).all() and torch.equal(read(residency)[0], residency.cold[3])
     with pytest.raises(InputError, match="unit 4"):
-        residency.write(4, 1, torch.zeros(5, dtype=torch.uint8))
+        residency.write(4, (1,), torch.zeros(5, dtype=torch.uint8))
 
 
 def test_units_of_another_kind_change_nothing():

@@ -1,0 +1,114 @@
+"""Scoring, selection, pools and fetch as a serving engine uses them: pages of 64 chunks, no model, no Hugging Face."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from data_gen.chunks import Chunking
+from data_gen.key_codec import PAGE, encode_keys, rows_to_pages
+from eval.decode import level2
+from eval.decode.entries import EntryShape, encode_entries, entries_to_pages
+from eval.decode.pools import ColdPool, HotPool
+from eval.decode.residency import Residency, side_lane
+from eval.decode.select import densest_pages
+from indexer_train.selection import Budget
+
+LAYERS, WIDTH, HEADS, PAGES, MOST = 2, 32, 16, 12, 4
+SHAPE = EntryShape(still=64, rope=32)
+KEY_BYTES = PAGE * (WIDTH + 4)
+UNIT = (LAYERS, KEY_BYTES + SHAPE.page_bytes)
+TAIL = 40
+"""Chunks in the unfinished last page."""
+
+
+def history(chunks):
+    """Keys and entries as rows: [L, N, bytes] each."""
+    generator = torch.Generator().manual_seed(0)
+    keys = encode_keys(torch.randn(LAYERS, chunks, WIDTH, generator=generator))
+    return keys, encode_entries(torch.randn(LAYERS, chunks, SHAPE.width, generator=generator), SHAPE)
+
+
+def to_units(keys, entries):
+    layers = [
+        torch.cat([rows_to_pages(keys[layer]), entries_to_pages(entries[layer], SHAPE)], dim=1)
+        for layer in range(LAYERS)
+    ]
+    return torch.stack(layers, dim=1)
+
+
+def decode(key_pages, entry_pages, slots, step):
+    """One token at one layer: native selection, then attention, over the listed chunks."""
+    generator = torch.Generator().manual_seed(step)
+    query = torch.randn(1, HEADS, WIDTH, generator=generator)
+    scores = level2.score_resident(query, torch.randn(1, HEADS, generator=generator), key_pages, slots)
+    chosen = level2.select_resident(scores, slots, 24)
+    heads = torch.randn(1, HEADS, SHAPE.width, generator=generator)
+    nothing = torch.full((1, 1), level2.NONE)
+    return level2.attend(heads, entry_pages, chosen, entry_pages, nothing, torch.zeros(HEADS), 0.2, SHAPE)
+
+
+def list_chunks(pages, chunks):
+    """Pages (or their slots) -> their chunks, without those that the last page lacks."""
+    listed = (pages.long()[:, None] * PAGE + torch.arange(PAGE)).flatten()
+    return listed[None, : listed.numel() - (-chunks % PAGE)].int()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_pages_leave_and_return_and_the_output_is_that_of_the_same_set_in_full(lag):
+    """Every slot starts as NaN bytes; a new chunk is written into the newest page in every step."""
+    chunks = PAGES * PAGE - PAGE + TAIL
+    keys, entries = history(chunks + 12)
+    whole = to_units(keys, entries)
+    cold = ColdPool(UNIT, torch.uint8, pageable=True)
+    cold.append(to_units(keys[:, :chunks], entries[:, :chunks]))
+    hot = HotPool(2 * MOST, UNIT, torch.uint8, "cpu")
+    hot.storage.fill_(255)
+    residency = Residency(cold, hot, protected=3, lane=side_lane(hot.device) if lag else None)
+    random = torch.Generator().manual_seed(1)
+    seen = set()
+    for step in range(12):
+        if step % 3 == 0:
+            scores = (
+                torch.randn(1, chunks, generator=random)
+                + torch.randn(1, PAGES, generator=random).repeat_interleave(PAGE, dim=1)[:, :chunks]
+            )
+            position = torch.tensor([4 * chunks - 1])
+            wanted = densest_pages(scores, position, Chunking(tokens=4, sink=1, recent=8), Budget(budget=0.1), MOST)
+            residency.refresh(wanted.row(0).numpy())
+        row = chunks % PAGE
+        for layer in range(LAYERS):
+            key, entry = keys[layer, chunks], entries[layer, chunks]
+            values, scales = SHAPE.value_bytes, SHAPE.scale_bytes
+            parts = [
+                (row * WIDTH, key[:WIDTH]),
+                (PAGE * WIDTH + row * 4, key[WIDTH:]),
+                (KEY_BYTES + row * values, entry[:values]),
+                (KEY_BYTES + PAGE * values + row * scales, entry[values:]),
+            ]
+            for start, data in parts:
+                residency.write(PAGES - 1, (layer, slice(start, start + data.numel())), data)
+        chunks += 1
+        in_force = residency.resident
+        seen |= set(in_force.units.tolist())
+        assert in_force.units[-1] == PAGES - 1
+        units = torch.from_numpy(in_force.units)
+        for layer in range(LAYERS):
+            found, expected = (
+                decode(pool[:, layer, :KEY_BYTES], pool[:, layer, KEY_BYTES:], list_chunks(pages, chunks), step)
+                for pool, pages in ((hot.slots, in_force.slots), (whole, units))
+            )
+            assert torch.equal(found, expected) and bool(found.any())
+    assert len(seen) > MOST  # pages did move
+    if lag:
+        residency._ticket.result()
+    on_device = np.flatnonzero(residency.table.slot_of >= 0)
+    assert len(on_device) < PAGES
+    assert torch.equal(torch.stack([cold[unit] for unit in range(PAGES)]), whole)
+
+
+def test_moving_units_needs_no_hugging_face():
+    code = "import sys, eval.decode.residency; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
