@@ -60,7 +60,8 @@ class TraceConfig(Strict):
 
     layers: backbone layers whose hidden states and keys the indexer sees (full-attention layers; ordinals of the
     compressed sparse attention layers on DeepSeek-V4).
-    oracle: who says which chunks mattered: the core `attention`, or DeepSeek-V4's own `indexer`.
+    oracle: who says which chunks mattered: the core `attention`, or DeepSeek-V4's own `indexer`;
+    votes: layers whose indexers must pick a chunk to make it golden (oracle `indexer`; the release: 3).
     window: tau, the lookahead in tokens; text_rows: query tokens traced at the end of a plain-text document;
     answer_lead: query tokens traced before an answer; tail: shortest window that counts when an answer ends early;
     top_chunks: attention probabilities kept per query token.
@@ -71,6 +72,7 @@ class TraceConfig(Strict):
     chunking: Chunking = Chunking()
     layers: list[NonNegativeInt] = Field(min_length=1)
     oracle: Literal["attention", "indexer"] = "attention"
+    votes: PositiveInt = 3
     window: PositiveInt = 64
     text_rows: PositiveInt = 320
     answer_lead: PositiveInt = 16

@@ -10,8 +10,6 @@ from data_gen.oracle import WindowLabels, candidates
 
 TOP_P = 0.6
 """Share of the softmax over a layer's top-k logits that its picks cover."""
-MIN_LAYERS = 3
-"""Layers that must pick a chunk to make it golden."""
 
 
 def native_picks(logits: torch.Tensor, visible: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -41,9 +39,9 @@ class GoldenChunks:
     votes: torch.Tensor
 
     @classmethod
-    def from_votes(cls, votes: torch.Tensor) -> Self:
-        """votes: [T, N], layers that picked each chunk; those with at least MIN_LAYERS are golden."""
-        golden = votes >= MIN_LAYERS
+    def from_votes(cls, votes: torch.Tensor, least: int) -> Self:
+        """votes: [T, N], layers that picked each chunk; those with at least `least` are golden."""
+        golden = votes >= least
         pointers = torch.nn.functional.pad(golden.sum(dim=1).cumsum(0), (1, 0))
         return cls(pointers.cpu(), golden.nonzero()[:, 1].to("cpu", torch.int32), votes[golden].to("cpu", torch.int32))
 

@@ -91,7 +91,7 @@ class _Reader:
         self.length = 0
         self.rows = torch.empty(0, dtype=torch.int64)
         self.oracle: CsaOracle = (
-            IndexerOracle(len(info.full_layers), self.model.config.index_topk)
+            IndexerOracle(len(info.full_layers), self.model.config.index_topk, config.votes)
             if config.oracle == "indexer"
             else AttentionOracle(config.top_chunks)
         )

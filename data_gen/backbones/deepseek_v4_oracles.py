@@ -6,7 +6,7 @@ import torch
 
 from data_gen.errors import InputError
 from data_gen.oracle import SparseAttention
-from data_gen.votes import MIN_LAYERS, GoldenChunks, native_picks
+from data_gen.votes import GoldenChunks, native_picks
 
 NEAR = 1e-4
 """Scores closer than this share of a row's largest are a tie that rounding may break either way."""
@@ -34,13 +34,13 @@ class CsaOracle(Protocol):
 class IndexerOracle:
     """The release's labels: votes of the native indexers. Raises InputError with too few CSA layers to agree."""
 
-    def __init__(self, layers: int, top_k: int) -> None:
-        if layers < MIN_LAYERS:
+    def __init__(self, layers: int, top_k: int, votes: int) -> None:
+        if layers < votes:
             raise InputError(
-                f"trace.oracle `indexer` needs {MIN_LAYERS} CSA layers to agree, the backbone has {layers}; "
-                "use oracle `attention`"
+                f"trace.votes: {votes} CSA layers have to agree, but the backbone has {layers}; "
+                "ask for fewer, or use oracle `attention`"
             )
-        self.top_k = top_k
+        self.top_k, self.least = top_k, votes
         self.votes: torch.Tensor | None = None
         self.pieces: list[GoldenChunks] = []
 
@@ -50,7 +50,7 @@ class IndexerOracle:
 
     def end_piece(self) -> None:
         if self.votes is not None:
-            self.pieces.append(GoldenChunks.from_votes(self.votes))
+            self.pieces.append(GoldenChunks.from_votes(self.votes, self.least))
         self.votes = None
 
     def finish(self) -> GoldenChunks:

@@ -58,11 +58,11 @@ def golden_rows():
 
 def test_votes_become_csr_and_pieces_join():
     votes = golden_rows()
-    golden = GoldenChunks.from_votes(votes)
+    golden = GoldenChunks.from_votes(votes, 3)
     assert golden.pointers.tolist() == [0, 2, 2, 5]
     assert golden.chunks.tolist() == [1, 6, 1, 2, 7]
     assert golden.votes.tolist() == [3, 5, 4, 3, 21]
-    joined = GoldenChunks.concatenate([GoldenChunks.from_votes(votes[:1]), GoldenChunks.from_votes(votes[1:])])
+    joined = GoldenChunks.concatenate([GoldenChunks.from_votes(votes[:1], 3), GoldenChunks.from_votes(votes[1:], 3)])
     assert all(torch.equal(a, b) for a, b in zip(vars(golden).values(), vars(joined).values(), strict=True))
 
 
@@ -70,7 +70,7 @@ def test_window_labels_pool_votes():
     chunking = Chunking(tokens=4, sink=1, recent=1)
     positions = torch.tensor([27, 28, 29])  # 7 visible chunks: candidates are 1..5
     windows = torch.tensor([[0, 1], [0, 3], [1, 2]])
-    labels = GoldenChunks.from_votes(golden_rows()).window_labels(positions, windows, chunking, 8)
+    labels = GoldenChunks.from_votes(golden_rows(), 3).window_labels(positions, windows, chunking, 8)
     assert labels.candidate.tolist() == [[False] + [True] * 5 + [False] * 2] * 3
     assert labels.peak[1].tolist() == [0, 4, 3, 0, 0, 0, 0, 0]
     torch.testing.assert_close(labels.mass[0], torch.tensor([0, 3 / 8, 0, 0, 0, 0, 0, 0]))  # 6 is protected
@@ -95,7 +95,7 @@ def test_a_store_of_votes_reads_back(tmp_path):
         hidden={3: torch.zeros(3, 4).bfloat16()},
         keys={3: torch.zeros(8, 12, dtype=torch.uint8)},
         positions=torch.tensor([27, 28, 29]),
-        oracle=GoldenChunks.from_votes(golden_rows()),
+        oracle=GoldenChunks.from_votes(golden_rows(), 3),
     )
     store.write(4, meta, raw, source={"prompt": "é", "rid": "r"})
     (document,) = TraceStore.open(tmp_path)

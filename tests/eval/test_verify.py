@@ -180,7 +180,7 @@ def dumped(root, queries=True, tamper=False, keys_kept=200):
         hidden={10: torch.zeros(4, 4096).bfloat16()},
         keys={10: keys[:keys_kept]},
         positions=torch.arange(799, 803),
-        oracle=GoldenChunks.from_votes(torch.zeros(4, 200, dtype=torch.int64)),
+        oracle=GoldenChunks.from_votes(torch.zeros(4, 200, dtype=torch.int64), 3),
         native={(10, 0): native},
     )
     span = Span(first=0, last=4, serve=0, tail=False)

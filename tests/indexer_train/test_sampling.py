@@ -44,7 +44,7 @@ def votes_store(root, documents=2, rows=40, chunks=64, tokens=4):
             hidden={layer: torch.randn(rows, 24, generator=rng).bfloat16() for layer in range(2)},
             keys={layer: torch.randn(chunks, 16, generator=rng).half() for layer in range(2)},
             positions=positions,
-            oracle=GoldenChunks.from_votes(votes),
+            oracle=GoldenChunks.from_votes(votes, 3),
         )
         span = Span(first=0, last=rows, serve=0, tail=True)
         store.write(index, DocumentMeta(name=str(index), task="text", length=4 * chunks, spans=[span]), raw)

@@ -245,7 +245,7 @@ def test_the_published_models_layers_and_indexers(name, layers, top_k):
     assert backbone.info.full_layers == list(range(layers)) and backbone.info.context == 1 << 20
     assert [backbone.layers[ordinal] for ordinal in (10, 12, 20)] == [22, 26, 42]
     assert backbone.info.rope == V4_FLASH.rope and backbone.info.key_width == 128
-    assert IndexerOracle(layers, backbone.model.config.index_topk).top_k == top_k
+    assert IndexerOracle(layers, backbone.model.config.index_topk, 3).top_k == top_k
     trace = settings(layers=[10, 12, 20], chunking=Chunking(tokens=4, sink=0, recent=2))
     raw = backbone.trace(IDS, ROWS[-10:], trace)
     assert raw.keys[20].shape == (LENGTH // 4, 132) and raw.native[12, 0].query.shape == (64, 128)
@@ -289,7 +289,7 @@ def test_bad_input_is_named(model):
     with pytest.raises(InputError, match="context is 2048"):
         backbone.trace(IDS * 14, ROWS, settings())
     few = changed(layer_types=["compressed_sparse_attention"] + ["sliding_attention"] * 6)
-    with pytest.raises(InputError, match="needs 3 CSA layers to agree, the backbone has 1"):
+    with pytest.raises(InputError, match="votes: 3 CSA layers have to agree, but the backbone has 1"):
         DeepseekV4Backbone(few).trace(IDS, ROWS, settings(layers=[0]))
     with pytest.raises(InputError, match="nothing to index"):
         DeepseekV4Backbone(changed(layer_types=["sliding_attention"] * 7))

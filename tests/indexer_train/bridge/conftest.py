@@ -71,7 +71,7 @@ def v4_store(tmp_path):
             hidden={layer: torch.randn(tokens, HIDDEN, generator=generator).bfloat16() for layer in layers},
             keys={layer: encode_keys(torch.randn(chunks, WIDTH, generator=generator)) for layer in layers},
             positions=torch.arange(4 * chunks - tokens, 4 * chunks),
-            oracle=GoldenChunks.from_votes(votes),
+            oracle=GoldenChunks.from_votes(votes, 3),
         )
         span = Span(first=0, last=tokens, serve=0, tail=False)
         store.write(index, DocumentMeta(name=str(index), task="chat", length=4 * chunks, spans=[span]), raw)
