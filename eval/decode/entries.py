@@ -118,22 +118,31 @@ def entries_to_pages(rows: torch.Tensor, shape: EntryShape = V4) -> torch.Tensor
     )
 
 
-def gather_entries(pages: torch.Tensor, slots: torch.Tensor, shape: EntryShape = V4) -> torch.Tensor:
-    """The rows of some slots: pages [P, >= 64 * bytes] uint8, slots [...] integers -> [..., bytes] uint8.
+def gather_entries(pages: torch.Tensor, slots: torch.Tensor, shape: EntryShape = V4, page: int = PAGE) -> torch.Tensor:
+    """The rows of some slots: pages [P, >= page * bytes] uint8, slots [...] integers -> [..., bytes] uint8.
 
-    Slot s is place s % 64 of page s // 64. Raises InputError on pages that are too short, and slots outside them.
+    Slot s is place s % page of page s // page; page 1 stands for rows. Raises InputError on pages that are too short,
+    and on slots outside them.
     """
-    if pages.dtype != torch.uint8 or pages.ndim != 2 or pages.shape[1] < shape.page_bytes:
+    if pages.dtype != torch.uint8 or pages.ndim != 2 or pages.shape[1] < page * shape.bytes:
         raise InputError(
-            f"entry pages: {pages.dtype} {list(pages.shape)} are not uint8 pages of {shape.page_bytes} bytes"
+            f"entry pages: {pages.dtype} {list(pages.shape)} are not uint8 of {page} x {shape.bytes} bytes"
         )
-    if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < len(pages) * PAGE:
-        raise InputError(f"entry pages: slots {int(slots.min())}..{int(slots.max())} are not all in {len(pages)} pages")
-    page, place = (slots // PAGE).long().unsqueeze(-1), (slots % PAGE).long().unsqueeze(-1)
-    value = torch.arange(shape.value_bytes, device=pages.device)
-    scale = torch.arange(shape.scale_bytes, device=pages.device)
-    places = [place * shape.value_bytes + value, PAGE * shape.value_bytes + place * shape.scale_bytes + scale]
-    return pages[page, torch.cat(places, dim=-1)]
+    return gather_rows(pages, slots, shape.value_bytes, shape.scale_bytes, page)
+
+
+def gather_rows(pages: torch.Tensor, slots: torch.Tensor, values: int, scales: int, page: int) -> torch.Tensor:
+    """Rows of `values` and `scales` bytes out of pages that hold first all values, then all scales.
+
+    pages: [P, >= page * (values + scales)] uint8; slots: [...] -> [..., values + scales]. Raises InputError on slots
+    outside the pages.
+    """
+    if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < len(pages) * page:
+        raise InputError(f"slots {int(slots.min())}..{int(slots.max())} are not all in {len(pages)} pages of {page}")
+    which, place = (slots // page).long().unsqueeze(-1), (slots % page).long().unsqueeze(-1)
+    value, scale = (torch.arange(count, device=pages.device) for count in (values, scales))
+    places = [place * values + value, page * values + place * scales + scale]
+    return pages[which, torch.cat(places, dim=-1)]
 
 
 def _blocks(still: torch.Tensor, shape: EntryShape) -> torch.Tensor:

@@ -1,33 +1,33 @@
 """Level 2 in plain torch: DeepSeek-V4's native selection and attention of one new token, over resident chunks only.
 
 The resident chunks of one layer lie in pages: index keys (data_gen.key_codec) and attention entries
-(eval.decode.entries) in the same slots, slot s being place s % 64 of page s // 64. Each sequence brings the list of
-its slots. Nothing outside the listed slots is read, so that what was evicted may hold anything.
+(eval.decode.entries) in the same slots, slot s being place s % page of page s // page. A page is 64 chunks, or 1 where
+chunks are fetched one by one. The tensors given are views of one layer into a hot pool, pages of all layers or rows.
+Each sequence brings the list of its slots; nothing else is read, so that what was evicted may hold anything.
 """
 
 import torch
 
 from data_gen.errors import InputError
-from data_gen.key_codec import PAGE, SCALE_BYTES, decode_keys, pages_to_rows
+from data_gen.key_codec import PAGE, SCALE_BYTES, decode_keys
 from data_gen.lightning import lightning_scores
-from eval.decode.entries import V4, EntryShape, decode_entries, gather_entries
+from eval.decode.entries import V4, EntryShape, decode_entries, gather_entries, gather_rows
 
 NONE = -1
 """Stands for no chunk in a list of slots, anywhere in it: lists of different lengths share a tensor."""
 
 
 def score_resident(
-    query: torch.Tensor, weights: torch.Tensor, key_pages: torch.Tensor, slots: torch.Tensor
+    query: torch.Tensor, weights: torch.Tensor, key_pages: torch.Tensor, slots: torch.Tensor, page: int = PAGE
 ) -> torch.Tensor:
     """Native logits sum_h w_h relu(q_h . k) of one token a sequence over its resident chunks, -inf where there is none.
 
     query: [B, H, d] after RoPE and Hadamard, as the keys are; weights: [B, H], already scaled by (H d)^-0.5;
-    key_pages: [P, >= 64 (d + 4)] uint8; slots: [B, R] -> [B, R] fp32. Raises InputError on damaged keys.
+    key_pages: [P, >= page (d + 4)] uint8; slots: [B, R] -> [B, R] fp32. Raises InputError on damaged keys.
     """
-    rows = pages_to_rows(key_pages[:, : PAGE * (query.shape[-1] + SCALE_BYTES)], len(key_pages) * PAGE)
     scores = torch.full(slots.shape, -torch.inf, device=query.device)
     for sequence, listed in enumerate(slots.long()):
-        keys = decode_keys(rows[listed[listed != NONE]])
+        keys = decode_keys(gather_rows(key_pages, listed[listed != NONE], query.shape[-1], SCALE_BYTES, page))
         one = slice(sequence, sequence + 1)
         scores[sequence, listed != NONE] = lightning_scores(query[one].float(), weights[one].float(), keys)[0]
     return scores
@@ -55,25 +55,22 @@ def attend(
     sinks: torch.Tensor,
     scale: float,
     shape: EntryShape = V4,
+    page: int = PAGE,
 ) -> torch.Tensor:
     """One softmax over chosen chunks, sliding window and sink; an entry is key and value of every head.
 
-    query: [B, H, D] after RoPE; entry_pages, window_pages: [P, >= 64 * bytes] uint8; chosen: [B, k] slots of the first,
-    window: [B, W] slots of the second; sinks: [H] logits that take weight and bring nothing; scale: of the other
-    logits, D^-0.5 -> [B, H, D] in the query's dtype, its last `rope` values still turned by the entries' positions.
-    Raises InputError on damaged entries.
+    query: [B, H, D] after RoPE; entry_pages: [P, >= page * bytes] uint8, chosen: [B, k] slots there; window_pages:
+    [P, >= 64 * bytes], always pages of 64, window: [B, W] slots there; sinks: [H] logits that take weight and bring
+    nothing; scale: of the other logits, D^-0.5 -> [B, H, D] in the query's dtype, its last `rope` values still turned
+    by the entries' positions. Raises InputError on damaged entries.
     """
     out = torch.empty_like(query)
     for sequence, (near, far) in enumerate(zip(window.long(), chosen.long(), strict=True)):
-        entries = decode_entries(
-            torch.cat(
-                [
-                    gather_entries(pages, listed[listed != NONE], shape)
-                    for pages, listed in ((entry_pages, far), (window_pages, near))
-                ]
-            ),
-            shape,
-        )
+        rows = [
+            gather_entries(entry_pages, far[far != NONE], shape, page),
+            gather_entries(window_pages, near[near != NONE], shape),
+        ]
+        entries = decode_entries(torch.cat(rows), shape)
         logits = scale * query[sequence].float() @ entries.T
         weights = torch.softmax(torch.cat([logits, sinks.float().unsqueeze(1)], dim=1), dim=1)
         out[sequence] = weights[:, :-1] @ entries

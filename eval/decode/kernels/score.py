@@ -12,29 +12,41 @@ TILE = 64
 
 
 def score_resident(
-    query: torch.Tensor, weights: torch.Tensor, key_pages: torch.Tensor, slots: torch.Tensor
+    query: torch.Tensor, weights: torch.Tensor, key_pages: torch.Tensor, slots: torch.Tensor, page: int = PAGE
 ) -> torch.Tensor:
     """`eval.decode.level2.score_resident` on the device: the same arguments, the query rounded to fp16.
 
     query: [B, H, d], d a power of two from 16; slots: [B, R] int32, contiguous; key_pages may be a view into wider
-    pages that start at multiples of 16 bytes. Damaged keys are not found here. Raises InputError on other layouts.
+    pages a multiple of 16 bytes apart; it is read fastest where it starts at a multiple of 16 itself. Damaged keys are
+    not found here. Raises InputError on other layouts.
     """
     batch, heads, width = query.shape
     if width < 16 or width & (width - 1):
         raise InputError(f"kernels.score: keys of {width} values; the kernel needs a power of two from 16")
-    if key_pages.dtype != torch.uint8 or key_pages.shape[1] < PAGE * (width + SCALE_BYTES) or key_pages.stride(1) != 1:
-        raise InputError(f"kernels.score: {key_pages.dtype} {list(key_pages.shape)} are no key pages of width {width}")
+    size = page * (width + SCALE_BYTES)
+    check_pages(key_pages, size, start=4)
     if slots.dtype != torch.int32 or not slots.is_contiguous():
         raise InputError("kernels.score: slots must be contiguous int32")
     scores = torch.empty(slots.shape, device=query.device)
     listed = slots.shape[1]
     padded = max(16, triton.next_power_of_2(heads))
     _score[(triton.cdiv(listed, TILE), batch)](
-        query.contiguous(), weights.contiguous(), key_pages, key_pages.view(torch.float32), slots, scores,
+        query.contiguous(), weights.contiguous(), key_pages, key_pages[:, :size].view(torch.float32), slots, scores,
         key_pages.stride(0), key_pages.stride(0) // SCALE_BYTES, heads, listed,
-        HEADS=padded, WIDTH=width, PAGE=PAGE, TILE=TILE,
+        HEADS=padded, WIDTH=width, PAGE=page, TILE=TILE,
     )  # fmt: skip
     return scores
+
+
+def check_pages(pages: torch.Tensor, size: int, start: int) -> None:
+    """Raise InputError unless pages are [P, >= size] contiguous bytes, 16 n bytes apart, the first at start * n."""
+    fits = pages.dtype == torch.uint8 and pages.ndim == 2 and pages.shape[1] >= size and pages.stride(1) == 1
+    if not fits or pages.stride(0) % 16 or pages.storage_offset() % start:
+        raise InputError(
+            f"Level-2 kernels: {pages.dtype} {list(pages.shape)}, strides {pages.stride()}, offset "
+            f"{pages.storage_offset()}: no pages of {size} bytes, a multiple of 16 apart, that start at a multiple of "
+            f"{start}"
+        )
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton.language as tl
 from data_gen.errors import InputError
 from data_gen.key_codec import PAGE
 from eval.decode.entries import BLOCK, V4, EntryShape
+from eval.decode.kernels.score import check_pages
 
 HEADS = 64
 """Heads a program: the rows of one tensor-core instruction of four warps."""
@@ -33,14 +34,18 @@ def attend(
     sinks: torch.Tensor,
     scale: float,
     shape: EntryShape = V4,
+    page: int = PAGE,
 ) -> torch.Tensor:
     """`eval.decode.level2.attend` on the device: the same arguments, query and entries rounded to fp16.
 
     Entries must lie within fp16's range, +-65504. chosen, window: int32, contiguous; pages may be views into wider
-    pages that start at multiples of 16 bytes. Damaged entries are not found here. Raises InputError on other layouts.
+    pages a multiple of 16 bytes apart that start at multiples of 8. Damaged entries are not found here. Raises
+    InputError on other layouts.
     """
     batch, heads, width = query.shape
-    _check(query, entry_pages, chosen, window_pages, window, shape)
+    _check(query, chosen, window, shape)
+    check_pages(entry_pages, page * shape.bytes, start=8)
+    check_pages(window_pages, shape.page_bytes, start=8)
     rows = batch * triton.cdiv(heads, HEADS)
     tile = next((size for size in WARPS if rows * _splits(chosen, window, size) >= PROGRAMS), min(WARPS))
     far, splits = triton.cdiv(chosen.shape[1], tile), _splits(chosen, window, tile)
@@ -49,11 +54,11 @@ def attend(
     query = query.contiguous()
     _attend_tile[(splits, triton.cdiv(heads, HEADS), batch)](
         query,
-        *_views(entry_pages), chosen, chosen.shape[1], entry_pages.stride(0),
-        *_views(window_pages), window, window.shape[1], window_pages.stride(0),
+        *_views(entry_pages[:, : page * shape.bytes]), chosen, chosen.shape[1], entry_pages.stride(0),
+        *_views(window_pages[:, : shape.page_bytes]), window, window.shape[1], window_pages.stride(0),
         partial, weight, far, heads, scale * LOG2_E,
         HEADS=HEADS, STILL=shape.still, ROPE=shape.rope, BLOCK=BLOCK,
-        PAGE=PAGE, TILE=tile, num_warps=WARPS[tile],
+        FAR_PAGE=page, NEAR_PAGE=PAGE, TILE=tile, num_warps=WARPS[tile],
     )  # fmt: skip
     out = torch.empty_like(query)
     _join[(heads, batch)](
@@ -64,6 +69,7 @@ def attend(
 
 
 def _views(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same memory as bytes, bf16 and int64."""
     return pages, pages.view(torch.bfloat16), pages.view(torch.int64)
 
 
@@ -71,23 +77,13 @@ def _splits(chosen: torch.Tensor, window: torch.Tensor, tile: int) -> int:
     return triton.cdiv(chosen.shape[1], tile) + triton.cdiv(window.shape[1], tile)
 
 
-def _check(
-    query: torch.Tensor,
-    entry_pages: torch.Tensor,
-    chosen: torch.Tensor,
-    window_pages: torch.Tensor,
-    window: torch.Tensor,
-    shape: EntryShape,
-) -> None:
+def _check(query: torch.Tensor, chosen: torch.Tensor, window: torch.Tensor, shape: EntryShape) -> None:
     width = query.shape[2]
     if width != shape.width or width & (width - 1) or shape.still % BLOCK or shape.rope < 16 or shape.blocks > 8:
         raise InputError(
             f"kernels.sparse_attention: queries of {width} values and entries of {shape.still} + {shape.rope}; "
             f"the kernel needs 1 to 8 blocks of {BLOCK}, 16 or more rotated values, and a power of two together"
         )
-    for pages in (entry_pages, window_pages):
-        if pages.dtype != torch.uint8 or pages.shape[1] < shape.page_bytes or pages.stride(1) != 1:
-            raise InputError(f"kernels.sparse_attention: {pages.dtype} {list(pages.shape)} are no entry pages")
     for listed in (chosen, window):
         if listed.dtype != torch.int32 or not listed.is_contiguous():
             raise InputError("kernels.sparse_attention: slots must be contiguous int32")
@@ -117,7 +113,8 @@ def _attend_tile(
     STILL: tl.constexpr,
     ROPE: tl.constexpr,
     BLOCK: tl.constexpr,
-    PAGE: tl.constexpr,
+    FAR_PAGE: tl.constexpr,  # entries of a page
+    NEAR_PAGE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     WIDTH: tl.constexpr = STILL + ROPE
@@ -126,19 +123,20 @@ def _attend_tile(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     real = (head < heads)[:, None]
     if split < far_splits:
-        pages, rope, scales, stride = far_pages, far_rope, far_scales, far_stride
-        slots, count = far_slots, far_count
+        pages, rope, scales = far_pages, far_rope, far_scales
         place = split * TILE + tl.arange(0, TILE)
+        slot = tl.load(far_slots + sequence * far_count + place, mask=place < far_count, other=-1)
+        start, scale_start = _starts(slot, far_stride, ROW, FAR_PAGE)
     else:
-        pages, rope, scales, stride = near_pages, near_rope, near_scales, near_stride
-        slots, count = near_slots, near_count
+        pages, rope, scales = near_pages, near_rope, near_scales
         place = (split - far_splits) * TILE + tl.arange(0, TILE)
-    slot = tl.load(slots + sequence * count + place, mask=place < count, other=-1)
+        slot = tl.load(near_slots + sequence * near_count + place, mask=place < near_count, other=-1)
+        start, scale_start = _starts(slot, near_stride, ROW, NEAR_PAGE)
     there = slot >= 0
-    page, row = (slot // PAGE).to(tl.int64) * stride, slot % PAGE
-    values = pages + (page + row * ROW)[:, None] + tl.arange(0, BLOCK)[None, :]
-    bytes_of_scales = tl.load(scales + page // 8 + PAGE * ROW // 8 + row, mask=there, other=0)
-    turned = rope + tl.multiple_of((page + row * ROW + STILL) // 2, 8)[:, None] + tl.arange(0, ROPE)[None, :]
+    start = tl.multiple_of(start, 16)
+    values = pages + start[:, None] + tl.arange(0, BLOCK)[None, :]
+    turned = rope + tl.multiple_of((start + STILL) // 2, 8)[:, None] + tl.arange(0, ROPE)[None, :]
+    bytes_of_scales = tl.load(scales + scale_start, mask=there, other=0)
     vectors = query + ((sequence * heads + head) * WIDTH)[:, None]
     block = tl.arange(0, BLOCK)[None, :]
     last = STILL + tl.arange(0, ROPE)[None, :]
@@ -166,6 +164,13 @@ def _attend_tile(
         entries = _entries(values + first, bytes_of_scales >> (first // BLOCK * 8), there)
         tl.store(out + first + block, tl.dot(shares, entries).to(tl.float16), mask=real)
     tl.store(out + last, tl.dot(shares, rotated).to(tl.float16), mask=real)
+
+
+@triton.jit
+def _starts(slot, stride, ROW: tl.constexpr, PAGE: tl.constexpr):
+    """Where an entry's values start in bytes, and its scales in eights of them."""
+    page, place = (slot // PAGE).to(tl.int64) * stride, slot % PAGE
+    return page + place * ROW, page // 8 + PAGE * ROW // 8 + place
 
 
 @triton.jit

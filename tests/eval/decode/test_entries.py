@@ -77,6 +77,8 @@ def test_slots_of_pages_are_rows(padding):
     assert torch.equal(gather_entries(pages, torch.arange(130)), rows)
     slots = torch.tensor([[129, 0], [64, 63]], dtype=torch.int32)
     assert torch.equal(gather_entries(pages, slots), rows[slots.long()])
+    wide = torch.nn.functional.pad(rows, (0, padding))
+    assert torch.equal(gather_entries(wide, slots, page=1), rows[slots.long()])
 
 
 def test_pages_lie_as_the_engine_lays_them():
@@ -114,7 +116,7 @@ def test_what_is_no_entry_is_refused():
         decode_entries(torch.zeros(1, 584))
     pages = entries_to_pages(encode_entries(torch.zeros(3, V4.width)))
     for slots in ([64], [-1]):
-        with pytest.raises(InputError, match="not all in 1 pages"):
+        with pytest.raises(InputError, match="not all in 1 pages of 64"):
             gather_entries(pages, torch.tensor(slots))
-    with pytest.raises(InputError, match="not uint8 pages"):
+    with pytest.raises(InputError, match="not uint8 of 64 x 584"):
         gather_entries(pages[:, :-1], torch.tensor([0]))

@@ -9,8 +9,10 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from data_gen.errors import InputError
 from data_gen.key_codec import decode_keys, encode_keys, hadamard, rows_to_pages
+from data_gen.lightning import lightning_scores
 from eval.decode.entries import V4, decode_entries, encode_entries, entries_to_pages
 from eval.decode.level2 import NONE, attend, score_resident, select_resident
+from eval.decode.pools import HotPool
 from tests.conftest import TINY_V4
 
 SIZES = {"head_dim": V4.width, "partial_rotary_factor": V4.rope / V4.width, "index_head_dim": 128, "index_topk": 12}
@@ -101,6 +103,30 @@ def test_quantising_costs_little(step):
     entries = step.entries[:, 0]
     near = decode_entries(encode_entries(entries))
     assert float((near - entries).norm() / entries.norm()) < 0.04
+
+
+@pytest.mark.parametrize("page", [64, 1])
+def test_views_into_a_hot_pool_of_all_layers(page):
+    """The unit that is fetched holds one layer's keys and entries behind the other's."""
+    generator = torch.Generator().manual_seed(6)
+    keys, entries = encode_keys(torch.randn(192, 128, generator=generator)), torch.randn(192, V4.width)
+    rows = encode_entries(entries)
+    units = (rows_to_pages(keys), entries_to_pages(rows)) if page == 64 else (keys, rows)
+    key_bytes, entry_bytes = units[0].shape[1], units[1].shape[1]
+    hot = HotPool(len(units[0]), (3, key_bytes + entry_bytes), torch.uint8, "cpu")
+    hot.slots.fill_(0xFF)
+    hot.slots[:, 1] = torch.cat(units, dim=1)
+    slots = torch.tensor([[5, 190, 64, NONE]])
+    query, weights = torch.randn(1, 2, 128), torch.randn(1, 2)
+    scores = score_resident(query, weights, hot.slots[:, 1, :key_bytes], slots, page)
+    expected = lightning_scores(query, weights, decode_keys(keys[slots[0, :3]]))
+    assert torch.equal(scores[:, :3], expected) and scores[0, 3] == -torch.inf
+    query, window = torch.randn(1, 2, V4.width), torch.full((1, 1), NONE)
+    out = attend(
+        query, hot.slots[:, 1, key_bytes:], slots, entries_to_pages(rows), window, torch.full((2,), -1e9), 0.1, V4, page
+    )
+    near = decode_entries(rows[slots[0, :3]])
+    torch.testing.assert_close(out[0], torch.softmax(0.1 * query[0] @ near.T, dim=1) @ near, rtol=1e-5, atol=1e-6)
 
 
 def test_ties_fewer_than_k_and_none():

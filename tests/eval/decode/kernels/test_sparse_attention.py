@@ -18,18 +18,19 @@ H200_BYTES_A_SECOND = 4.8e12
 NARROW = EntryShape(still=64, rope=64)
 
 
-def pool(entries, slots, shape, offset):
-    """Entries [N, width] in pages that lie `offset` bytes inside wider pages; NaN bytes wherever no slot points."""
+def pool(entries, slots, shape, offset, page=64):
+    """Entries [N, width] in pages (rows for page 1), `offset` bytes inside wider ones; NaN where no slot points."""
     rows = encode_entries(entries, shape)
     listed = slots[slots != level2.NONE].long()
     poisoned = torch.full_like(rows, 0xFF).index_copy_(0, listed, rows[listed])
-    pages = entries_to_pages(poisoned, shape)
-    wide = torch.full((len(pages), pages.shape[1] + 2 * offset), 0xFF, dtype=torch.uint8, device=pages.device)
+    pages = entries_to_pages(poisoned, shape) if page == 64 else poisoned
+    padded = -(-(pages.shape[1] + 2 * offset) // 16) * 16
+    wide = torch.full((len(pages), padded), 0xFF, dtype=torch.uint8, device=pages.device)
     wide[:, offset : offset + pages.shape[1]] = pages
     return wide[:, offset : offset + pages.shape[1]]
 
 
-def problem(batch, heads, chosen, window, shape=V4, dtype=torch.float16, offset=0, device="cpu"):
+def problem(batch, heads, chosen, window, shape=V4, dtype=torch.float16, offset=0, page=64, device="cpu"):
     """Arguments of attend: large and small entries, sharp queries, absent slots, a sequence without a window."""
     draw = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     entries = torch.randn(max(1, batch * chosen), shape.width, **draw) * (1 + torch.rand(1, shape.width, **draw) * 8)
@@ -40,13 +41,14 @@ def problem(batch, heads, chosen, window, shape=V4, dtype=torch.float16, offset=
     window_slots[-1] = level2.NONE
     return (
         torch.randn(batch, heads, shape.width, **draw).to(dtype),
-        pool(entries, slots, shape, offset),
+        pool(entries, slots, shape, offset, page),
         slots,
         pool(near, window_slots, shape, offset),
         window_slots,
         torch.randn(heads, **draw) * 3,
         shape.width**-0.5,
         shape,
+        page,
     )
 
 
@@ -57,16 +59,17 @@ def test_in_the_interpreter():
 
 @in_interpreter
 @pytest.mark.parametrize(
-    ("batch", "heads", "chosen", "window", "shape", "dtype", "offset"),
+    ("batch", "heads", "chosen", "window", "shape", "dtype", "offset", "page"),
     [
-        (2, 5, 70, 40, V4, torch.float32, 64),
-        (1, 70, 33, 0, NARROW, torch.float16, 0),
-        (2, 16, 0, 20, NARROW, torch.bfloat16, 16),
-        (30, 2, 160, 20, NARROW, torch.float16, 0),
+        (2, 5, 70, 40, V4, torch.float32, 64, 64),
+        (1, 70, 33, 0, NARROW, torch.float16, 0, 64),
+        (2, 16, 30, 20, NARROW, torch.bfloat16, 16, 1),
+        (30, 2, 160, 20, NARROW, torch.float16, 0, 64),
+        (1, 3, 0, 20, NARROW, torch.float16, 0, 64),
     ],
 )
-def test_interpreted_against_torch(batch, heads, chosen, window, shape, dtype, offset):
-    given = problem(batch, heads, chosen, window, shape, dtype, offset)
+def test_interpreted_against_torch(batch, heads, chosen, window, shape, dtype, offset, page):
+    given = problem(batch, heads, chosen, window, shape, dtype, offset, page)
     found, expected = kernel.attend(*given), level2.attend(*given)
     assert found.dtype == dtype
     step = 2**-7 if dtype == torch.bfloat16 else 2**-10  # one rounding of the result
@@ -84,8 +87,8 @@ def test_other_layouts_are_refused():
     good = list(problem(1, 4, 8, 8, NARROW))
     for place, bad, what in [
         (0, good[0][..., :64], "queries of 64"),
-        (1, good[1][:, :-1], "no entry pages"),
-        (3, good[3].int(), "no entry pages"),
+        (1, good[1][:, :-1], "no pages of"),
+        (3, good[3].int(), "no pages of"),
         (2, good[2].long(), "int32"),
         (4, good[4][:, ::2], "contiguous"),
     ]:
@@ -103,7 +106,15 @@ def test_compiled_for_sm_90(tile):
         signature |= {f"{side}_pages": "*u8:16", f"{side}_rope": "*bf16:16", f"{side}_scales": "*i64:16"}
         signature |= {f"{side}_slots": "*i32:16", f"{side}_count": "i32:16", f"{side}_stride": "i32:16"}
     signature |= {"partial": "*fp16:16", "weight": "*fp32:16", "far_splits": "i32", "heads": "i32:16", "scale": "fp32"}
-    constants = {"HEADS": kernel.HEADS, "STILL": V4.still, "ROPE": V4.rope, "BLOCK": 64, "PAGE": 64, "TILE": tile}
+    constants = {
+        "HEADS": kernel.HEADS,
+        "STILL": V4.still,
+        "ROPE": V4.rope,
+        "BLOCK": 64,
+        "FAR_PAGE": 64,
+        "NEAR_PAGE": 64,
+        "TILE": tile,
+    }
     found = compile_sm90(kernel._attend_tile, signature, constants, num_warps=kernel.WARPS[tile])
     assert found.spilled == 0 and found.tensor_core["wgmma"] and not found.tensor_core["mma"]
     # values and queries come 16 bytes a load, scales and rotated values 8, slots 4
@@ -121,15 +132,15 @@ def test_joining_compiled_for_sm_90(splits):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("batch", [1, 8, 16, 32])
-def test_on_a_device(batch):
-    given = problem(batch, 64, 512, 128, device="cuda", offset=64)
+@pytest.mark.parametrize(("batch", "page"), [(1, 64), (8, 64), (16, 64), (32, 64), (32, 1)])
+def test_on_a_device(batch, page):
+    given = problem(batch, 64, 512, 128, offset=64, page=page, device="cuda")
     expected = level2.attend(*given)
     torch.testing.assert_close(kernel.attend(*given), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
     seconds = do_bench_cudagraph(lambda: kernel.attend(*given)) / 1e3
     moved = batch * (640 * (V4.bytes + 4) + 2 * 64 * V4.width * 2)
     print(
-        f"\nsparse MQA, {batch} x 640 entries of 584 bytes, 64 heads: {seconds * 1e6:.1f} us, "
+        f"\nsparse MQA, {batch} x 640 entries of 584 bytes in pages of {page}, 64 heads: {seconds * 1e6:.1f} us, "
         f"{moved / seconds / 1e9:.0f} GB/s, {moved / seconds / H200_BYTES_A_SECOND:.0%} of an H200's memory"
         + (", target 25 us" if batch == 32 else "")
     )

@@ -101,12 +101,12 @@ def test_on_a_device():
         check(listed, k, "cuda")
     for batch in (1, 32):
         given = problem(batch, 24576, 64, 128, device="cuda")
-        scores, slots = score.score_resident(*given), given[-1]
+        scores, slots = score.score_resident(*given), given[3]
         ties = scores.mul(16).round()
         assert torch.equal(topk.select_resident(ties, slots, 512), topk.select_resident(ties, slots, 512))
         select = do_bench_cudagraph(lambda a=scores, b=slots: topk.select_resident(a, b, 512))
         sort = do_bench_cudagraph(lambda a=scores: a.topk(512))
-        both = do_bench_cudagraph(lambda a=given: topk.select_resident(score.score_resident(*a), a[-1], 512))
+        both = do_bench_cudagraph(lambda a=given: topk.select_resident(score.score_resident(*a), a[3], 512))
         print(
             f"\nLevel-2 top-512, {batch} x 24,576 resident: {select * 1e3:.1f} us (torch.topk {sort * 1e3:.1f} us); "
             f"score and top-512 {both * 1e3:.1f} us, target 20 us for one"
