@@ -277,9 +277,7 @@ def select_layers(
     """Find the layers to serve and the rule that joins them, by mass recall on held-out traces."""
     from data_gen.store import TraceStore
     from eval.report import table
-    from indexer_train.bridge.convert import keep_layers
-    from indexer_train.layer_choice import choose_layers
-    from indexer_train.selection import Budget
+    from indexer_train.layer_choice import choose_layers, served_as
     from indexer_train.trainer import check_traces, load_indexer
 
     loaded, store = load_indexer(indexer), TraceStore.open(traces)
@@ -288,10 +286,7 @@ def select_layers(
     rows = [[" ".join(map(str, choice.layers)), choice.join, choice.mass_recall] for choice in (best, *others[:9])]
     typer.echo(table(["layers", "join", f"mass recall at {budget:.1%} kept"], rows))
     if out is not None:
-        served = keep_layers(loaded, best.layers)
-        served.spec.shape = served.spec.shape.model_copy(update={"join": best.join})
-        served.spec.selections = [Budget(budget=budget)]  # thresholds belong to a set of layers and a rule
-        served.save_pretrained(str(out))
+        served_as(loaded, best, budget).save_pretrained(str(out))
         typer.echo(f"indexer: {out}")
 
 

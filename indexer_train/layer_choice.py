@@ -1,17 +1,18 @@
 """Which of an indexer's layers to serve, and how to join them: every subset scored on held-out traces."""
 
 import itertools
-import statistics
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
-
 from data_gen.errors import InputError
 from data_gen.store import TraceStore
-from indexer_train.metrics import ServedWindows, layer_scores, mass_recall, served_windows
+from indexer_train.bridge.convert import keep_layers
+from indexer_train.calibration import ScoredWindows, task_mean
+from indexer_train.card import Metric
+from indexer_train.metrics import layer_scores, mass_recall, served_windows
 from indexer_train.model import MemoryIndexer
-from indexer_train.scoring import join_layers, select
+from indexer_train.scoring import join_layers
+from indexer_train.selection import Budget
 
 Join = Literal["sum", "mean", "max"]
 EXHAUSTIVE = 8
@@ -20,7 +21,7 @@ EXHAUSTIVE = 8
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One candidate to serve. mass_recall: mean over held-out documents at the asked budget."""
+    """One candidate to serve. mass_recall: mean over held-out documents of a task, then over tasks."""
 
     layers: list[int]
     join: Join
@@ -41,9 +42,12 @@ def choose_layers(indexer: MemoryIndexer, store: TraceStore, count: int, budget:
     if not scored:
         raise InputError(f"{store.root}: no document with a whole lookahead window to judge layers on")
 
+    selection = Budget(budget=budget)
+
     def choice(subset: tuple[int, ...], join: Join) -> LayerChoice:
-        values = [_recall(served, join_layers(scores[list(subset)], join), budget) for served, scores in scored]
-        return LayerChoice([layers[index] for index in subset], join, statistics.fmean(values))
+        joined = [ScoredWindows(served, join_layers(scores[list(subset)], join)) for served, scores in scored]
+        values = [mass_recall(each.choose(selection), each.served.labels) for each in joined]
+        return LayerChoice([layers[index] for index in subset], join, task_mean(joined, values)[""])
 
     found = []
     for join in get_args(Join):
@@ -59,6 +63,14 @@ def choose_layers(indexer: MemoryIndexer, store: TraceStore, count: int, budget:
     return sorted(found, key=lambda option: -option.mass_recall)
 
 
-def _recall(served: ServedWindows, scores: torch.Tensor, budget: float) -> float:
-    selected = select(scores, served.labels.candidate, served.kept(budget))
-    return float(mass_recall(selected, served.labels).nanmean())
+def served_as(indexer: MemoryIndexer, choice: LayerChoice, budget: float) -> MemoryIndexer:
+    """The indexer as chosen. Thresholds and metrics belong to a set of layers and a rule: the old ones are dropped."""
+    served = keep_layers(indexer, choice.layers)
+    spec, selection = served.spec, Budget(budget=budget)
+    spec.shape = spec.shape.model_copy(update={"join": choice.join})
+    spec.selections = [selection]
+    if spec.provenance is not None:
+        found = {"mass_recall": choice.mass_recall}
+        metric = Metric(data="layer choice", task="all", selection=str(selection), values=found)
+        spec.provenance = spec.provenance.model_copy(update={"metrics": [metric]})
+    return served

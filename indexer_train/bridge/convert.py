@@ -28,7 +28,7 @@ class Exported:
 
 
 def keep_layers(indexer: MemoryIndexer, layers: list[int]) -> MemoryIndexer:
-    """The same indexer with some of its layers only; thresholds, calibrated on all of them, are left behind.
+    """The same indexer with some of its layers only; thresholds and metrics, of all of them, are left behind.
 
     Raises InputError when a layer is not there.
     """
@@ -40,7 +40,8 @@ def keep_layers(indexer: MemoryIndexer, layers: list[int]) -> MemoryIndexer:
     if sorted(layers) == spec.layers:
         return indexer
     budgets = [each for each in spec.selections if isinstance(each, Budget)]
-    fewer = spec.model_copy(update={"layers": sorted(layers), "selections": budgets})
+    made = spec.provenance and spec.provenance.model_copy(update={"metrics": []})
+    fewer = spec.model_copy(update={"layers": sorted(layers), "selections": budgets, "provenance": made})
     kept = MemoryIndexer.from_spec(fewer, indexer.device)
     places = kept.query_encoder.state_dict()
     kept.query_encoder.load_state_dict({name: indexer.query_encoder.state_dict()[name] for name in places})

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from data_gen.errors import InputError
-from indexer_train.bridge.convert import keep_layers
 from indexer_train.config import IndexerConfig
 from indexer_train.evaluator import MassRecallEvaluator
-from indexer_train.layer_choice import choose_layers
+from indexer_train.layer_choice import choose_layers, served_as
 from indexer_train.trainer import train
 
 
@@ -32,9 +31,17 @@ def test_the_layer_that_sees_is_chosen(half_blind, planted):
 
 def test_the_figure_is_that_of_the_indexer_that_would_be_served(half_blind, planted):
     for option in choose_layers(half_blind, planted[1], 2, 0.1):
-        served = keep_layers(half_blind, option.layers)
-        served.spec.shape = served.spec.shape.model_copy(update={"join": option.join})
+        served = served_as(half_blind, option, 0.1)
+        (metric,) = served.spec.provenance.metrics  # those of the other layers and rule are gone
+        assert metric.values == {"mass_recall": option.mass_recall} and served.spec.shape.join == option.join
+        assert str(served.spec.selection) == metric.selection == "the best 10.0% of the chunks"
         assert MassRecallEvaluator(planted[1], 0.1)(served)["mass_recall"] == pytest.approx(option.mass_recall)
+
+
+def test_tasks_count_alike_as_in_the_choice_of_checkpoints(stores, tiny_recipe, tmp_path):
+    indexer = train(stores[0], tiny_recipe.indexer, tiny_recipe.train.model_copy(update={"epochs": 1}), tmp_path)
+    (held_out,) = [option for option in choose_layers(indexer, stores[1], 2, 0.2) if option.join == "sum"]
+    assert MassRecallEvaluator(stores[1], 0.2)(indexer)["mass_recall"] == pytest.approx(held_out.mass_recall)
 
 
 def test_greedy_growth_finds_the_seeing_layer_too(half_blind, planted, monkeypatch):
