@@ -15,8 +15,9 @@ from data_gen.backbones.deepseek_v4_hooks import arguments
 from data_gen.errors import InputError
 from data_gen.key_codec import SCALE_BYTES
 from eval.decode.entries import EntryShape
-from eval.decode.hosts.deepseek_v4_cache import Move, ResidentCsaCache
+from eval.decode.hosts.deepseek_v4_cache import ResidentCsaCache
 from eval.decode.hosts.deepseek_v4_masks import resident_masks
+from eval.decode.hosts.deepseek_v4_table import Move
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class DeepseekV4Host:
             raise InputError(f"the indexer reads CSA layers {unknown}, the model has {len(backbone.layers)} (from 0)")
         self.model, self.info, self.chunk_tokens = model, backbone.info, backbone.chunk_tokens
         self.layers = {ordinal: backbone.layers[ordinal] for ordinal in layers}
-        self.cache = ResidentCsaCache(model.config)
+        self.cache = ResidentCsaCache(model.config, layers)
 
     def fork(self) -> "DeepseekV4Host":
         """An independent continuation of the same history."""
@@ -90,8 +91,7 @@ class DeepseekV4Host:
 
     def keys(self) -> torch.Tensor:
         """Keys of all chunks made so far, as a trace holds them: [B, N, layers, d + 4] uint8."""
-        rows = [self.cache.layers[layer].index_keys().to(self.model.device) for layer in self.layers.values()]
-        return torch.stack(rows, dim=2)
+        return self.cache.keys().to(self.model.device)
 
     def keep(self, resident: Sequence[torch.Tensor]) -> Move:
         """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them."""

@@ -78,7 +78,8 @@ class CsaSession(Session):
 def native_indexer(session: Session) -> torch.Tensor:
     """The backbone's own indexers at the newest token: softmax over chunks, averaged over the CSA layers."""
     scores = []
-    for layer, (query, weights) in session.native.items():
-        keys = session.cache.layers[layer].cold["indexer"].rows[0].to(query.device, torch.float32)
+    entries = session.cache.index_entries(0).unbind(dim=1)
+    for (query, weights), keys in zip(session.native.values(), entries, strict=True):
+        keys = keys.to(query.device, torch.float32)
         scores.append(tiled_scores(query, weights, keys)[0].softmax(dim=-1).cpu())
     return torch.stack(scores).mean(dim=0)

@@ -8,7 +8,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DynamicCache
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache
 
 from data_gen.errors import InputError
-from eval.decode.hosts.deepseek_v4_cache import ResidentCsaCache, ResidentCsaLayer
+from eval.decode.hosts.deepseek_v4_cache import ResidentCsaCache
 from tests.conftest import TINY_V4, tiny_model
 
 IDS = torch.randint(0, 128, (3, 150), generator=torch.Generator().manual_seed(5))
@@ -82,9 +82,9 @@ def test_new_chunks_join_and_stay(models):
     read(model, cache, IDS[:2, 62:73], [1] * 11)
     assert [row.tolist() for row in cache.resident()] == [[0, 14, 15, 16, 17], [2, 3, 9, 15, 16, 17]]
     hot = cache.layers[1].compressed_kv["indexer"]
-    cold = cache.layers[1].cold["indexer"].rows
-    assert torch.equal(hot[0, 1:], cold[0, [0, 14, 15, 16, 17]])  # one row of padding in front
-    assert torch.equal(hot[1], cold[1, [2, 3, 9, 15, 16, 17]])
+    cold = [cache.index_entries(sequence)[:, 0] for sequence in range(2)]
+    assert torch.equal(hot[0, 1:], cold[0][[0, 14, 15, 16, 17]])  # one row of padding in front
+    assert torch.equal(hot[1], cold[1][[2, 3, 9, 15, 16, 17]])
     assert cache.resident_bytes() == 4 * 2 * 6 * (32 + 16) * 4
 
 
@@ -93,7 +93,7 @@ def test_reordered_sequences_keep_their_own_chunks(models):
     cache = ResidentCsaCache(model.config)
     read(model, cache, IDS[:, :62], [62])
     cache.keep([torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5])])
-    cold = cache.layers[1].cold["compressor"].rows.clone()
+    cold = torch.stack([cache.cold.units(sequence)[:, 0, :32] for sequence in range(3)])
     cache.reorder_cache(torch.tensor([2, 2, 0]))
     assert [row.tolist() for row in cache.resident()] == [[4, 5], [4, 5], [0, 1]]
     cache.keep([torch.arange(15)] * 3)
@@ -102,19 +102,19 @@ def test_reordered_sequences_keep_their_own_chunks(models):
 
 def test_forks_go_their_own_ways(models):
     model = models["fp32"]
-    cache, ids = ResidentCsaCache(model.config), IDS[:2]
+    cache, ids = ResidentCsaCache(model.config, [0, 3]), IDS[:2]
     read(model, cache, ids[:, :62], [62])
-    cache.layers[1].index_keys()
+    cache.keys()
     cache.keep([torch.arange(12)] * 2)
     twin, third = cache.fork(), cache.fork()
     twin.keep([torch.arange(3, 9)] * 2)
     read(model, twin, ids[:, 80:110], [1] * 30)
     ours = read(model, cache, ids[:, 62:92], [1] * 30)
     assert torch.equal(read(model, third, ids[:, 62:92], [1] * 30), ours)
-    assert not torch.equal(cache.layers[1].cold["indexer"].rows, twin.layers[1].cold["indexer"].rows)
-    assert torch.equal(cache.layers[1].cold["indexer"].rows, third.layers[1].cold["indexer"].rows)
-    assert torch.equal(cache.layers[1].index_keys(), third.layers[1].index_keys())
-    assert torch.equal(cache.layers[1].index_keys()[:, :15], twin.layers[1].index_keys()[:, :15])
+    assert not torch.equal(cache.index_entries(0), twin.index_entries(0))
+    assert torch.equal(cache.index_entries(0), third.index_entries(0))
+    assert torch.equal(cache.keys(), third.keys())
+    assert torch.equal(cache.keys()[:, :15], twin.keys()[:, :15])
     assert len(cache.resident()[0]) == 12 + 8 and len(twin.resident()[0]) == 6 + 8
 
 
@@ -125,7 +125,7 @@ def test_taking_tokens_back_is_refused(models):
 
 def test_the_stock_cache_of_others_stays_stock(models):
     layer = DynamicCache(config=models["fp32"].config).layers[1]
-    assert type(layer) is DeepseekV4CSACache and not isinstance(layer, ResidentCsaLayer)
+    assert type(layer) is DeepseekV4CSACache
 
 
 @pytest.mark.parametrize("chunks", [[3, 2], [1, 1], [-1, 2], [4, 15]])

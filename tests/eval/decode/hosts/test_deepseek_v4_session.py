@@ -82,6 +82,16 @@ def test_the_cycle_keeps_what_the_policy_chose(model, indexer):
     assert torch.equal(full, everything) and float((full - logits).abs().max()) > 0.1
 
 
+def test_before_the_first_chunk_there_is_nothing_to_choose(model, indexer):
+    for policy in decode_policies(indexer).values():
+        session = open_session(model, indexer.spec)
+        session.read(IDS[:2])
+        logits, usage = follow_text(session, policy, 0.2, 16, IDS[2:9])
+        assert session.cache.total == 2 and session.resident_tokens == 9 and usage.kept_share == 1
+        expected = model(torch.tensor([IDS[:9]])).logits[0, 2:]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
 def test_long_prompts_are_read_in_pieces(model, indexer, monkeypatch):
     whole = open_session(model, indexer.spec)
     logits = whole.read(IDS)

@@ -1,0 +1,78 @@
+"""The cold side of a DeepSeek-V4: all compressed entries of a batch of sequences, in host memory."""
+
+import copy
+
+import numpy as np
+import torch
+
+from eval.decode.fetch import best_move
+from eval.decode.pools import ColdPool, HotPool
+
+
+class ColdEntries:
+    """A pool a sequence; a unit is one chunk in all CSA layers, [layers, width]: one copy brings all of it.
+
+    Forks and reordered sequences share pools until one of them gets new chunks.
+    """
+
+    def __init__(self) -> None:
+        self.pools: list[ColdPool] = []
+        self._shared: list[bool] = []
+
+    @property
+    def count(self) -> int:
+        """Chunks of each sequence."""
+        return self.pools[0].units if self.pools else 0
+
+    def append(self, units: torch.Tensor) -> None:
+        """units: [B, n, layers, width], copied. Raises InputError when the machine cannot pin that much memory."""
+        if not self.pools:
+            self.pools = [ColdPool(tuple(units.shape[2:]), units.dtype) for _ in units]
+            self._shared = [False] * len(units)
+        for sequence, new in enumerate(units):
+            if self._shared[sequence]:
+                self.pools[sequence] = _copy(self.pools[sequence])
+                self._shared[sequence] = False
+            self.pools[sequence].append(new)
+
+    def fetch(self, sequences: torch.Tensor, chunks: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Units of (sequence, chunk) pairs, sequences ascending: [n] each -> [n, layers, width] on `device`."""
+        parts = []
+        for sequence, pool in enumerate(self.pools):
+            units = chunks[sequences == sequence].numpy().astype(np.int32)
+            if len(units):
+                landing = HotPool(len(units), pool.layout.shape, pool.layout.dtype, device)
+                best_move(pool, landing)(pool, units, landing, np.arange(len(units), dtype=np.int32))
+                parts.append(landing.slots)
+        return torch.cat(parts)
+
+    def units(self, sequence: int) -> torch.Tensor:
+        """All chunks of a sequence, [N, layers, width] on the CPU."""
+        pool = self.pools[sequence]
+        if pool.pinned:
+            torch.cuda.current_stream().synchronize()  # copies into pinned memory may be under way
+        return torch.cat([torch.empty(0, *pool.layout.shape, dtype=pool.layout.dtype), *_segments(pool)])
+
+    def fork(self) -> "ColdEntries":
+        self._shared = [True] * len(self.pools)
+        twin = copy.copy(self)
+        twin.pools, twin._shared = list(self.pools), list(self._shared)
+        return twin
+
+    def reorder(self, sequences: list[int]) -> None:
+        if self.pools:
+            self.pools = [self.pools[sequence] for sequence in sequences]
+            self._shared = [True] * len(sequences)
+
+
+def _segments(pool: ColdPool) -> list[torch.Tensor]:
+    """The pool's units, [n, *shape] a segment: the memory itself."""
+    ends = [pool.units - number * pool.segment_units for number in range(len(pool.segments))]
+    return [pool.layout.view(segment)[:end] for segment, end in zip(pool.segments, ends, strict=True)]
+
+
+def _copy(pool: ColdPool) -> ColdPool:
+    twin = ColdPool(pool.layout.shape, pool.layout.dtype)
+    for units in _segments(pool):
+        twin.append(units)
+    return twin
