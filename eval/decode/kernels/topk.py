@@ -1,6 +1,6 @@
 """Level 2's selection in Triton: the k best of a list of scores without a sort, one program a sequence.
 
-The list is read as COLUMNS interleaved columns, four a thread. The k-th largest of the column maxima is a lower
+The list is read as COLUMNS interleaved columns, four or eight a thread. The k-th largest of the column maxima is a lower
 bound of the k-th largest score, and in a list without structure few scores lie above it: for 512 of 24,576 about 700.
 They are collected, and the k-th largest among them is found digit by digit, by histograms of 256 counts. Where more
 scores than fit lie above the bound, the digits are counted over the whole list: slower, and as exact.
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from data_gen.errors import InputError
 
-FEWEST, MOST = 16, 4096
+FEWEST, MOST = 16, 2048
 """Columns: twice as many as are wanted, so that the bound leaves few scores above it."""
 STEP = 8
 """Rows of the columns that are read at once; a kernel is compiled for every multiple of it."""
@@ -39,12 +39,12 @@ def select_resident(scores: torch.Tensor, slots: torch.Tensor, k: int) -> torch.
     depth = max(1, triton.cdiv(triton.cdiv(listed, columns), STEP)) * STEP
     _select[(batch,)](
         scores.contiguous(), slots.contiguous(), kept, best, listed, k,
-        COLUMNS=columns, DEPTH=depth, STEP=STEP, num_warps=max(1, columns // 128),
+        COLUMNS=columns, DEPTH=depth, STEP=STEP, num_warps=max(1, min(8, columns // 128)),
     )  # fmt: skip
     return best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])  # it changes on the way: a constant 1 must not take its place
 def _select(
     scores,  # [B, listed] fp32
     slots,  # [B, listed] int32
@@ -133,7 +133,8 @@ def _kth_largest(keys, k):
     """(the k-th largest of a tile of uint32, how many of its equals belong to the k largest)."""
     cut = tl.zeros([], tl.uint32)
     counted = keys >= 0
-    for shift in range(24, -1, -8):
+    for digit in range(4):
+        shift = 24 - 8 * digit
         byte = (keys >> shift) & 0xFF
         chosen, k = _digit(tl.histogram(byte.to(tl.int32), 256, mask=counted), k)
         counted = counted & (byte == chosen)
@@ -146,7 +147,8 @@ def _kth_largest_of_all(scores, listed, k, COLUMNS: tl.constexpr, DEPTH: tl.cons
     """`_kth_largest` of the whole list, read once a digit."""
     cut = tl.zeros([], tl.uint32)
     known = tl.zeros([], tl.uint32)
-    for shift in range(24, -1, -8):
+    for digit in range(4):
+        shift = 24 - 8 * digit
         counts = tl.zeros([256], tl.int32)
         for row in range(DEPTH):
             key = _ordered(scores, row * COLUMNS + tl.arange(0, COLUMNS), listed)

@@ -76,7 +76,7 @@ def test_other_layouts_are_refused():
     scores, slots = torch.zeros(2, 9), torch.zeros(2, 9, dtype=torch.int32)
     for bad, what in [
         ((scores, slots, 0), "best 0"),
-        ((scores, slots, topk.MOST), "best 4096"),
+        ((scores, slots, topk.MOST), "best 2048"),
         ((scores.double(), slots, 3), "float64"),
         ((scores, slots.long(), 3), "int64"),
         ((scores, slots[:, 1:], 3), "one shape"),
@@ -86,9 +86,10 @@ def test_other_layouts_are_refused():
 
 
 @compiled_only
-def test_compiled_for_sm_90():
+@pytest.mark.parametrize(("columns", "depth"), [(1024, 24), (2048, 16)])
+def test_compiled_for_sm_90(columns, depth):
     pointers = dict.fromkeys(["scores"], "*fp32:16") | dict.fromkeys(["slots", "kept", "best"], "*i32:16")
-    constants = {"COLUMNS": 1024, "DEPTH": 24, "STEP": topk.STEP}
+    constants = {"COLUMNS": columns, "DEPTH": depth, "STEP": topk.STEP}
     found = compile_sm90(topk._select, pointers | {"listed": "i32:16", "k": "i32:16"}, constants, num_warps=8)
     # four scores a load wherever the list is read; what was kept and the slots of the chosen come one by one
     assert found.spilled == 0 and set(found.load_bytes) == {4, 16} and found.load_bytes[16] >= 4 * topk.STEP
