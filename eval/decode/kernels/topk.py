@@ -1,6 +1,6 @@
 """Level 2's selection in Triton: the k best of a list of scores without a sort, one program a sequence.
 
-The list is read as COLUMNS interleaved columns, four or eight a thread. The k-th largest of the column maxima is a lower
+The list is read as interleaved columns, four or eight a thread. The k-th largest of the column maxima is a lower
 bound of the k-th largest score, and in a list without structure few scores lie above it: for 512 of 24,576 about 700.
 They are collected, and the k-th largest among them is found digit by digit, by histograms of 256 counts. Where more
 scores than fit lie above the bound, the digits are counted over the whole list: slower, and as exact.

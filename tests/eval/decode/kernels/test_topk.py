@@ -98,7 +98,7 @@ def test_compiled_for_sm_90(columns, depth):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_device():
-    for listed, k in [(24576, 512), (6144, 512), (300, 512), (24576, 1024), (100, 8)]:
+    for listed, k in [(24576, 512), (6144, 512), (300, 512), (24576, 1024), (100, 8), (24576, 1), (1, 1)]:
         check(listed, k, "cuda")
     for batch in (1, 32):
         given = problem(batch, 24576, 64, 128, device="cuda")
