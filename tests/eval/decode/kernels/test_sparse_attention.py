@@ -100,8 +100,9 @@ def test_other_layouts_are_refused():
 
 @compiled_only
 @pytest.mark.parametrize("tile", kernel.WARPS)
-def test_compiled_for_sm_90(tile):
-    signature = {"query": "*fp16:16"}
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_compiled_for_sm_90(tile, dtype):
+    signature = {"query": f"*{dtype}:16"}
     for side in ("far", "near"):
         signature |= {f"{side}_pages": "*u8:16", f"{side}_rope": "*bf16:16", f"{side}_scales": "*i64:16"}
         signature |= {f"{side}_slots": "*i32:16", f"{side}_count": "i32:16", f"{side}_stride": "i32:16"}
