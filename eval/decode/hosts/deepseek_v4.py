@@ -105,7 +105,7 @@ class DeepseekV4Host:
         return ResidentBytes(
             tensors=self.cache.resident_bytes(),
             served=chunks * len(self.cache.csa) * (entry + key),
-            keys=self.cache.total * len(self.cache.resident()) * len(self.layers) * key,
+            keys=self.cache.total * self.cache.batch * len(self.layers) * key,
         )
 
 

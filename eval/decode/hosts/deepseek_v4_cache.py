@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache
 
 from data_gen.backbones.deepseek_v4_hooks import CSA
+from data_gen.errors import InputError
 from data_gen.key_codec import encode_keys, hadamard
 from eval.decode.hosts.deepseek_v4_cold import ColdEntries
 from eval.decode.hosts.deepseek_v4_table import PAD, Move, ResidentTable
@@ -50,11 +51,15 @@ class ResidentCsaCache(DynamicCache):
         """Chunks made so far."""
         return self._csa_layers[0].entry_count["compressor"]
 
+    @property
+    def batch(self) -> int:
+        """Sequences read, 0 before any."""
+        hot = self._csa_layers[0].compressed_kv["compressor"]
+        return 0 if hot is None else len(hot)
+
     def resident(self) -> list[torch.Tensor]:
         """The resident chunks of each sequence, ascending."""
-        hot = self._csa_layers[0].compressed_kv["compressor"]
-        batch = 1 if hot is None else len(hot)
-        return [row[row != PAD] for row in self.table.chunks(self.total, batch)]
+        return [row[row != PAD] for row in self.table.chunks(self.total, self.batch)]
 
     def stage(self) -> None:
         """Copy the chunks made since the last time to the cold side, and encode their keys."""
@@ -88,10 +93,11 @@ class ResidentCsaCache(DynamicCache):
     def keep(self, resident: Sequence[torch.Tensor]) -> Move:
         """Make exactly these chunks resident, one [R] of ascending ids a sequence; later ones join on their own.
 
-        Raises InputError for ids that are not ascending chunks made so far.
+        Raises InputError for another number of sequences, and for ids that are not ascending chunks made so far.
         """
-        if self.get_seq_length():
-            self.stage()
+        if len(resident) != self.batch:
+            raise InputError(f"{len(resident)} resident sets, but the cache holds {self.batch} sequences: one for each")
+        self.stage()
         move = self.table.move_to(resident, self.total)
         fetched = self.cold.fetch(*move.fetch, self._csa_layers[0].device) if move.fetched else None
         for ordinal, layer in enumerate(self._csa_layers if self.total else []):

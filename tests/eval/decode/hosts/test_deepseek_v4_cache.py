@@ -134,3 +134,5 @@ def test_bad_sets_are_named(models, chunks):
     read(models["fp32"], cache, IDS[:1, :62], [62])
     with pytest.raises(InputError, match="sequence 0: must be ascending, without repeats, below 15"):
         cache.keep([torch.tensor(chunks)])
+    with pytest.raises(InputError, match="2 resident sets, but the cache holds 1 sequences"):
+        cache.keep([torch.arange(3)] * 2)
