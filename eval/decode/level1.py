@@ -2,20 +2,20 @@
 
 Needs keys and hidden states, no model: a serving engine calls it with its own key pool.
 
-    level1 = Level1(load_bundle(folder), Limits(cap=24_576))
+    level1 = open_level1(load_bundle(folder), Limits(cap=24_576))
     queries = level1.queries(hidden, positions)  # hidden [B, L, hidden]: what the indexer's layers read
     resident = level1.resident(queries, PagedKeys(pages, table))
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 
 from data_gen.errors import InputError
 from data_gen.key_codec import PAGE, SCALE_BYTES, pages_to_rows, rows_to_pages
 from data_gen.keys import key_vectors
-from eval.decode.select import Limits, Resident, resident_chunks
+from eval.decode.select import Limits, Resident, densest_pages, resident_chunks
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.scoring import join_layers
 from indexer_train.selection import Budget, Threshold
@@ -96,6 +96,38 @@ class Level1:
         spec = self.indexer.spec
         positions = queries[:, -1].long()
         return resident_chunks(self.scores(queries, keys), positions, spec.chunking, self.selection, self.limits)
+
+    def resident_pages(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor, most: int) -> Resident:
+        """Up to `most` pages in place of chunks: those of protected ones and the densest; arguments as `scores`."""
+        positions = queries[:, -1].long()
+        return densest_pages(self.scores(queries, keys), positions, self.indexer.spec.chunking, self.selection, most)
+
+
+def open_level1(
+    indexer: MemoryIndexer,
+    limits: Limits,
+    selection: Budget | Threshold | None = None,
+    backend: Literal["auto", "torch", "triton"] = "auto",
+) -> Level1:
+    """Level 1 on the indexer's device; `auto`: Triton on a GPU where it is installed and has all that the bundle needs.
+
+    Raises InputError when `triton` is asked for and is not installed, has no GPU, or lacks a term of the bundle.
+    """
+    if backend == "torch" or (backend == "auto" and indexer.device.type != "cuda"):
+        return Level1(indexer, limits, selection)
+    try:
+        from eval.decode.level1_triton import TritonLevel1
+
+        return TritonLevel1(indexer, limits, selection)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        if backend == "triton":
+            raise InputError("backend: triton is not installed; `pip install triton` or use torch") from error
+    except InputError:
+        if backend == "triton":
+            raise
+    return Level1(indexer, limits, selection)
 
 
 def check_keys(spec: IndexerSpec, keys: PagedKeys | torch.Tensor, sequences: int) -> int:

@@ -50,6 +50,8 @@ class TritonLevel1(Level1):
     ) -> None:
         super().__init__(indexer, limits, selection)
         check_terms(indexer.spec)
+        if indexer.device.type != "cuda" and not triton.knobs.runtime.interpret:
+            raise InputError("backend: triton needs a CUDA device; use the torch backend")
         self.fp8 = fp8
         budget = isinstance(self.selection, Budget)
         cuts = [] if budget else self.selection.cuts

@@ -11,7 +11,7 @@ from data_gen.chunks import Chunking
 from data_gen.errors import InputError
 from data_gen.key_codec import decode_keys, encode_keys, rows_to_pages
 from data_gen.rope import Rope
-from eval.decode.level1 import TILE, Level1, PagedKeys
+from eval.decode.level1 import TILE, Level1, PagedKeys, open_level1
 from eval.decode.select import Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
@@ -104,6 +104,9 @@ def test_sequences_share_a_pool_in_any_layout():
     for row, history in enumerate([keys, other]):
         alone = level1.resident(queries[row : row + 1], PagedKeys.from_rows(history))
         assert torch.equal(resident.row(row), alone.row(0)) and len(alone.row(0)) > 9
+    pages = level1.resident_pages(queries, paged, 4)
+    asked = set((resident.row(0) // 64).tolist())
+    assert pages.counts.tolist() == [4, 3] and set(pages.row(0).tolist()) < asked and pages.row(1).tolist() == [0, 1, 2]
 
 
 def test_refusals():
@@ -124,6 +127,16 @@ def test_refusals():
     damaged[3, 1, 5] = 0x7F
     with pytest.raises(InputError, match="NaN code"):
         level1.scores(queries, PagedKeys.from_rows(damaged))
+
+
+def test_backends_by_name(monkeypatch):
+    indexer, limits = make_indexer(), Limits(cap=20)
+    assert type(open_level1(indexer, limits)) is Level1 and type(open_level1(indexer, limits, None, "torch")) is Level1
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("level1_triton", "kernels.level1", "kernels.limits"):
+        monkeypatch.delitem(sys.modules, f"eval.decode.{name}", raising=False)
+    with pytest.raises(InputError, match="triton is not installed"):
+        open_level1(indexer, limits, backend="triton")
 
 
 MEMORY = """

@@ -10,7 +10,7 @@ from data_gen.key_codec import encode_keys
 from data_gen.rope import Rope
 from eval.decode.kernels.level1 import score_kernel
 from eval.decode.kernels.limits import limit_kernel
-from eval.decode.level1 import Level1, PagedKeys
+from eval.decode.level1 import Level1, PagedKeys, open_level1
 from eval.decode.level1_triton import PROGRAMS_AN_SM, TritonLevel1, registers, score_constants
 from eval.decode.select import Limits
 from indexer_train.config import IndexerConfig
@@ -68,8 +68,10 @@ def check_against_torch(indexer, queries, keys, limits, selection) -> None:
         torch.testing.assert_close(scores, expected, atol=2e-4, rtol=2e-4)
         torch_backend.scores = lambda *_, found=scores: found
         wanted, found = torch_backend.resident(queries, keys), kernel.resident(queries, keys)
+        pages = torch_backend.resident_pages(queries, keys, 4), kernel.resident_pages(queries, keys, 4)
         for name in ("counts", "demand", "ids"):
             assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+            assert torch.equal(getattr(pages[0], name), getattr(pages[1], name)), name
 
 
 def middle(indexer: MemoryIndexer, queries: torch.Tensor, keys: PagedKeys) -> Threshold:
@@ -257,6 +259,13 @@ def per_call(level1: TritonLevel1, queries: torch.Tensor, pages: torch.Tensor, t
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(tables))
     return sorted(times[5:])[10]
+
+
+@compiled_only
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_device_is_told():
+    with pytest.raises(InputError, match="triton needs a CUDA device"):
+        open_level1(make_indexer(), Limits(cap=40), backend="triton")
 
 
 @compiled_only
