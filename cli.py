@@ -420,7 +420,9 @@ def _benchmark(bundle: Path, backbone: Any, config: Any, out: Path) -> None:
     found, notes = run_benchmark(adapter(model), tokenizer, indexer, config, out, _progress)
     results = write_results(out, **found)
     page, _ = write_report(out)
-    typer.echo(f"{benchmark_table(found['benchmark'])}\n\n{fidelity_table(found['benchmark_text'])}\n")
+    typer.echo(f"{benchmark_table(found['benchmark'])}\n")
+    if found["benchmark_text"]:
+        typer.echo(f"{fidelity_table(found['benchmark_text'])}\n")
     typer.echo("\n".join([*notes, f"results: {results}", f"report: {page}"]))
 
 
