@@ -1,12 +1,13 @@
 """Training speed and memory, beside the FlashMemory release's trainer on the same documents.
 
-    python -m benchmarks.train [--release CHECKOUT] [--heads 128 --rank 2048] [--steps 16] [--rounds 3]
+    python -m benchmarks.train [--release CHECKOUT] [--heads 128 --rank 2048] [--steps 16] [--rounds 3] [--long]
 
 Data: 8 documents, 512 query tokens, 4,096 chunks, 3 layers, hidden 4096, about 2 % of the chunks golden in a window,
 batches of 64 tokens, focal loss, 3 negatives for each positive. Prints samples per CPU-second of the steps alone (one
 thread; batches made in the same thread), peak resident memory up to the last step, and how far the two losses are
 apart on one batch with the same weights. The release is its dataset, collation, model, loss, AdamW and clipping, called
-in the order of its own loop. Without --release it says so and measures ours alone.
+in the order of its own loop. Without --release it says so and measures ours alone. --long measures ours on documents
+of 262,144 chunks as well, and what it takes to read the keys of one.
 """
 
 import argparse
@@ -33,6 +34,7 @@ LAYERS = [10, 12, 20]
 HIDDEN, TOKENS, WINDOW, BATCH, NEGATIVES, GOLDEN = 4096, 512, 64, 64, 3, 3
 WARM_UP = 3
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+LONG = 262_144
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-2
 
 
@@ -103,7 +105,11 @@ def measure_ours(folder: Path, heads: int, rank: int, steps: int) -> dict[str, f
     trainer.add_callback(Clock())
     with contextlib.suppress(KeyboardInterrupt):
         trainer.train()
-    return {"speed": steps * BATCH / found["seconds"], "memory": found["memory"]}
+    document, start = next(iter(store)), time.process_time()
+    for layer in LAYERS:
+        document.keys(layer).clone()
+    keys = time.process_time() - start
+    return {"speed": steps * BATCH / found["seconds"], "memory": found["memory"], "keys": keys}
 
 
 def measure_release(folder: Path, checkout: Path, heads: int, rank: int, steps: int) -> dict[str, float]:
@@ -211,6 +217,18 @@ def compare_losses(folder: Path, checkout: Path, heads: int, rank: int) -> dict[
     return {"ours": float(ours), "release": float(theirs)}
 
 
+def write_store(folder: Path, documents: int, chunks: int) -> Path:
+    """Dumps in `folder`, and the same documents as a trace store."""
+    from data_gen.flashmemory.folder import import_dumps
+
+    folder.mkdir()
+    write_dumps(folder, documents, chunks)
+    chunking = Chunking(tokens=4, sink=0, recent=0)
+    trace = TraceConfig(chunking=chunking, layers=LAYERS, oracle="indexer", window=WINDOW)
+    import_dumps(folder, folder / "store", trace, lambda items, _: items)
+    return folder
+
+
 def main() -> None:
     """Write the documents, then measure each side in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -221,6 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--chunks", type=int, default=4096)
+    parser.add_argument("--long", action="store_true", help=f"Measure ours on documents of {LONG:,} chunks too.")
     parser.add_argument("--measure", choices=["ours", "release", "losses"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -235,44 +254,46 @@ def main() -> None:
             found = compare_losses(arguments.folder, arguments.release, heads, rank)
         print(f"\nmeasured {json.dumps(found)}")
         return
-    from data_gen.flashmemory.folder import import_dumps
-
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_dumps(folder, arguments.documents, arguments.chunks)
-        chunking = Chunking(tokens=4, sink=0, recent=0)
-        trace = TraceConfig(chunking=chunking, layers=LAYERS, oracle="indexer", window=WINDOW)
-        import_dumps(folder, folder / "store", trace, lambda items, _: items)
+        data = write_store(Path(name) / "data", arguments.documents, arguments.chunks)
 
-        def run(what: str, **environment: str) -> dict[str, float]:
-            command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--measure", what, "--folder", name]
+        def run(what: str, folder: Path, **environment: str) -> dict[str, float]:
+            command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--measure", what, "--folder", folder]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **environment}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 sys.exit(f"{what} failed:\n{done.stderr[-2000:]}")
             return json.loads(re.findall(r"^measured (.*)$", done.stdout, re.M)[-1])
 
-        sides = {"ours": ("ours", HUGE_PAGES)}  # as the `lookahead` command sets it
+        sides = {"ours": ("ours", data, HUGE_PAGES)}  # as the `lookahead` command sets it
+        if arguments.long:
+            sides["ours, long"] = ("ours", write_store(Path(name) / "long", 3, LONG), HUGE_PAGES)
         if arguments.release is not None:
-            sides |= {"release": ("release", {}), "release, huge pages": ("release", HUGE_PAGES)}
+            sides |= {"release": ("release", data, {}), "release, huge pages": ("release", data, HUGE_PAGES)}
         runs = {side: [] for side in sides}
         for _ in range(arguments.rounds):  # in turns: a shared machine is not equally fast all the time
-            for side, (what, environment) in sides.items():
-                runs[side].append(run(what, **environment))
+            for side, (what, folder, environment) in sides.items():
+                runs[side].append(run(what, folder, **environment))
         speed = {side: statistics.median(found["speed"] for found in runs[side]) for side in sides}
         print(f"H {heads}, R {rank}, N {arguments.chunks}, one thread, median of {arguments.rounds}")
         for side, found in runs.items():
             line = f"{side}: {speed[side]:.1f} samples per CPU-second, "
             line += f"peak memory {max(each['memory'] for each in found):.2f} GiB"
-            if side != "ours":
+            if side.startswith("release"):
                 line += (
                     f", {found[0]['padding']:.0%} of its slots are padding; ours is {speed['ours'] / speed[side]:.2f}x"
                 )
             print(line)
+        if arguments.long:
+            more = 1000 * BATCH * (1 / speed["ours, long"] - 1 / speed["ours"])
+            keys = 1000 * statistics.median(found["keys"] for found in runs["ours, long"])
+            print(
+                f"N {LONG}: {more:+.0f} ms a batch of {BATCH}; reading the keys of one document once takes {keys:.0f} ms"
+            )
         if arguments.release is None:
             print("release: not measured, no checkout was given (--release)")
             return
-        losses = run("losses")
+        losses = run("losses", data)
         gap = abs(losses["ours"] - losses["release"])
         print(f"loss on one batch: ours {losses['ours']:.7f}, release {losses['release']:.7f}, apart {gap:.1e}")
 
