@@ -8,7 +8,7 @@ import triton
 from data_gen.errors import InputError
 from data_gen.key_codec import PAGE
 from eval.decode.kernels.level1 import score_kernel
-from eval.decode.kernels.limits import limit_kernel
+from eval.decode.kernels.limits import SCRATCH, STEPS, limit_kernel
 from eval.decode.level1 import Level1, PagedKeys, check_keys
 from eval.decode.select import Limits, Resident
 from indexer_train.model import IndexerSpec, MemoryIndexer
@@ -18,6 +18,9 @@ PROGRAMS_AN_SM = {False: 3, True: 2}
 """What fits, without and with fp8 queries, which take more registers: all share an SM's 65,536 (`registers`)."""
 STAGES = 6
 """Depth of the pipeline that gives two pages in flight: a page's address is loaded first."""
+LIMIT_PROGRAMS = 128
+"""Of the second launch, together: few enough to run at once on any part of a GPU that it may be given."""
+LIMIT_TILE = 2048
 FOREVER = 2**31 - 1
 
 
@@ -28,6 +31,9 @@ class Buffers:
     logits: torch.Tensor
     scores: torch.Tensor
     status: torch.Tensor
+    scratch: torch.Tensor
+    shares: torch.Tensor
+    found: torch.Tensor
     ids: torch.Tensor
     counts: torch.Tensor
     demand: torch.Tensor
@@ -60,7 +66,7 @@ class TritonLevel1(Level1):
         self.cut_ends = torch.tensor(ends, dtype=torch.int32, device=device)
         self.cut_scores = torch.tensor([cut.score for cut in cuts] or [torch.inf], device=device)
         share = self.selection.budget if budget else 0.0
-        self.share = torch.tensor([share], dtype=torch.float64, device=device)
+        self.budget = torch.tensor([share], dtype=torch.float64, device=device)
         self._buffers: dict[tuple[int, int], Buffers] = {}
 
     def scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
@@ -75,7 +81,7 @@ class TritonLevel1(Level1):
         return Resident(buffers.ids, buffers.counts, buffers.demand)
 
     def _launch(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Buffers:
-        spec, chunking = self.indexer.spec, self.indexer.spec.chunking
+        spec = self.indexer.spec
         check_keys(spec, keys, len(queries))
         if not isinstance(keys, PagedKeys):
             raise InputError("keys: the Triton backend reads pages (PagedKeys) only; use the torch backend")
@@ -88,16 +94,20 @@ class TritonLevel1(Level1):
         values, scales = pages.view(torch.float8_e4m3fn), pages.view(torch.float32)
         score_kernel[(runs * layers, sequences)](
             queries, queries.stride(0), values, *values.stride()[:2], scales, *scales.stride()[:2], table, width,
-            self.cut_ends, self.cut_scores, buffers.logits, buffers.scores, buffers.status, buffers.ids,
-            buffers.counts, self.limits.cap, num_warps=4, maxnreg=registers(self.fp8),
+            self.cut_ends, self.cut_scores, buffers.logits, buffers.scores, buffers.status, buffers.scratch,
+            buffers.ids, buffers.found, self.limits.cap, num_warps=4, maxnreg=registers(self.fp8),
             **score_constants(spec, len(self.cut_ends), runs, self.fp8),
         )  # fmt: skip
-        limit_kernel[(sequences,)](
-            queries[:, -1], queries.stride(0), buffers.scores, width * PAGE, buffers.status, buffers.ids,
-            buffers.counts, buffers.demand, self.share, self.limits.floor, self.limits.cap,
-            BUDGET=isinstance(self.selection, Budget), TOKENS=chunking.tokens, SINK=chunking.sink,
-            RECENT=chunking.recent, STATUS=runs * layers, TILE=4096, num_warps=16,
-        )  # fmt: skip
+        parts = buffers.shares.shape[1]
+        constants = limit_constants(spec, isinstance(self.selection, Budget), runs * layers, parts)
+        # The interpreter runs a launch's programs one after the other: they cannot meet between two steps.
+        steps = [(0, STEPS.value)] if pages.is_cuda else [(step, step + 1) for step in range(STEPS.value)]
+        for first, last in steps:
+            limit_kernel[(parts, sequences)](
+                queries[:, -1], queries.stride(0), buffers.scores, width * PAGE, buffers.found, buffers.scratch,
+                buffers.shares, buffers.status, buffers.ids, buffers.counts, buffers.demand, self.budget,
+                self.limits.floor, self.limits.cap, FIRST=first, LAST=last, num_warps=8, **constants,
+            )  # fmt: skip
         return buffers
 
     def _allocated(self, sequences: int, width: int) -> Buffers:
@@ -105,10 +115,14 @@ class TritonLevel1(Level1):
             device, layers = self.indexer.device, len(self.indexer.spec.layers)
             processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
             runs = max(1, min(width, PROGRAMS_AN_SM[self.fp8] * processors // (layers * sequences)))
+            parts = max(1, min(LIMIT_PROGRAMS // sequences, width * PAGE // LIMIT_TILE))
             self._buffers[sequences, width] = Buffers(
                 logits=torch.empty(sequences, layers, width * PAGE, device=device),
                 scores=torch.empty(sequences, width * PAGE, device=device),
                 status=torch.zeros(sequences, runs * layers, dtype=torch.int32, device=device),
+                scratch=torch.empty(sequences, SCRATCH.value, dtype=torch.int32, device=device),
+                shares=torch.empty(sequences, parts, 2, dtype=torch.int32, device=device),
+                found=torch.empty(sequences, dtype=torch.int32, device=device),
                 ids=torch.empty(sequences, self.limits.cap, dtype=torch.int32, device=device),
                 counts=torch.empty(sequences, dtype=torch.int32, device=device),
                 demand=torch.empty(sequences, dtype=torch.int32, device=device),
@@ -156,4 +170,17 @@ def score_constants(spec: IndexerSpec, cuts: int, runs: int, fp8: bool) -> dict[
         "TILE": 1024,
         "FP8": fp8,
         "STAGES": STAGES,
+    }
+
+
+def limit_constants(spec: IndexerSpec, budget: bool, status: int, parts: int) -> dict[str, object]:
+    """The compile-time arguments of `limit_kernel`, but for the steps."""
+    return {
+        "BUDGET": budget,
+        "TOKENS": spec.chunking.tokens,
+        "SINK": spec.chunking.sink,
+        "RECENT": spec.chunking.recent,
+        "STATUS": status,
+        "TILE": LIMIT_TILE,
+        "PARTS": triton.next_power_of_2(parts),
     }

@@ -9,6 +9,8 @@ counts stay on the device; nothing is sorted.
 import triton
 import triton.language as tl
 
+from eval.decode.kernels.limits import SCRATCH
+
 PAGE = tl.constexpr(64)
 
 
@@ -29,8 +31,9 @@ def score_kernel(
     logits,  # [B, L, T * 64] fp32
     scores,  # [B, T * 64] fp32, the joined logits
     status,  # [B, runs * L] int32, zero; left above zero
+    scratch,  # [B, SCRATCH] int32, set to zero for the next launch
     ids,  # [B, cap] int32
-    counts,  # [B] int32; -1 where the table is too short for the position
+    found,  # [B] int32, how many; -1 where the table is too short for the position
     cap,
     LAYERS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -67,6 +70,10 @@ def score_kernel(
         table + sequence * table_width, row, position, first, last, visible,
         HEADS, WIDTH, BUMPS, SCALE, SLOT, BIAS, TOKENS, BUMP_TILE, FP8, STAGES,
     )  # fmt: skip
+    if tl.program_id(0) == 0:
+        for start in range(0, SCRATCH, TILE):
+            at = start + tl.arange(0, TILE)
+            tl.store(scratch + sequence * SCRATCH + at, tl.zeros([TILE], tl.int32), mask=at < SCRATCH)
     tl.debug_barrier()  # all threads have written before one says so
     flags = status + sequence * runs * LAYERS
     if layer < LAYERS - 1:
@@ -81,7 +88,7 @@ def score_kernel(
             threshold = tl.where(position < end, tl.load(cut_scores + CUTS - 2 - cut), threshold)
         compact_run(
             logits + sequence * LAYERS * table_width * PAGE, scores + sequence * table_width * PAGE,
-            table_width * PAGE, flags, ids + sequence * cap, counts + sequence, cap,
+            table_width * PAGE, flags, ids + sequence * cap, found + sequence, cap,
             first * PAGE, last * PAGE, visible, seen, threshold, run, runs,
             LAYERS, JOIN, SINK, RECENT, RUNS, TILE,
         )  # fmt: skip

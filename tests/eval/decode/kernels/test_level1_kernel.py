@@ -8,10 +8,11 @@ from data_gen.chunks import Chunking
 from data_gen.errors import InputError
 from data_gen.key_codec import encode_keys
 from data_gen.rope import Rope
+from eval.decode import level1_triton
 from eval.decode.kernels.level1 import score_kernel
 from eval.decode.kernels.limits import limit_kernel
 from eval.decode.level1 import Level1, PagedKeys, open_level1
-from eval.decode.level1_triton import PROGRAMS_AN_SM, TritonLevel1, registers, score_constants
+from eval.decode.level1_triton import PROGRAMS_AN_SM, TritonLevel1, limit_constants, registers, score_constants
 from eval.decode.select import Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
@@ -97,18 +98,26 @@ def test_ragged_batches(chunks):
     check_against_torch(indexer, queries, keys, Limits(cap=300), middle(indexer, queries, keys))
 
 
+@pytest.fixture
+def many_programs(monkeypatch):
+    """The second launch shares a few hundred chunks among as many programs as it would a million tokens."""
+    monkeypatch.setattr(level1_triton, "LIMIT_TILE", 64)
+
+
 @in_interpreter
-@pytest.mark.parametrize("floor_cap", [(0, 400), (0, 9), (0, 40), (390, 400), (60, 80)])
-@pytest.mark.parametrize("score", [-99.0, None, 99.0])
-def test_floor_and_cap(floor_cap, score):
+@pytest.mark.parametrize(
+    ("floor", "cap", "score"),
+    [(0, 400, -99.0), (0, 40, -99.0), (0, 9, None), (0, 40, None), (330, 400, None), (0, 400, 99.0), (60, 80, 99.0)],
+)
+def test_floor_and_cap(floor, cap, score, many_programs):
     indexer = make_indexer(layers=1)
     queries, keys = inputs(indexer, 330, 77)
     rule = middle(indexer, queries, keys) if score is None else Threshold(cuts=[Cut(score=score)])
-    check_against_torch(indexer, queries, keys, Limits(floor=floor_cap[0], cap=floor_cap[1]), rule)
+    check_against_torch(indexer, queries, keys, Limits(floor=floor, cap=cap), rule)
 
 
 @in_interpreter
-def test_budgets_ties_and_cuts_by_length():
+def test_budgets_ties_and_cuts_by_length(many_programs):
     indexer = make_indexer(layers=1, bumps=0, terms=False)
     queries, keys = inputs(indexer, 330, 77)
     keys.table[0, :3] = keys.table[0, 3]  # the same page four times: ties
@@ -159,12 +168,13 @@ SCORE_ARGUMENTS = {
     "queries": "*fp32:16", "query_stride": "i32", "values": "*fp8e4nv:16", "page_stride": "i32:16",
     "layer_stride": "i32:16", "scales": "*fp32:16", "scale_page_stride": "i32:16", "scale_layer_stride": "i32:16",
     "table": "*i32:16", "table_width": "i32:16", "cut_ends": "*i32:16", "cut_scores": "*fp32:16",
-    "logits": "*fp32:16", "scores": "*fp32:16", "status": "*i32:16", "ids": "*i32:16", "counts": "*i32:16",
-    "cap": "i32:16",
+    "logits": "*fp32:16", "scores": "*fp32:16", "status": "*i32:16", "scratch": "*i32:16", "ids": "*i32:16",
+    "found": "*i32:16", "cap": "i32:16",
 }  # fmt: skip
 LIMIT_ARGUMENTS = {
-    "positions": "*fp32", "position_stride": "i32", "scores": "*fp32:16", "chunks": "i32:16", "status": "*i32:16",
-    "ids": "*i32:16", "counts": "*i32:16", "demand": "*i32:16", "share": "*fp64:16", "floor": "i32", "cap": "i32:16",
+    "positions": "*fp32", "position_stride": "i32", "scores": "*fp32:16", "chunks": "i32:16", "found": "*i32:16",
+    "scratch": "*i32:16", "shares": "*i32:16", "status": "*i32:16",
+    "ids": "*i32:16", "counts": "*i32:16", "demand": "*i32:16", "budget": "*fp64:16", "floor": "i32", "cap": "i32:16",
 }  # fmt: skip
 
 
@@ -187,10 +197,10 @@ def test_scores_on_tensor_cores_without_spills(fp8, bumps):
 @compiled_only
 @pytest.mark.parametrize("budget", [False, True])
 def test_limits_without_spills(budget):
-    constants = {"BUDGET": budget, "TOKENS": 4, "SINK": 1, "RECENT": 8, "STATUS": 396, "TILE": 4096}
-    found = compile_sm90(limit_kernel, LIMIT_ARGUMENTS, constants, num_warps=16)
+    constants = limit_constants(make_indexer().spec, budget, 396, 128) | {"FIRST": 0, "LAST": 6}
+    found = compile_sm90(limit_kernel, LIMIT_ARGUMENTS, constants, num_warps=8)
     assert found.spilled == 0
-    assert not {1, 2} & set(found.load_bytes) and found.load_bytes[16] >= 10
+    assert not {1, 2} & set(found.load_bytes) and found.load_bytes[16] >= 6
 
 
 SIZES = [262_144, 65_536, 16_384]
