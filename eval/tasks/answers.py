@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from eval.decode.session import Session
 from eval.tasks.config import BenchmarkConfig
 from eval.tasks.examples import Example, TextExample
 from eval.tasks.oracle import Foresight
+from eval.tasks.prefill import Prefill
 from eval.tasks.scorers import SCORERS
 from indexer_train.model import MemoryIndexer
 
@@ -38,14 +40,19 @@ class Runner:
     thinking: bool
     context: int
 
+    @cached_property
+    def prefill(self) -> Prefill:
+        """Reads the prompts."""
+        return Prefill(lambda: open_session(self.model, self.indexer.spec))
+
     @property
     def policies(self) -> list[str]:
         """The asked policies that this backbone has."""
         known = {*decode_policies(self.indexer), "oracle"}
         return [name for name in self.config.policies if name in known]
 
-    def run(self, example: Example | TextExample) -> Record:
-        """The record of one example."""
+    def run(self, example: Example | TextExample, after: Example | None = None) -> Record:
+        """The record of one example; what its prompt shares with that of `after`, the next one, is read once."""
         follows = isinstance(example, TextExample)
         record: Record = {
             "name": example.name,
@@ -66,8 +73,8 @@ class Runner:
             record["left_out"] = f"longer than the backbone's context ({self.context} tokens)"
         if record["left_out"]:
             return record
-        session = open_session(self.model, self.indexer.spec)
-        session.read(prompt)
+        following = None if after is None else after.prompt(self.tokenizer, self.thinking)[:-1]
+        session = self.prefill.read(prompt, following)
         measure = _Fidelity(example.tokens[place + 1 :]) if follows else None
         foresight = Foresight(self.indexer.spec.window)
         known = {**decode_policies(self.indexer), "oracle": foresight}

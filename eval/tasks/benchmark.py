@@ -20,6 +20,7 @@ from eval.tasks.formats import read_benchmark
 from eval.tasks.generated import generate_examples
 from eval.tasks.haystack import Haystack
 from eval.tasks.journal import Journal
+from eval.tasks.prefill import in_order
 from eval.tasks.summary import accuracy_rows, depth_rows, fidelity_rows, left_out_lines
 from indexer_train.model import MemoryIndexer
 
@@ -45,18 +46,21 @@ def benchmark(
     trained = None if documents is None else documents.tokens[1]
     thinking = documents is not None and documents.thinking
     runner = Runner(backbone.model, tokenizer, indexer, config, thinking, backbone.info.context)
-    examples: dict[str, Callable[[], Example | TextExample]] = {}
+    generated: dict[str, Callable[[], Example | TextExample]] = {}
     haystack = None
     if config.tasks or not config.files:
         lengths = _lengths(config, trained, backbone.info.context)
         haystack = _haystack(config, documents, tokenizer, max(lengths))
-        examples |= generate_examples(config, lengths, haystack, tokenizer, thinking)
-    for file in config.files:
-        examples |= {example.name: lambda same=example: same for example in read_benchmark(file, tokenizer)}
+        generated |= generate_examples(config, lengths, haystack, tokenizer, thinking)
+    read = [example for file in config.files for example in read_benchmark(file, tokenizer)]
+    asked: dict[str, Callable[[], tuple[Example | TextExample, Example | None]]] = {
+        name: lambda build=build: (build(), None) for name, build in generated.items()
+    }
+    asked |= {example.name: lambda pair=(example, after): pair for example, after in in_order(read)}
     journal = Journal(out / JOURNAL, _settings(runner, haystack))
-    for name in progress([name for name in examples if name not in journal.records], "asking"):
-        journal.add(runner.run(examples[name]()))
-    records = [journal.records[name] for name in examples]
+    for name in progress([name for name in asked if name not in journal.records], "asking"):
+        journal.add(runner.run(*asked[name]()))
+    records = [journal.records[name] for name in [*generated, *(example.name for example in read)]]
     notes = left_out_lines(records)
     if missing := [name for name in config.policies if name not in runner.policies]:
         notes.append(f"not run: {', '.join(missing)} (this backbone has none)")
