@@ -75,6 +75,25 @@ def choose(indexer, host):
     return sets
 
 
+def generated(model, indexer, ids):
+    """What stock `generate` writes with the host's cache, the set fixed before every TAU-th token that is read."""
+    host, read = DeepseekV4Host(model, LAYERS), []
+
+    def refresh(module, args, kwargs):
+        if read and (len(read) - 1) % TAU == 0:
+            host.keep(choose(indexer, host))
+        read.append(1)
+
+    hook = model.register_forward_pre_hook(refresh, with_kwargs=True)
+    with host.attached():
+        tokens = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=host.cache, do_sample=False,
+            max_new_tokens=4 * TAU, eos_token_id=None,
+        )  # fmt: skip
+    hook.remove()
+    return tokens
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 2])
 def test_decoding_under_an_indexer_is_the_masked_stock_model(model, indexer, batch):
@@ -82,7 +101,7 @@ def test_decoding_under_an_indexer_is_the_masked_stock_model(model, indexer, bat
     with host.attached():
         logits = model(IDS[:batch, :120], past_key_values=host.cache).logits[:, -1:]
     model(IDS[:batch, :120], past_key_values=stock)
-    sets_seen = []
+    sets_seen, written = [], [logits.argmax(-1)]
     for step in range(4 * TAU):
         if step % TAU == 0:
             total = host.cache.total
@@ -102,7 +121,11 @@ def test_decoding_under_an_indexer_is_the_masked_stock_model(model, indexer, bat
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         for chunks, resident in zip(after, host.cache.resident(), strict=True):
             assert set(resident.tolist()) == chunks | set(range(total, host.cache.total))
+        written.append(logits.argmax(-1))
     assert len({window[0] for window in sets_seen}) == 4  # the set did change
+    assert torch.equal(
+        generated(model, indexer, IDS[:batch, :120]), torch.cat([IDS[:batch, :120], *written[:-1]], dim=1)
+    )
     chunks = sum(map(len, host.cache.resident()))
     used = host.resident_bytes()
     assert used.tensors == chunks * 4 * (32 + 16) * 4  # 4 CSA layers, fp32
