@@ -1,7 +1,7 @@
 """Files for the toolkit: chats to trace, and tests in RULER's format. `python -m recipes.pocket_v4.documents --out X`.
 
 X/chats.jsonl: the training language, each answer a message of its own; X/tests/TASK-LENGTH.jsonl: questions at the end
-of documents of LENGTH tokens. No test document is among the model's or the indexer's training documents.
+of texts of LENGTH tokens. No test document is among the model's or the indexer's training documents.
 """
 
 import argparse
@@ -11,10 +11,10 @@ from pathlib import Path
 from random import Random
 
 from recipes.pocket_v4.config import PocketConfig, load_config
-from recipes.pocket_v4.evaluate import documents_of
-from recipes.pocket_v4.tasks import TASKS, training_document
+from recipes.pocket_v4.tasks import test_documents, training_document
 from recipes.pocket_v4.words import Lexicon, build_lexicon
 
+ASKED = ("multi_key", "multi_value", "tracking", "copy")
 Message = dict[str, str]
 
 
@@ -39,15 +39,18 @@ def write_chats(config: PocketConfig, path: Path, count: int, lengths: tuple[int
     _write(path, rows)
 
 
-def write_tests(config: PocketConfig, folder: Path, task: str, length: int, count: int) -> None:
-    """The first `count` test documents of a task and length."""
-    documents = documents_of(config, task, length, count)
-    rows = []
-    for index, document in enumerate(documents):
-        answer = document.answer.split()
-        outputs = answer[::2] if task == "multi_value" else [document.answer]  # several values may come in any order
-        rows.append({"index": index, "input": document.prompt, "outputs": outputs, "length": length})
-    _write(folder / f"{task}-{length}.jsonl", rows)
+def write_tests(config: PocketConfig, folder: Path, length: int, count: int) -> None:
+    """`count` texts of a length with a question of each task: those on one text begin alike and are read once."""
+    lexicon, rng = build_lexicon(config.vocabulary), Random(f"tests/{length}")
+    distractors = min(config.evaluation.distractors, length // 64)
+    texts = [test_documents(lexicon, ASKED, length, distractors, rng) for _ in range(count)]
+    for place, task in enumerate(ASKED):
+        rows = []
+        for index, documents in enumerate(texts):
+            answer = documents[place].answer.split()
+            outputs = answer[::2] if task == "multi_value" else [" ".join(answer)]  # values may come in any order
+            rows.append({"index": index, "input": documents[place].prompt, "outputs": outputs, "length": length})
+        _write(folder / f"{task}-{length}.jsonl", rows)
 
 
 def _write(path: Path, rows: list[dict[str, object]]) -> None:
@@ -61,14 +64,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--chats", type=int, default=80)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--tests", type=int, nargs="+", default=[12, 12, 8, 4, 2], help="for each length, of each task")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--tests", type=int, nargs="+", default=[16, 12, 4], help="texts of each length")
     args = parser.parse_args()
     config = load_config(args.config)
     write_chats(config, args.out / "chats.jsonl", args.chats, (512, 4096))
     for length, count in zip(args.lengths, args.tests, strict=True):
-        for task in TASKS:
-            write_tests(config, args.out / "tests", task, length, count)
+        write_tests(config, args.out / "tests", length, count)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from recipes.pocket_v4.card import write_card
 from recipes.pocket_v4.config import PocketConfig, load_config
 from recipes.pocket_v4.indexer import IndexerProbe, Reading, recall
 from recipes.pocket_v4.model import OPEN, hardware, set_topk
-from recipes.pocket_v4.tasks import TASKS, Document, solved_forced, test_document
+from recipes.pocket_v4.tasks import TASKS, Document, solved_forced, test_documents
 from recipes.pocket_v4.words import build_lexicon
 
 
@@ -29,7 +29,7 @@ def documents_of(config: PocketConfig, task: str, length: int, count: int) -> li
     lexicon = build_lexicon(config.vocabulary)
     rng = Random(f"test/{task}/{length}")
     distractors = min(config.evaluation.distractors, length // 32)
-    return [test_document(lexicon, task, length, distractors, rng) for _ in range(count)]
+    return [test_documents(lexicon, [task], length, distractors, rng)[0] for _ in range(count)]
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@
 A question ends in a word of its own: whoever decides what to keep for the answer has read what is asked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -88,22 +88,35 @@ MAKERS: dict[str, Callable[[Words], Item]] = {
 }
 
 
-def test_document(lexicon: Lexicon, task: str, length: int, distractors: int, rng: Random) -> Document:
-    """A document of exactly `length` tokens whose question comes last; `distractors` other keys unless `single`."""
+def test_documents(
+    lexicon: Lexicon, tasks: Sequence[str], length: int, distractors: int, rng: Random
+) -> list[Document]:
+    """A document for each task, alike but for the question at its end: the text answers all of them.
+
+    The longest has exactly `length` tokens. distractors: other keys in the text, none for `single`.
+    """
     words = Words(lexicon, rng)
-    item = MAKERS[task](words)
-    facts = item.facts + [pair(words).facts[0] for _ in range(0 if task == "single" else distractors)]
+    items = [MAKERS[task](words) for task in tasks]
+    others = 0 if "single" in tasks else distractors
+    facts = [fact for item in items for fact in item.facts] + [pair(words).facts[0] for _ in range(others)]
     rng.shuffle(facts)
-    tail = [*filler(rng, GAP[1]), *item.question]
-    free = length - 1 - len(tail) - len(item.answer) - sum(len(fact) + GAP[0] for fact in facts)
+    tail = filler(rng, GAP[1])
+    asked = max(len(item.question) + len(item.answer) for item in items)
+    free = length - 1 - len(tail) - asked - sum(len(fact) + GAP[0] for fact in facts)
     if free < 0:
         raise ValueError(f"{length} tokens cannot hold {len(facts)} facts")
     cuts = sorted(rng.randint(0, free) for _ in facts)
     body: list[str] = []
     for fact, start, end in zip(facts, [0, *cuts], cuts, strict=False):
         body += [*filler(rng, end - start + GAP[0]), *fact]
-    body += filler(rng, free - (cuts[-1] if cuts else 0))
-    return Document(task, " ".join(body + tail), " ".join(item.answer), length)
+    body += [*filler(rng, free - cuts[-1]), *tail]
+    size = 1 + len(body)
+    return [
+        Document(
+            item.task, " ".join(body + item.question), " ".join(item.answer), size + len(item.question + item.answer)
+        )
+        for item in items
+    ]
 
 
 def training_items(words: Words, facts: int, even: bool) -> list[Item]:

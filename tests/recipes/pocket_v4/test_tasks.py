@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from recipes.pocket_v4.batches import StageBatches
 from recipes.pocket_v4.config import VocabularyConfig
 from recipes.pocket_v4.tasks import TASKS, Document, solved, solved_forced, training_document
-from recipes.pocket_v4.tasks import test_document as final_document
+from recipes.pocket_v4.tasks import test_documents as final_documents
 from recipes.pocket_v4.words import build_lexicon, build_tokenizer, filler
 
 LEXICON = build_lexicon(VocabularyConfig(keys=96, names=48, values=128, ordinals=8))
@@ -44,7 +44,7 @@ def answer_of(words):
 
 
 documents = st.builds(
-    lambda task, length, distractors, seed: final_document(LEXICON, task, length, distractors, Random(seed)),
+    lambda task, length, distractors, seed: final_documents(LEXICON, [task], length, distractors, Random(seed))[0],
     st.sampled_from(TASKS),
     st.integers(256, 1500),
     st.integers(1, 8),
@@ -79,16 +79,16 @@ def test_no_compression_window_holds_two_facts(document):
 
 
 def test_a_single_needle_has_no_other_and_distractors_differ_from_it():
-    one = final_document(LEXICON, "single", 600, 8, Random(1)).prompt.split()
+    one = final_documents(LEXICON, ["single"], 600, 8, Random(1))[0].prompt.split()
     assert len(facts_of(one)) == 1
-    many = final_document(LEXICON, "multi_key", 600, 8, Random(1)).prompt.split()
+    many = final_documents(LEXICON, ["multi_key"], 600, 8, Random(1))[0].prompt.split()
     keys = [fact[1] for _, fact in facts_of(many)]
     assert len(keys) == 9 == len(set(keys))
 
 
 def test_facts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="64 tokens cannot hold 33 facts"):
-        final_document(LEXICON, "multi_key", 64, 32, Random(0))
+        final_documents(LEXICON, ["multi_key"], 64, 32, Random(0))
 
 
 @settings(max_examples=60, deadline=None)
@@ -153,3 +153,15 @@ def test_filler_never_states_or_asks():
     words = set(filler(Random(0), 5000))
     special = {*OPENERS, "recall", "list", "trace", "repeat", "?", *LEXICON.ordinals, *LEXICON.keys, *LEXICON.values}
     assert not words & special
+
+
+def test_documents_on_one_text_differ_in_their_question():
+    asked = ["multi_key", "multi_value", "tracking", "copy"]
+    documents = final_documents(LEXICON, asked, 800, 8, Random(3))
+    assert [document.task for document in documents] == asked and max(d.length for d in documents) == 800
+    bodies = {" ".join(document.prompt.split()[: -2 if document.task == "copy" else -3]) for document in documents}
+    assert len(bodies) == 1
+    for document in documents:
+        found, answer = answer_of(document.prompt.split()), document.answer.split()
+        assert len(document.prompt.split()) + len(answer) + 1 == document.length
+        assert set(answer[::2]) == found if document.task == "multi_value" else answer == found
