@@ -272,6 +272,18 @@ def test_select_layers_saves_what_it_found_best(finished, tmp_path, lookahead):
     assert code == 2 and "cannot choose 3" in line
 
 
+def test_mine_writes_beside_the_traces_and_training_reads_it(finished, recipe, tmp_path, lookahead):
+    pytest.importorskip("faiss")
+    traces = tmp_path / "train"
+    shutil.copytree(finished / "traces" / "train", traces)
+    hard = edited(recipe, tmp_path, "train", loss="focal", epochs=1, candidates={"kind": "sampled", "source": "hard"})
+    code, _, line = lookahead("train", hard, "--traces", traces, "--out", tmp_path / "run")
+    assert code == 2 and "run `lookahead mine`" in line
+    code, out, _ = lookahead("mine", recipe, "--indexer", finished / "indexer", "--traces", traces, "--count", 8)
+    assert code == 0 and str(traces / "hard_negatives") in out
+    assert lookahead("train", hard, "--traces", traces, "--out", tmp_path / "run")[0] == 0
+
+
 def test_calibrate_stores_what_is_served_and_says_what_it_costs(finished, recipe, tmp_path, lookahead):
     shutil.copytree(finished / "indexer", tmp_path / "indexer")
     heldout = finished / "traces" / "heldout"
