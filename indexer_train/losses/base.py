@@ -69,7 +69,8 @@ class IndexerLoss(nn.Module, ABC):
         except ValidationError as error:
             first = error.errors()[0]
             known = ", ".join(self.Options.model_fields) or "none"
-            raise InputError(f"train.loss_options.{first['loc'][0]}: {first['msg']} (options: {known})") from error
+            reason = "unknown option" if first["type"] == "extra_forbidden" else first["msg"]
+            raise InputError(f"train.loss_options.{first['loc'][0]}: {reason} (options: {known})") from error
 
     def forward(self, features: list[dict[str, Any]], label: torch.Tensor) -> torch.Tensor:
         """features: query and document features of the collator; label: [B, 5, N] (indexer_train/batches.py)."""
