@@ -60,19 +60,18 @@ def in_half(indexer: MemoryIndexer, queries: torch.Tensor) -> torch.Tensor:
 
 
 def check_against_torch(indexer, queries, keys, limits, selection) -> None:
-    """The same scores, and exactly the set that the torch rules make of the kernel's scores; twice, for the reset."""
+    """The same scores, and exactly the sets that the torch rules make of the kernel's scores, call after call."""
     torch_backend = Level1(indexer, limits, selection)
     kernel = TritonLevel1(indexer, limits, selection)
+    scores = kernel.scores(queries, keys)
     expected = torch_backend.scores(in_half(indexer, queries), keys)
-    for _ in range(2):
-        scores = kernel.scores(queries, keys)
-        torch.testing.assert_close(scores, expected, atol=2e-4, rtol=2e-4)
-        torch_backend.scores = lambda *_, found=scores: found
-        wanted, found = torch_backend.resident(queries, keys), kernel.resident(queries, keys)
-        pages = torch_backend.resident_pages(queries, keys, 4), kernel.resident_pages(queries, keys, 4)
+    torch.testing.assert_close(scores, expected, atol=2e-4, rtol=2e-4)
+    torch_backend.scores = lambda *_: scores
+    for resident in ("resident", "resident_pages"):
+        most = (4,) if resident == "resident_pages" else ()
+        wanted, found = (getattr(level1, resident)(queries, keys, *most) for level1 in (torch_backend, kernel))
         for name in ("counts", "demand", "ids"):
-            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
-            assert torch.equal(getattr(pages[0], name), getattr(pages[1], name)), name
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), (resident, name)
 
 
 def middle(indexer: MemoryIndexer, queries: torch.Tensor, keys: PagedKeys) -> Threshold:
