@@ -40,10 +40,11 @@ class Buffers:
 
 
 class TritonLevel1(Level1):
-    """Scores fp8 pages with fp16 products on a GPU; fp8: also round the queries to fp8, twice the speed of products.
+    """Scores fp8 pages with fp16 products on a GPU; fp8: rounds the queries to fp8 as well, for fp8 products.
 
     Every term and every join of a bundle is computed. `resident` returns buffers that the next call overwrites. They
-    are kept for each shape of the page table: give it the width of the longest context once. Key bytes are not checked; a sequence whose table is too short for its position gets the count -1.
+    are kept for each shape of the page table: give it the width of the longest context once. Key bytes are not checked;
+    a sequence whose table is too short for its position gets the count -1.
     Raises InputError, by name, for what it lacks: keys that are no fp8 pages, heads or widths that are no power of two.
     """
 
