@@ -1,7 +1,8 @@
-"""The session of a model's family."""
+"""The session and the host of a model's family."""
 
 from transformers import PreTrainedModel
 
+from eval.decode.hosts.deepseek_v4 import DeepseekV4Host
 from eval.decode.hosts.deepseek_v4_session import CsaSession
 from eval.decode.session import Session
 from indexer_train.model import IndexerSpec
@@ -12,3 +13,8 @@ def open_session(model: PreTrainedModel, spec: IndexerSpec) -> Session:
     if model.config.model_type == "deepseek_v4":
         return CsaSession(model, spec.chunking, spec.layers)
     return Session(model, spec.chunking)
+
+
+def open_host(model: PreTrainedModel, spec: IndexerSpec) -> DeepseekV4Host:
+    """A new batch of sequences of `model`, for an indexer of `spec`."""
+    return DeepseekV4Host(model, spec.layers)

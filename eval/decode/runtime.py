@@ -1,0 +1,184 @@
+"""Lookahead sparse attention around a Hugging Face model: generate as usual, a resident set every tau tokens.
+
+runtime = LSARuntime.from_bundle("runs/quickstart/bundle", model)
+ids = runtime.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=200)
+runtime.save_trace("trace.json")
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from data_gen.errors import InputError
+from data_gen.store import write_atomically
+from eval.decode.fallback import Fallback, Served, serve
+from eval.decode.level1 import PagedKeys, open_level1
+from eval.decode.open import open_host
+from eval.decode.select import Limits
+from indexer_train.bridge.bundle import load_bundle
+from indexer_train.model import MemoryIndexer
+from indexer_train.selection import Budget, Threshold
+
+
+@dataclass(frozen=True)
+class Window:
+    """One refresh. position: the newest token read; chunks: made so far; resident, fetched, evicted: chunks, summed
+    over sequences; bytes: of the resident chunks beside the model; fetched_bytes: brought from the cold side; demand:
+    what the rule asked for beside the protected chunks; served: how, one word a sequence."""
+
+    position: int
+    chunks: int
+    resident: int
+    fetched: int
+    evicted: int
+    bytes: int
+    fetched_bytes: int
+    demand: list[int]
+    served: list[Served]
+
+
+class LSARuntime:
+    """A model, its memory indexer, and the batch of sequences in their cache.
+
+    limits: floor and cap of the resident set, by default no cap; selection: instead of the bundle's; fallback: what to
+    do with windows that ask for more than the cap. Raises InputError for a bundle of another model, a cap below the
+    protected chunks, a fallback without a threshold.
+    """
+
+    def __init__(
+        self,
+        indexer: MemoryIndexer,
+        model: PreTrainedModel,
+        limits: Limits | None = None,
+        selection: Budget | Threshold | None = None,
+        fallback: Fallback | None = None,
+        backend: Literal["auto", "torch", "triton"] = "auto",
+    ) -> None:
+        self.indexer, self.model, self.spec = indexer.to(model.device), model, indexer.spec
+        self.host = open_host(model, self.spec)
+        if self.spec.backbone != self.host.info.fingerprint:
+            raise InputError(
+                f"the bundle is for a backbone with fingerprint {self.spec.backbone}, "
+                f"this model has {self.host.info.fingerprint}"
+            )
+        self.limits = limits or Limits(cap=-(-self.host.info.context // self.spec.chunking.tokens))
+        self.level1 = open_level1(self.indexer, self.limits, selection, backend)
+        if fallback is not None:
+            fallback.check(self.spec, self.level1.selection)
+        self.fallback = fallback
+        self.windows: list[Window] = []
+        self._read = torch.empty(0, 0, dtype=torch.int64)
+
+    @classmethod
+    def from_bundle(cls, bundle: str | Path, model: PreTrainedModel, **options: Any) -> Self:
+        """The runtime of an exported bundle; options as the constructor takes them."""
+        return cls(load_bundle(Path(bundle)), model, **options)
+
+    def reset(self) -> None:
+        """Forget all sequences and statistics."""
+        self.host.cache.reset()
+        self.windows = []
+        self._read = torch.empty(0, 0, dtype=torch.int64)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
+        """The model's own `generate` under lookahead sparse attention; options as it takes them.
+
+        input_ids: [B, S], sequences of equal length. A call whose ids go on from what was read before, as a second turn
+        does, reads only the new ones; any other starts anew. The prompt is read with full attention but for its last
+        token, so that every new token comes from sparse attention. Raises InputError for padding and for beams.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise InputError("padding: sequences of a batch must be of equal length; generate the others apart")
+        if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
+            raise InputError("beams and several answers a prompt are not supported; repeat the prompt in the batch")
+        if input_ids.shape[1] < 2:
+            raise InputError("the prompt must have at least two tokens: the resident set is fixed before its last one")
+        have = self._read.shape[1]
+        if not (self._read.shape[0] == len(input_ids) and torch.equal(self._read, input_ids[:, :have].cpu())):
+            self.reset()
+            have = 0
+        if have < input_ids.shape[1] - 1:
+            self._keep_everything()
+            self.host.read(input_ids[:, have:-1])
+        self.refresh()
+        criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), _Refresh(self)])
+        with self.host.attached():
+            output = self.model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                past_key_values=self.host.cache,
+                stopping_criteria=criteria,
+                **options,
+            )
+        ids = output if isinstance(output, torch.Tensor) else output.sequences
+        self._read = ids[:, : self.host.position + 1].cpu()
+        return output
+
+    def refresh(self) -> Window:
+        """Fix the resident set of the next tau tokens from the newest token read."""
+        position, cap = self.host.position, self.limits.cap
+        total = self.spec.chunking.visible(position)
+        first, last = self.spec.chunking.candidates(position)
+        hidden, keys = self.host.hidden(), self.host.keys()
+        positions = torch.full((len(hidden),), position)
+        queries = self.level1.queries(hidden, positions)
+        kept, served, demand = [], [], []
+        for sequence, rows in enumerate(keys):
+            paged = PagedKeys.from_rows(rows) if rows.dtype == torch.uint8 else rows
+            resident = self.level1.resident(queries[sequence : sequence + 1], paged)
+            chunks, how = serve(resident, 0, total, cap, total - (last - first), self.fallback)
+            kept.append(chunks)
+            served.append(how)
+            demand.append(int(resident.demand[0]))
+        move = self.host.keep(kept)
+        resident, held = sum(map(len, kept)), self.host.resident_bytes().tensors
+        each = held // max(1, move.shape[0] * move.shape[1])
+        window = Window(
+            position, total, resident, move.fetched, move.evicted, held, move.fetched * each, demand, served
+        )
+        self.windows.append(window)
+        return window
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write what every window did, and the totals, as JSON."""
+        totals = {
+            "windows": len(self.windows),
+            "fetched_bytes": sum(window.fetched_bytes for window in self.windows),
+            "full_attention_windows": sum("full" in window.served for window in self.windows),
+        }
+        trace = {
+            "tau": self.spec.window,
+            "layers": self.spec.layers,
+            "selection": str(self.level1.selection),
+            "cap": self.limits.cap,
+            "totals": totals,
+            "windows": [asdict(window) for window in self.windows],
+        }
+        write_atomically(Path(path), lambda target: target.write_text(json.dumps(trace, indent=1) + "\n"))
+
+    def _keep_everything(self) -> None:
+        """Bring back all chunks: what the user says next is read with full attention."""
+        if self.host.position >= 0:
+            everything = torch.arange(self.spec.chunking.visible(self.host.position))
+            self.host.keep([everything] * len(self._read))
+
+
+class _Refresh(StoppingCriteria):
+    """Never stops; looks after each new token whether a window is over."""
+
+    def __init__(self, runtime: LSARuntime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, input_ids: torch.Tensor, scores: Sequence[torch.Tensor], **kwargs: Any) -> torch.Tensor:
+        runtime = self.runtime
+        if runtime.host.position - runtime.windows[-1].position >= runtime.spec.window:
+            runtime.refresh()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,131 @@
+"""The public runtime: the model's own generate, with a resident set that is refreshed every tau tokens."""
+
+import json
+
+import pytest
+import torch
+
+from data_gen.backbones.load import adapter
+from data_gen.chunks import Chunking
+from data_gen.errors import InputError
+from eval.decode.fallback import Fallback
+from eval.decode.runtime import LSARuntime
+from eval.decode.select import Limits
+from indexer_train.config import IndexerConfig
+from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.selection import Budget, Cut, Threshold
+from tests.conftest import tiny_model
+
+EVERYTHING, TENTH = Budget(budget=1.0), Budget(budget=0.1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("deepseek_v4")
+
+
+@pytest.fixture(scope="module")
+def indexer(model):
+    info = adapter(model).info
+    torch.manual_seed(3)
+    spec = IndexerSpec(
+        shape=IndexerConfig(heads=4, rank=8, distance_bumps=0, scale=False, slot=False, join="max"),
+        layers=info.full_layers[:2], hidden=info.hidden, key_width=info.key_width, window=8, key=info.key,
+        chunking=Chunking(tokens=4, sink=1, recent=2), backbone=info.fingerprint, rope=info.rope,
+    )  # fmt: skip
+    return MemoryIndexer.from_spec(spec).eval()
+
+
+def prompt(length, rows=1):
+    return torch.randint(3, 100, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def generate(model, ids, **options):
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": None}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("options", [GREEDY, GREEDY | {"do_sample": True, "temperature": 0.8, "top_k": 5}])
+def test_everything_resident_is_the_models_own_generate(model, indexer, rows, options):
+    ids = prompt(150, rows)
+    runtime = LSARuntime(indexer, model, selection=EVERYTHING)
+    torch.manual_seed(1)
+    expected = generate(model, ids, **options)
+    torch.manual_seed(1)
+    assert torch.equal(runtime.generate(ids, **options), expected)
+    assert [window.position for window in runtime.windows] == [148, 156, 164, 172]
+    assert all(window.evicted == window.fetched == 0 for window in runtime.windows)
+    assert all(window.resident == rows * window.chunks for window in runtime.windows)
+
+
+def test_a_second_turn_reads_only_what_is_new_and_all_of_it_in_full(model, indexer, monkeypatch):
+    runtime = LSARuntime(indexer, model, selection=TENTH)
+    first = runtime.generate(prompt(150), **GREEDY | {"max_new_tokens": 1})  # nothing sparse is in the history yet
+    second = torch.cat([first, prompt(40)], dim=1)
+    read = []
+    plain = runtime.host.read
+    monkeypatch.setattr(runtime.host, "read", lambda ids: read.append(ids.shape[1]) or plain(ids))
+    answer = runtime.generate(second, **GREEDY)
+    assert read == [second.shape[1] - 1 - 150]
+    fresh = LSARuntime(indexer, model, selection=TENTH)
+    assert fresh.generate(second, **GREEDY).shape == answer.shape
+    assert runtime.windows[1].chunks == fresh.windows[0].chunks
+    runtime.generate(prompt(60), **GREEDY)  # another conversation starts anew
+    assert runtime.windows[0].position == 58
+
+
+def test_windows_are_counted_and_saved(model, indexer, tmp_path):
+    runtime = LSARuntime(indexer, model, selection=TENTH)
+    runtime.generate(prompt(200, 2), **GREEDY)
+    first = runtime.windows[0]
+    assert first.chunks == 49 and first.resident == 2 * (4 + 3) and first.evicted == 2 * 49 - first.resident
+    assert first.fetched == first.fetched_bytes == 0 and first.demand == [4, 4] and first.served == ["demand"] * 2
+    for before, after in zip(runtime.windows, runtime.windows[1:], strict=False):
+        # New chunks joined the resident ones and were never evicted inside the window.
+        held = before.resident + 2 * (after.chunks - before.chunks)
+        assert after.resident == held + after.fetched - after.evicted
+    runtime.save_trace(tmp_path / "trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert trace["tau"] == 8 and len(trace["windows"]) == trace["totals"]["windows"] == 4
+    assert trace["totals"]["fetched_bytes"] == sum(window.fetched_bytes for window in runtime.windows) > 0
+
+
+def test_demand_above_the_cap_gets_what_the_cap_allows_or_full_attention(model, indexer):
+    asks_all = Threshold(cuts=[Cut(score=-1e9)])
+    ids = prompt(200)
+    capped = LSARuntime(indexer, model, Limits(cap=10), asks_all)
+    capped.generate(ids, **GREEDY)
+    assert {window.served[0] for window in capped.windows} == {"cap"}
+    assert all(window.resident == 10 for window in capped.windows)
+    full = LSARuntime(indexer, model, Limits(cap=10), asks_all, Fallback())
+    assert torch.equal(full.generate(ids, **GREEDY), generate(model, ids, **GREEDY))
+    assert all(window.served == ["full"] and window.resident == window.chunks for window in full.windows)
+    patient = LSARuntime(indexer, model, Limits(cap=10), asks_all, Fallback(full_above=100))
+    patient.generate(ids, **GREEDY)
+    assert {window.served[0] for window in patient.windows} == {"cap"}
+    asks_none = Threshold(cuts=[Cut(score=1e9)])
+    little = LSARuntime(indexer, model, Limits(cap=10), asks_none, Fallback())
+    little.generate(ids, **GREEDY)
+    assert all(window.served == ["demand"] and window.demand == [0] for window in little.windows)
+
+
+def test_what_does_not_work_is_refused(model, indexer):
+    runtime = LSARuntime(indexer, model, selection=TENTH)
+    ids, mask = prompt(40, 2), torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :3] = 0
+    with pytest.raises(InputError, match="padding"):
+        runtime.generate(ids, mask)
+    with pytest.raises(InputError, match="beams"):
+        runtime.generate(ids, num_beams=2)
+    with pytest.raises(InputError, match="at least two tokens"):
+        runtime.generate(ids[:, :1])
+    with pytest.raises(InputError, match="cap"):
+        LSARuntime(indexer, model, Limits(cap=2))
+    with pytest.raises(InputError, match="calibrate a threshold"):
+        LSARuntime(indexer, model, selection=TENTH, fallback=Fallback())
+    other = MemoryIndexer.from_spec(indexer.spec.model_copy(update={"backbone": "another"}))
+    with pytest.raises(InputError, match="fingerprint another"):
+        LSARuntime(other, model)
