@@ -1,8 +1,9 @@
 """Level 2's attention in Triton: one token a sequence over the chosen entries and the window, in two kernels.
 
 An output row of 512 values for 64 heads does not fit into registers beside a running softmax. So a program takes one
-tile of entries, all heads, and makes its whole softmax at once: first the logits, block of 64 values by block, then,
-reading the tile again from the cache, the output by the same blocks. A second kernel joins the tiles and the sinks.
+tile of entries, all heads, and makes its whole softmax at once. The tile is read and dequantised once, in pieces of
+256, 128 and 64 values and the rotated ones: each gives its part of the logits, and then, as values, its part of the
+output, which is stored before the next part is made. A second kernel joins the tiles and the sinks.
 """
 
 import math
@@ -20,8 +21,8 @@ HEADS = 64
 """Heads a program: the rows of one tensor-core instruction of four warps."""
 PROGRAMS = 132
 """Programs that there should be, one a multiprocessor: below it, tiles get smaller."""
-WARPS = {128: 8, 64: 4, 32: 4}
-"""Entries a program, the most first -> its warps."""
+TILES = (64, 32)
+"""Entries a program, the most first."""
 LOG2_E = math.log2(math.e)
 
 
@@ -47,7 +48,7 @@ def attend(
     check_pages(entry_pages, page * shape.bytes, start=8)
     check_pages(window_pages, shape.page_bytes, start=8)
     rows = batch * triton.cdiv(heads, HEADS)
-    tile = next((size for size in WARPS if rows * _splits(chosen, window, size) >= PROGRAMS), min(WARPS))
+    tile = next((size for size in TILES if rows * _splits(chosen, window, size) >= PROGRAMS), TILES[-1])
     far, splits = triton.cdiv(chosen.shape[1], tile), _splits(chosen, window, tile)
     partial = torch.empty(batch, splits, heads, width, dtype=torch.float16, device=query.device)
     weight = torch.empty(batch, splits, heads, device=query.device)
@@ -57,13 +58,13 @@ def attend(
         *_views(entry_pages[:, : page * shape.bytes]), chosen, chosen.shape[1], entry_pages.stride(0),
         *_views(window_pages[:, : shape.page_bytes]), window, window.shape[1], window_pages.stride(0),
         partial, weight, far, heads, scale * LOG2_E,
-        HEADS=HEADS, STILL=shape.still, ROPE=shape.rope, BLOCK=BLOCK,
-        FAR_PAGE=page, NEAR_PAGE=PAGE, TILE=tile, num_warps=WARPS[tile],
+        HEADS=HEADS, STILL=shape.still, ROPE=shape.rope,
+        FAR_PAGE=page, NEAR_PAGE=PAGE, TILE=tile, num_warps=4,
     )  # fmt: skip
     out = torch.empty_like(query)
     _join[(heads, batch)](
         partial, weight, sinks, out, splits, heads, LOG2_E,
-        SPLITS=triton.next_power_of_2(splits), WIDTH=width, num_warps=8,
+        SPLITS=triton.next_power_of_2(splits), WIDTH=width, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -79,10 +80,10 @@ def _splits(chosen: torch.Tensor, window: torch.Tensor, tile: int) -> int:
 
 def _check(query: torch.Tensor, chosen: torch.Tensor, window: torch.Tensor, shape: EntryShape) -> None:
     width = query.shape[2]
-    if width != shape.width or width & (width - 1) or shape.still % BLOCK or shape.rope < 16 or shape.blocks > 8:
+    if width != shape.width or width & (width - 1) or shape.still % BLOCK or shape.rope < 16 or shape.blocks > 7:
         raise InputError(
             f"kernels.sparse_attention: queries of {width} values and entries of {shape.still} + {shape.rope}; "
-            f"the kernel needs 1 to 8 blocks of {BLOCK}, 16 or more rotated values, and a power of two together"
+            f"the kernel needs 1 to 7 blocks of {BLOCK}, 16 or more rotated values, and a power of two together"
         )
     for listed in (chosen, window):
         if listed.dtype != torch.int32 or not listed.is_contiguous():
@@ -112,7 +113,6 @@ def _attend_tile(
     HEADS: tl.constexpr,
     STILL: tl.constexpr,
     ROPE: tl.constexpr,
-    BLOCK: tl.constexpr,
     FAR_PAGE: tl.constexpr,  # entries of a page
     NEAR_PAGE: tl.constexpr,
     TILE: tl.constexpr,
@@ -134,36 +134,57 @@ def _attend_tile(
         start, scale_start = _starts(slot, near_stride, ROW, NEAR_PAGE)
     there = slot >= 0
     start = tl.multiple_of(start, 16)
-    values = pages + start[:, None] + tl.arange(0, BLOCK)[None, :]
+    scale_bytes = tl.load(scales + scale_start, mask=there, other=0)
     turned = rope + tl.multiple_of((start + STILL) // 2, 8)[:, None] + tl.arange(0, ROPE)[None, :]
-    bytes_of_scales = tl.load(scales + scale_start, mask=there, other=0)
-    vectors = query + ((sequence * heads + head) * WIDTH)[:, None]
-    block = tl.arange(0, BLOCK)[None, :]
-    last = STILL + tl.arange(0, ROPE)[None, :]
-
-    logits = tl.zeros([HEADS, TILE], tl.float32)
-    for first in range(0, STILL, BLOCK):
-        q = tl.load(vectors + first + block, mask=real, other=0.0).to(tl.float16)
-        entries = _entries(values + first, bytes_of_scales >> (first // BLOCK * 8), there)
-        logits = tl.dot(q, tl.trans(entries), logits)
-    q = tl.load(vectors + last, mask=real, other=0.0).to(tl.float16)
+    values = pages + start[:, None]
+    if STILL & 256:
+        wide = _entries(values, scale_bytes, there, 256, 0)
+    if STILL & 128:
+        middle = _entries(values, scale_bytes, there, 128, STILL & 256)
+    if STILL & 64:
+        narrow = _entries(values, scale_bytes, there, 64, STILL & 384)
     rotated = tl.load(turned, mask=there[:, None], other=0.0).to(tl.float32).to(tl.float16)
-    logits = tl.dot(q, tl.trans(rotated), logits)
+
+    vectors = query + ((sequence * heads + head) * WIDTH)[:, None]
+    logits = _match(tl.zeros([HEADS, TILE], tl.float32), vectors, real, rotated, ROPE, STILL)
+    if STILL & 256:
+        logits = _match(logits, vectors, real, wide, 256, 0)
+    if STILL & 128:
+        logits = _match(logits, vectors, real, middle, 128, STILL & 256)
+    if STILL & 64:
+        logits = _match(logits, vectors, real, narrow, 64, STILL & 384)
 
     logits = tl.where(there[None, :], logits * scale, -float("inf"))
     top = tl.max(logits, axis=1)
     top = tl.where(top == -float("inf"), 0.0, top)
     shares = tl.exp2(logits - top[:, None])
     total = tl.sum(shares, axis=1)
-    at = (sequence * tl.num_programs(0) + split) * heads + head
-    tl.store(weight + at, top + tl.log2(total), mask=head < heads)
     shares = (shares / tl.maximum(total, 1e-30)[:, None]).to(tl.float16)
 
+    at = (sequence * tl.num_programs(0) + split) * heads + head
     out = partial + (at * WIDTH)[:, None]
-    for first in range(0, STILL, BLOCK):
-        entries = _entries(values + first, bytes_of_scales >> (first // BLOCK * 8), there)
-        tl.store(out + first + block, tl.dot(shares, entries).to(tl.float16), mask=real)
-    tl.store(out + last, tl.dot(shares, rotated).to(tl.float16), mask=real)
+    _bring(out, real, shares, rotated, ROPE, STILL)
+    if STILL & 64:
+        _bring(out, real, shares, narrow, 64, STILL & 384)
+    if STILL & 128:
+        _bring(out, real, shares, middle, 128, STILL & 256)
+    if STILL & 256:
+        _bring(out, real, shares, wide, 256, 0)
+    tl.store(weight + at, top + tl.log2(total), mask=head < heads)
+
+
+@triton.jit
+def _match(logits, vectors, real, entries, WIDTH: tl.constexpr, FIRST: tl.constexpr):
+    """Logits [HEADS, TILE] with those of WIDTH more values, from the FIRST on."""
+    q = tl.load(vectors + FIRST + tl.arange(0, WIDTH)[None, :], mask=real, other=0.0).to(tl.float16)
+    return tl.dot(q, tl.trans(entries), logits)
+
+
+@triton.jit
+def _bring(out, real, shares, entries, WIDTH: tl.constexpr, FIRST: tl.constexpr):
+    """Store WIDTH values of the output, from the FIRST on."""
+    brought = tl.dot(shares, entries).to(tl.float16)
+    tl.store(out + FIRST + tl.arange(0, WIDTH)[None, :], brought, mask=real)
 
 
 @triton.jit
@@ -174,11 +195,15 @@ def _starts(slot, stride, ROW: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _entries(values, scales, there):
-    """One block of a tile of entries, exact in fp16: fp8 values [TILE, BLOCK] times 2^(lowest byte - 127) [TILE]."""
-    codes = tl.load(values, mask=there[:, None], other=0).to(tl.float8e4nv, bitcast=True)
-    power = ((scales & 0xFF).to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    return codes.to(tl.float16) * power.to(tl.float16)[:, None]
+def _entries(values, scale_bytes, there, WIDTH: tl.constexpr, FIRST: tl.constexpr):
+    """WIDTH values of a tile of entries, exact in fp16: fp8 values times 2^(byte - 127), a byte every 64 values."""
+    TILE: tl.constexpr = there.shape[0]
+    column = FIRST + tl.arange(0, WIDTH)[None, :]
+    codes = tl.load(values + column, mask=there[:, None], other=0).to(tl.float8e4nv, bitcast=True)
+    block = FIRST // 64 + tl.arange(0, WIDTH // 64)[None, :]
+    power = (((scale_bytes[:, None] >> (block * 8)) & 0xFF).to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    scaled = tl.reshape(codes.to(tl.float16), [TILE, WIDTH // 64, 64]) * power.to(tl.float16)[:, :, None]
+    return tl.reshape(scaled, [TILE, WIDTH])
 
 
 @triton.jit
