@@ -39,7 +39,7 @@ class Fallback(Strict):
 def serve(
     resident: Resident, sequence: int, total: int, cap: int, protected: int, fallback: Fallback | None
 ) -> tuple[torch.Tensor, Served]:
-    """(chunks to keep [R] ascending on the CPU, how). total: chunks made so far, `protected` of them always resident."""
+    """(chunks to keep [R] ascending on the CPU, how). total: chunks made so far, `protected` of them protected."""
     asked = int(resident.demand[sequence]) + protected
     if asked <= cap:
         return resident.row(sequence).long().cpu(), "demand"
