@@ -10,8 +10,10 @@ from data_gen.config import TraceConfig
 from data_gen.errors import InputError
 from eval.decode.hosts.deepseek_v4 import DeepseekV4Host
 from eval.decode.hosts.deepseek_v4_cache import ResidentCsaCache
+from eval.decode.runtime import LSARuntime
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.selection import Budget
 from tests.conftest import tiny_model
 from tests.eval.decode.hosts.masked_v4 import masked
 
@@ -75,25 +77,6 @@ def choose(indexer, host):
     return sets
 
 
-def generated(model, indexer, ids):
-    """What stock `generate` writes with the host's cache, the set fixed before every TAU-th token that is read."""
-    host, read = DeepseekV4Host(model, LAYERS), []
-
-    def refresh(module, args, kwargs):
-        if read and (len(read) - 1) % TAU == 0:
-            host.keep(choose(indexer, host))
-        read.append(1)
-
-    hook = model.register_forward_pre_hook(refresh, with_kwargs=True)
-    with host.attached():
-        tokens = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=host.cache, do_sample=False,
-            max_new_tokens=4 * TAU, eos_token_id=None,
-        )  # fmt: skip
-    hook.remove()
-    return tokens
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 2])
 def test_decoding_under_an_indexer_is_the_masked_stock_model(model, indexer, batch):
@@ -101,7 +84,7 @@ def test_decoding_under_an_indexer_is_the_masked_stock_model(model, indexer, bat
     with host.attached():
         logits = model(IDS[:batch, :120], past_key_values=host.cache).logits[:, -1:]
     model(IDS[:batch, :120], past_key_values=stock)
-    sets_seen, written = [], [logits.argmax(-1)]
+    sets_seen = []
     for step in range(4 * TAU):
         if step % TAU == 0:
             total = host.cache.total
@@ -121,16 +104,42 @@ def test_decoding_under_an_indexer_is_the_masked_stock_model(model, indexer, bat
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         for chunks, resident in zip(after, host.cache.resident(), strict=True):
             assert set(resident.tolist()) == chunks | set(range(total, host.cache.total))
-        written.append(logits.argmax(-1))
     assert len({window[0] for window in sets_seen}) == 4  # the set did change
-    assert torch.equal(
-        generated(model, indexer, IDS[:batch, :120]), torch.cat([IDS[:batch, :120], *written[:-1]], dim=1)
-    )
     chunks = sum(map(len, host.cache.resident()))
     used = host.resident_bytes()
     assert used.tensors == chunks * 4 * (32 + 16) * 4  # 4 CSA layers, fp32
     assert used.served == chunks * 4 * (48 + 20)  # 24 fp8, 8 in bf16, a scale: 41, padded to 48; 16 fp8 and a scale
     assert used.keys == batch * host.cache.total * 2 * 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_runtime_is_the_masked_stock_model(model, indexer, batch, monkeypatch):
+    runtime, sets = LSARuntime(indexer, model, selection=Budget(budget=0.2)), {}
+    keep = runtime.host.keep
+
+    def watched(resident):
+        sets[runtime.host.position] = runtime.host.cache.total, [set(chunks.tolist()) for chunks in resident]
+        return keep(resident)
+
+    monkeypatch.setattr(runtime.host, "keep", watched)
+    ids = IDS[:batch, :120]
+    found = runtime.generate(
+        ids,
+        do_sample=False,
+        max_new_tokens=4 * TAU,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    assert list(sets)[:4] == [118 + TAU * window for window in range(4)]
+    stock = DynamicCache(config=model.config)
+    model(ids[:, :-1], past_key_values=stock)
+    for place, logits in enumerate(found.logits, start=119):
+        total, resident = sets[118 + (place - 119) // TAU * TAU]
+        with masked(model, [sorted(set(range(total)) - chunks) for chunks in resident]):
+            expected = model(found.sequences[:, place : place + 1], past_key_values=stock).logits[:, 0]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
