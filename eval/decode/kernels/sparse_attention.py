@@ -122,19 +122,19 @@ def _attend_tile(
     split, sequence = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     real = (head < heads)[:, None]
-    if split < far_splits:
-        pages, rope, scales = far_pages, far_rope, far_scales
-        place = split * TILE + tl.arange(0, TILE)
-        slot = tl.load(far_slots + sequence * far_count + place, mask=place < far_count, other=-1)
-        start, scale_start = _starts(slot, far_stride, ROW, FAR_PAGE)
-    else:
-        pages, rope, scales = near_pages, near_rope, near_scales
-        place = (split - far_splits) * TILE + tl.arange(0, TILE)
-        slot = tl.load(near_slots + sequence * near_count + place, mask=place < near_count, other=-1)
-        start, scale_start = _starts(slot, near_stride, ROW, NEAR_PAGE)
+    first, count, size = split, far_count, FAR_PAGE
+    pages, rope, scales, slots, stride = far_pages, far_rope, far_scales, far_slots, far_stride
+    if (
+        split >= far_splits
+    ):  # numbers and pointers alone: a tensor out of a branch is more than some compilers can lay out
+        first, count, size = split - far_splits, near_count, NEAR_PAGE
+        pages, rope, scales, slots, stride = near_pages, near_rope, near_scales, near_slots, near_stride
+    place = first * TILE + tl.arange(0, TILE)
+    slot = tl.load(slots + sequence * count + place, mask=place < count, other=-1)
     there = slot >= 0
-    start = tl.multiple_of(start, 16)
-    scale_bytes = tl.load(scales + scale_start, mask=there, other=0)
+    page, row = (slot // size).to(tl.int64), slot % size
+    start = tl.multiple_of(page * stride + row * ROW, 16)
+    scale_bytes = tl.load(scales + page * (stride // 8) + size * (ROW // 8) + row, mask=there, other=0)
     turned = rope + tl.multiple_of((start + STILL) // 2, 8)[:, None] + tl.arange(0, ROPE)[None, :]
     values = pages + start[:, None]
     if STILL & 256:
@@ -185,13 +185,6 @@ def _bring(out, real, shares, entries, WIDTH: tl.constexpr, FIRST: tl.constexpr)
     """Store WIDTH values of the output, from the FIRST on."""
     brought = tl.dot(shares, entries).to(tl.float16)
     tl.store(out + FIRST + tl.arange(0, WIDTH)[None, :], brought, mask=real)
-
-
-@triton.jit
-def _starts(slot, stride, ROW: tl.constexpr, PAGE: tl.constexpr):
-    """Where an entry's values start in bytes, and its scales in eights of them."""
-    page, place = (slot // PAGE).to(tl.int64) * stride, slot % PAGE
-    return page + place * ROW, page // 8 + PAGE * ROW // 8 + place
 
 
 @triton.jit

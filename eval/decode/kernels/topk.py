@@ -39,9 +39,11 @@ def select_resident(scores: torch.Tensor, slots: torch.Tensor, k: int) -> torch.
     kept = torch.empty(batch, 2, columns, dtype=torch.int32, device=scores.device)
     rows = min(8, TILE // columns)
     steps = max(1, triton.cdiv(listed, columns * rows))
+    warps = max(1, min(8, columns // 128))
+    # without maxnreg the compiler saves registers, and spills
     _select[(batch,)](
         scores.contiguous(), slots.contiguous(), kept, best, listed, k,
-        COLUMNS=columns, STEPS=steps, STEP=rows, num_warps=max(1, min(8, columns // 128)),
+        COLUMNS=columns, STEPS=steps, STEP=rows, num_warps=warps, maxnreg=255,
     )  # fmt: skip
     return best
 
@@ -93,8 +95,8 @@ def _select(
         found = tl.sum(above)
     if searching:
         start = tl.cumsum(above) - above
-        for step in range(STEPS):
-            tile, at = _rows(scores, step, listed, COLUMNS, STEP)
+        for step in range(2 * STEPS):
+            tile, at = _rows(scores, step, listed, COLUMNS, STEP // 2)
             take = tile > _score(cut)
             taken = tl.cumsum(take.to(tl.int32), axis=0)
             place = start[None, :] + taken - 1
@@ -145,8 +147,8 @@ def _take(
     left = tl.minimum(tl.maximum(ties - (tl.cumsum(equal) - equal), 0), equal)  # what a column may take of them
     start = tl.cumsum(above + left) - (above + left)
     count = tl.sum(above + left)
-    for step in range(STEPS):
-        tile, at = _rows(scores, step, listed, COLUMNS, STEP)
+    for step in range(2 * STEPS):
+        tile, at = _rows(scores, step, listed, COLUMNS, STEP // 2)
         tie = (tile == last) & (tl.cumsum((tile == last).to(tl.int32), axis=0) <= left[None, :])
         take = (tile > last) | tie
         place = start[None, :] + tl.cumsum(take.to(tl.int32), axis=0) - 1
