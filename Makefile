@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE = 1
 # On a busy machine, threads that spin while they wait make everything several times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: quickstart test
+.PHONY: quickstart pocket test
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,15 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 quickstart: $(VENV)/ready  ## documents -> traces -> indexer -> bundle -> decoding with it
 	$(BIN)/lookahead run smollm2-quickstart --out runs/quickstart
+
+pocket: $(VENV)/ready  ## the same on a small DeepSeek-V4, with its own sparse attention, and the paper's Table 1 in small
+	$(BIN)/python -m recipes.pocket_v4.documents --out runs/pocket
+	$(BIN)/lookahead run pocket-v4 --out runs/pocket
+	$(BIN)/lookahead generate pocket-v4-votes --out runs/pocket/votes/traces
+	$(BIN)/lookahead train pocket-v4-votes --traces runs/pocket/votes/traces/train --out runs/pocket/votes
+	$(BIN)/lookahead evaluate pocket-v4-votes --indexer runs/pocket/votes/indexer \
+	  --traces runs/pocket/votes/traces/heldout --out runs/pocket/votes
+	$(BIN)/lookahead benchmark runs/pocket/bundle --recipe pocket-v4 --out runs/pocket
 
 test: $(VENV)/ready  ## the whole suite
 	$(BIN)/ruff check .

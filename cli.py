@@ -224,9 +224,14 @@ def decode(
     out: Out,
     backbone: Backbone = None,
     documents: Documents = None,
+    prompt: Annotated[Path | None, typer.Option(help="Continue this text instead: prints it, OUT/trace.json.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write behind the prompt.")] = 128,
 ) -> None:
     """Decode held-out documents with full attention and under every policy: adds to OUT/results.json."""
-    _decode(_recipe(recipe, backbone, documents), bundle, out)
+    if prompt is None:
+        _decode(_recipe(recipe, backbone, documents), bundle, out)
+    else:
+        _continue(_recipe(recipe, backbone), bundle, prompt, new_tokens, out)
 
 
 @app.command()
@@ -405,6 +410,27 @@ def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None
     page, _ = write_report(out)
     plot = f"plot: {out / 'recall.png'}\n" if (out / "recall.png").exists() else ""
     typer.echo(f"{decode_table(found)}\nresults: {results}\n{plot}report: {page}\n{decode_summary(found)}")
+
+
+def _continue(recipe: Any, bundle: Path, prompt: Path, new_tokens: int, out: Path) -> None:
+    from data_gen.backbones.load import load_backbone
+    from eval.decode.runtime import LSARuntime
+    from indexer_train.bridge.bundle import load_bundle
+
+    try:
+        text = prompt.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompt {prompt}: not a text file that can be read ({error})") from error
+    indexer = load_bundle(bundle)
+    model, tokenizer = load_backbone(recipe.backbone)
+    runtime = LSARuntime(indexer, model)
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids.to(model.device)
+    answer = runtime.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
+    out.mkdir(parents=True, exist_ok=True)
+    runtime.save_trace(out / "trace.json")
+    typer.echo(
+        f"{tokenizer.decode(answer, skip_special_tokens=True)}\n\n{runtime.summary()}\ntrace: {out / 'trace.json'}"
+    )
 
 
 def _benchmark(bundle: Path, backbone: Any, config: Any, out: Path) -> None:

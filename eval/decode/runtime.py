@@ -164,6 +164,17 @@ class LSARuntime:
         }
         write_atomically(Path(path), lambda target: target.write_text(json.dumps(trace, indent=1) + "\n"))
 
+    def summary(self) -> str:
+        """One plain sentence on all windows so far."""
+        made = sum(window.chunks * len(window.served) for window in self.windows)
+        kept = sum(window.resident for window in self.windows) / max(1, made)
+        fetched = sum(window.fetched_bytes for window in self.windows)
+        full = sum("full" in window.served for window in self.windows)
+        return (
+            f"{len(self.windows)} windows of {self.spec.window} tokens with {kept:.1%} of the chunks resident, "
+            f"{fetched / 1e6:.2f} MB fetched, {full} windows under full attention"
+        )
+
     def _keep_everything(self) -> None:
         """Bring back all chunks: what the user says next is read with full attention."""
         if self.host.position >= 0:

@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--chats", type=int, default=80)
+    parser.add_argument("--chats", type=int, default=180)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--tests", type=int, nargs="+", default=[16, 12, 4], help="texts of each length")
     args = parser.parse_args()
