@@ -114,7 +114,11 @@ class _Builder:
 
     def _needles(self, name: str, document: str, length: int, rng: random.Random) -> Document:
         task = make_task(name, self.split, rng, self.config.keys, self.config.values)
-        overhead = len(self._conversation([_user(_question(task.question, [])), _assistant(task.answer)]))
+        overhead = len(
+            conversation(
+                self.tokenizer, [_user(_question(task.question, [])), _assistant(task.answer)], self.config.thinking
+            )
+        )
         overhead += sum(len(self._text_ids(sentence)) + 4 for sentence, _ in task.needles) + 8
         if length - overhead < 64:
             raise InputError(f"documents: {length} tokens leave no room for text around the needles of {name!r}")
@@ -145,22 +149,16 @@ class _Builder:
         depth: float | None = None,
     ) -> Document:
         """A conversation of which the messages `turns` are traced, each with a few tokens before it."""
-        ids = self._conversation(messages)
+        ids, places = located(self.tokenizer, messages, turns, self.config.thinking)
         spans: list[Span] = []
         positions: list[int] = []
-        for turn in turns:
-            prompt_ids = self._conversation(messages[:turn], prompt=True)
-            prompt, end = len(prompt_ids), len(self._conversation(messages[: turn + 1]))
-            if ids[:prompt] != prompt_ids:
-                raise InputError("the chat template rewrites earlier turns: answers cannot be located")
+        for prompt, end in places:
             row, first = len(positions), max(prompt - self.trace.answer_lead, positions[-1] + 1 if positions else 0)
             positions += range(first, end - 1)
             # Serving reads the prompt but for its last token, so that the first answer token is predicted sparsely.
             spans.append(Span(first=row, last=len(positions), serve=row + max(0, prompt - 2 - first), tail=True))
+        prompt = places[-1][0]
         return self._checked(Document(name, task, ids, prompt, spans, positions, list(values), depth))
-
-    def _conversation(self, messages: list[dict[str, str]], prompt: bool = False) -> list[int]:
-        return conversation(self.tokenizer, messages, self.config.thinking, prompt)
 
     def _checked(self, document: Document) -> Document:
         length = len(document.tokens)
@@ -182,15 +180,39 @@ def conversation(
 
     prompt: ends where the model's answer begins; thinking: whether templates that can let it think first.
     """
-    if tokenizer.chat_template is None:  # message by message, so that no token spans two of them
-        pieces = [tokenizer(f"{message['content']}\n\n", verbose=False).input_ids for message in messages]
-        special = set(tokenizer.all_special_ids)
-        later = [token for piece in pieces[1:] for token in piece if token not in special]
-        return [*pieces[0], *later]
+    if tokenizer.chat_template is None:
+        return list(itertools.chain(*_pieces(tokenizer, messages)))
     # Templates that know no thinking ignore the word; of the others, some open every answer with a thought.
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=prompt, enable_thinking=thinking, return_dict=False
     )
+
+
+def located(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], turns: list[int], thinking: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a conversation, and where the messages `turns` begin and end in it.
+
+    Raises InputError for templates that write earlier turns otherwise once later ones follow.
+    """
+    if tokenizer.chat_template is None:
+        pieces = _pieces(tokenizer, messages)
+        ends = list(itertools.accumulate(map(len, pieces)))
+        return list(itertools.chain(*pieces)), [(ends[turn] - len(pieces[turn]), ends[turn]) for turn in turns]
+    ids, places = conversation(tokenizer, messages, thinking), []
+    for turn in turns:
+        prompt = conversation(tokenizer, messages[:turn], thinking, prompt=True)
+        if ids[: len(prompt)] != prompt:
+            raise InputError("the chat template rewrites earlier turns: answers cannot be located")
+        places.append((len(prompt), len(conversation(tokenizer, messages[: turn + 1], thinking))))
+    return ids, places
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[list[int]]:
+    """Message by message, so that no token spans two of them; special tokens in the first one only."""
+    pieces = [tokenizer(f"{message['content']}\n\n", verbose=False).input_ids for message in messages]
+    special = set(tokenizer.all_special_ids)
+    return [*pieces[:1], *([token for token in piece if token not in special] for piece in pieces[1:])]
 
 
 def heldout_share(config: DocumentsConfig) -> float:
