@@ -13,7 +13,7 @@ def key_vectors(stored: torch.Tensor) -> torch.Tensor:
 class KeyPooler:
     """Averages keys over complete chunks as tokens arrive, in any number of pieces.
 
-    pooled: [KV, N, d] fp32, one vector per complete chunk.
+    pooled: [..., KV, N, d] fp32, one vector per complete chunk; sequences of a batch, if any, come first.
     """
 
     def __init__(self, chunk_tokens: int) -> None:
@@ -22,20 +22,26 @@ class KeyPooler:
         self._unfinished: torch.Tensor | None = None
 
     def append(self, keys: torch.Tensor) -> None:
-        """Add the keys of new tokens. keys: [KV, S, d], before RoPE: they carry content, no distance."""
+        """Add the keys of new tokens. keys: [..., KV, S, d], before RoPE: they carry content, no distance."""
         keys = keys.float()
         if self.pooled is None or self._unfinished is None:
-            self.pooled = self._unfinished = keys[:, :0]
-        keys = torch.cat([self._unfinished, keys], dim=1)
-        whole = keys.shape[1] // self.chunk_tokens * self.chunk_tokens
-        means = keys[:, :whole].unflatten(1, (-1, self.chunk_tokens)).mean(dim=2)
-        self.pooled = torch.cat([self.pooled, means], dim=1)
-        self._unfinished = keys[:, whole:]
+            self.pooled = self._unfinished = keys[..., :0, :]
+        keys = torch.cat([self._unfinished, keys], dim=-2)
+        whole = keys.shape[-2] // self.chunk_tokens * self.chunk_tokens
+        means = keys[..., :whole, :].unflatten(-2, (-1, self.chunk_tokens)).mean(dim=-2)
+        self.pooled = torch.cat([self.pooled, means], dim=-2)
+        self._unfinished = keys[..., whole:, :]
+
+    def reorder(self, sequences: torch.Tensor) -> None:
+        """Make sequence i of a batch what sequence `sequences[i]` was."""
+        if self.pooled is not None and self._unfinished is not None:
+            sequences = sequences.to(self.pooled.device)
+            self.pooled, self._unfinished = self.pooled[sequences], self._unfinished[sequences]
 
 
 def flatten_heads(pooled: torch.Tensor) -> torch.Tensor:
-    """One vector per chunk: [KV, N, d] -> [N, KV * d]."""
-    return pooled.transpose(0, 1).flatten(1)
+    """One vector per chunk: [..., KV, N, d] -> [..., N, KV * d]."""
+    return pooled.transpose(-3, -2).flatten(-2)
 
 
 def mean_pooled_scores(

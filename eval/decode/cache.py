@@ -1,79 +1,187 @@
-"""A KV cache that holds everything cold, in host memory, and attends only to the resident tokens."""
+"""A KV cache that holds all complete chunks cold, in host memory, and attends only to the resident ones."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from data_gen.backbones.observe import AttentionCall
+from data_gen.errors import InputError
+from data_gen.keys import KeyPooler, flatten_heads
+from eval.decode.hosts.deepseek_v4_cold import ColdEntries
+from eval.decode.hosts.deepseek_v4_table import PAD, Move, ResidentTable
+
+TILE = 64
+"""Chunks that go to the cold side at once."""
+
 
 class ResidentLayer(DynamicLayer):
-    """One full-attention layer, batch 1. keys, values: the resident tokens, [1, KV, R, d], in order of position.
+    """One full-attention layer. keys, values: [B, KV, rows, d], the kept chunks, then all tokens read since.
 
-    New tokens become resident and are copied to the cold side; `keep` chooses the resident ones anew. What is not
-    resident takes no part in attention and no memory beside the model.
+    What is not resident takes no part in attention and no memory beside the model.
     """
 
     _layer_type = None  # or it would replace the stock class in every cache of the process
 
     def __init__(self) -> None:
         super().__init__()
-        self._cold: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.length = 0
+
+    @property
+    def rows(self) -> int:
+        """Resident tokens of a sequence, those that stand for no chunk included."""
+        return self.keys.shape[-2] if self.is_initialized else 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._cold = [*self._cold, (key_states.to("cpu"), value_states.to("cpu"))]
         self.length += key_states.shape[-2]
         return super().update(key_states, value_states)
-
-    def keep(self, tokens: torch.Tensor) -> None:
-        """Make exactly `tokens` ([R], ascending positions) resident, fetched from the cold side."""
-        keys, values = (torch.cat(side, dim=-2) for side in zip(*self._cold, strict=True))
-        self._cold = [(keys, values)]
-        self.keys = keys[..., tokens, :].to(self.device)
-        self.values = values[..., tokens, :].to(self.device)
-
-    def resident_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
 
     def get_seq_length(self) -> int:
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All resident tokens lie before the new ones, so the mask is that of a shorter history."""
-        resident = self.keys.shape[-2] if self.is_initialized else 0
-        return resident + query_length, self.length - resident
+        return self.rows + query_length, self.length - self.rows
 
     def reset(self) -> None:
         super().reset()
-        self._cold, self.length = [], 0
+        self.length = 0
 
 
 class ResidentCache(DynamicCache):
-    """A ResidentLayer for every full-attention layer; sliding-window layers keep their stock cache."""
+    """A ResidentLayer for every full-attention layer, one resident set for all; sliding-window layers stay stock.
 
-    def __init__(self, config: PretrainedConfig, full_layers: list[int]) -> None:
+    Chunks are of `chunk_tokens` tokens. New tokens are resident until the next `keep`; then complete chunks go cold.
+    observed: layers whose chunk keys and newest hidden state are kept, as `remember` is told; pooled: layer -> chunk
+    keys of all sequences so far, [B, KV, N, d]; newest: layer -> [B, hidden] bf16.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, full_layers: Sequence[int], chunk_tokens: int, observed: Sequence[int] = ()
+    ) -> None:
         super().__init__(config=config)
         for layer in full_layers:
             self.layers[layer] = ResidentLayer()
-        self.full_layers = full_layers
+        self.full_layers, self.chunk_tokens, self.observed = list(full_layers), chunk_tokens, list(observed)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.table = ResidentTable()
+        self.cold = ColdEntries()
+        self.pooled = {layer: KeyPooler(self.chunk_tokens) for layer in self.observed}
+        self.newest: dict[int, torch.Tensor] = {}
+
+    @property
+    def full(self) -> list[ResidentLayer]:
+        return [self.layers[layer] for layer in self.full_layers]
+
+    @property
+    def total(self) -> int:
+        """Complete chunks of each sequence."""
+        return self.full[0].length // self.chunk_tokens
+
+    @property
+    def batch(self) -> int:
+        """Sequences read, 0 before any."""
+        return len(self.full[0].keys) if self.full[0].is_initialized else 0
+
+    def resident(self) -> list[torch.Tensor]:
+        """The resident chunks of each sequence, ascending."""
+        return [row[row != PAD] for row in self.table.chunks(self.total, self.batch)]
+
+    def remember(self, call: AttentionCall) -> None:
+        """Note what an observed layer was asked, and the keys of the new tokens."""
+        if call.layer in self.pooled:
+            self.pooled[call.layer].append(call.new_keys())
+            self.newest[call.layer] = call.hidden[:, -1].to(torch.bfloat16, copy=True)
+
+    def chunk_keys(self, layers: Sequence[int]) -> torch.Tensor:
+        """Chunk keys of observed layers as traces store them: [B, N, layers, KV * d] fp16."""
+        device = self.full[0].device
+        return torch.stack([flatten_heads(self.pooled[layer].pooled).half().to(device) for layer in layers], dim=2)
+
+    def stage(self) -> None:
+        """Copy the chunks completed since the last time to the cold side: a unit is a chunk in all layers."""
+        size, behind = self.chunk_tokens, self.table.kept.shape[1] - self.table.fresh
+        while (first := self.cold.count) < self.total:
+            last = min(first + TILE, self.total)
+            columns = slice((first + behind) * size, (last + behind) * size)
+            parts = [
+                _by_chunk(side[:, :, columns], size).transpose(1, 2).flatten(2).to(self.full[0].device)
+                for layer in self.full
+                for side in (layer.keys, layer.values)
+            ]
+            self.cold.append(torch.cat(parts, dim=-1))
+
+    def keep(self, resident: Sequence[torch.Tensor]) -> Move:
+        """Make exactly these complete chunks resident, one [R] of ascending ids a sequence, beside the unfinished one.
+
+        Raises InputError for another number of sequences, and for ids that are not ascending complete chunks.
+        """
+        if len(resident) != self.batch:
+            raise InputError(f"{len(resident)} resident sets, but the cache holds {self.batch} sequences: one for each")
+        self.stage()
+        width = self.table.kept.shape[1] + self.total - self.table.fresh
+        move = self.table.move_to(resident, self.total)
+        if not move.fetched and not move.evicted:  # the same chunks in the same order
+            return move
+        fetched = self.cold.fetch(*move.fetch, self.full[0].device) if move.fetched else None
+        first = 0
+        for layer in self.full:
+            for name in ("keys", "values"):
+                held = getattr(layer, name)
+                heads, _, head = held.shape[1:]
+                chunks = _by_chunk(held[:, :, : width * self.chunk_tokens], self.chunk_tokens)
+                rows = held.new_zeros(move.shape[0], heads, move.shape[1], self.chunk_tokens, head)
+                _put(rows, move.stay_to, chunks[move.stay[0].to(held.device), :, move.stay[1].to(held.device)])
+                size = heads * self.chunk_tokens * head
+                if fetched is not None:
+                    part = fetched[:, first : first + size].unflatten(1, (heads, self.chunk_tokens, head))
+                    _put(rows, move.fetch_to, part.to(held.device))
+                first += size
+                unfinished = held[:, :, width * self.chunk_tokens :]
+                setattr(layer, name, torch.cat([rows.flatten(2, 3), unfinished], dim=2))
+        return move
+
+    def resident_bytes(self) -> int:
+        """Bytes of resident keys and values of the full-attention layers, as they lie."""
+        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.full if layer.is_initialized)
 
     def fork(self) -> "ResidentCache":
         """An independent continuation of the same history; tensors are shared until either side goes on."""
+        self.stage()
         twin = copy.copy(self)
         twin.layers = [copy.copy(layer) for layer in self.layers]
+        twin.table, twin.cold, twin.newest = copy.copy(self.table), self.cold.fork(), dict(self.newest)
+        twin.pooled = {layer: copy.copy(pooler) for layer, pooler in self.pooled.items()}
         return twin
 
-    def keep(self, tokens: torch.Tensor) -> None:
-        """Make exactly `tokens` resident in every full-attention layer: one resident set serves all."""
-        for layer in self.full_layers:
-            self.layers[layer].keep(tokens)
-
-    def resident_bytes(self) -> int:
-        """Bytes of resident keys and values of the full-attention layers."""
-        return sum(self.layers[layer].resident_bytes() for layer in self.full_layers)
+    def crop(self, *args: object, **kwargs: object) -> None:
+        raise NotImplementedError("cold chunks cannot be taken back: no assisted or speculative decoding")
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise NotImplementedError("a ResidentCache holds one sequence: beam search is not supported")
+        super().reorder_cache(beam_idx)
+        if len(self.table.kept) > 1:
+            self.table.kept = self.table.kept[beam_idx.cpu()]
+        self.cold.reorder(beam_idx.tolist())
+        for pooler in self.pooled.values():
+            pooler.reorder(beam_idx)
+        self.newest = {layer: state[beam_idx.to(state.device)] for layer, state in self.newest.items()}
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+
+
+def _by_chunk(states: torch.Tensor, size: int) -> torch.Tensor:
+    """[B, KV, n * size, d] -> [B, KV, n, size, d]."""
+    return states.unflatten(2, (states.shape[2] // size, size))
+
+
+def _put(rows: torch.Tensor, where: tuple[torch.Tensor, torch.Tensor], chunks: torch.Tensor) -> None:
+    """Chunks [n, KV, size, d] to (sequence, row) pairs of rows [B, KV, R, size, d]."""
+    rows[where[0].to(rows.device), :, where[1].to(rows.device)] = chunks

@@ -2,8 +2,10 @@
 
 from transformers import PreTrainedModel
 
+from eval.decode.hosts.base import Host
 from eval.decode.hosts.deepseek_v4 import DeepseekV4Host
 from eval.decode.hosts.deepseek_v4_session import CsaSession
+from eval.decode.hosts.dense import DenseHost
 from eval.decode.session import Session
 from indexer_train.model import IndexerSpec
 
@@ -15,6 +17,8 @@ def open_session(model: PreTrainedModel, spec: IndexerSpec) -> Session:
     return Session(model, spec.chunking)
 
 
-def open_host(model: PreTrainedModel, spec: IndexerSpec) -> DeepseekV4Host:
+def open_host(model: PreTrainedModel, spec: IndexerSpec) -> Host:
     """A new batch of sequences of `model`, for an indexer of `spec`."""
-    return DeepseekV4Host(model, spec.layers)
+    if model.config.model_type == "deepseek_v4":
+        return DeepseekV4Host(model, spec.layers)
+    return DenseHost(model, spec.chunking.tokens, spec.layers)

@@ -27,7 +27,7 @@ def mean_pooled(session: Session) -> torch.Tensor:
     """The backbone's own query at the newest token against mean-pooled keys, averaged over layers."""
     scores = []
     for layer, call in session.newest.items():
-        pooled = session.pooled[layer].pooled
+        pooled = session.cache.pooled[layer].pooled[0]
         visible = torch.tensor([pooled.shape[1]], device=pooled.device)
         query = call.unrotated(call.query)[0, :, -1:]
         scores.append(mean_pooled_scores(query, pooled, call.scaling, visible)[0])

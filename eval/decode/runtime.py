@@ -140,10 +140,8 @@ class LSARuntime:
             demand.append(int(resident.demand[0]))
         move = self.host.keep(kept)
         resident, held = sum(map(len, kept)), self.host.resident_bytes().tensors
-        each = held // max(1, move.shape[0] * move.shape[1])
-        window = Window(
-            position, total, resident, move.fetched, move.evicted, held, move.fetched * each, demand, served
-        )
+        brought = move.fetched * self.host.chunk_bytes
+        window = Window(position, total, resident, move.fetched, move.evicted, held, brought, demand, served)
         self.windows.append(window)
         return window
 

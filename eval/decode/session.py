@@ -7,7 +7,6 @@ from transformers import PreTrainedModel
 
 from data_gen.backbones.observe import AttentionCall, attention_modules, observe
 from data_gen.chunks import Chunking
-from data_gen.keys import KeyPooler, flatten_heads
 from data_gen.oracle import pooled_attention
 from eval.decode.cache import ResidentCache
 
@@ -15,15 +14,14 @@ from eval.decode.cache import ResidentCache
 class Session:
     """A decoder, one sequence, and the state a policy may look at.
 
-    pooled: layer -> chunk keys so far; newest: layer -> the newest token's attention call.
+    newest: layer -> the newest token's attention call.
     """
 
     def __init__(self, model: PreTrainedModel, chunking: Chunking) -> None:
         self.model = model
         self.chunking = chunking
         layers = sorted(attention_modules(model))
-        self.cache = ResidentCache(model.config, layers)
-        self.pooled = {layer: KeyPooler(chunking.tokens) for layer in layers}
+        self.cache = ResidentCache(model.config, layers, chunking.tokens, layers)
         self.newest: dict[int, AttentionCall] = {}
 
     @property
@@ -35,7 +33,6 @@ class Session:
         """An independent continuation of the same history."""
         twin = copy.copy(self)
         twin.cache = self.cache.fork()
-        twin.pooled = {layer: copy.copy(pooler) for layer, pooler in self.pooled.items()}
         twin.newest = dict(self.newest)
         return twin
 
@@ -49,15 +46,13 @@ class Session:
         return output.logits[0, -1]
 
     def _remember(self, call: AttentionCall) -> None:
-        self.pooled[call.layer].append(call.new_keys()[0])
+        self.cache.remember(call)
         self.newest[call.layer] = call
 
     def asked(self, layers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """What an indexer of `layers` scores: newest hidden state [1, L, hidden] bf16, keys [N, L, ...]."""
-        hidden = torch.stack([self.newest[layer].hidden[0, -1:].float() for layer in layers], dim=1)
-        # Keys pass through the stored precision, so that decoding scores what training scored.
-        keys = torch.stack([flatten_heads(self.pooled[layer].pooled).half() for layer in layers], dim=1)
-        return hidden.to(torch.bfloat16), keys
+        hidden = torch.stack([self.cache.newest[layer] for layer in layers], dim=1)
+        return hidden, self.cache.chunk_keys(layers)[0]
 
     def mass(self) -> torch.Tensor:
         """Attention of the newest token on each complete chunk [N], averaged over heads and full-attention layers.
@@ -77,7 +72,7 @@ class Session:
 
     @property
     def resident_tokens(self) -> int:
-        return self.cache.layers[self.cache.full_layers[0]].keys.shape[-2]
+        return self.cache.full[0].rows
 
     def keep(self, scores: torch.Tensor, budget: float) -> None:
         """Fix the resident set: the best unprotected chunks under `budget`, the protected ones, the unfinished one.
@@ -93,7 +88,4 @@ class Session:
 
     def keep_chunks(self, chunks: torch.Tensor) -> None:
         """Make exactly these complete chunks ([R], ascending) resident, beside the unfinished one."""
-        size = self.chunking.tokens
-        complete = self.chunking.visible(self.position) * size
-        tokens = (chunks[:, None] * size + torch.arange(size)).flatten()
-        self.cache.keep(torch.cat([tokens, torch.arange(complete, self.position + 1)]))
+        self.cache.keep([chunks])

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,20 +14,10 @@ from data_gen.backbones.deepseek_v4_hooks import arguments
 from data_gen.errors import InputError
 from data_gen.key_codec import SCALE_BYTES
 from eval.decode.entries import EntryShape
+from eval.decode.hosts.base import ResidentBytes
 from eval.decode.hosts.deepseek_v4_cache import ResidentCsaCache
 from eval.decode.hosts.deepseek_v4_masks import resident_masks
 from eval.decode.hosts.deepseek_v4_table import Move
-
-
-@dataclass(frozen=True)
-class ResidentBytes:
-    """Beside the model now. tensors: entries and native index keys of the resident chunks in all CSA layers, as they
-    lie; served: the same in a serving engine's formats (584 + 132 bytes on V4-Flash); keys: the memory indexer's
-    keys of all chunks."""
-
-    tensors: int
-    served: int
-    keys: int
 
 
 class DeepseekV4Host:
@@ -96,6 +85,11 @@ class DeepseekV4Host:
     def keep(self, resident: Sequence[torch.Tensor]) -> Move:
         """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them."""
         return self.cache.keep(resident)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Entries and native index keys of one chunk in all CSA layers."""
+        return self.cache.cold.unit_bytes
 
     def resident_bytes(self) -> ResidentBytes:
         """Summed over sequences."""

@@ -24,6 +24,11 @@ class ColdEntries:
         """Chunks of each sequence."""
         return self.pools[0].units if self.pools else 0
 
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of a chunk in all layers, 0 before any."""
+        return self.pools[0].layout.elements * self.pools[0].layout.dtype.itemsize if self.pools else 0
+
     def append(self, units: torch.Tensor) -> None:
         """units: [B, n, layers, width], copied. Raises InputError when the machine cannot pin that much memory."""
         if not self.pools:

@@ -30,7 +30,8 @@ def test_everything_resident_is_bitwise_stock(model, dtype):
     session = Session(model, CHUNKING)
     logits = [session.read(ids[:70])]
     session = session.fork()
-    session.cache.keep(torch.arange(70))  # evict and fetch everything once
+    session.keep_chunks(torch.arange(14, 17))
+    session.keep_chunks(torch.arange(17))  # fetched again
     logits += [session.read([token]) for token in ids[70:]]
     for ours, stock in zip(logits, stock_logits(model, ids, 70), strict=True):
         assert torch.equal(ours, stock)
@@ -41,12 +42,12 @@ def test_restricted_set_equals_a_masked_forward(model):
     session = Session(model, CHUNKING)
     session.read(ids[:70])
     resident = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11, 40, 41, 42, 43, *range(60, 70)])
-    session.cache.keep(resident)
+    session.keep_chunks(torch.tensor([0, 2, 10, 15, 16]))
     ours = [session.read([token]) for token in ids[70:75]]
     ours.append(session.read(ids[75:80]))  # several tokens at once, as a second turn has
 
     layers = model.get_decoder().layers
-    full = set(session.pooled)
+    full = set(session.cache.full_layers)
     visible = torch.zeros(80, 80, dtype=torch.bool)
     visible[:70] = torch.ones(70, 70, dtype=torch.bool).tril().new_tensor(1).expand(70, 80)
     visible = visible & torch.ones(80, 80, dtype=torch.bool).tril()
@@ -74,12 +75,11 @@ def test_evicted_values_cannot_leak(model):
     sessions = [Session(model, CHUNKING) for _ in range(2)]
     for session in sessions:
         session.read(ids[:70])
-    resident = torch.tensor([0, 1, 2, 3, *range(60, 70)])
-    for layer in sessions[1].cache.full_layers:
-        keys, _ = sessions[1].cache.layers[layer]._cold[0]
-        keys[..., 4:60, :] = torch.nan
+    sessions[1].keep_chunks(torch.arange(17))  # all of it goes cold
+    for chunk in range(1, 15):
+        sessions[1].cache.cold.pools[0][chunk].fill_(torch.nan)
     for session in sessions:
-        session.cache.keep(resident)
+        session.keep_chunks(torch.tensor([0, 15, 16]))
     assert torch.equal(sessions[0].read(ids[70:]), sessions[1].read(ids[70:]))
 
 
@@ -88,7 +88,7 @@ def test_forks_do_not_disturb_each_other(model):
     session = Session(model, CHUNKING)
     session.read(ids[:70])
     twin = session.fork()
-    twin.cache.keep(torch.arange(60, 70))
+    twin.keep_chunks(torch.arange(15, 17))
     for token in ids[70:75]:
         twin.read([token])
     again = [session.read([token]) for token in ids[70:75]]
@@ -114,18 +114,17 @@ def test_keep_protects_and_fills_the_budget(model):
 def test_chunk_keys_are_those_of_the_trace(model):
     from data_gen.backbones.dense import DenseBackbone
     from data_gen.config import TraceConfig
-    from data_gen.keys import flatten_heads
 
     ids = tokens(90)
     session = Session(model, CHUNKING)
     session.read(ids[:70])
-    session.cache.keep(torch.arange(40, 70))
-    session.cache.keep(torch.arange(70))
+    session.keep_chunks(torch.arange(10, 17))
+    session.keep_chunks(torch.arange(17))
     for token in ids[70:]:
         session.read([token])
     backbone = DenseBackbone(model)
     first = backbone.info.full_layers[0]
     config = TraceConfig(chunking=CHUNKING, layers=[first], window=8, tail=4, text_rows=16)
     raw = backbone.trace(ids, torch.tensor([89]), config)
-    ours = flatten_heads(session.pooled[first].pooled)
+    ours = session.cache.chunk_keys([first])[0, :, 0].float()
     torch.testing.assert_close(ours, raw.keys[first].float(), atol=2e-3, rtol=2e-3)

@@ -1,0 +1,108 @@
+"""A Hugging Face decoder with ordinary attention as host; sliding-window layers are left as they are."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from data_gen.backbones.dense import DenseBackbone
+from data_gen.backbones.observe import observe
+from data_gen.errors import InputError
+from eval.decode.cache import ResidentCache
+from eval.decode.hosts.base import ResidentBytes
+from eval.decode.hosts.deepseek_v4_table import PAD, Move
+
+
+class DenseHost:
+    """A model and one batch of sequences that it decodes (see `Host`).
+
+    layers: transformer layers that the memory indexer reads. Raises InputError when one has no full attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk_tokens: int, layers: Sequence[int]) -> None:
+        backbone = DenseBackbone(model)
+        if unknown := sorted(set(layers) - set(backbone.info.full_layers)):
+            raise InputError(
+                f"the indexer reads layers {unknown}, full attention has the model in {backbone.info.full_layers} only"
+            )
+        self.model, self.info, self.modules = model, backbone.info, backbone.modules
+        self.layers = list(layers)
+        self.cache = ResidentCache(model.config, backbone.info.full_layers, chunk_tokens, layers)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Read into `cache` only while this is open: hooks note what the newest token asks, and hide empty rows."""
+        with ExitStack() as stack:
+            stack.enter_context(observe(self.model, self.cache.remember))
+            for module in self.modules.values():
+                stack.callback(module.register_forward_pre_hook(self._hide_padding, with_kwargs=True).remove)
+            yield
+
+    @torch.no_grad()
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Read tokens [B, S] in one forward; returns the logits behind the last ones, [B, vocabulary].
+
+        Raises InputError beyond the model's context.
+        """
+        if self.position + 1 + ids.shape[1] > self.info.context:
+            raise InputError(
+                f"{self.position + 1 + ids.shape[1]} tokens, the backbone's context is {self.info.context}"
+            )
+        with self.attached():
+            ids = ids.to(self.model.device)
+            return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+
+    @property
+    def position(self) -> int:
+        """Position of the newest token read, 0-based."""
+        return self.cache.get_seq_length() - 1
+
+    def hidden(self) -> torch.Tensor:
+        """What enters the attention block of the indexer's layers at the newest token: [B, layers, hidden] bf16."""
+        return torch.stack([self.cache.newest[layer].to(self.model.device) for layer in self.layers], dim=1)
+
+    def keys(self) -> torch.Tensor:
+        """Mean keys of all complete chunks, as a trace holds them: [B, N, layers, KV * d] fp16."""
+        return self.cache.chunk_keys(self.layers).to(self.model.device)
+
+    def keep(self, resident: Sequence[torch.Tensor]) -> Move:
+        """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them."""
+        return self.cache.keep(resident)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Keys and values of one chunk in all full-attention layers."""
+        return self.cache.cold.unit_bytes
+
+    def resident_bytes(self) -> ResidentBytes:
+        """Summed over sequences; the unfinished chunk counts."""
+        empty = int((self.cache.table.kept == PAD).sum())
+        return ResidentBytes(
+            tensors=self.cache.resident_bytes(),
+            served=self.cache.resident_bytes() - empty * self.chunk_bytes,
+            keys=self.cache.total * self.cache.batch * len(self.layers) * self.info.key_width * torch.half.itemsize,
+        )
+
+    def _hide_padding(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Where sequences keep different numbers of chunks, hide the rows in front that stand for none."""
+        if kwargs.get("past_key_values") is not self.cache or not self.cache.table.padded():
+            return None
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        implementation = self.model.config.get_text_config(decoder=True)._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise InputError(
+                f"sequences that keep different numbers of chunks need a mask, which attention `{implementation}` has "
+                "not: load the model with attn_implementation='sdpa', serve a budget, or one sequence at a time"
+            )
+        rows, new = self.cache.layers[module.layer_idx].rows, hidden.shape[1]
+        visible = torch.ones(new, rows + new, dtype=torch.bool).tril(rows)
+        empty = (self.cache.table.kept == PAD).repeat_interleave(self.cache.chunk_tokens, dim=1)
+        empty = nn.functional.pad(empty, (0, rows + new - empty.shape[1]))
+        mask = (visible & ~empty[:, None])[:, None].to(hidden.device)
+        if implementation == "eager":
+            mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(hidden.dtype).min
+            )
+        return args, kwargs | {"attention_mask": mask}
