@@ -2,6 +2,8 @@
 
 import copy
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -17,19 +19,25 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
+from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.dense import DenseBackbone
+from data_gen.backbones.load import load_backbone, resolve
 from data_gen.chunks import Chunking
-from data_gen.config import TraceConfig
+from data_gen.config import BackboneConfig, TraceConfig
 from data_gen.generate import generate
 from data_gen.oracle import SparseAttention
 from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
 from data_gen.trace import BackboneInfo, RawTrace
 from recipes import Recipe
+from recipes.pocket_v4.config import load_config
+from recipes.pocket_v4.evaluate import documents_of
+from recipes.pocket_v4.tasks import Document
 
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
@@ -103,6 +111,31 @@ def tiny_model(family: str):
 def model(request):
     """One tiny random model of every family."""
     return tiny_model(request.param)
+
+
+@dataclass(frozen=True)
+class Pocket:
+    """The trained pocket DeepSeek-V4 in fp32 on the CPU, and its language. folder: its checkpoint."""
+
+    backbone: DeepseekV4Backbone
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+
+    def documents(self, task: str, length: int, count: int) -> list[Document]:
+        """The first `count` test documents of a task; the longest has `length` tokens."""
+        return documents_of(load_config(self.folder.with_name("config.yaml")), task, length, count)
+
+    def tokens(self, document: Document) -> list[int]:
+        """Prompt and answer."""
+        return self.tokenizer(f"{document.prompt} {document.answer}").input_ids
+
+
+@pytest.fixture(scope="session")
+def pocket():
+    """Trained weights, for the tests that need truth; read only."""
+    path = "package:recipes/pocket_v4/model"
+    model, tokenizer = load_backbone(BackboneConfig(path=path))
+    return Pocket(DeepseekV4Backbone(model.cpu()), tokenizer, Path(resolve(path)))
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
-"""The DeepSeek-V4 tracer against the stock model run in one shot, without cache or pieces."""
+"""Mechanics of the DeepSeek-V4 tracer on random weights; test_deepseek_v4_pocket.py has the truth of trained ones."""
 
 import copy
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,11 @@ from data_gen.chunks import Chunking
 from data_gen.config import BackboneConfig, TraceConfig
 from data_gen.errors import InputError
 from data_gen.flashmemory.document import V4_FLASH
-from data_gen.key_codec import decode_keys
-from data_gen.keys import key_vectors
-from data_gen.lightning import lightning_scores
 from tests.conftest import TINY_V4, tiny_model
 
 LENGTH = 150
 IDS = torch.randint(0, 128, (LENGTH,), generator=torch.Generator().manual_seed(7)).tolist()
 ROWS = torch.arange(60, LENGTH)
-HADAMARD = np.array([[(-1.0) ** (i & j).bit_count() for j in range(16)] for i in range(16)]) / 4
 
 
 def settings(**changes):
@@ -41,71 +36,6 @@ def model():
     return tiny_model("deepseek_v4")
 
 
-@pytest.fixture(scope="module")
-def stock(model):
-    """What the stock model computes over IDS in one shot, per CSA ordinal, and its attention weights per layer."""
-    seen = {"scores": {}, "keys": {}, "query": {}, "picks": {}, "hidden": {}}
-    hooks = []
-    for ordinal, layer in enumerate(csa_layers(model)):
-        attention = model.get_decoder().layers[layer].self_attn
-        indexer = attention.compressor.indexer
-
-        def scored(_, args, output, ordinal=ordinal):
-            seen["query"][ordinal], seen["keys"][ordinal], seen["scores"][ordinal] = args[0][0], args[1][0], output[0]
-
-        def picked(_, __, output, ordinal=ordinal):
-            seen["picks"][ordinal] = output[0]
-
-        def normed(_, __, output, ordinal=ordinal):
-            seen["hidden"][ordinal] = output[0]
-
-        hooks.append(indexer.scorer.register_forward_hook(scored))
-        hooks.append(indexer.register_forward_hook(picked))
-        hooks.append(model.get_decoder().layers[layer].input_layernorm.register_forward_hook(normed))
-    with torch.no_grad():
-        output = model(torch.tensor([IDS]), output_attentions=True, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return seen | {"attentions": output.attentions, "logits": output.logits[0]}
-
-
-def release_votes(scores, position, top_k):
-    """{chunk: layers that picked it} at one position, by the release's rule in plain Python."""
-    votes = {}
-    for layer in scores.values():
-        visible = (position + 1) // 4
-        logits = layer[position, :visible].double().tolist()
-        order = sorted(range(visible), key=lambda n: -logits[n])[:top_k]
-        weights = [math.exp(logits[n] - logits[order[0]]) for n in order]
-        cumulated = np.cumsum(weights) / sum(weights)
-        within = [n for rank, n in enumerate(order) if rank == 0 or cumulated[rank] <= 0.6]
-        for chunk in order[: len(within) + 1]:
-            votes[chunk] = votes.get(chunk, 0) + 1
-    return votes
-
-
-def test_votes_are_the_releases_over_all_csa_layers(model, stock):
-    raw = DeepseekV4Backbone(model).trace(IDS, ROWS, settings())
-    golden = raw.oracle
-    for row, position in enumerate(ROWS.tolist()):
-        found = slice(*golden.pointers[row : row + 2].tolist())
-        expected = {c: v for c, v in release_votes(stock["scores"], position, 12).items() if v >= 3}
-        assert dict(zip(golden.chunks[found].tolist(), golden.votes[found].tolist(), strict=True)) == expected
-    assert len(golden.votes) > 50 and int(golden.votes.max()) == 4
-    assert raw.near_ties == 0
-
-
-def test_attention_is_the_joint_softmax(model, stock):
-    raw = DeepseekV4Backbone(model).trace(IDS, ROWS, settings(oracle="attention"))
-    mean, peak = raw.oracle.dense(LENGTH // 4)
-    layers = [stock["attentions"][layer][0][..., LENGTH:] for layer in csa_layers(model)]  # [heads, S, N]
-    weights = torch.stack(layers)[:, :, ROWS]
-    torch.testing.assert_close(mean, weights.mean(dim=(0, 1)), atol=2e-3, rtol=2e-3)  # stored in fp16
-    torch.testing.assert_close(peak, weights.amax(dim=1).mean(dim=0), atol=2e-3, rtol=2e-3)
-    assert torch.all(mean.sum(dim=1) < 1)  # sliding window and sink hold the rest
-    assert raw.oracle.rest.max() < 1e-6
-
-
 def test_what_top_chunks_leaves_out_is_counted(model):
     backbone = DeepseekV4Backbone(model)
     whole = backbone.trace(IDS, ROWS, settings(oracle="attention")).oracle
@@ -115,36 +45,6 @@ def test_what_top_chunks_leaves_out_is_counted(model):
     torch.testing.assert_close(kept + cut.rest, everything, atol=2e-3, rtol=0)
     best = whole.dense(LENGTH // 4)[1].topk(5, dim=1).values.sum(dim=1)
     torch.testing.assert_close(cut.dense(LENGTH // 4)[1].sum(dim=1), best, atol=2e-3, rtol=0)
-
-
-def test_states_keys_and_native_rows(model, stock):
-    backbone = DeepseekV4Backbone(model)
-    raw = backbone.trace(IDS, ROWS, settings())
-    assert torch.equal(raw.positions, ROWS)
-    for layer in (1, 3):
-        torch.testing.assert_close(raw.hidden[layer].float(), stock["hidden"][layer][ROWS], atol=1e-2, rtol=1e-2)
-        rotated = stock["keys"][layer].numpy().astype(np.float64) @ HADAMARD
-        assert raw.keys[layer].shape == (LENGTH // 4, 20)
-        step = np.abs(rotated).max(axis=1, keepdims=True) / 16  # fp8: three mantissa bits
-        assert np.all(np.abs(decode_keys(raw.keys[layer]).numpy() - rotated) <= step)
-        for row in range(3):
-            native = raw.native[layer, row]
-            visible = (60 + row + 1) // 4
-            torch.testing.assert_close(native.logits, stock["scores"][layer][60 + row, :visible], atol=1e-4, rtol=1e-4)
-            keys = key_vectors(raw.keys[layer])[:visible]
-            again = lightning_scores(native.query[None], native.weights[None], keys)[0]
-            assert np.corrcoef(again, native.logits)[0, 1] > 0.99
-    assert set(raw.native) == {(layer, row) for layer in (1, 3) for row in range(3)}
-
-
-def test_our_rope_and_hadamard_turn_queries_like_the_model(model, stock):
-    backbone = DeepseekV4Backbone(model)
-    attention = model.get_decoder().layers[csa_layers(model)[1]].self_attn
-    with torch.no_grad():
-        residual = attention.q_a_norm(attention.q_a_proj(stock["hidden"][1]))
-        query = attention.compressor.indexer.q_b_proj(residual).unflatten(-1, (16, 16))
-    turned = backbone.info.rope.rotate(query, torch.arange(LENGTH)[:, None])
-    torch.testing.assert_close(turned, stock["query"][1], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64])
