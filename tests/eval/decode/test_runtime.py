@@ -19,9 +19,9 @@ from tests.conftest import tiny_model
 EVERYTHING, TENTH = Budget(budget=1.0), Budget(budget=0.1)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("deepseek_v4")
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3", "deepseek_v4"])
+def model(request):
+    return tiny_model(request.param)
 
 
 @pytest.fixture(scope="module")
