@@ -1,5 +1,6 @@
 """A Hugging Face decoder with ordinary attention as host; sliding-window layers are left as they are."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -13,6 +14,9 @@ from data_gen.errors import InputError
 from eval.decode.cache import ResidentCache
 from eval.decode.hosts.base import ResidentBytes
 from eval.decode.hosts.deepseek_v4_table import PAD, Move
+
+PIECE_TOKENS = 4096
+"""Tokens of a sequence read at once: their mask over 131,072 earlier ones takes half a GiB, in torch's bool."""
 
 
 class DenseHost:
@@ -31,18 +35,29 @@ class DenseHost:
         self.layers = list(layers)
         self.cache = ResidentCache(model.config, backbone.info.full_layers, chunk_tokens, layers)
 
+    def fork(self) -> "DenseHost":
+        """An independent continuation of the same history."""
+        twin = copy.copy(self)
+        twin.cache = self.cache.fork()
+        return twin
+
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Read into `cache` only while this is open: hooks note what the newest token asks, and hide empty rows."""
+        """Read into `cache` only while this is open: hooks note what the newest token asks, and hide empty rows.
+
+        Reading a padded batch into it raises InputError: chunks are counted from the first token of every sequence.
+        """
         with ExitStack() as stack:
             stack.enter_context(observe(self.model, self.cache.remember))
+            refuse = self.model.get_decoder().register_forward_pre_hook(self._refuse_padding, with_kwargs=True)
+            stack.callback(refuse.remove)
             for module in self.modules.values():
                 stack.callback(module.register_forward_pre_hook(self._hide_padding, with_kwargs=True).remove)
             yield
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Read tokens [B, S] in one forward; returns the logits behind the last ones, [B, vocabulary].
+        """Read tokens [B, S], in pieces that bound memory; returns the logits behind the last ones, [B, vocabulary].
 
         Raises InputError beyond the model's context.
         """
@@ -51,8 +66,9 @@ class DenseHost:
                 f"{self.position + 1 + ids.shape[1]} tokens, the backbone's context is {self.info.context}"
             )
         with self.attached():
-            ids = ids.to(self.model.device)
-            return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+            for piece in ids.to(self.model.device).split(PIECE_TOKENS, dim=1):
+                logits = self.model(piece, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+        return logits
 
     @property
     def position(self) -> int:
@@ -84,6 +100,14 @@ class DenseHost:
             served=self.cache.resident_bytes() - empty * self.chunk_bytes,
             keys=self.cache.total * self.cache.batch * len(self.layers) * self.info.key_width * torch.half.itemsize,
         )
+
+    def _refuse_padding(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("past_key_values") is self.cache and mask is not None and not bool(mask.all()):
+            raise InputError(
+                "a padded batch: chunks are counted from the first token of every sequence; "
+                "give sequences of equal length without padding, or one at a time"
+            )
 
     def _hide_padding(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Where sequences keep different numbers of chunks, hide the rows in front that stand for none."""

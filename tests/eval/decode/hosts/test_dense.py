@@ -89,6 +89,21 @@ def test_a_restricted_set_is_the_masked_stock_model(model, sets, attention):
 
 
 @torch.no_grad()
+def test_long_inputs_are_read_in_pieces(model, monkeypatch):
+    monkeypatch.setattr("eval.decode.hosts.dense.PIECE_TOKENS", 32)
+    host, stock = open_host(model), DynamicCache(config=model.config)
+    ours = host.read(IDS[:2, :PROMPT])
+    for piece in (IDS[:2, :32], IDS[:2, 32:64], IDS[:2, 64:PROMPT]):
+        expected = model(piece, past_key_values=stock, logits_to_keep=1).logits[:, -1]
+    assert torch.equal(ours, expected) and host.position == PROMPT - 1
+    monkeypatch.undo()
+    whole = open_host(model)
+    whole.read(IDS[:2, :PROMPT])
+    torch.testing.assert_close(host.keys(), whole.keys(), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(host.hidden(), whole.hidden(), atol=2e-2, rtol=2e-2)
+
+
+@torch.no_grad()
 def test_set_after_set_is_the_masked_stock_model(model):
     """A random set every 5 tokens: old entries of the stock cache stay, ours leave and come back."""
     host, stock = open_host(model), DynamicCache(config=model.config)
@@ -141,7 +156,7 @@ def test_reset_reorder_and_forks_reach_all_that_the_host_holds(model):
     logits = host.read(IDS[:, :PROMPT])
     hidden, keys = host.hidden(), host.keys()
     host.keep(DIFFERENT)
-    twin = host.cache.fork()
+    twin = host.fork()
     order = torch.tensor([2, 0, 0])
     host.cache.reorder_cache(order)
     assert torch.equal(host.hidden(), hidden[order]) and torch.equal(host.keys(), keys[order])
@@ -154,7 +169,7 @@ def test_reset_reorder_and_forks_reach_all_that_the_host_holds(model):
             other.keep(sets)
         piece = IDS[:, host.position + 1 : host.position + 4]
         torch.testing.assert_close(host.read(piece), other.read(piece), atol=1e-5, rtol=1e-5)
-    host.cache, other = twin, open_host(model)  # the fork kept the old order
+    host, other = twin, open_host(model)  # the fork kept the old order
     other.read(IDS[:, :PROMPT])
     other.keep(DIFFERENT)
     piece = IDS[:, PROMPT : PROMPT + 6]
@@ -185,6 +200,11 @@ def test_what_does_not_work_is_refused():
         host.keep([torch.tensor([3, 2])] * 2)
     with pytest.raises(InputError, match="context is 512"):
         host.read(torch.zeros(2, 500, dtype=torch.int64))
+    padded = torch.ones(2, 60).index_fill(1, torch.arange(3), 0)
+    with pytest.raises(InputError, match="a padded batch"), host.attached():
+        host.cache.reset()
+        model.generate(IDS[:2, :60], attention_mask=padded, past_key_values=host.cache, max_new_tokens=2)
+    host.read(IDS[:2, :PROMPT])
     host.keep(DIFFERENT[:2])
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(InputError, match="attn_implementation='sdpa'"), host.attached():
