@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from data_gen.errors import InputError
 from data_gen.store import write_atomically
 from eval.decode.fallback import Fallback, Served, serve
+from eval.decode.hosts.deepseek_v4_table import Move
 from eval.decode.level1 import PagedKeys, open_level1
 from eval.decode.open import open_host
 from eval.decode.select import Limits
@@ -28,7 +29,8 @@ from indexer_train.selection import Budget, Threshold
 @dataclass(frozen=True)
 class Window:
     """One refresh. position: the newest token read; chunks: made so far; resident, fetched, evicted: chunks, summed
-    over sequences; bytes: of the resident chunks beside the model; fetched_bytes: brought from the cold side; demand:
+    over sequences, since the window before: what a new turn brought back is counted with its first window; bytes: of
+    the resident chunks beside the model; fetched_bytes: brought from the cold side; demand:
     what the rule asked for beside the protected chunks; served: how, one word a sequence."""
 
     position: int
@@ -72,6 +74,7 @@ class LSARuntime:
             fallback.check(self.spec, self.level1.selection)
         self.fallback = fallback
         self.windows: list[Window] = []
+        self._moves: list[Move] = []  # since the newest window
         self._read = torch.empty(0, 0, dtype=torch.int64)
 
     @classmethod
@@ -82,7 +85,7 @@ class LSARuntime:
     def reset(self) -> None:
         """Forget all sequences and statistics."""
         self.host.cache.reset()
-        self.windows = []
+        self.windows, self._moves = [], []
         self._read = torch.empty(0, 0, dtype=torch.int64)
 
     @torch.no_grad()
@@ -138,10 +141,12 @@ class LSARuntime:
             kept.append(chunks)
             served.append(how)
             demand.append(int(resident.demand[0]))
-        move = self.host.keep(kept)
+        self._moves.append(self.host.keep(kept))
+        fetched, evicted = (sum(getattr(move, name) for move in self._moves) for name in ("fetched", "evicted"))
+        self._moves = []
         resident, held = sum(map(len, kept)), self.host.resident_bytes().tensors
-        brought = move.fetched * self.host.chunk_bytes
-        window = Window(position, total, resident, move.fetched, move.evicted, held, brought, demand, served)
+        brought = fetched * self.host.chunk_bytes
+        window = Window(position, total, resident, fetched, evicted, held, brought, demand, served)
         self.windows.append(window)
         return window
 
@@ -177,7 +182,7 @@ class LSARuntime:
         """Bring back all chunks: what the user says next is read with full attention."""
         if self.host.position >= 0:
             everything = torch.arange(self.spec.chunking.visible(self.host.position))
-            self.host.keep([everything] * len(self._read))
+            self._moves.append(self.host.keep([everything] * len(self._read)))
 
 
 class _Refresh(StoppingCriteria):
