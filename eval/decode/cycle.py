@@ -8,6 +8,9 @@ import torch
 from eval.decode.policies import DecodePolicy
 from eval.decode.session import Session
 
+Keep = Callable[[Session], None]
+"""Fixes a session's resident set from what it has read so far."""
+
 
 @dataclass
 class Usage:
@@ -29,24 +32,28 @@ class Usage:
         return self.bytes / self.steps
 
 
+def best(policy: DecodePolicy | None, budget: float) -> Keep | None:
+    """Keeps the best chunks under `budget` by the policy's scores; None keeps everything."""
+    return None if policy is None else lambda session: session.keep(policy(session), budget)
+
+
 def steps(
     session: Session,
-    policy: DecodePolicy | None,
-    budget: float,
+    keep: Keep | None,
     tau: int,
     first: int,
     follow: Callable[[torch.Tensor], int | None],
     usage: Usage,
 ) -> Iterator[torch.Tensor]:
-    """Logits after each token, under `policy`.
+    """Logits after each token, the resident set fixed by `keep` every `tau` tokens.
 
     first: the token to read first; follow: logits -> the next token to read, None to stop. The set in force for a
     token was fixed before it was read: every predicted token, the first included, comes from sparse attention.
     """
     token: int | None = first
     while token is not None:
-        if policy is not None and usage.steps % tau == 0:
-            session.keep(policy(session), budget)
+        if keep is not None and usage.steps % tau == 0:
+            keep(session)
             usage.refreshes += 1
         logits = session.read([token])
         usage.steps += 1
@@ -69,7 +76,7 @@ def generate(
         answer.append(token)
         return None if token in stop or len(answer) == most else token
 
-    for _ in steps(session, policy, budget, tau, first, follow, usage):
+    for _ in steps(session, best(policy, budget), tau, first, follow, usage):
         pass
     return answer, usage
 
@@ -80,5 +87,6 @@ def follow_text(
     """Logits [len(tokens), vocabulary] while reading a given continuation."""
     usage = Usage()
     rest = iter(tokens[1:])
-    logits = list(steps(session, policy, budget, tau, tokens[0], lambda _: next(rest, None), usage))
+    keep = best(policy, budget)
+    logits = list(steps(session, keep, tau, tokens[0], lambda _: next(rest, None), usage))
     return torch.stack(logits), usage

@@ -9,10 +9,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.decode.check import stop_tokens
-from eval.decode.cycle import Usage, steps
+from eval.decode.cycle import Keep, Usage, best, steps
+from eval.decode.fallback import Fallback
 from eval.decode.open import open_session
-from eval.decode.policies import DecodePolicy, decode_policies
+from eval.decode.policies import decode_policies
 from eval.decode.session import Session
+from eval.tasks.capped import Capped, calibrated
 from eval.tasks.config import BenchmarkConfig
 from eval.tasks.examples import Example, TextExample
 from eval.tasks.oracle import Foresight
@@ -20,6 +22,7 @@ from eval.tasks.prefill import Prefill
 from eval.tasks.scorers import SCORERS
 from indexer_train.model import MemoryIndexer
 
+FALLBACK = "indexer+fallback"
 Record = dict[str, Any]
 """What became of one example: its name, benchmark, task, length, tokens, depth, why it was left out (empty: it was
 not) and its runs, one a policy and budget, full attention first."""
@@ -47,8 +50,8 @@ class Runner:
 
     @property
     def policies(self) -> list[str]:
-        """The asked policies that this backbone has."""
-        known = {*decode_policies(self.indexer), "oracle"}
+        """The asked policies that this backbone and bundle have."""
+        known = {*decode_policies(self.indexer), "oracle", *([FALLBACK] if calibrated(self.indexer) else [])}
         return [name for name in self.config.policies if name in known]
 
     def run(self, example: Example | TextExample, after: Example | None = None) -> Record:
@@ -78,10 +81,14 @@ class Runner:
         measure = _Fidelity(example.tokens[place + 1 :]) if follows else None
         foresight = Foresight(self.indexer.spec.window)
         known = {**decode_policies(self.indexer), "oracle": foresight}
-        asked = [("full", None), *[(name, budget) for budget in self.config.budgets for name in self.policies]]
+        ranked = [name for name in self.policies if name != FALLBACK]
+        asked = [("full", None), *[(name, budget) for budget in self.config.budgets for name in ranked]]
+        asked += [(FALLBACK, self.config.cap)] if FALLBACK in self.policies else []
         for name, budget in asked:
+            capped = Capped(self.indexer, calibrated(self.indexer), budget, Fallback()) if name == FALLBACK else None
+            keep = capped or best(known[name], budget or 1.0)
             watch = foresight.watch if name == "full" and "oracle" in self.policies else None
-            answer, usage = self._go_on(session.fork(), known[name], budget or 1.0, given, most, measure, watch)
+            answer, usage = self._go_on(session.fork(), keep, given, most, measure, watch)
             run = {
                 "policy": name,
                 "budget": budget,
@@ -90,6 +97,8 @@ class Runner:
                 "chunks": usage.resident / usage.steps / session.chunking.tokens,
                 "refreshes": usage.refreshes,
             }
+            if capped is not None:
+                run |= {"fallbacks": capped.served.count("full"), "windows": len(capped.served)}
             if measure is not None:
                 run |= measure.finish()
             else:
@@ -101,8 +110,7 @@ class Runner:
     def _go_on(
         self,
         session: Session,
-        policy: DecodePolicy | None,
-        budget: float,
+        keep: Keep | None,
         given: list[int],
         most: int,
         measure: "_Fidelity | None",
@@ -124,7 +132,7 @@ class Runner:
             answer.append(int(logits.argmax()))
             return None if answer[-1] in stop or len(answer) == most else answer[-1]
 
-        for _ in steps(session, policy, budget, self.indexer.spec.window, given[0], follow, usage):
+        for _ in steps(session, keep, self.indexer.spec.window, given[0], follow, usage):
             pass
         return answer, usage
 

@@ -63,7 +63,7 @@ def benchmark(
     records = [journal.records[name] for name in [*generated, *(example.name for example in read)]]
     notes = left_out_lines(records)
     if missing := [name for name in config.policies if name not in runner.policies]:
-        notes.append(f"not run: {', '.join(missing)} (this backbone has none)")
+        notes.append(f"not run: {', '.join(missing)} (this backbone or bundle has none)")
     sections = {
         "benchmark": accuracy_rows(records, trained),
         "benchmark_text": fidelity_rows(records, trained),

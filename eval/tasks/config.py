@@ -11,9 +11,9 @@ GeneratedTask = Literal["single", "multi_key", "multi_value", "multi_query", "va
 TASKS: list[GeneratedTask] = [
     "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text",
 ]  # fmt: skip
-PolicyName = Literal["indexer", "mean_pooled", "native", "recency", "random", "oracle"]
-POLICIES: list[PolicyName] = ["indexer", "mean_pooled", "native", "recency", "random", "oracle"]
-"""Beside full attention, which is always run."""
+PolicyName = Literal["indexer", "mean_pooled", "native", "recency", "random", "oracle", "indexer+fallback"]
+POLICIES: list[PolicyName] = ["indexer", "mean_pooled", "native", "recency", "random", "oracle", "indexer+fallback"]
+"""Beside full attention, which is always run. `indexer+fallback`: the bundle's threshold under a cap (capped.py)."""
 Format = Literal["ruler", "longbench-v2", "longmemeval", "mrcr"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -38,9 +38,10 @@ class BenchmarkConfig(Strict):
     tasks: generated ones beside `mrcr`, the dense demand where sparse attention is known to fail, which is always
     asked with them; none beside files: the files only; `text` is plain text to follow; examples: of each task and
     length; texts: of each length; text_tokens: followed of each text; budgets: shares of chunks kept on top of the
-    protected ones; policies: beside full attention; keys, values, queries, hops: sizes of the needle tasks; common:
-    words to find by `aggregation`; haystack: plain text that training has not seen, a source as documents.source
-    is; None: what the indexer's training held out; files: published benchmarks.
+    protected ones; policies: beside full attention; cap: as budgets, for `indexer+fallback`: windows that ask for more
+    are read with full attention; keys, values, queries, hops: sizes of the needle tasks; common: words to find by
+    `aggregation`; haystack: plain text that training has not seen, a source as documents.source is; None: what the
+    indexer's training held out; files: published benchmarks.
     """
 
     lengths: list[PositiveInt] | None = None
@@ -50,6 +51,7 @@ class BenchmarkConfig(Strict):
     text_tokens: PositiveInt = 256
     budgets: list[Share] = Field([0.1], min_length=1)
     policies: list[PolicyName] = Field(POLICIES)
+    cap: Share = 0.2
     keys: PositiveInt = 3
     values: PositiveInt = 2
     queries: PositiveInt = 2

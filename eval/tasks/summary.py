@@ -21,7 +21,8 @@ def accuracy_rows(records: list[Record], trained: int | None) -> Rows:
     accuracy: mean score with its 95 % interval [low, high], Wilson's where scores are 0 or 1, else a bootstrap over
     examples; difference: from full attention on the same examples, bootstrap of the pairs; tokens: mean length;
     beyond: tokens / the longest training document; kept: resident tokens / all tokens; kv_mb: resident keys and
-    values in 10^6 bytes; left_out: examples that could not be asked or scored.
+    values in 10^6 bytes; left_out: examples that could not be asked or scored; of `indexer+fallback` also windows, and
+    fallbacks, those of them under full attention.
     """
     rows = []
     for group, examples in _groups([record for record in records if record["benchmark"] != "text"]):
@@ -114,7 +115,9 @@ def _column(records: list[Record], key: tuple[str, float | None], name: str) -> 
 
 def _usage(records: list[Record], key: tuple[str, float | None], trained: int | None) -> dict[str, Any]:
     tokens = float(np.mean([record["tokens"] for record in records]))
-    return {
+    runs = [run for r in records for run in r["runs"] if (run["policy"], run["budget"]) == key]
+    counted = {name: sum(run[name] for run in runs) for name in ("fallbacks", "windows") if name in runs[0]}
+    return counted | {
         "policy": key[0],
         "budget": key[1],
         "tokens": tokens,

@@ -10,7 +10,9 @@ Rows = list[dict[str, Any]]
 
 
 def benchmark_table(rows: Rows) -> str:
-    """A line per task and length, a column per policy: accuracy in %, its 95 % interval, resident KV in MB."""
+    """A line per task and length, a column per policy: accuracy in %, its 95 % interval, resident KV in MB, and windows
+    under full attention where those are counted.
+    """
     columns, lines = list(dict.fromkeys(map(column_name, rows))), []
     cells = {(*_place(row), column_name(row)): row for row in rows}
     for place in dict.fromkeys(map(_place, rows)):
@@ -58,7 +60,8 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
     interval = "" if row["low"] is None else f" [{100 * row['low']:.0f}-{100 * row['high']:.0f}]"
-    return f"{100 * row['accuracy']:.0f}{interval} / {row['kv_mb']:.1f}"
+    full = f", {row['fallbacks']} of {row['windows']} full" if "windows" in row else ""
+    return f"{100 * row['accuracy']:.0f}{interval} / {row['kv_mb']:.1f}{full}"
 
 
 def _averages(rows: Rows, columns: list[str]) -> list[list[str]]:

@@ -8,6 +8,8 @@ from eval.tasks.answers import Runner
 from eval.tasks.config import BenchmarkConfig
 from eval.tasks.examples import Example, TextExample, user
 from eval.tasks.oracle import Foresight
+from indexer_train.model import MemoryIndexer
+from indexer_train.selection import Budget, Cut, Threshold
 from tests.conftest import tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so again. " * 3
@@ -49,6 +51,29 @@ def test_full_attention_answers_as_generate_does(run, tokenizer):
         assert runs[name, 1.0]["response"] == expected
         assert runs[name, 0.1]["kept"] < 0.45 and runs[name, 0.1]["kv_bytes"] < runs["full", None]["kv_bytes"]
     assert runs["full", None]["kv_bytes"] > 2 * 3 * 2 * 16 * 4 * len(ids)  # keys and values, layers, heads, width, fp32
+
+
+def test_fallback_reads_windows_that_ask_for_more_than_the_cap_in_full(tokenizer, indexer):
+    def runs(score, cap, example):
+        served = [Budget(budget=0.1), Threshold(target="recall", value=0.9, cuts=[Cut(score=score)])]
+        spec = indexer.spec.model_copy(update={"selections": served})
+        calibrated = MemoryIndexer.from_spec(spec)
+        calibrated.load_state_dict(indexer.state_dict())
+        config = BenchmarkConfig(policies=["recency", "indexer+fallback"], budgets=[0.3], cap=cap)
+        record = Runner(tiny_model("llama"), tokenizer, calibrated.eval(), config, False, 512).run(example)
+        assert [(each["policy"], each["budget"]) for each in record["runs"]] == [
+            ("full", None), ("recency", 0.3), ("indexer+fallback", cap)
+        ]  # fmt: skip
+        return record["runs"]
+
+    full, recency, fallen = runs(-1e9, 0.3, question())
+    assert fallen["fallbacks"] == fallen["windows"] == fallen["refreshes"] and "windows" not in recency
+    assert fallen["response"] == full["response"] and fallen["kept"] == 1 and recency["kept"] < 0.6
+    _, _, wide = runs(-1e9, 1.0, question())
+    assert (wide["fallbacks"], wide["kept"]) == (0, 1)
+    tokens = tokenizer(TEXT).input_ids
+    _, _, little = runs(1e9, 0.3, TextExample("t", len(tokens), tokens, 50))
+    assert (little["fallbacks"], little["windows"]) == (0, 4) and little["kept"] < 0.4 and little["kl"] > 1e-4
 
 
 def test_answers_are_scored(run):

@@ -100,7 +100,7 @@ def test_policies_that_the_backbone_lacks_are_named(trained, tokenizer, tmp_path
     config = CONFIG.model_copy(update={"policies": ["native", "indexer"], "tasks": [], "lengths": [500], "examples": 1})
     sections, notes = ask(trained, tokenizer, tmp_path, config)
     assert [row["policy"] for row in sections["benchmark"]] == ["full", "indexer"]  # mrcr is asked in any case
-    assert notes == ["not run: native (this backbone has none)"]
+    assert notes == ["not run: native (this backbone or bundle has none)"]
 
 
 def test_what_cannot_be_asked_is_refused_first(trained, indexer, tokenizer, tmp_path):

@@ -40,6 +40,16 @@ def test_accuracy_rows():
     assert (indexer["beyond"], many["beyond"]) == (1, 2) and accuracy_rows(RECORDS, None)[0]["beyond"] is None
 
 
+def test_windows_under_full_attention_are_summed_and_shown():
+    counts = [{"fallbacks": 1, "windows": 3}, {"fallbacks": 0, "windows": 2}]
+    records = [record(name, "single", 1000, {"full": 1.0, "indexer+fallback": 1.0}) for name in "ab"]
+    for each, counted in zip(records, counts, strict=True):
+        each["runs"][1] |= counted
+    full, fallback = accuracy_rows(records, None)
+    assert (fallback["fallbacks"], fallback["windows"]) == (1, 5) and "windows" not in full
+    assert "100 [34-100] / 2.0, 1 of 5 full |" in benchmark_table([full, fallback])
+
+
 def test_one_example_has_no_bootstrap_interval():
     (row,) = accuracy_rows([RECORDS[3] | {"runs": RECORDS[3]["runs"][:1]}], None)
     assert row["low"] is None and "50 / 10.0" in benchmark_table([row])
