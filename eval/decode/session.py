@@ -9,44 +9,44 @@ from data_gen.backbones.observe import AttentionCall, attention_modules, observe
 from data_gen.chunks import Chunking
 from data_gen.oracle import pooled_attention
 from eval.decode.cache import ResidentCache
+from eval.decode.hosts.dense import DenseHost
 
 
 class Session:
-    """A decoder, one sequence, and the state a policy may look at.
+    """A host with one sequence, and the state a policy may look at.
 
     newest: layer -> the newest token's attention call.
     """
 
     def __init__(self, model: PreTrainedModel, chunking: Chunking) -> None:
-        self.model = model
-        self.chunking = chunking
-        layers = sorted(attention_modules(model))
-        self.cache = ResidentCache(model.config, layers, chunking.tokens, layers)
+        self.model, self.chunking = model, chunking
+        self.host = DenseHost(model, chunking.tokens, sorted(attention_modules(model)))
         self.newest: dict[int, AttentionCall] = {}
+
+    @property
+    def cache(self) -> ResidentCache:
+        return self.host.cache
 
     @property
     def position(self) -> int:
         """Position of the newest token read, 0-based."""
-        return self.cache.get_seq_length() - 1
+        return self.host.position
 
     def fork(self) -> "Session":
         """An independent continuation of the same history."""
         twin = copy.copy(self)
-        twin.cache = self.cache.fork()
-        twin.newest = dict(self.newest)
+        twin.host, twin.newest = self.host.fork(), dict(self.newest)
         return twin
 
-    @torch.no_grad()
     def read(self, tokens: list[int]) -> torch.Tensor:
-        """Read tokens with what is resident now; returns the logits behind the last one, [vocabulary]."""
+        """Read tokens with what is resident now; returns the logits behind the last one, [vocabulary].
+
+        Raises InputError beyond the model's context.
+        """
         with observe(self.model, self._remember):
-            output = self.model(
-                torch.tensor([tokens], device=self.model.device), past_key_values=self.cache, logits_to_keep=1
-            )
-        return output.logits[0, -1]
+            return self.host.read(torch.tensor([tokens]))[0]
 
     def _remember(self, call: AttentionCall) -> None:
-        self.cache.remember(call)
         self.newest[call.layer] = call
 
     def asked(self, layers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,4 +88,4 @@ class Session:
 
     def keep_chunks(self, chunks: torch.Tensor) -> None:
         """Make exactly these complete chunks ([R], ascending) resident, beside the unfinished one."""
-        self.cache.keep([chunks])
+        self.host.keep([chunks])

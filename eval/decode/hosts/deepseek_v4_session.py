@@ -13,6 +13,7 @@ from data_gen.backbones.deepseek_v4_hooks import arguments
 from data_gen.chunks import Chunking
 from data_gen.lightning import tiled_scores
 from eval.decode.hosts.deepseek_v4 import DeepseekV4Host
+from eval.decode.hosts.deepseek_v4_cache import ResidentCsaCache
 from eval.decode.session import Session
 
 
@@ -26,14 +27,16 @@ class CsaSession(Session):
     def __init__(self, model: PreTrainedModel, chunking: Chunking, layers: Sequence[int]) -> None:
         self.model, self.chunking = model, chunking
         self.host = DeepseekV4Host(model, layers)
-        self.cache = self.host.cache
         self.attention: dict[int, torch.Tensor] = {}
         self.native: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def cache(self) -> ResidentCsaCache:
+        return self.host.cache
 
     def fork(self) -> "CsaSession":
         twin = copy.copy(self)
         twin.host = self.host.fork()
-        twin.cache = twin.host.cache
         twin.attention, twin.native = dict(self.attention), dict(self.native)
         return twin
 
@@ -65,9 +68,6 @@ class CsaSession(Session):
 
     def asked(self, layers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.host.hidden(), self.host.keys()[0]
-
-    def keep_chunks(self, chunks: torch.Tensor) -> None:
-        self.host.keep([chunks])
 
     @property
     def resident_tokens(self) -> int:
