@@ -34,6 +34,9 @@ from data_gen.generate import generate
 from data_gen.oracle import SparseAttention
 from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
 from data_gen.trace import BackboneInfo, RawTrace
+from indexer_train.bridge.native import initialise
+from indexer_train.config import IndexerConfig
+from indexer_train.model import IndexerSpec, MemoryIndexer
 from recipes import Recipe
 from recipes.pocket_v4.config import load_config
 from recipes.pocket_v4.evaluate import documents_of
@@ -136,6 +139,34 @@ def pocket():
     path = "package:recipes/pocket_v4/model"
     model, tokenizer = load_backbone(BackboneConfig(path=path))
     return Pocket(DeepseekV4Backbone(model.cpu()), tokenizer, Path(resolve(path)))
+
+
+@pytest.fixture(scope="session")
+def pocket_traces(pocket, tmp_path_factory):
+    """The last 64 tokens, question and answer among them, of two documents of 1,000 tokens."""
+    trace = TraceConfig(chunking=Chunking(tokens=4, sink=0, recent=1), layers=[0, 1, 2], window=16, text_rows=64)
+    manifest = Manifest(backbone=pocket.backbone.info, trace=trace, documents={}, versions={})
+    store = TraceStore.create(tmp_path_factory.mktemp("pocket") / "traces", manifest)
+    for index, document in enumerate(pocket.documents("multi_key", 1000, 2)):
+        tokens = pocket.tokens(document)
+        raw = pocket.backbone.trace(tokens, torch.arange(len(tokens) - 64, len(tokens)), trace)
+        span = Span(first=0, last=64, serve=0, tail=False)
+        store.write(index, DocumentMeta(name=f"d{index}", task="text", length=len(tokens), spans=[span]), raw)
+    return store
+
+
+@pytest.fixture(scope="session")
+def pocket_indexer(pocket, pocket_traces):
+    """The pocket's own trained indexers as a memory indexer, in the release's shape rules."""
+    info, trace = pocket.backbone.info, pocket_traces.manifest.trace
+    spec = IndexerSpec(
+        shape=IndexerConfig(heads=16, rank=96, distance_bumps=0, scale=False, slot=False, join="max"),
+        layers=trace.layers, hidden=info.hidden, key_width=info.key_width, chunking=trace.chunking,
+        window=trace.window, backbone=info.fingerprint, key=info.key, rope=info.rope,
+    )  # fmt: skip
+    indexer = MemoryIndexer.from_spec(spec, device="cpu").eval()
+    initialise(indexer, pocket.folder)
+    return indexer
 
 
 @pytest.fixture(scope="session")

@@ -119,16 +119,6 @@ def test_the_published_safetensors(tmp_path):
     same(load_file(tmp_path / "again.safetensors"), state)
 
 
-@pytest.mark.parametrize("format", ["flashmemory-joint", "flashmemory-layers", "flashmemory-safetensors"])
-def test_ours_come_back_bit_for_bit(tmp_path, make_indexer, arguments, format):
-    indexer = make_indexer()
-    out = tmp_path / ("out.safetensors" if format == "flashmemory-safetensors" else "out")
-    back = import_checkpoints(export_indexer(indexer, out, format).files)
-    assert torch.equal(back.scores(*arguments), indexer.scores(*arguments))
-    ours = indexer.query_encoder.state_dict()
-    same(dict(back.query_encoder.state_dict()), dict(ours))
-
-
 def test_strict_loading_where_the_table_is_a_buffer(tmp_path, make_indexer):
     class Retriever(nn.Module):
         def __init__(self):
