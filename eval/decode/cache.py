@@ -10,8 +10,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from data_gen.backbones.observe import AttentionCall
 from data_gen.errors import InputError
 from data_gen.keys import KeyPooler, flatten_heads
-from eval.decode.hosts.deepseek_v4_cold import ColdEntries
-from eval.decode.hosts.deepseek_v4_table import PAD, Move, ResidentTable
+from eval.decode.hosts.cold import ColdEntries
+from eval.decode.hosts.resident import PAD, Move, ResidentTable
 
 TILE = 64
 """Chunks that go to the cold side at once."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from data_gen.errors import InputError
 from data_gen.store import write_atomically
 from eval.decode.fallback import Fallback, Served, serve
-from eval.decode.hosts.deepseek_v4_table import Move
+from eval.decode.hosts.resident import Move
 from eval.decode.level1 import PagedKeys, open_level1
 from eval.decode.open import open_host
 from eval.decode.select import Limits

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from data_gen.trace import BackboneInfo
-from eval.decode.hosts.deepseek_v4_table import Move
+from eval.decode.hosts.resident import Move
 
 
 @dataclass(frozen=True)

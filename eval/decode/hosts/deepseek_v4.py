@@ -17,7 +17,7 @@ from eval.decode.entries import EntryShape
 from eval.decode.hosts.base import ResidentBytes
 from eval.decode.hosts.deepseek_v4_cache import ResidentCsaCache
 from eval.decode.hosts.deepseek_v4_masks import resident_masks
-from eval.decode.hosts.deepseek_v4_table import Move
+from eval.decode.hosts.resident import Move
 
 
 class DeepseekV4Host:

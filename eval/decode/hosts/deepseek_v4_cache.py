@@ -11,8 +11,8 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACa
 from data_gen.backbones.deepseek_v4_hooks import CSA
 from data_gen.errors import InputError
 from data_gen.key_codec import encode_keys, hadamard
-from eval.decode.hosts.deepseek_v4_cold import ColdEntries
-from eval.decode.hosts.deepseek_v4_table import PAD, Move, ResidentTable
+from eval.decode.hosts.cold import ColdEntries
+from eval.decode.hosts.resident import PAD, Move, ResidentTable
 
 NAMES = ("compressor", "indexer")
 """What a chunk is made of in each CSA layer: its attention entry, then its native index key."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from data_gen.backbones.deepseek_v4_hooks import arguments, csa_layers
 from data_gen.errors import InputError
 from eval.decode.hosts.deepseek_v4_cache import ResidentCsaCache
-from eval.decode.hosts.deepseek_v4_table import PAD
+from eval.decode.hosts.resident import PAD
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from data_gen.backbones.observe import observe
 from data_gen.errors import InputError
 from eval.decode.cache import ResidentCache
 from eval.decode.hosts.base import ResidentBytes
-from eval.decode.hosts.deepseek_v4_table import PAD, Move
+from eval.decode.hosts.resident import PAD, Move
 
 PIECE_TOKENS = 4096
 """Tokens of a sequence read at once: their mask over 131,072 earlier ones takes half a GiB, in torch's bool."""

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.decode.hosts.deepseek_v4_table import PAD, ResidentTable
+from eval.decode.hosts.resident import PAD, ResidentTable
 
 
 def entry(sequence, chunk):

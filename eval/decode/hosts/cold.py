@@ -1,4 +1,4 @@
-"""The cold side of a DeepSeek-V4: all compressed entries of a batch of sequences, in host memory."""
+"""The cold side of a host: all chunks of a batch of sequences, in host memory."""
 
 import copy
 
@@ -10,7 +10,7 @@ from eval.decode.pools import ColdPool, HotPool
 
 
 class ColdEntries:
-    """A pool a sequence; a unit is one chunk in all CSA layers, [layers, width]: one copy brings all of it.
+    """A pool a sequence; a unit is one chunk in all layers, of any shape: one copy brings all of it.
 
     Forks and reordered sequences share pools until one of them gets new chunks.
     """
@@ -30,7 +30,7 @@ class ColdEntries:
         return self.pools[0].layout.elements * self.pools[0].layout.dtype.itemsize if self.pools else 0
 
     def append(self, units: torch.Tensor) -> None:
-        """units: [B, n, layers, width], copied. Raises InputError when the machine cannot pin that much memory."""
+        """units: [B, n, *shape], copied. Raises InputError when the machine cannot pin that much memory."""
         if not self.pools:
             self.pools = [ColdPool(tuple(units.shape[2:]), units.dtype) for _ in units]
             self._shared = [False] * len(units)
@@ -41,7 +41,7 @@ class ColdEntries:
             self.pools[sequence].append(new)
 
     def fetch(self, sequences: torch.Tensor, chunks: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Units of (sequence, chunk) pairs, sequences ascending: [n] each -> [n, layers, width] on `device`."""
+        """Units of (sequence, chunk) pairs, sequences ascending: [n] each -> [n, *shape] on `device`."""
         parts = []
         for sequence, pool in enumerate(self.pools):
             units = chunks[sequences == sequence].numpy().astype(np.int32)
@@ -52,7 +52,7 @@ class ColdEntries:
         return torch.cat(parts)
 
     def units(self, sequence: int) -> torch.Tensor:
-        """All chunks of a sequence, [N, layers, width] on the CPU."""
+        """All chunks of a sequence, [N, *shape] on the CPU."""
         pool = self.pools[sequence]
         if pool.pinned:
             torch.cuda.current_stream().synchronize()  # copies into pinned memory may be under way

@@ -1,4 +1,4 @@
-"""Which chunks of a batch of sequences lie in which rows of the resident entries, and what moves when that changes."""
+"""Which chunks of a batch of sequences lie in which rows of a cache, and what moves when that changes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Move:
 
 
 class ResidentTable:
-    """Which chunk lies in which row of the resident entries: the kept ones, then all that were made since.
+    """Which chunk lies in which row of the cache: the kept ones, then all that were made since.
 
     kept: [B, R] int64, ascending in each sequence, PAD first; fresh: the first chunk made since `kept` was fixed.
     """
