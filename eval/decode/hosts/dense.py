@@ -34,6 +34,7 @@ class DenseHost:
         self.model, self.info, self.modules = model, backbone.info, backbone.modules
         self.layers = list(layers)
         self.cache = ResidentCache(model.config, backbone.info.full_layers, chunk_tokens, layers)
+        self._mask: torch.Tensor | None = None
 
     def fork(self) -> "DenseHost":
         """An independent continuation of the same history."""
@@ -49,8 +50,8 @@ class DenseHost:
         """
         with ExitStack() as stack:
             stack.enter_context(observe(self.model, self.cache.remember))
-            refuse = self.model.get_decoder().register_forward_pre_hook(self._refuse_padding, with_kwargs=True)
-            stack.callback(refuse.remove)
+            enters = self.model.get_decoder().register_forward_pre_hook(self._enters, with_kwargs=True)
+            stack.callback(enters.remove)
             for module in self.modules.values():
                 stack.callback(module.register_forward_pre_hook(self._hide_padding, with_kwargs=True).remove)
             yield
@@ -101,7 +102,8 @@ class DenseHost:
             keys=self.cache.total * self.cache.batch * len(self.layers) * self.info.key_width * torch.half.itemsize,
         )
 
-    def _refuse_padding(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._mask = None
         mask = kwargs.get("attention_mask")
         if kwargs.get("past_key_values") is self.cache and mask is not None and not bool(mask.all()):
             raise InputError(
@@ -114,19 +116,26 @@ class DenseHost:
         if kwargs.get("past_key_values") is not self.cache or not self.cache.table.padded():
             return None
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if self._mask is None:  # the first full-attention layer of this forward: the others hold the same rows
+            self._mask = self._visible(self.cache.layers[module.layer_idx].rows, hidden)
+        return args, kwargs | {"attention_mask": self._mask.to(hidden.device)}
+
+    def _visible(self, rows: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The mask [B, 1, S, rows + S] of S new tokens behind `rows` resident ones, as the model's attention takes it.
+
+        Raises InputError for an attention that takes none.
+        """
         implementation = self.model.config.get_text_config(decoder=True)._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise InputError(
                 f"sequences that keep different numbers of chunks need a mask, which attention `{implementation}` has "
                 "not: load the model with attn_implementation='sdpa', serve a budget, or one sequence at a time"
             )
-        rows, new = self.cache.layers[module.layer_idx].rows, hidden.shape[1]
-        visible = torch.ones(new, rows + new, dtype=torch.bool).tril(rows)
-        empty = (self.cache.table.kept == PAD).repeat_interleave(self.cache.chunk_tokens, dim=1)
+        new = hidden.shape[1]
+        causal = torch.ones(new, rows + new, dtype=torch.bool, device=hidden.device).tril(rows)
+        empty = (self.cache.table.kept == PAD).to(hidden.device).repeat_interleave(self.cache.chunk_tokens, dim=1)
         empty = nn.functional.pad(empty, (0, rows + new - empty.shape[1]))
-        mask = (visible & ~empty[:, None])[:, None].to(hidden.device)
-        if implementation == "eager":
-            mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(
-                ~mask, torch.finfo(hidden.dtype).min
-            )
-        return args, kwargs | {"attention_mask": mask}
+        mask = (causal & ~empty[:, None])[:, None]
+        if implementation == "sdpa":
+            return mask
+        return torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
