@@ -93,6 +93,20 @@ def test_the_verbs_one_by_one_give_what_run_gives(finished, recipe, tmp_path, lo
     assert (tmp_path / weights).read_bytes() == (finished / weights).read_bytes()
 
 
+def test_a_prompt_is_continued_and_its_windows_are_traced(finished, recipe, tmp_path, lookahead):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("The bicycle is kept behind the shed. " * 10)
+    arguments = ("--bundle", finished / "bundle", "--prompt", prompt, "--out", tmp_path, "--new-tokens")
+    code, printed, _ = lookahead("decode", recipe, *arguments, 40)
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert code == 0 and f"{len(trace['windows'])} windows of {trace['tau']} tokens" in printed
+    first = trace["windows"][0]
+    assert first["position"] == 368 and first["chunks"] == 92 and 3 < first["resident"] < 92
+    prompt.write_bytes(b"\xff")
+    code, _, line = lookahead("decode", recipe, *arguments, 40)
+    assert code == 2 and "not a text file" in line
+
+
 def test_two_indexers_side_by_side(finished, recipe, tmp_path, lookahead):
     pair, heldout = ("--compare", *[finished / "indexer"] * 2), ("--traces", finished / "traces/heldout")
     code, printed, _ = lookahead("evaluate", recipe, *pair, *heldout, "--every-token", "--out", tmp_path)
