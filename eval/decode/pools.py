@@ -1,5 +1,6 @@
 """Where units live: all of them cold in host memory, some of them hot on the device."""
 
+import copy
 from dataclasses import dataclass
 from math import prod
 
@@ -73,6 +74,18 @@ class ColdPool:
         """Have memory for `count` more units, so that storing them neither waits nor fails."""
         while len(self.segments) * self.segment_units < self.units + count:
             self.segments.append(self._segment())
+
+    def fork(self) -> "ColdPool":
+        """A pool that goes on from the same units. Full segments serve both: their units must not be written again."""
+        twin = copy.copy(self)
+        full, rest = divmod(self.units, self.segment_units)
+        twin.segments = self.segments[:full]
+        if rest:
+            if self.pinned:
+                torch.cuda.current_stream().synchronize()  # copies from the device may be under way
+            twin.segments.append(self._segment())
+            twin.segments[full][:rest].copy_(self.segments[full][:rest])
+        return twin
 
     def check(self, data: torch.Tensor) -> None:
         """Raise InputError unless these are units [n, *shape] of this pool's kind."""

@@ -12,7 +12,7 @@ from eval.decode.pools import ColdPool, HotPool
 class ColdEntries:
     """A pool a sequence; a unit is one chunk in all layers, of any shape: one copy brings all of it.
 
-    Forks and reordered sequences share pools until one of them gets new chunks.
+    Forks and reordered sequences share pools until one of them gets new chunks, and full segments of pools for good.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class ColdEntries:
             self._shared = [False] * len(units)
         for sequence, new in enumerate(units):
             if self._shared[sequence]:
-                self.pools[sequence] = _copy(self.pools[sequence])
+                self.pools[sequence] = self.pools[sequence].fork()
                 self._shared[sequence] = False
             self.pools[sequence].append(new)
 
@@ -74,10 +74,3 @@ def _segments(pool: ColdPool) -> list[torch.Tensor]:
     """The pool's units, [n, *shape] a segment: the memory itself."""
     ends = [pool.units - number * pool.segment_units for number in range(len(pool.segments))]
     return [pool.layout.view(segment)[:end] for segment, end in zip(pool.segments, ends, strict=True)]
-
-
-def _copy(pool: ColdPool) -> ColdPool:
-    twin = ColdPool(pool.layout.shape, pool.layout.dtype)
-    for units in _segments(pool):
-        twin.append(units)
-    return twin

@@ -42,6 +42,23 @@ def test_reserved_memory_is_used():
     assert [int(pool[unit][0]) for unit in range(5)] == [3, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("before", [0, 3, 4, 6])
+def test_a_fork_goes_its_own_way_from_shared_segments(before):
+    stride = UnitLayout((2, 3), torch.float32).stride
+    pool = ColdPool((2, 3), torch.float32, pageable=True, segment_bytes=4 * stride)
+    common, ours, theirs = torch.randn(3, 7, 2, 3, generator=torch.Generator().manual_seed(0))
+    pool.append(common[:before])
+    twin = pool.fork()
+    twin.append(theirs)
+    pool.append(ours)
+    for side, own in ((pool, ours), (twin, theirs)):
+        expected = torch.cat([common[:before], own])
+        assert side.units == len(expected)
+        assert all(torch.equal(side[unit], expected[unit]) for unit in range(side.units))
+    same = [a.data_ptr() == b.data_ptr() for a, b in zip(pool.segments, twin.segments, strict=True)]
+    assert sum(same) == before // 4
+
+
 def test_one_unit_may_be_larger_than_a_segment():
     pool = ColdPool((100,), torch.uint8, pageable=True, segment_bytes=16)
     pool.append(torch.arange(300, dtype=torch.int32).to(torch.uint8).view(3, 100))
