@@ -1,0 +1,168 @@
+"""Demand fallback on a trained model: full attention, a cap, and the cap with fallback, on dense and sparse questions.
+
+    python -m benchmarks.fallback --bundle runs/pocket/demand/bundle
+
+Texts of the pocket language (recipes/pocket_v4), each asked a dense question, `copy` (all six steps, scattered over the
+text), and a sparse one, `multi_key` (one note among many). The threshold by which a window's demand is counted is
+calibrated on sparse questions of other texts: a share `rate` of those may fall back. A last row has the threshold that
+the bundle carries, calibrated for a share of the chunks. Every window of a question holds its whole answer.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_gen.backbones.load import load_backbone
+from data_gen.config import BackboneConfig
+from data_gen.store import write_atomically
+from eval.decode.check import wilson
+from eval.decode.fallback import Fallback
+from eval.decode.open import open_session
+from eval.decode.policies import indexer_policy
+from eval.decode.runtime import LSARuntime
+from eval.decode.select import Limits
+from eval.report import table
+from eval.tasks.capped import calibrated
+from indexer_train.bridge.bundle import load_bundle
+from indexer_train.model import MemoryIndexer
+from indexer_train.selection import Budget, Cut, Threshold
+from recipes.pocket_v4.config import load_config
+from recipes.pocket_v4.tasks import Document, solved, test_documents
+from recipes.pocket_v4.words import build_lexicon
+
+DENSE, SPARSE = "copy", "multi_key"
+POCKET = Path("recipes/pocket_v4")
+
+
+def questions(length: int, count: int, seed: str) -> list[Document]:
+    """`count` texts of `length` tokens, a dense and a sparse question on each."""
+    config, rng = load_config(POCKET / "config.yaml"), Random(seed)
+    lexicon, others = build_lexicon(config.vocabulary), min(config.evaluation.distractors, length // 64)
+    return [each for _ in range(count) for each in test_documents(lexicon, [DENSE, SPARSE], length, others, rng)]
+
+
+def separating_threshold(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indexer: MemoryIndexer, asked: list[Document],
+    cap: int, rate: float,
+) -> Threshold:  # fmt: skip
+    """The score with which a share `rate` of the questions asks for more than `cap` chunks, the protected included."""
+    first_beyond = []
+    for question in tqdm(asked, "calibrating", leave=False):
+        session = open_session(model, indexer.spec)
+        session.read(tokenizer(question.prompt).input_ids[:-1])
+        first, last = indexer.spec.chunking.candidates(session.position)
+        free = cap - (indexer.spec.chunking.visible(session.position) - (last - first))
+        scores = indexer_policy(indexer)(session)[first:last]
+        first_beyond.append(float(scores.sort(descending=True).values[free]))
+    return Threshold(cuts=[Cut(score=float(torch.tensor(first_beyond).quantile(1 - rate)))])
+
+
+def answered(
+    runtime: LSARuntime, tokenizer: PreTrainedTokenizerBase, asked: list[Document]
+) -> Iterator[tuple[Document, bool]]:
+    """(question, whether its greedy answer is right); the runtime's windows are those of this question."""
+    for question in asked:
+        ids = tokenizer(question.prompt, return_tensors="pt").input_ids.to(runtime.model.device)
+        most = len(question.answer.split())
+        runtime.reset()
+        written = runtime.generate(ids, max_new_tokens=most, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
+        yield question, solved(question, tokenizer.decode(written))
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indexer: MemoryIndexer, asked: list[Document],
+    cap: int, threshold: Threshold,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row per setting and task.
+
+    right of questions with a 95 % Wilson interval; fallbacks of windows; demand: median of chunks asked for;
+    resident_share: of the chunks; bytes_per_token: of resident chunks beside the model, per token of the context.
+    """
+    limits = Limits(floor=cap, cap=cap)  # the cap is reserved in any case
+    settings = {
+        "full attention": LSARuntime(indexer, model, selection=Budget(budget=1.0)),
+        "cap": LSARuntime(indexer, model, limits, threshold),
+        "cap + fallback": LSARuntime(indexer, model, limits, threshold, Fallback()),
+    }
+    if (own := calibrated(indexer)) is not None:
+        settings["cap + fallback, bundle's threshold"] = LSARuntime(indexer, model, limits, own, Fallback())
+    rows = []
+    for name, runtime in settings.items():
+        right: dict[str, list[bool]] = {DENSE: [], SPARSE: []}
+        windows: dict[str, list[Any]] = {DENSE: [], SPARSE: []}
+        for question, correct in tqdm(answered(runtime, tokenizer, asked), name, len(asked), leave=False):
+            right[question.task].append(correct)
+            windows[question.task] += runtime.windows
+        for task, of in windows.items():
+            low, high = wilson(sum(right[task]), len(right[task]))
+            rows.append(
+                {
+                    "setting": name,
+                    "task": task,
+                    "right": sum(right[task]),
+                    "questions": len(right[task]),
+                    "low": low,
+                    "high": high,
+                    "fallbacks": sum("full" in window.served for window in of),
+                    "windows": len(of),
+                    "demand": statistics.median(window.demand[0] for window in of),
+                    "resident_share": sum(window.resident for window in of) / sum(window.chunks for window in of),
+                    "bytes_per_token": statistics.fmean(window.bytes / (window.position + 1) for window in of),
+                }
+            )
+    return rows
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people."""
+    lines = [
+        [
+            row["setting"],
+            row["task"],
+            f"{row['right']} of {row['questions']} [{row['low']:.0%}-{row['high']:.0%}]",
+            f"{row['fallbacks']} of {row['windows']}",
+            f"{row['demand']:.0f}",
+            f"{row['resident_share']:.1%}",
+            f"{row['bytes_per_token']:.0f}",
+        ]
+        for row in rows
+    ]
+    return table(
+        ["", "task", "right", "windows fallen back", "median demand", "chunks resident", "bytes a token"], lines
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--count", type=int, default=20, help="texts; as many others calibrate")
+    parser.add_argument("--cap", type=int, default=8, help="resident chunks beside the protected ones")
+    parser.add_argument("--rate", type=float, default=0.1, help="share of sparse questions that may fall back")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    model, tokenizer = load_backbone(BackboneConfig(path=str(POCKET / "model")))
+    indexer = load_bundle(arguments.bundle)
+    cap = arguments.cap + indexer.spec.chunking.sink + indexer.spec.chunking.recent
+    others = [each for each in questions(arguments.length, arguments.count, "calibration") if each.task == SPARSE]
+    threshold = separating_threshold(model, tokenizer, indexer, others, cap, arguments.rate)
+    asked = questions(arguments.length, arguments.count, "asked")
+    rows = measure(model, tokenizer, indexer, asked, cap, threshold)
+    print(f"{arguments.length} tokens, cap {cap} chunks, {threshold}\n{as_table(rows)}")
+    if arguments.output:
+        found = {"bundle": indexer.spec.model_dump(mode="json", include={"chunking", "selections", "backbone"})}
+        found |= {"length": arguments.length, "cap": cap, "rate": arguments.rate, "rows": rows}
+        found |= {"threshold": threshold.model_dump(mode="json")}
+        write_atomically(arguments.output, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+
+
+if __name__ == "__main__":
+    main()
