@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from data_gen.backbones.observe import AttentionCall, attention_modules, observe
 from data_gen.chunks import Chunking
 from data_gen.oracle import pooled_attention
-from eval.decode.cache import ResidentCache
 from eval.decode.hosts.dense import DenseHost
+from eval.decode.hosts.dense_cache import ResidentCache
 
 
 class Session:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.observe import observe
 from data_gen.errors import InputError
-from eval.decode.cache import ResidentCache
 from eval.decode.hosts.base import ResidentBytes
+from eval.decode.hosts.dense_cache import ResidentCache
 from eval.decode.hosts.resident import PAD, Move
 
 PIECE_TOKENS = 4096
