@@ -259,6 +259,11 @@ class TraceStore:
         if self.manifest.documents.get("split") == "train":
             raise InputError(f"{self.root}: training documents; this is decided on held-out ones")
 
+    def check_training(self) -> None:
+        """Raise InputError on held-out documents: trained on, they would prove nothing."""
+        if self.manifest.documents.get("split") == "heldout":
+            raise InputError(f"{self.root}: held-out documents; train on others")
+
     def hold_back(self, every: int) -> tuple["TraceStore", "TraceStore"]:
         """Views of this store: (all documents but every n-th, every n-th document)."""
         paths = self.paths()
