@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, set_seed
 
+from data_gen.damage import whole
 from data_gen.errors import InputError
 from data_gen.shards import check_document
 from data_gen.store import TraceStore, write_atomically
@@ -23,7 +24,7 @@ from indexer_train.config import IndexerConfig, TrainConfig
 from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.memory import keep_freed_memory
-from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.model import REMEDY, IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, served_first
 
 SETTINGS = "training.json"
@@ -206,10 +207,13 @@ def _spec(traces: TraceStore, validation: int, shape: IndexerConfig, config: Tra
 
 
 def load_indexer(folder: Path) -> MemoryIndexer:
-    """Load a saved indexer. Raises InputError when the folder holds none."""
+    """Load a saved indexer, on the best device. Raises InputError when the folder holds none or a damaged one."""
     if not (folder / "modules.json").exists():
         raise InputError(f"{folder}: no indexer there (modules.json is missing); run `lookahead train` first")
-    return MemoryIndexer(str(folder), device="cuda" if torch.cuda.is_available() else "cpu", local_files_only=True)
+    with whole(folder, "indexer", REMEDY):
+        indexer = MemoryIndexer(str(folder), device="cpu", local_files_only=True)
+        indexer.query_encoder.spec  # noqa: B018 - other models of sentence-transformers have none
+    return indexer.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_traces(indexer: MemoryIndexer, store: TraceStore) -> None:
@@ -239,6 +243,6 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
     text = json.dumps(settings, indent=1)
     path = out / SETTINGS
     begun = (out / "checkpoints").exists() or (out / "indexer").exists()
-    if begun and path.exists() and path.read_text() != text:
+    if begun and path.exists() and path.read_bytes() != text.encode():
         raise InputError(f"{out}: holds a training run with other settings or traces; choose another folder")
     write_atomically(path, lambda file: file.write_text(text))
