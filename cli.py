@@ -362,7 +362,9 @@ def _train(recipe: Any, traces: dict[Path, float], out: Path) -> None:
     from indexer_train.mixture import mix
     from indexer_train.trainer import train as train_indexer
 
-    train_indexer(mix(traces), recipe.indexer, recipe.train, out, traces)
+    store = mix(traces)
+    store.check_settings(recipe.trace)
+    train_indexer(store, recipe.indexer, recipe.train, out, traces)
     typer.echo(f"indexer: {out / 'indexer'}")
 
 

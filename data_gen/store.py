@@ -216,6 +216,12 @@ class TraceDocument:
         return window_labels(mean, peak, few.rest, positions, windows - first, self.trace.chunking)
 
 
+def _fields(trace: TraceConfig) -> dict[str, Any]:
+    """Every setting by its name in a recipe."""
+    values = trace.model_dump()
+    return {f"chunking.{name}": value for name, value in values.pop("chunking").items()} | values
+
+
 class TraceStore:
     """A folder of traced documents that share one manifest."""
 
@@ -258,6 +264,16 @@ class TraceStore:
         """Raise InputError on documents to train on: what an indexer learned by heart chooses nothing."""
         if self.manifest.documents.get("split") == "train":
             raise InputError(f"{self.root}: training documents; this is decided on held-out ones")
+
+    def check_settings(self, trace: TraceConfig) -> None:
+        """Raise InputError, naming the first difference, unless these are the settings it was traced with."""
+        asked = _fields(trace)
+        for name, own in _fields(self.manifest.trace).items():
+            if own != asked[name]:
+                raise InputError(
+                    f"{self.root}: traced with trace.{name} {own}, but the recipe says {asked[name]}; "
+                    "take the recipe that the traces were made with, or generate with this one"
+                )
 
     def hold_back(self, every: int) -> tuple["TraceStore", "TraceStore"]:
         """Views of this store: (all documents but every n-th, every n-th document)."""

@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from data_gen.damage import whole
 from data_gen.errors import InputError
+from data_gen.rope import Rope
 from data_gen.shards import check_document
 from data_gen.store import TraceStore, write_atomically
 from indexer_train import processes, tracking
@@ -217,14 +218,27 @@ def load_indexer(folder: Path) -> MemoryIndexer:
 
 
 def check_traces(indexer: MemoryIndexer, store: TraceStore) -> None:
-    """Raise InputError unless `store` was traced from the indexer's backbone, with its layers and chunking."""
+    """Raise InputError unless `store` was traced from the indexer's backbone, the way its training traces were."""
     spec, manifest = indexer.spec, store.manifest
     if manifest.backbone.fingerprint != spec.backbone:
         raise InputError(f"{store.root}: traces of another backbone than the indexer's")
     if missing := sorted(set(spec.layers) - set(manifest.trace.layers)):
         raise InputError(f"{store.root}: the indexer reads layers {missing}, which the traces lack")
-    if manifest.trace.chunking != spec.chunking:
-        raise InputError(f"{store.root}: traces with other chunks than the indexer's")
+    backbone, trace = manifest.backbone, manifest.trace
+    for what, own, theirs in (
+        ("chunks", spec.chunking, trace.chunking),
+        ("windows", spec.window, trace.window),
+        ("hidden width", spec.hidden, backbone.hidden),
+        ("keys", (spec.key, spec.key_width), (backbone.key, backbone.key_width)),
+        ("RoPE", _turns(spec.rope), _turns(backbone.rope)),
+    ):
+        if own != theirs:
+            raise InputError(f"{store.root}: traces with other {what} ({theirs}) than the indexer's ({own})")
+
+
+def _turns(rope: Rope | None) -> Rope | None:
+    """How it turns, wherever it ends: a converted indexer may end before the backbone."""
+    return rope and rope.model_copy(update={"positions": 1})
 
 
 def _settings(store: TraceStore, shape: IndexerConfig, config: TrainConfig, sources: dict[str, Any]) -> dict[str, Any]:

@@ -215,6 +215,22 @@ def test_traces_of_another_backbone_or_layer_are_refused(finished, recipe, tmp_p
     assert code == 2 and "not a manifest of this version" in line
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"layers": [0]}, "trace.layers [0, 2], but the recipe says [0]"),
+        ({"window": 8}, "trace.window 16, but the recipe says 8"),
+        ({"oracle": "indexer"}, "trace.oracle attention, but the recipe says indexer"),
+        ({"chunking": {"tokens": 4, "sink": 1, "recent": 3}}, "trace.chunking.recent 2, but the recipe says 3"),
+    ],
+)
+def test_traces_made_with_other_settings_are_refused(finished, recipe, tmp_path, lookahead, changes, complaint):
+    changed, traces = edited(recipe, tmp_path, "trace", **changes), finished / "traces" / "train"
+    code, _, line = lookahead("train", changed, "--traces", traces, "--out", tmp_path / "out")
+    assert code == 2 and f"{traces}: traced with {complaint}; " in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_and_foreign_bundles_are_refused(finished, recipe, tmp_path, tokenizer, lookahead):
     bundle = tmp_path / "bundle"
     shutil.copytree(finished / "bundle", bundle)
