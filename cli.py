@@ -341,15 +341,15 @@ def _recipe(name: str, backbone: str | None = None, documents: str | None = None
 
 def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
     from data_gen.backbones.load import adapter, load_backbone
-    from data_gen.documents import build_documents
     from data_gen.generate import generate as generate_traces
+    from data_gen.generate import prepare
 
     out.mkdir(parents=True, exist_ok=True)  # an unwritable folder is found before the model is loaded
     model, tokenizer = load_backbone(recipe.backbone)
     backbone = adapter(model)
     splits = ("train", "heldout")
-    for split in splits:  # bad documents of either side are found before hours of tracing
-        build_documents(recipe.documents, recipe.trace, tokenizer, backbone.info.context, split)
+    for split in splits:  # what is wrong with either side is found before hours of tracing
+        prepare(backbone, tokenizer, recipe.documents, recipe.trace, split)
     for split in splits:
         store = generate_traces(backbone, tokenizer, recipe.documents, recipe.trace, split, out / split, _progress)
         typer.echo(f"{split}: {len(store.paths())} documents in {store.root}")

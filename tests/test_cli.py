@@ -165,6 +165,22 @@ def test_bad_documents_get_one_line_and_leave_nothing(recipe, tmp_path, lookahea
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "complaint"),
+    [
+        ("documents", {"heldout": {"text": 0}}, "documents.heldout: the recipe asks for no heldout document"),
+        ("trace", {"layers": [0, 7]}, "trace.layers: [7] are not full-attention layers; choose from [0, 1, 2]"),
+        ("trace", {"oracle": "indexer"}, "trace.oracle `indexer`: only DeepSeek-V4 has an indexer"),
+        ("trace", {"own_tokens": 100}, "but the backbone's context is 412"),
+    ],
+)
+def test_settings_that_do_not_fit_are_found_before_tracing(recipe, tmp_path, lookahead, section, changes, complaint):
+    changed = edited(recipe, tmp_path, section, **changes)
+    code, _, line = lookahead("generate", changed, "--out", tmp_path / "out")
+    assert code == 2 and complaint in line, line
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_document_longer_than_the_context_is_refused(recipe, tmp_path, lookahead):
     changed = edited(recipe, tmp_path, "documents", tokens=[600, 600])
     code, _, line = lookahead("generate", changed, "--out", tmp_path / "out")
