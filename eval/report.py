@@ -10,8 +10,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from data_gen.damage import whole
 from data_gen.store import write_atomically
 
+RESULTS = "results.json"
+"""What evaluate, decode and benchmark add to."""
 STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "A": ("tab:red", "-"), "B": ("tab:cyan", "-"),
           "native": ("tab:purple", "-"),
           "mean_pooled": ("tab:blue", "-"), "frequency": ("tab:orange", "-"), "recency": ("tab:green", "-"),
@@ -105,12 +108,19 @@ def plot_recall(rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """The sections of FOLDER/results.json, none where there is no such file. Raises InputError when it is damaged."""
+    path = folder / RESULTS
+    if not path.exists():
+        return {}
+    with whole(path, "results", "repair it, or delete it and measure again"):
+        return dict(json.loads(path.read_bytes()).items())
+
+
 def write_results(folder: Path, **sections: Any) -> Path:
     """Merge `sections` into FOLDER/results.json, keeping the ones written earlier."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
-    content |= sections
+    path, content = folder / RESULTS, read_results(folder) | sections
     write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1)))
     return path
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from tqdm import tqdm
 from transformers import EarlyStoppingCallback, set_seed
 
 from data_gen.damage import whole
 from data_gen.errors import InputError
 from data_gen.rope import Rope
-from data_gen.shards import check_document
+from data_gen.shards import check_store
 from data_gen.store import TraceStore, write_atomically
 from indexer_train import processes, tracking
 from indexer_train.batches import AllCandidates, DocumentBatchSampler, SampledCandidates, TellEpoch, window_index
@@ -110,8 +109,7 @@ def make_trainer(
     if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
         raise InputError(f"train.candidates.common_weight: {config.loss} weighs no single chunk; leave it out")
     own = store.paths()[processes.rank() :: processes.count()]
-    for document in tqdm(TraceStore(store.root, store.manifest, own), "checking", len(own), delay=5, unit="doc"):
-        check_document(document, store.manifest, read=True)
+    check_store(TraceStore(store.root, store.manifest, own))
     traces, validation = store.hold_back(config.validation_every)
     index = window_index(traces, config.stride, config.tails, weights)
     if not len(index) or not len(window_index(validation)):

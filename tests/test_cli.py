@@ -212,6 +212,36 @@ def test_a_truncated_shard_is_named_before_training(finished, recipe, tmp_path, 
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "calibrate", "mine", "select-layers"])
+def test_a_flipped_bit_is_found_before_the_work(finished, recipe, tmp_path, lookahead, verb):
+    shutil.copytree(finished / "traces" / "heldout", tmp_path / "heldout")
+    shard = sorted((tmp_path / "heldout").glob("doc_*"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    more = {"evaluate": [recipe, "--out", tmp_path / "out"], "select-layers": ["--count", 1]}.get(verb, [recipe])
+    code, _, line = lookahead(verb, *more, "--indexer", finished / "indexer", "--traces", tmp_path / "heldout")
+    assert code == 2 and f"{shard}: damaged trace (its bytes are not those that were written)" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("verb", ["run", "evaluate", "decode", "benchmark"])
+def test_damaged_results_are_found_before_the_work(finished, recipe, tmp_path, lookahead, verb, content):
+    results = tmp_path / "results.json"
+    results.write_text(content)
+    nothing = tmp_path / "nothing"  # whatever is opened first would complain of it
+    more = {
+        "run": [recipe, "--backbone", nothing],
+        "evaluate": [recipe, "--indexer", nothing, "--traces", nothing],
+        "decode": [recipe, "--bundle", nothing],
+        "benchmark": [nothing, "--recipe", recipe],
+    }[verb]
+    code, _, line = lookahead(verb, *more, "--out", tmp_path)
+    assert code == 2 and f"{results}: damaged results (" in line and results.read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 def test_traces_of_another_backbone_or_layer_are_refused(finished, recipe, tmp_path, lookahead):
     changed = tmp_path / "heldout"
     shutil.copytree(finished / "traces" / "heldout", changed)

@@ -91,5 +91,5 @@ def test_parts_of_the_results_make_a_report_of_their_own(folder, tmp_path):
     with pytest.raises(InputError, match="no results there"):
         write_report(tmp_path / "nowhere")
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(InputError, match="not JSON"):
+    with pytest.raises(InputError, match="damaged results"):
         write_report(tmp_path)
