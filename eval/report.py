@@ -62,13 +62,13 @@ def comparison_table(rows: list[dict[str, Any]], one: str, other: str) -> str:
 
 
 def threshold_lines(found: dict[str, Any]) -> list[str]:
-    """What each indexer's threshold kept of needles and text, and the recall it had."""
-    lines = []
+    """What each indexer's threshold kept of every group of tasks, and both recalls it had."""
+    lines, thresholds = [], found["evaluated"]["thresholds"]
     for row in found["recall"]:
-        if row["budget"] == "threshold" and row["task"] in ("needles", "text"):
+        if row["budget"] == "threshold":
             who = "threshold" if row["policy"] == "indexer" else f"threshold of {row['policy']}"
-            kept = f"kept {row['kept']:.1%}, mass recall {row['mass_recall']:.3f}"
-            lines.append(f"{who}, {row['task']}: {found['evaluated']['thresholds'][row['policy']]}: {kept}")
+            recall = f"mass recall {_share(row['mass_recall'])}, golden recall {_share(row['golden_recall'])}"
+            lines.append(f"{who}, {row['task']}: {thresholds[row['policy']]}: kept {row['kept']:.1%}, {recall}")
     return lines
 
 
