@@ -285,9 +285,12 @@ class TraceStore:
     def path(self, index: int) -> Path:
         return self.root / f"doc_{index:05d}.safetensors"
 
+    def document(self, path: Path) -> TraceDocument:
+        """One of `paths`."""
+        return TraceDocument(path, self.manifest.trace)
+
     def __iter__(self) -> Iterator[TraceDocument]:
-        for path in self.paths():
-            yield TraceDocument(path, self.manifest.trace)
+        return map(self.document, self.paths())
 
     def write(self, index: int, meta: DocumentMeta, raw: RawTrace, source: dict[str, Any] | None = None) -> None:
         """Write one document, with what it came with; it appears whole or not at all."""

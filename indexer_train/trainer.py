@@ -26,6 +26,7 @@ from indexer_train.losses import LOSSES
 from indexer_train.memory import keep_freed_memory
 from indexer_train.model import REMEDY, IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, served_first
+from indexer_train.voted import VotedStore
 
 SETTINGS = "training.json"
 
@@ -111,6 +112,9 @@ def make_trainer(
     own = store.paths()[processes.rank() :: processes.count()]
     check_store(TraceStore(store.root, store.manifest, own))
     traces, validation = store.hold_back(config.validation_every)
+    golden = config.golden
+    if config.top_p_votes is not None:
+        traces, golden = VotedStore(traces, config.top_p_votes), config.top_p_votes.votes
     index = window_index(traces, config.stride, config.tails, weights)
     if not len(index) or not len(window_index(validation)):
         raise InputError(f"{store.root}: too few documents with a whole lookahead window to train and validate on")
@@ -118,11 +122,11 @@ def make_trainer(
     indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config))
     if config.init is not None:
         initialise(indexer, Path(config.init))
-    loss = LOSSES[config.loss](indexer, config.golden, **config.loss_options)
+    loss = LOSSES[config.loss](indexer, golden, **config.loss_options)
     loss.scoring = getattr(torch, config.precision)
     for parameter in loss.own_parameters().values():
         parameter.register_hook(processes.average)
-    settings = (traces, traces.manifest.trace.layers, config.golden, config.candidates)
+    settings = (traces, traces.manifest.trace.layers, golden, config.candidates)
     sampled = config.candidates.kind == "sampled"
     collator = SampledCandidates(*settings, config.seed) if sampled else AllCandidates(*settings)
     mined = collator.hard.made_by if sampled and collator.hard else None
