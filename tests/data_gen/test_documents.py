@@ -201,3 +201,13 @@ def test_a_missing_source_is_no_file_or_folder_first_of_all(tokenizer, tmp_path,
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"^documents \S+: no such file or folder"):
         build(config(source=source), tokenizer, "train")
+
+
+def test_a_template_that_refuses_the_messages_is_said_to(tokenizer, tmp_path):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": role, "content": "x" * 200} for role in ("user", "assistant")]}))
+    complaint = r"train-chat-0000: the model's chat template refuses the messages \(roles must alternate\)"
+    with pytest.raises(InputError, match=complaint):
+        build(config(source=str(path), train={"chat": 1}, heldout={}), strict, "train")
