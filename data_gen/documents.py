@@ -179,6 +179,8 @@ class _Builder:
 
 def heldout_share(config: DocumentsConfig) -> float:
     """The share of the source's documents that packed text of the held-out side is taken from."""
+    if config.heldout_share is not None:
+        return config.heldout_share
     packed = {
         side: sum(count for task, count in counts.items() if task not in WHOLE)
         for side, counts in (("train", config.train), ("heldout", config.heldout))
