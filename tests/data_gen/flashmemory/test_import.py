@@ -1,6 +1,7 @@
 """Dumps in the release's format: what is kept, what is dropped and counted, what is refused."""
 
 import collections
+import io
 import json
 import os
 import pickle
@@ -188,6 +189,54 @@ def test_a_payload_inside_a_storage_is_refused(tmp_path):
     assert not made.exists()
 
 
+class Declared:
+    """Pickles as a tensor over the storage of `tensor` that says this of itself."""
+
+    def __init__(self, tensor, offset, size, stride, metadata=None):
+        self.call = torch._utils._rebuild_tensor_v2, (
+            tensor._typed_storage(), offset, size, stride, False, collections.OrderedDict(), metadata
+        )  # fmt: skip
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("claim", "reason"),
+    [
+        ((0, (20,), (1,)), r"a tensor \[20\] from element 0 on, of 6 that are stored"),
+        ((4, (3,), (1,)), r"a tensor \[3\] from element 4 on, of 6"),
+        ((-1, (3,), (1,)), "from element -1 on"),
+        ((0, (-2, -3), (1, 1)), r"a tensor \[-2, -3\]"),
+        ((0, (10**13,), (0,)), r"a tensor \[10000000000000\]"),
+        ((0, (6,), (0,)), r"with strides \[0\] is a view"),
+        ((0, (3, 2), (1, 3)), r"with strides \[1, 3\] is a view"),
+        ((0, (6,), (1,), {"neg": True}), "is a view"),
+    ],
+)
+def test_a_tensor_that_declares_more_than_is_stored_is_damaged(tmp_path, claim, reason):
+    """PyTorch would grow the storage and read labels out of whatever lay there."""
+    path = save(tmp_path, 0, dump() | {"label_indices": Declared(torch.arange(6, dtype=torch.int32), *claim)})
+    with pytest.raises(InputError, match=rf"^damaged dump \(.*{reason}"):
+        load_dump(path)
+
+
+def test_whole_tensors_in_the_middle_of_a_storage_are_read(tmp_path):
+    values = torch.arange(24, dtype=torch.int32)
+    parts = {"rows": values.view(4, 6)[1:3], "odd": values[4:8].as_strided((1, 4, 1), (7, 1, 9)), "none": values[:0]}
+    found = load_dump(save(tmp_path, 0, parts))
+    assert all(torch.equal(found[name], value) for name, value in parts.items())
+
+
+def test_a_storage_that_declares_more_than_it_brings_is_damaged(tmp_path):
+    inner = io.BytesIO()
+    torch.save(torch.zeros(9)._typed_storage(), inner, _use_new_zipfile_serialization=False)
+    head, _ = inner.getvalue().replace(b"K\x09", b"K\xff").split(b"\x80\x02]")  # its size; then what is to be filled
+    path = save(tmp_path, 0, {"x": Payload(torch.storage._load_from_bytes, head + pickle.dumps([], protocol=2))})
+    with pytest.raises(InputError, match=r"damaged dump .a storage holds more than its bytes"):
+        load_dump(path)
+
+
 def spoil(name, change):
     def apply(tensors):
         tensors[name] = change(tensors[name])
@@ -205,11 +254,11 @@ BROKEN = {
     "hidden_layer_12 is missing": lambda tensors: tensors.pop("hidden_layer_12"),
     "label_pointers is missing": lambda tensors: tensors.pop("label_pointers"),
     "hidden_layer_10 is torch.float32": spoil("hidden_layer_10", lambda x: x.float()),
-    "hidden_layer_10 is .20, 64., not .20, 4096.": spoil("hidden_layer_10", lambda x: x[:, :64]),
+    "hidden_layer_10 is .20, 64., not .20, 4096.": spoil("hidden_layer_10", lambda x: x[:, :64].contiguous()),
     "hidden_layer_12 is .19, 4096., not": spoil("hidden_layer_12", lambda x: x[1:]),
     "hidden_layer_10 holds NaN": spoil("hidden_layer_10", lambda x: x / 0),
     "compk_layer_12: NaN code": spoil("compk_layer_12", nan_code),
-    "compk_layer_10 has rows of 128 bytes": spoil("compk_layer_10", lambda x: x[:, :128]),
+    "compk_layer_10 has rows of 128 bytes": spoil("compk_layer_10", lambda x: x[:, :128].contiguous()),
     "compk_layer_12 has another number of chunks": spoil("compk_layer_12", lambda x: x[:-1]),
     "positions_layer_12 differs": spoil("positions_layer_12", lambda x: x + 1),
     "positions_layer_10 does not ascend": spoil("positions_layer_10", lambda x: x.flip(0)),
@@ -226,7 +275,7 @@ BROKEN = {
     ),
     "logits_layer_10_token_1 is torch.float32": spoil("logits_layer_10_token_1", lambda x: x.float()),
     "q_layer_10_token_2 and weights_layer_10_token_2 are 8100 and 64 values, not heads of 128": spoil(
-        "q_layer_10_token_2", lambda x: x[:, :8100]
+        "q_layer_10_token_2", lambda x: x[:, :8100].contiguous()
     ),
 }
 
