@@ -57,7 +57,7 @@ def import_dumps(
         _complain(line)
     typer.echo(
         f"{out}: {report.written} documents imported, {report.present} were there, {len(report.failed)} files failed; "
-        f"labels dropped: {report.out_of_range} of chunks that do not exist, {report.not_visible} not yet visible"
+        f"{report.dropped}"
     )
     if report.failed and (strict or not report.written + report.present):
         raise typer.Exit(1)

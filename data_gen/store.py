@@ -306,5 +306,5 @@ class TraceStore:
         tensors = {name: value.contiguous() for name, value in tensors.items()}
         metadata = {"document": json.dumps(meta.model_dump()), "checksum": checksum(tensors)}
         if source:
-            metadata["source"] = json.dumps(source, ensure_ascii=False)
+            metadata["source"] = json.dumps(source)  # as ASCII: half a surrogate pair in a prompt has no UTF-8
         write_atomically(self.path(index), lambda file: save_file(tensors, file, metadata))
