@@ -210,6 +210,8 @@ def verify(
         loaded = load_bundle(indexer) if (indexer / HEADER).exists() else load_indexer(indexer)
         verdicts.append(verify_indexer(loaded, store))
     typer.echo(verdict_table([row for verdict in verdicts for row in verdict.rows]))
+    for line in (note for verdict in verdicts for note in verdict.notes):
+        typer.echo(line)
     failures = [line for verdict in verdicts for line in verdict.failures]
     for line in failures:
         typer.echo(f"FAIL {line}")
