@@ -128,9 +128,10 @@ def _spec(
     if len(shapes) > 1:
         raise InputError(f"layers {sorted(kept)} differ in heads, rank or widths; an indexer's layers are alike")
     ((heads, rank, hidden, width),) = shapes
-    if manifest is not None and (hidden, width) != (info.hidden, info.key_width):
+    if (hidden, width) != (info.hidden, info.key_width):
+        hint = "" if manifest else "; of another model, pass --traces"
         raise InputError(
-            f"hidden and key width are {hidden} and {width}, the backbone's {info.hidden} and {info.key_width}"
+            f"hidden and key width are {hidden} and {width}, the backbone's {info.hidden} and {info.key_width}{hint}"
         )
     tables = {path: checkpoint.table for path, checkpoint in found.items() if checkpoint.table is not None}
     for path, table in tables.items():
