@@ -12,7 +12,7 @@ from torch import nn
 from data_gen.chunks import Chunking
 from data_gen.damage import whole
 from data_gen.key_codec import hadamard
-from data_gen.keys import key_vectors
+from data_gen.keys import check_stored, key_vectors
 from data_gen.products import product
 from data_gen.rope import Rope
 from data_gen.store import write_atomically
@@ -147,8 +147,11 @@ class QueryEncoder(InputModule):
 
     def preprocess(self, inputs: list[tuple[torch.Tensor, int]], **kwargs: Any) -> dict[str, torch.Tensor]:
         """Batch (hidden states [L, hidden], position) pairs; a pair, because a bare tensor is taken for audio."""
-        hidden, positions = zip(*inputs, strict=True)
-        return {"input_features": torch.stack(hidden), "positions": torch.tensor(positions)}
+        hidden, places = zip(*inputs, strict=True)
+        positions = torch.tensor(places)
+        if self.spec.rope is not None:
+            self.spec.rope.check(positions)
+        return {"input_features": torch.stack(hidden), "positions": positions}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """features["input_features"]: [B, L, hidden], ["positions"]: [B] -> ["sentence_embedding"]: [B, L * size + 1].
@@ -192,7 +195,9 @@ class KeyDecoder(InputModule):
 
     def preprocess(self, inputs: list[tuple[torch.Tensor]], **kwargs: Any) -> dict[str, torch.Tensor]:
         """Stack (keys [L, ...] as stored,) of N chunks into [N, L, ...]."""
-        return {"input_values": torch.stack([keys for (keys,) in inputs])}
+        stored = torch.stack([keys for (keys,) in inputs])
+        check_stored(stored)
+        return {"input_values": stored}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """features["input_values"]: [N, L, ...] as stored -> features["sentence_embedding"]: [N, L * key_width]."""
@@ -236,6 +241,16 @@ class MemoryIndexer(SentenceTransformer):
     def spec(self) -> IndexerSpec:
         return self.query_encoder.spec
 
+    def packed_queries(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, L, hidden] at `positions` [B], from any device -> [B, L * size + 1] on the indexer's own.
+
+        Raises InputError at positions beyond the backbone's range, found before they leave the CPU.
+        """
+        if self.spec.rope is not None and positions.is_cpu:
+            self.spec.rope.check(positions)
+        features = {"input_features": hidden.to(self.device), "positions": positions.to(self.device)}
+        return self.query_encoder(features)["sentence_embedding"]
+
     def layer_logits(
         self,
         queries: torch.Tensor,
@@ -269,9 +284,7 @@ class MemoryIndexer(SentenceTransformer):
     @torch.no_grad()
     def layer_scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Before layers are joined: hidden [B, L, hidden], stored keys [N, L, ...], positions [B] -> [L, B, N] fp32."""
-        features = {"input_features": hidden.to(self.device), "positions": positions.to(self.device)}
-        queries = self.query_encoder(features)["sentence_embedding"]
-        return self.layer_logits(queries, key_vectors(keys.to(self.device)).flatten(1))
+        return self.layer_logits(self.packed_queries(hidden, positions), key_vectors(keys, self.device).flatten(1))
 
     def scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What serving ranks by: the joined `layer_scores`, [B, N] fp32."""

@@ -102,7 +102,8 @@ def test_a_wrong_score_fails(pocket_traces, monkeypatch, broken):
     if broken == "rope":
         monkeypatch.setattr(Rope, "rotate", lambda rope, x, positions: x)
     else:
-        wrong = {"hadamard": lambda x: x, "key_vectors": lambda x: x[..., :-4].view(torch.float8_e4m3fn).float(),
+        wrong = {"hadamard": lambda x: x,
+                 "key_vectors": lambda x, device: x[..., :-4].view(torch.float8_e4m3fn).float(),
                  "join_layers": lambda logits, join: logits.amax(0)}[broken]  # fmt: skip
         monkeypatch.setattr(indexer_train.model, broken, wrong)
     assert verify_indexer(indexer, pocket_traces).failures
