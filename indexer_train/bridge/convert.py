@@ -59,6 +59,11 @@ def export_indexer(
     if format == "bundle":
         export_bundle(kept, out)
         exported = Exported([out])
+        if kept.spec.backbone == V4_FLASH.fingerprint:
+            exported.notes.append(
+                "made from dumps or for them, which do not say whose weights they are: no model will take this bundle. "
+                "Export as flashmemory-safetensors, then `lookahead convert` that with --traces of your checkpoint"
+            )
     else:
         exported = _export_checkpoint(kept, out, format)
     if kept.spec.selections != indexer.spec.selections:

@@ -22,7 +22,7 @@ from indexer_train.bridge.bundle import load_bundle
 from indexer_train.bridge.convert import export_indexer, import_checkpoints, keep_layers
 from indexer_train.bridge.flashmemory import read_checkpoint
 from indexer_train.selection import Budget, Cut, Threshold
-from indexer_train.trainer import load_indexer
+from indexer_train.trainer import check_traces, load_indexer
 
 POSITIONS, HIDDEN = 600, 24
 SERVED = ("10", "12", "20")
@@ -294,6 +294,33 @@ def test_checkpoints_of_another_width_are_not_v4_flash(tmp_path):
             import_checkpoints([save(tmp_path / "a.pt", joint())], positions=positions)
     with pytest.raises(InputError, match=r"key width are 24 and 64, the backbone's 24 and 128$"):
         read_back([save(tmp_path / "b.pt", with_weight("wq_b.weight", lambda x: x[:192]))])
+
+
+def test_an_indexer_made_from_dumps_is_tied_to_the_weights_that_made_other_traces(
+    tmp_path, make_indexer, v4_store, arguments
+):
+    """export as safetensors, convert --traces GENERATED --offset: the same scores and choice, now for that backbone."""
+    chosen = [Threshold(cuts=[Cut(score=2.0)])]
+    indexer = make_indexer(
+        layers=(10, 12), backbone=V4_FLASH.fingerprint, shape={"bias": True}, selections=chosen,
+        rope=V4_FLASH.rope.model_copy(update={"positions": POSITIONS}),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="another backbone"):
+        check_traces(indexer, v4_store)
+    (note,) = export_indexer(indexer, tmp_path / "bundle", "bundle").notes
+    assert "no model will take this bundle" in note and "convert" in note
+    notes = export_indexer(indexer, tmp_path / "a.safetensors", "flashmemory-safetensors").notes
+    (offset,) = {note.split("LOGIT_OFFSET=")[1] for note in notes if "is the threshold set" in note}
+    command = ["convert", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "tied"), "--offset", offset]
+    assert CliRunner().invoke(app, [*command, "--traces", str(v4_store.root)]).exit_code == 0
+    tied = load_indexer(tmp_path / "tied")
+    check_traces(tied, v4_store)
+    assert tied.spec.backbone == v4_store.manifest.backbone.fingerprint
+    assert export_indexer(tied, tmp_path / "tied-bundle", "bundle").notes == []
+    hidden, keys, positions = arguments
+    given = hidden[:, :2], keys[:, :2], positions
+    torch.testing.assert_close(tied.scores(*given), indexer.scores(*given) - 2.0, atol=1e-5, rtol=1e-5)
+    assert tied.spec.selection == Threshold(cuts=[Cut(score=0.0)])
 
 
 def test_a_layer_is_not_relabelled_by_accident(tmp_path):
