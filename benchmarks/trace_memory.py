@@ -3,8 +3,8 @@
 Usage: python -m benchmarks.trace_memory [--tokens 16384 32768 65536] [--oracle indexer]
 Each length runs in a fresh process, whose C allocator is told to hand freed blocks back at once: the figures are memory
 in use, not what the allocator keeps for later (with glibc's defaults a 64K document ends some 500 MB higher). Prints
-seconds, the growth of the peak resident set over the loaded model, what of it the finished trace takes, and what one
-S x T and one S x H x T score matrix of that document would take.
+commit and machine, then of each length seconds, the growth of the peak resident set over the loaded model, what of it
+the finished trace takes, and what one S x T and one S x H x T score matrix of that document would take.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
+from benchmarks.machine import machine
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
@@ -65,7 +66,8 @@ def measure(tokens: int, oracle: str) -> None:
     backbone = DeepseekV4Backbone(tiny_model())
     settings = TraceConfig(chunking=Chunking(tokens=4), layers=[2], oracle=oracle, top_chunks=64)
     document = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
-    backbone.trace(document[:2048], torch.arange(2048), settings)  # libraries and pieces of full size
+    first = document[:2048]
+    backbone.trace(first, torch.arange(len(first)), settings)  # libraries and pieces of full size
     before = peak_memory()
     start = time.perf_counter()
     raw = backbone.trace(document, torch.arange(tokens), settings)
@@ -87,6 +89,8 @@ def main() -> None:
     parser.add_argument("--oracle", choices=["indexer", "attention"], default="indexer")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if not arguments.measure:
+        print(machine(), flush=True)
     for tokens in arguments.tokens:
         if arguments.measure:
             measure(tokens, arguments.oracle)

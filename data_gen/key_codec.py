@@ -83,18 +83,23 @@ def encode_keys(keys: torch.Tensor) -> torch.Tensor:
     return torch.cat([values.view(torch.uint8), scale.view(torch.uint8)], dim=-1)
 
 
-def decode_keys(rows: torch.Tensor) -> torch.Tensor:
+def decode_keys(rows: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
     """Rows [..., d + 4] uint8 -> keys [..., d] fp32: value times scale, one fp32 rounding.
 
-    Raises InputError on bytes that are no key, see `check_rows`.
+    device: where the keys are wanted; rows are checked where they lie, then moved. Raises InputError on bytes that are
+    no key, see `check_rows`.
     """
     check_rows(rows)
-    values, scale = _split(rows)
+    values, scale = _split(rows if device is None else rows.to(device))
     return values.view(torch.float8_e4m3fn).float() * scale
 
 
 def check_rows(rows: torch.Tensor) -> None:
-    """Raise InputError when rows [..., d + 4] hold a NaN code, or a scale that is not a positive number."""
+    """Raise InputError when rows [..., d + 4] hold a NaN code, or a scale that is not a positive number.
+
+    Of rows on a GPU the process ends instead, with a device assertion (data_gen/checks.py): check them on the CPU,
+    before they move.
+    """
     values, scale = _split(rows)
     require((values & NAN_CODE) != NAN_CODE, lambda: "NaN code (0x7f or 0xff) among the key bytes; they are damaged")
     good = scale.isfinite() & (scale > 0)
@@ -103,7 +108,7 @@ def check_rows(rows: torch.Tensor) -> None:
 
 def rows_to_pages(rows: torch.Tensor) -> torch.Tensor:
     """Rows [N, d + 4] uint8 -> pages [ceil(N / 64), 64 * (d + 4)] uint8; the rest of the last page is zero bytes."""
-    _check_layout(rows)
+    _check_layout(rows, dims=2)
     width = rows.shape[-1] - SCALE_BYTES
     values, scales = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % PAGE)).split([width, SCALE_BYTES], dim=-1)
     return torch.cat([values.reshape(-1, PAGE * width), scales.reshape(-1, PAGE * SCALE_BYTES)], dim=-1)
@@ -114,7 +119,7 @@ def pages_to_rows(pages: torch.Tensor, chunks: int) -> torch.Tensor:
 
     Raises InputError when the pages hold fewer chunks.
     """
-    if pages.dtype != torch.uint8 or pages.ndim != 2 or pages.shape[-1] % PAGE:
+    if pages.dtype != torch.uint8 or pages.ndim != 2 or pages.shape[1] % PAGE or pages.shape[1] <= PAGE * SCALE_BYTES:
         raise InputError(f"key pages: {pages.dtype} {list(pages.shape)} are not uint8 pages of {PAGE} chunks")
     if not 0 <= chunks <= len(pages) * PAGE:
         raise InputError(f"key pages: {len(pages)} pages hold {len(pages) * PAGE} chunks, {chunks} were asked for")
@@ -131,6 +136,7 @@ def _split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, scales.clone(memory_format=torch.contiguous_format).view(torch.float32)  # a view needs alignment
 
 
-def _check_layout(rows: torch.Tensor) -> None:
-    if rows.dtype != torch.uint8 or rows.shape[-1] <= SCALE_BYTES:
+def _check_layout(rows: torch.Tensor, dims: int | None = None) -> None:
+    wrong = rows.ndim == 0 if dims is None else rows.ndim != dims
+    if wrong or rows.dtype != torch.uint8 or rows.shape[-1] <= SCALE_BYTES:
         raise InputError(f"key rows: {rows.dtype} {list(rows.shape)} are not uint8 values followed by a 4-byte scale")

@@ -2,12 +2,18 @@
 
 import torch
 
-from data_gen.key_codec import decode_keys
+from data_gen.key_codec import check_rows, decode_keys
 
 
-def key_vectors(stored: torch.Tensor) -> torch.Tensor:
-    """Keys as a trace stores them, uint8 rows [..., d + 4] or floats [..., d] -> [..., d] fp32."""
-    return decode_keys(stored) if stored.dtype == torch.uint8 else stored.float()
+def key_vectors(stored: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """Keys as a trace stores them, uint8 rows [..., d + 4] or floats [..., d] -> [..., d] fp32, moved to `device`."""
+    return decode_keys(stored, device) if stored.dtype == torch.uint8 else stored.to(device).float()
+
+
+def check_stored(stored: torch.Tensor) -> None:
+    """Raise InputError when stored keys are damaged, see data_gen/key_codec.py `check_rows`; floats may be anything."""
+    if stored.dtype == torch.uint8:
+        check_rows(stored)
 
 
 class KeyPooler:

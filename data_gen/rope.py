@@ -72,7 +72,16 @@ class Rope(BaseModel):
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions [...] (integers, 0-based) -> angles [..., dims / 2] fp32 = fp32(position) * frequency.
 
-        Raises InputError beyond the configured maximum: a table that clamps there scores distances that are wrong.
+        Raises InputError beyond the configured maximum, see `check`.
+        """
+        self.check(positions)
+        return positions[..., None].float() * _frequencies(self, positions.device)
+
+    def check(self, positions: torch.Tensor) -> None:
+        """Raise InputError at a position that is refused: a table that clamps there scores distances that are wrong.
+
+        Of positions on a GPU the process ends instead, with a device assertion (data_gen/checks.py): check them on the
+        CPU, before they move.
         """
         require(
             (positions >= 0) & (positions < self.positions),
@@ -81,7 +90,6 @@ class Rope(BaseModel):
                 "the backbone's range"
             ),
         )
-        return positions[..., None].float() * _frequencies(self, positions.device)
 
     def table(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions [...] -> unit complex numbers [..., dims / 2] complex64 (the release's freqs_cis)."""

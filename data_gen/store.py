@@ -216,6 +216,12 @@ class TraceDocument:
         return window_labels(mean, peak, few.rest, positions, windows - first, self.trace.chunking)
 
 
+def _fields(trace: TraceConfig) -> dict[str, Any]:
+    """Every setting by its name in a recipe."""
+    values = trace.model_dump()
+    return {f"chunking.{name}": value for name, value in values.pop("chunking").items()} | values
+
+
 class TraceStore:
     """A folder of traced documents that share one manifest."""
 
@@ -264,6 +270,16 @@ class TraceStore:
         if self.manifest.documents.get("split") == "heldout":
             raise InputError(f"{self.root}: held-out documents; train on others")
 
+    def check_settings(self, trace: TraceConfig) -> None:
+        """Raise InputError, naming the first difference, unless these are the settings it was traced with."""
+        asked = _fields(trace)
+        for name, own in _fields(self.manifest.trace).items():
+            if own != asked[name]:
+                raise InputError(
+                    f"{self.root}: traced with trace.{name} {own}, but the recipe says {asked[name]}; "
+                    "take the recipe that the traces were made with, or generate with this one"
+                )
+
     def hold_back(self, every: int) -> tuple["TraceStore", "TraceStore"]:
         """Views of this store: (all documents but every n-th, every n-th document)."""
         paths = self.paths()
@@ -274,9 +290,12 @@ class TraceStore:
     def path(self, index: int) -> Path:
         return self.root / f"doc_{index:05d}.safetensors"
 
+    def document(self, path: Path) -> TraceDocument:
+        """One of `paths`."""
+        return TraceDocument(path, self.manifest.trace)
+
     def __iter__(self) -> Iterator[TraceDocument]:
-        for path in self.paths():
-            yield TraceDocument(path, self.manifest.trace)
+        return map(self.document, self.paths())
 
     def write(self, index: int, meta: DocumentMeta, raw: RawTrace, source: dict[str, Any] | None = None) -> None:
         """Write one document, with what it came with; it appears whole or not at all."""
@@ -292,5 +311,5 @@ class TraceStore:
         tensors = {name: value.contiguous() for name, value in tensors.items()}
         metadata = {"document": json.dumps(meta.model_dump()), "checksum": checksum(tensors)}
         if source:
-            metadata["source"] = json.dumps(source, ensure_ascii=False)
+            metadata["source"] = json.dumps(source)  # as ASCII: half a surrogate pair in a prompt has no UTF-8
         write_atomically(self.path(index), lambda file: save_file(tensors, file, metadata))

@@ -1,7 +1,6 @@
 """Recompute logits in float64: what the backbone's own indexer stored in a trace, and what a trained one scores."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -23,6 +22,8 @@ TOP = (10, 20, 50, 512, 1024)
 NATIVE_PEARSON, NATIVE_TOP10 = 0.99, 0.9
 """Native logits pass when every token correlates and the best ten agree on average: keys (and the release's queries)
 were rounded to fp8, logits and hidden states to bf16."""
+LEAST = 10
+"""Chunks below which a token's native logits prove nothing: any two of them correlate."""
 ERROR = 1e-4
 """A trained indexer passes when fp32 differs from float64 by no more, relative to the token's largest score."""
 
@@ -68,10 +69,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """rows: what was compared; failures: one line for each thing that is off, empty when all is well."""
+    """rows: what was compared; failures: one line for each thing that is off; notes: on what was left out."""
 
     rows: list[Agreement]
     failures: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
 def verify_native(store: TraceStore, checkpoint: Path | None) -> Verdict:
@@ -82,34 +84,52 @@ def verify_native(store: TraceStore, checkpoint: Path | None) -> Verdict:
     """
     layers = store.manifest.trace.layers
     weights = None if checkpoint is None else read_native(checkpoint, layers)
-    rows = [row for document in store for layer in layers for row in _native_rows(store, document, layer, weights)]
-    if not rows:
-        raise InputError(f"{store.root}: the traces keep no native logits to verify")
-    failures = []
-    if (worst := min(rows, key=lambda row: row.pearson)).pearson < NATIVE_PEARSON:
+    rows, failures, few = [], [], 0
+    for document, layer in ((document, layer) for document in store for layer in layers):
+        keys = document.keys(layer)
+        for row, native in document.native(layer).items():
+            position, what = int(document.positions[row]), f"native, layer {layer}"
+            visible = document.trace.chunking.visible(position)
+            if reason := _unusable(native, visible):
+                failures.append(f"{what}, {document.meta.name}, position {position}: {reason}")
+            elif min(visible, len(keys)) < LEAST:
+                few += 1
+            else:
+                part = None if weights is None else weights[layer]
+                rows.append(_compare_native(store, document, layer, row, native, part))
+    notes = [f"skipped: {few} native rows with fewer than {LEAST} chunks to compare"] if few else []
+    if not rows and not failures:
+        raise InputError(". ".join([f"{store.root}: the traces keep no native logits to verify", *notes]))
+    off = [row for row in rows if not row.pearson >= NATIVE_PEARSON]  # NaN is off as well
+    if off:
+        worst = min(off, key=lambda row: row.pearson)
         failures.append(
             f"{worst.what}, {worst.document}, position {worst.position}: Pearson {worst.pearson:.4f} < {NATIVE_PEARSON}"
         )
-    if (share := fmean(row.overlap[10] for row in rows)) < NATIVE_TOP10:
+    if rows and (share := fmean(row.overlap[10] for row in rows)) < NATIVE_TOP10:
         failures.append(f"native top-10 overlap {share:.3f} < {NATIVE_TOP10}")
-    return Verdict(rows, failures)
+    return Verdict(rows, failures, notes)
 
 
-def _native_rows(
-    store: TraceStore, document: TraceDocument, layer: int, weights: dict[int, LayerWeights] | None
-) -> Iterator[Agreement]:
-    keys = document.keys(layer)
-    for row, native in document.native(layer).items():
-        visible = min(len(native.logits), len(keys))  # a dump may lack the keys of the newest chunks
-        if visible < 2:
-            continue
-        if weights is None:
-            query, scales = _stored_query(store, native)
-        else:
-            query, scales = _native_query(store, weights[layer], document, layer, row)
-        reference = match(query[None], scales[None], keys[:visible])[0]
-        stored = native.logits[:visible].double().numpy()
-        yield Agreement.between(f"native, layer {layer}", document, row, reference, stored, slack=0.0)
+def _unusable(native: NativeRow, visible: int) -> str | None:
+    """Why a stored row cannot be what an indexer computed; None when it can."""
+    if len(native.logits) != visible:
+        return f"{len(native.logits)} logits are stored, {visible} chunks were visible"
+    parts = [part for part in vars(native).values() if part is not None]
+    return None if all(bool(part.isfinite().all()) for part in parts) else "NaN or infinity is stored"
+
+
+def _compare_native(
+    store: TraceStore, document: TraceDocument, layer: int, row: int, native: NativeRow, weights: LayerWeights | None
+) -> Agreement:
+    if weights is None:
+        query, scales = _stored_query(store, native)
+    else:
+        query, scales = _native_query(store, weights, document, layer, row)
+    keys = document.keys(layer)[: len(native.logits)]  # a dump may lack the keys of the newest chunks
+    reference = match(query[None], scales[None], keys)[0]
+    stored = native.logits[: len(keys)].double().numpy()
+    return Agreement.between(f"native, layer {layer}", document, row, reference, stored, slack=0.0)
 
 
 def _stored_query(store: TraceStore, native: NativeRow) -> tuple[np.ndarray, np.ndarray]:
@@ -142,25 +162,31 @@ def _native_query(
 def verify_indexer(indexer: MemoryIndexer, store: TraceStore) -> Verdict:
     """Scores of the first, the middle and the last query token of every document against the float64 reference.
 
-    Raises InputError when the traces are not the indexer's.
+    Raises InputError when the traces are not the indexer's, or none of these tokens sees a chunk.
     """
     check_traces(indexer, store)
-    rows = []
+    rows, unseeing = [], 0
     for document in store:
         keys = torch.stack([document.keys(layer) for layer in indexer.spec.layers], dim=1)
         for row in sorted({0, len(document.positions) // 2, len(document.positions) - 1}):
             position = document.positions[row : row + 1]
-            visible = document.trace.chunking.visible(int(position))
+            visible = min(document.trace.chunking.visible(int(position)), len(keys))
+            if not visible:
+                unseeing += 1
+                continue
             hidden = torch.stack([document.hidden(layer)[row].float() for layer in indexer.spec.layers])[None]
             found = indexer.scores(hidden, keys[:visible], position)[0].double().cpu().numpy()
             reference = reference_scores(indexer, hidden, keys[:visible], position)[0]
             rows.append(Agreement.between("indexer, joined", document, row, found, reference, slack=ERROR))
+    notes = [f"skipped: {unseeing} query tokens to which no chunk is visible yet"] if unseeing else []
+    if not rows:
+        raise InputError(". ".join([f"{store.root}: there is no score to verify", *notes]))
     failures = [
         f"{row.what}, {row.document}, position {row.position}: error {row.error:.1e} > {ERROR:.0e}"
         for row in rows
         if not row.error <= ERROR or min(row.overlap.values()) < 1
     ]
-    return Verdict(rows, failures)
+    return Verdict(rows, failures, notes)
 
 
 def verdict_table(rows: list[Agreement]) -> str:

@@ -25,6 +25,8 @@ from indexer_train.model import IndexerSpec, QueryEncoder
 
 LAST = "loss.safetensors"
 STATE = "trainer_state.json"
+IN_STATE = {"epoch", "global_step", "max_steps", "best_metric", "best_global_step", "stateful_callbacks"}
+"""What resuming and inspecting read of it."""
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +103,8 @@ def damage(checkpoint: Path) -> str | None:
             if not (checkpoint / name).exists():
                 return f"{name} is missing"
         state = json.loads((checkpoint / STATE).read_bytes())
-        if not isinstance(state, dict) or state.get("epoch") is None:
-            return f"{STATE} says no step"
+        if not isinstance(state, dict) or not state.keys() >= IN_STATE:
+            return f"{STATE} is not the trainer's"
         for path in checkpoint.rglob(QueryEncoder.config_file_name):
             IndexerSpec.model_validate_json(path.read_bytes())
         for path in checkpoint.rglob("*.safetensors"):

@@ -100,8 +100,7 @@ def mine_document(indexer: MemoryIndexer, document: TraceDocument, golden: float
     for some in windows.split(ROWS):
         rows = some[:, 0]
         hidden, positions = torch.stack([state[rows] for state in states], dim=1), document.positions[rows]
-        features = {"input_features": hidden.to(indexer.device), "positions": positions.to(indexer.device)}
-        queries = indexer.query_encoder(features)["sentence_embedding"]
+        queries = indexer.packed_queries(hidden, positions)
         limits = [document.trace.chunking.candidates(int(position)) for position in positions]
         needed = [
             oracle.window(first, last, bounds).golden(golden)

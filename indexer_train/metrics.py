@@ -196,17 +196,14 @@ class DocumentScorer:
         layers, width = indexer.spec.layers, indexer.spec.key_width
         self._keys = torch.empty(document.chunks, len(layers) * width, device=indexer.device)
         for place, layer in enumerate(layers):  # one by one: decoding needs a few times a layer's keys
-            self._keys[:, place * width : (place + 1) * width] = key_vectors(document.keys(layer).to(indexer.device))
+            self._keys[:, place * width : (place + 1) * width] = key_vectors(document.keys(layer), indexer.device)
 
     @torch.no_grad()
     def layers(self, served: ServedWindows) -> torch.Tensor:
         """[L, W, N] scores of the indexer's layers at each window's first token."""
         rows = served.windows[:, 0]
         hidden = torch.stack([self._document.hidden(layer)[rows].float() for layer in self.indexer.spec.layers], dim=1)
-        features = {"input_features": hidden, "positions": served.positions}
-        features = {name: value.to(self.indexer.device) for name, value in features.items()}
-        queries = self.indexer.query_encoder(features)["sentence_embedding"]
-        return self.indexer.layer_logits(queries, self._keys).cpu()
+        return self.indexer.layer_logits(self.indexer.packed_queries(hidden, served.positions), self._keys).cpu()
 
 
 def layer_scores(indexer: MemoryIndexer, served: ServedWindows) -> torch.Tensor:

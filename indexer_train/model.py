@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule, Router
 from torch import nn
 
 from data_gen.chunks import Chunking
+from data_gen.damage import whole
 from data_gen.key_codec import hadamard
-from data_gen.keys import key_vectors
+from data_gen.keys import check_stored, key_vectors
 from data_gen.products import product
 from data_gen.rope import Rope
 from data_gen.store import write_atomically
@@ -21,6 +22,9 @@ from indexer_train.config import IndexerConfig
 from indexer_train.memory import SteadyLinear
 from indexer_train.scoring import TILE_ELEMENTS, PackedQuery, join_layers
 from indexer_train.selection import Budget, Cut, Selection, Threshold
+
+REMEDY = "copy it again, or delete the indexer and run `lookahead train`"
+"""What to do with a damaged indexer."""
 
 
 class IndexerSpec(BaseModel):
@@ -38,7 +42,7 @@ class IndexerSpec(BaseModel):
     hidden: int
     key_width: int
     chunking: Chunking
-    window: int
+    window: PositiveInt
     backbone: str
     key: KeyKind = "mean_pre_rope"
     rope: Rope | None = None
@@ -143,8 +147,11 @@ class QueryEncoder(InputModule):
 
     def preprocess(self, inputs: list[tuple[torch.Tensor, int]], **kwargs: Any) -> dict[str, torch.Tensor]:
         """Batch (hidden states [L, hidden], position) pairs; a pair, because a bare tensor is taken for audio."""
-        hidden, positions = zip(*inputs, strict=True)
-        return {"input_features": torch.stack(hidden), "positions": torch.tensor(positions)}
+        hidden, places = zip(*inputs, strict=True)
+        positions = torch.tensor(places)
+        if self.spec.rope is not None:
+            self.spec.rope.check(positions)
+        return {"input_features": torch.stack(hidden), "positions": positions}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """features["input_features"]: [B, L, hidden], ["positions"]: [B] -> ["sentence_embedding"]: [B, L * size + 1].
@@ -170,9 +177,11 @@ class QueryEncoder(InputModule):
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Self:
         hub = {key: kwargs[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in kwargs}
-        config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
-        module = cls(IndexerSpec.model_validate(config))
-        return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module, **hub)
+        folder = Path(model_name_or_path) / subfolder
+        with whole(folder / cls.config_file_name, "indexer", REMEDY):
+            module = cls(IndexerSpec.model_validate(cls.load_config(model_name_or_path, subfolder=subfolder, **hub)))
+        with whole(folder / "model.safetensors", "indexer", REMEDY):
+            return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module, **hub)
 
 
 class KeyDecoder(InputModule):
@@ -186,7 +195,9 @@ class KeyDecoder(InputModule):
 
     def preprocess(self, inputs: list[tuple[torch.Tensor]], **kwargs: Any) -> dict[str, torch.Tensor]:
         """Stack (keys [L, ...] as stored,) of N chunks into [N, L, ...]."""
-        return {"input_values": torch.stack([keys for (keys,) in inputs])}
+        stored = torch.stack([keys for (keys,) in inputs])
+        check_stored(stored)
+        return {"input_values": stored}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """features["input_values"]: [N, L, ...] as stored -> features["sentence_embedding"]: [N, L * key_width]."""
@@ -230,6 +241,16 @@ class MemoryIndexer(SentenceTransformer):
     def spec(self) -> IndexerSpec:
         return self.query_encoder.spec
 
+    def packed_queries(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, L, hidden] at `positions` [B], from any device -> [B, L * size + 1] on the indexer's own.
+
+        Raises InputError at positions beyond the backbone's range, found before they leave the CPU.
+        """
+        if self.spec.rope is not None and positions.is_cpu:
+            self.spec.rope.check(positions)
+        features = {"input_features": hidden.to(self.device), "positions": positions.to(self.device)}
+        return self.query_encoder(features)["sentence_embedding"]
+
     def layer_logits(
         self,
         queries: torch.Tensor,
@@ -263,9 +284,7 @@ class MemoryIndexer(SentenceTransformer):
     @torch.no_grad()
     def layer_scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Before layers are joined: hidden [B, L, hidden], stored keys [N, L, ...], positions [B] -> [L, B, N] fp32."""
-        features = {"input_features": hidden.to(self.device), "positions": positions.to(self.device)}
-        queries = self.query_encoder(features)["sentence_embedding"]
-        return self.layer_logits(queries, key_vectors(keys.to(self.device)).flatten(1))
+        return self.layer_logits(self.packed_queries(hidden, positions), key_vectors(keys, self.device).flatten(1))
 
     def scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What serving ranks by: the joined `layer_scores`, [B, N] fp32."""

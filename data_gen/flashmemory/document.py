@@ -1,6 +1,7 @@
 """One dump -> what the trace store keeps of it; every tensor is checked, nothing is made up."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -24,14 +25,30 @@ V4_FLASH = BackboneInfo(
 """The one model that dumps come from."""
 SAMPLED_TOKENS = 3
 """First decode tokens whose native logits a dump may hold."""
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Labels of a dump that name no chunk, or a chunk that was not complete yet at that token."""
+    """How much of a dump was left out.
 
-    out_of_range: int
-    not_visible: int
+    out_of_range, not_visible, repeated: labels that name no chunk, a chunk that was not complete yet at that token, a
+    chunk that the token has named before; native_rows: native logits that are not finite numbers, one a visible chunk.
+    """
+
+    out_of_range: int = 0
+    not_visible: int = 0
+    repeated: int = 0
+    native_rows: int = 0
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*map(sum, zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __str__(self) -> str:
+        return (
+            f"labels dropped: {self.out_of_range} of chunks that do not exist, {self.not_visible} not yet visible, "
+            f"{self.repeated} repeated; native rows dropped: {self.native_rows}"
+        )
 
 
 def read_document(tensors: dict[str, torch.Tensor], layers: list[int]) -> tuple[RawTrace, Dropped]:
@@ -44,7 +61,7 @@ def read_document(tensors: dict[str, torch.Tensor], layers: list[int]) -> tuple[
     _require(bool((positions.diff() > 0).all()), f"positions_layer_{layers[0]} does not ascend")
     last = int(positions[-1])
     _require(last < V4_FLASH.context, f"positions_layer_{layers[0]} reaches {last}, beyond {V4_FLASH.context - 1}")
-    hidden, keys, native = {}, {}, {}
+    hidden, keys, native, unusable = {}, {}, {}, 0
     for layer in layers:
         same = _tensor(tensors, f"positions_layer_{layer}", torch.int64, 1)
         _require(torch.equal(same, positions), f"positions_layer_{layer} differs from the first layer's")
@@ -58,10 +75,15 @@ def read_document(tensors: dict[str, torch.Tensor], layers: list[int]) -> tuple[
         keys[layer] = _keys(tensors, layer)
         _require(len(keys[layer]) == len(keys[layers[0]]), f"compk_layer_{layer} has another number of chunks")
         for row in range(min(SAMPLED_TOKENS, len(positions))):
-            if (found := _native(tensors, layer, row)) is not None:
+            if f"logits_layer_{layer}_token_{row}" not in tensors:
+                continue
+            found = _native(tensors, layer, row, visible=(int(positions[row]) + 1) // CHUNK_TOKENS)
+            if found is None:
+                unusable += 1
+            else:
                 native[layer, row] = found
     golden, dropped = _labels(tensors, positions, len(keys[layers[0]]))
-    return RawTrace(hidden, keys, positions, golden, native=native), dropped
+    return RawTrace(hidden, keys, positions, golden, native=native), replace(dropped, native_rows=unusable)
 
 
 def _keys(tensors: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
@@ -69,6 +91,7 @@ def _keys(tensors: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
     rows = _tensor(tensors, name, torch.uint8, 2)
     width = V4_FLASH.key_width + 4
     _require(rows.shape[1] == width, f"{name} has rows of {rows.shape[1]} bytes, not {width}")
+    _require(len(rows) > 0, f"{name} holds no key")
     try:
         check_rows(rows)
     except InputError as error:
@@ -76,25 +99,28 @@ def _keys(tensors: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
     return rows
 
 
-def _native(tensors: dict[str, torch.Tensor], layer: int, row: int) -> NativeRow | None:
-    """What the dump holds of decode token `row`; the server fuses each query head's fp8 scale into its weights.
+def _native(tensors: dict[str, torch.Tensor], layer: int, row: int, visible: int) -> NativeRow | None:
+    """What the dump holds of decode token `row`, None where that proves nothing: training does without it.
 
-    Logits may outnumber the keys by chunks that the answer completed: some dumps hold the prompt's keys only.
+    The server fuses each query head's fp8 scale into its weights. Logits may outnumber the keys by chunks that the
+    answer completed: some dumps hold the prompt's keys only.
     """
-    suffix = f"_layer_{layer}_token_{row}"
-    if f"logits{suffix}" not in tensors:
+    names = (f"{part}_layer_{layer}_token_{row}" for part in ("logits", "q", "weights"))
+    logits, *rest = (tensors[name].flatten() for name in names if name in tensors)
+    if any(part.dtype not in FLOATS or not bool(part.isfinite().all()) for part in (logits, *rest)):
         return None
-    logits = _tensor(tensors, f"logits{suffix}", torch.bfloat16, 1)
-    if f"q{suffix}" not in tensors or f"weights{suffix}" not in tensors:
+    if len(logits) != visible:
+        return None
+    if len(rest) < 2:
         return NativeRow(logits)
-    query, weights = tensors[f"q{suffix}"].flatten(), tensors[f"weights{suffix}"].flatten()
-    shapes = f"q{suffix} and weights{suffix} are {query.numel()} and {weights.numel()} values"
-    _require(query.numel() == weights.numel() * V4_FLASH.key_width > 0, f"{shapes}, not heads of {V4_FLASH.key_width}")
+    query, weights = rest
+    if len(weights) * V4_FLASH.key_width != len(query) or not len(weights):
+        return None
     return NativeRow(logits, query.reshape(-1, V4_FLASH.key_width), weights)
 
 
 def _labels(tensors: dict[str, torch.Tensor], positions: torch.Tensor, chunks: int) -> tuple[GoldenChunks, Dropped]:
-    """The golden chunks that exist and were visible; the others are counted and dropped."""
+    """The golden chunks that exist and were visible, each once a token; the others are counted and dropped."""
     index = _tensor(tensors, "label_indices", torch.int32, 1).long()
     votes = _tensor(tensors, "label_scores", torch.int32, 1)
     pointers = _tensor(tensors, "label_pointers", torch.int32, 1).long()
@@ -112,12 +138,21 @@ def _labels(tensors: dict[str, torch.Tensor], positions: torch.Tensor, chunks: i
     token = torch.repeat_interleave(torch.arange(len(positions)), counts)
     exists = (index >= 0) & (index < chunks)
     visible = index < (positions[token] + 1) // CHUNK_TOKENS
-    kept = exists & visible
+    named = exists & visible
+    kept = named & _first_of_each(torch.where(named, token * chunks + index, -1))
     kept_counts = torch.zeros(len(positions), dtype=torch.int64).index_add_(0, token, kept.long())
     golden = GoldenChunks(
         torch.nn.functional.pad(kept_counts.cumsum(0), (1, 0)), index[kept].to(torch.int32), votes[kept]
     )
-    return golden, Dropped(int((~exists).sum()), int((exists & ~visible).sum()))
+    return golden, Dropped(int((~exists).sum()), int((exists & ~visible).sum()), int((named & ~kept).sum()))
+
+
+def _first_of_each(values: torch.Tensor) -> torch.Tensor:
+    """Mark the first of all that are equal: [M] -> [M] bool."""
+    ordered, order = values.sort(stable=True)
+    first = torch.ones_like(values, dtype=torch.bool)
+    first[order[1:]] = ordered.diff() != 0
+    return first
 
 
 def _tensor(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype, dims: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A folder of dumps -> a trace store, one document after the other."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -25,14 +26,13 @@ Progress = Callable[[Iterable[Path], str], Iterable[Path]]
 class ImportReport:
     """What became of the dumps.
 
-    written, present: documents new in the store, and there before; out_of_range, not_visible: labels dropped from the
-    new ones; failed: one line for each file that could not be read.
+    written, present: documents new in the store, and there before; dropped: from the new ones; failed: one line for
+    each file that could not be read.
     """
 
     written: int = 0
     present: int = 0
-    out_of_range: int = 0
-    not_visible: int = 0
+    dropped: Dropped = field(default_factory=Dropped)
     failed: list[str] = field(default_factory=list)
 
 
@@ -65,19 +65,27 @@ def import_dumps(folder: Path, root: Path, trace: TraceConfig, progress: Progres
                 report.present += 1
                 continue
             dropped = _import_one(path, number, store, metadata.get(path.name, {}))
-        except InputError as error:
-            report.failed.append(f"{path}: {error}")
+        except (InputError, RuntimeError, MemoryError) as error:  # of one file; what the disk says stops the import
+            reason = str(error).splitlines()[0] if str(error) else "too large for this machine's memory"
+            report.failed.append(f"{path}: {reason}")
             continue
         report.written += 1
-        report.out_of_range += dropped.out_of_range
-        report.not_visible += dropped.not_visible
+        report.dropped += dropped
     return report
 
 
 def _check_same(path: Path, document: Path, trace: TraceConfig) -> None:
-    """Raise InputError when `document` was made of another dump than `path`, by size: every folder counts from 0."""
-    if TraceDocument(document, trace).source.get("bytes") != path.stat().st_size:
+    """Raise InputError when `document` was made of another dump than `path`: every folder counts from 0."""
+    if TraceDocument(document, trace).source.get("sha256") != _sha256(path):
         raise InputError(f"{document} was made of another dump; import each folder into a store of its own")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror or error})") from error
 
 
 def _import_one(path: Path, number: int, store: TraceStore, server: dict[str, Any]) -> Dropped:
@@ -91,7 +99,7 @@ def _import_one(path: Path, number: int, store: TraceStore, server: dict[str, An
         spans=[Span(first=0, last=len(raw.positions), serve=0, tail=True)],
     )
     client = _read_json(path.with_suffix(".json"))
-    source = {"client": client, "server": server, "dropped": vars(dropped), "bytes": path.stat().st_size}
+    source = {"client": client, "server": server, "dropped": vars(dropped), "sha256": _sha256(path)}
     store.write(number, meta, raw, source)
     return dropped
 
@@ -102,7 +110,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path.name} is not JSON ({error}); repair or delete it") from error
     if not isinstance(found, dict):
         raise InputError(f"{path.name} holds no JSON object; repair or delete it")
@@ -114,12 +122,17 @@ def _read_metadata(path: Path, report: ImportReport) -> dict[str, dict[str, Any]
     found: dict[str, dict[str, Any]] = {}
     if not path.exists():
         return found
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        report.failed.append(f"{path}: cannot be read ({error.strerror or error})")
+        return found
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             found[entry["filename"]] = entry
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             report.failed.append(f"{path}: line {number} describes no dump")
     return found

@@ -2,13 +2,13 @@
 
 import collections
 import io
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._utils import _rebuild_tensor_v2
 
 from data_gen.errors import InputError
 
@@ -41,12 +41,27 @@ def load_dump(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _storage(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(found, torch.TypedStorage) or found._untyped_storage.nbytes() > len(data):
+        raise InputError("damaged dump (a storage holds more than its bytes, or is none)")
+    return found
+
+
+def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *settings: Any) -> torch.Tensor:
+    """What _rebuild_tensor_v2 makes of a whole tensor; that one grows a storage which is too small, with noise."""
+    held, numel = storage._untyped_storage.nbytes() // storage.dtype.itemsize, math.prod(size)
+    if min(offset, *size, 0) < 0 or offset + numel > held:
+        raise InputError(f"damaged dump (a tensor {list(size)} from element {offset} on, of {held} that are stored)")
+    found = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, size)
+    others = [step for step, own, count in zip(stride, found.stride(), size, strict=True) if count > 1 and step != own]
+    if (numel and others) or any(settings[2:]):  # the latter: bits such as a lazy minus sign
+        raise InputError(f"damaged dump (a tensor {list(size)} with strides {list(stride)} is a view of another)")
+    return found
 
 
 ALLOWED: dict[tuple[str, str], Callable] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
 }
 

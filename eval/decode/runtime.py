@@ -96,7 +96,8 @@ class LSARuntime:
 
         input_ids: [B, S], sequences of equal length. A call whose ids go on from what was read before, as a second turn
         does, reads only the new ones; any other starts anew. The prompt is read with full attention but for its last
-        token, so that every new token comes from sparse attention. Raises InputError for padding and for beams.
+        token, so that every new token comes from sparse attention. Raises InputError for padding, for beams, and where
+        the prompt and the new tokens that may follow do not fit the model's context.
         """
         if attention_mask is not None and not bool(attention_mask.all()):
             raise InputError("padding: sequences of a batch must be of equal length; generate the others apart")
@@ -104,6 +105,12 @@ class LSARuntime:
             raise InputError("beams and several answers a prompt are not supported; repeat the prompt in the batch")
         if input_ids.shape[1] < 2:
             raise InputError("the prompt must have at least two tokens: the resident set is fixed before its last one")
+        longest, context = _longest(self.model, input_ids.shape[1], options), self.host.info.context
+        if longest > context:
+            raise InputError(
+                f"{input_ids.shape[1]} tokens and the new ones make up to {longest}, but the backbone's context is "
+                f"{context}; ask for fewer (max_new_tokens) or shorten the prompt"
+            )
         have = self._read.shape[1]
         if not (self._read.shape[0] == len(input_ids) and torch.equal(self._read, input_ids[:, :have].cpu())):
             self.reset()
@@ -183,6 +190,17 @@ class LSARuntime:
         if self.host.position >= 0:
             everything = torch.arange(self.spec.chunking.visible(self.host.position))
             self._moves.append(self.host.keep([everything] * len(self._read)))
+
+
+def _longest(model: PreTrainedModel, prompt: int, options: dict[str, Any]) -> int:
+    """Tokens that the model's `generate` may end with, its settings taken from where it takes them."""
+
+    def asked(name: str) -> int | None:
+        given = options.get(name), getattr(options.get("generation_config"), name, None)
+        return next((value for value in given if value is not None), getattr(model.generation_config, name))
+
+    new, length = asked("max_new_tokens"), asked("max_length")
+    return prompt + new if new is not None else length or prompt  # unasked it stops at the context by itself
 
 
 class _Refresh(StoppingCriteria):

@@ -59,6 +59,11 @@ def export_indexer(
     if format == "bundle":
         export_bundle(kept, out)
         exported = Exported([out])
+        if kept.spec.backbone == V4_FLASH.fingerprint:
+            exported.notes.append(
+                "made from dumps or for them, which do not say whose weights they are: no model will take this bundle. "
+                "Export as flashmemory-safetensors, then `lookahead convert` that with --traces of your checkpoint"
+            )
     else:
         exported = _export_checkpoint(kept, out, format)
     if kept.spec.selections != indexer.spec.selections:
@@ -128,9 +133,10 @@ def _spec(
     if len(shapes) > 1:
         raise InputError(f"layers {sorted(kept)} differ in heads, rank or widths; an indexer's layers are alike")
     ((heads, rank, hidden, width),) = shapes
-    if manifest is not None and (hidden, width) != (info.hidden, info.key_width):
+    if (hidden, width) != (info.hidden, info.key_width):
+        hint = "" if manifest else "; of another model, pass --traces"
         raise InputError(
-            f"hidden and key width are {hidden} and {width}, the backbone's {info.hidden} and {info.key_width}"
+            f"hidden and key width are {hidden} and {width}, the backbone's {info.hidden} and {info.key_width}{hint}"
         )
     tables = {path: checkpoint.table for path, checkpoint in found.items() if checkpoint.table is not None}
     for path, table in tables.items():

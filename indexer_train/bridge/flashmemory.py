@@ -44,7 +44,8 @@ def read_checkpoint(path: Path, layer: int | None = None) -> Checkpoint:
     """Read any of the release's checkpoint files. Pickles are loaded with weights_only, nothing of them is run.
 
     layer: ordinal of a single-layer file; without it, it is taken from the file's name (`..._l10_...`). Raises
-    InputError when the file is none of the formats, is damaged or holds anything that is not understood.
+    InputError when the file is none of the formats, is damaged or holds anything that is not understood, or when name
+    and `layer` contradict each other.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -57,6 +58,9 @@ def read_checkpoint(path: Path, layer: int | None = None) -> Checkpoint:
     if not layers:
         raise InputError(f"{path}: holds no weights")
     tables = [tensors.pop(TABLE) for tensors in layers.values() if TABLE in tensors]
+    for table in tables:
+        if table.layout != torch.strided or table.dtype != torch.complex64 or table.ndim != 2 or not table.numel():
+            raise InputError(f"{path}: {TABLE} is {table.dtype} {list(table.shape)}, not a table of complex64 rows")
     if any(not torch.equal(table, tables[0]) for table in tables[1:]):
         raise InputError(f"{path}: its layers have different {TABLE} tables")
     return Checkpoint(
@@ -67,7 +71,8 @@ def read_checkpoint(path: Path, layer: int | None = None) -> Checkpoint:
 def write_checkpoint(layers: dict[int, LayerWeights], rope: Rope, out: Path, format: Format) -> list[Path]:
     """Write layers (by CSA ordinal) in one of the release's formats; returns the files, each whole or not there.
 
-    out: the file, or, of `flashmemory-layers`, the folder. Raises InputError when it cannot have that name.
+    out: the file, or, of `flashmemory-layers`, the folder. Raises InputError when it cannot have that name, or when the
+    folder holds other layers, which would be loaded with these.
     """
     if out.is_dir() and format != "flashmemory-layers":
         raise InputError(f"{out}: is a folder; {format} is one file, name it")
@@ -84,13 +89,15 @@ def write_checkpoint(layers: dict[int, LayerWeights], rope: Rope, out: Path, for
     if format == "flashmemory-joint":
         return [_write(out, lambda file: _pickle(_joint(named), file))]
     files = {out / f"ckpt_l{ordinal}.pt": tensors for ordinal, tensors in named.items()}
+    if others := sorted(path.name for path in set(out.glob("ckpt_l*.pt")) - set(files)):
+        raise InputError(f"{out}: holds {others[0]}, which is not of this export; choose another folder")
     return [_write(path, lambda file, tensors=tensors: _pickle(tensors, file)) for path, tensors in files.items()]
 
 
 def check_table(where: Path, table: torch.Tensor, rope: Rope) -> None:
     """Raise InputError unless `table` is `rope`'s, as far as both reach; sine and cosine may differ by 1e-5."""
-    if table.dtype != torch.complex64 or table.ndim != 2 or 2 * table.shape[1] != rope.dims:
-        raise InputError(f"{where}: {TABLE} is {table.dtype} {list(table.shape)}, not a table for {rope.dims} dims")
+    if 2 * table.shape[1] != rope.dims:
+        raise InputError(f"{where}: {TABLE} is {list(table.shape)}, not a table for {rope.dims} dims")
     for first in range(0, len(table), BLOCK):
         part = table[first : first + BLOCK]
         ours = rope.table(torch.arange(first, first + len(part)))
@@ -117,20 +124,22 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: damaged, or no PyTorch checkpoint ({str(error).splitlines()[0]})") from error
     if isinstance(found, dict) and "model_state" in found:
         found = found["model_state"]
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise InputError(f"{path}: holds no dictionary of weights")
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
+    ):
+        raise InputError(f"{path}: holds no dictionary of named weights")
     return found
 
 
 def _single_layer(path: Path, name: str, layer: int | None) -> int:
     if name not in (*NAMES.values(), TABLE):
         raise InputError(f"{path}: tensor {name!r} belongs to no format of the release")
-    if layer is not None:
-        return layer
     match = re.search(r"(?:^|[^a-z])l(\d+)(?:[^0-9]|$)", path.stem)
-    if match is None:
+    if match is None and layer is None:
         raise InputError(f"{path}: a single layer, but the name does not say which (..._l10_...); pass --layers")
-    return int(match[1])
+    if match is not None and layer is not None and int(match[1]) != layer:
+        raise InputError(f"{path}: layer {int(match[1])} by its name, but --layers {layer} was asked for; rename it")
+    return int(match[1]) if layer is None else layer
 
 
 def _layer(path: Path, ordinal: int, tensors: dict[str, torch.Tensor]) -> LayerWeights:

@@ -37,6 +37,7 @@ LAYER_FILE = {
 }
 SCALES = ("weight_scale_inv", "scale")
 """Names of an fp8 weight's block scales: transformers', DeepSeek's."""
+SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.uint8)
 
 
 def initialise(indexer: MemoryIndexer, folder: Path) -> None:
@@ -97,10 +98,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     index = folder / INDEX
     if not index.exists():
         return dict.fromkeys(_open(folder / "model.safetensors").keys(), "model.safetensors")
-    try:
-        return json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise InputError(f"{index}: not the index of a sharded checkpoint") from error
+    found = _json_object(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise InputError(f"{index}: not the index of a sharded checkpoint (its weight_map names no files)")
+    return found
 
 
 def _block_size(folder: Path) -> list[int] | None:
@@ -108,10 +109,22 @@ def _block_size(folder: Path) -> list[int] | None:
     path = folder / "config.json"
     if not path.exists():
         return None
+    quantised = _json_object(path).get("quantization_config") or {}
+    block = quantised.get("weight_block_size") if isinstance(quantised, dict) else quantised
+    pair = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+    if block is not None and not pair:
+        raise InputError(f"{path}: quantization_config.weight_block_size is not [rows, columns] of a block")
+    return block
+
+
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        return (json.loads(path.read_text()).get("quantization_config") or {}).get("weight_block_size")
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return found
 
 
 def _read_weight(folder: Path, files: dict[str, str], name: str, block: list[int] | None) -> torch.Tensor:
@@ -133,8 +146,10 @@ def dequantise(where: str, weight: torch.Tensor, scale: torch.Tensor, block: lis
 
     scale: [ceil(M / block rows), ceil(N / block columns)], fp32, bf16, float8_e8m0fnu or that format's raw bytes.
     """
-    grid = [-(-size // step) for size, step in zip(weight.shape, block, strict=True)]
-    if list(scale.shape) != grid:
+    if scale.dtype not in SCALE_TYPES:
+        raise InputError(f"{where}: scales are {scale.dtype}, not fp32, bf16, float8_e8m0fnu or its bytes")
+    grid = [-(-size // step) for size, step in zip(weight.shape, block, strict=False)]
+    if weight.ndim != 2 or list(scale.shape) != grid:
         raise InputError(f"{where}: scales {list(scale.shape)} for blocks of {block} of {list(weight.shape)}")
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)

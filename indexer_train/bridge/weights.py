@@ -8,6 +8,9 @@ import torch
 from data_gen.errors import InputError
 from indexer_train.model import LayerEncoder
 
+EXACT = (torch.float32, torch.bfloat16, torch.float16)
+"""What fp32 holds exactly, without a scale."""
+
 
 @dataclass(frozen=True)
 class LayerWeights:
@@ -25,8 +28,12 @@ class LayerWeights:
     def checked(cls, where: str, **tensors: torch.Tensor) -> Self:
         """Convert to fp32 (exact from narrower floats). Raises InputError, naming `where`, unless shapes agree."""
         for name, tensor in tensors.items():
-            if not tensor.is_floating_point() or tensor.ndim != (1 if name == "q_norm" else 2):
-                raise InputError(f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}, not a matrix of weights")
+            plain = tensor.layout == torch.strided and tensor.ndim == (1 if name == "q_norm" else 2)
+            if tensor.dtype not in EXACT or not plain or not tensor.numel():
+                kind = "" if tensor.layout == torch.strided else f"{tensor.layout} "
+                raise InputError(
+                    f"{where}: {name} is {kind}{tensor.dtype} {list(tensor.shape)}, not weights in fp32, bf16 or fp16"
+                )
             if not bool(tensor.isfinite().all()):
                 raise InputError(f"{where}: {name} holds NaN or infinity; the file is damaged")
         weights = cls(**{name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()})

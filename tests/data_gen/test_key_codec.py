@@ -162,6 +162,15 @@ def test_bad_rows_and_pages_are_named():
         pages_to_rows(torch.zeros(1, 8447, dtype=torch.uint8), 3)
     with pytest.raises(InputError, match="hold 64 chunks, 65"):
         pages_to_rows(torch.zeros(1, 8448, dtype=torch.uint8), 65)
+    for shape in ((), (4,), (2, 0)):
+        with pytest.raises(InputError, match="key rows"):
+            decode_keys(torch.zeros(shape, dtype=torch.uint8))
+    for shape in ((), (132,), (2, 3, 132), (2, 4)):
+        with pytest.raises(InputError, match="key rows"):
+            rows_to_pages(torch.zeros(shape, dtype=torch.uint8))
+    for shape in ((), (8448,), (1, 256), (1, 192), (1, 0)):
+        with pytest.raises(InputError, match="key pages"):
+            pages_to_rows(torch.zeros(shape, dtype=torch.uint8), 0)
 
 
 @given(arrays(np.float32, array_shapes(min_dims=1, max_dims=2, max_side=4).map(lambda s: (*s, 32)),

@@ -1,6 +1,8 @@
 """`lookahead verify` passes what is right, and finds what was tampered with."""
 
+import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,7 +102,8 @@ def test_a_wrong_score_fails(pocket_traces, monkeypatch, broken):
     if broken == "rope":
         monkeypatch.setattr(Rope, "rotate", lambda rope, x, positions: x)
     else:
-        wrong = {"hadamard": lambda x: x, "key_vectors": lambda x: x[..., :-4].view(torch.float8_e4m3fn).float(),
+        wrong = {"hadamard": lambda x: x,
+                 "key_vectors": lambda x, device: x[..., :-4].view(torch.float8_e4m3fn).float(),
                  "join_layers": lambda logits, join: logits.amax(0)}[broken]  # fmt: skip
         monkeypatch.setattr(indexer_train.model, broken, wrong)
     assert verify_indexer(indexer, pocket_traces).failures
@@ -135,7 +138,7 @@ def test_another_checkpoint_fails(pocket, pocket_traces, tmp_path):
     assert any("Pearson" in line for line in verdict.failures) and any("top-10" in line for line in verdict.failures)
 
 
-def dumped(root, queries=True, tamper=False, keys_kept=200):
+def dumped(root, queries=True, tamper=False, keys_kept=200, change=lambda row: row, first=799):
     """A store of the release's dumps: fp8 queries whose scales the server folded into bf16 head weights."""
     generator = torch.Generator().manual_seed(3)
     keys = encode_keys(torch.randn(200, 128, generator=generator))
@@ -154,9 +157,9 @@ def dumped(root, queries=True, tamper=False, keys_kept=200):
     raw = RawTrace(
         hidden={10: torch.zeros(4, 4096).bfloat16()},
         keys={10: keys[:keys_kept]},
-        positions=torch.arange(799, 803),
+        positions=torch.arange(first, first + 4),
         oracle=GoldenChunks.from_votes(torch.zeros(4, 200, dtype=torch.int64), 3),
-        native={(10, 0): native},
+        native={(10, 0): change(native), (10, 1): copy.deepcopy(native)},
     )
     span = Span(first=0, last=4, serve=0, tail=False)
     store.write(0, DocumentMeta(name="doc_00000", task="chat", length=803, spans=[span]), raw)
@@ -174,10 +177,47 @@ def test_dumps_of_the_release(tmp_path):
         verify_native(dumped(tmp_path / "bare", queries=False), None)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda row: replace(row, logits=row.logits[:2]), "2 logits are stored, 200 chunks were visible"),
+        (lambda row: replace(row, logits=row.logits[:0]), "0 logits are stored"),
+        (lambda row: replace(row, logits=row.logits.repeat(2)), "400 logits are stored"),
+        (lambda row: replace(row, logits=row.logits / 0), "NaN or infinity"),
+        (lambda row: replace(row, weights=row.weights * torch.nan), "NaN or infinity"),
+    ],
+)
+def test_a_row_that_cannot_be_the_indexers_fails(tmp_path, change, reason):
+    verdict = verify_native(dumped(tmp_path, change=change), None)
+    assert len(verdict.rows) == 1 and len(verdict.failures) == 1
+    assert "native, layer 10, doc_00000, position 799: " in verdict.failures[0] and reason in verdict.failures[0]
+
+
+def test_rows_that_prove_nothing_are_counted(tmp_path):
+    few = dumped(tmp_path / "few", keys_kept=9)
+    with pytest.raises(InputError, match=r"no native logits to verify. skipped: 2 native rows with fewer than 10"):
+        verify_native(few, None)
+    verdict = verify_indexer(new_indexer(few), dumped(tmp_path / "start", first=0))
+    assert [row.position for row in verdict.rows] == [3] and verdict.failures == []
+    assert verdict.notes == ["skipped: 2 query tokens to which no chunk is visible yet"]
+
+
+def test_a_trace_that_sees_no_chunk_has_no_score(tmp_path):
+    store = dumped(tmp_path)
+    trace = store.manifest.trace.model_copy(update={"chunking": Chunking(tokens=1024)})
+    unseeing = TraceStore(store.root, store.manifest.model_copy(update={"trace": trace}))
+    with pytest.raises(InputError, match=r"no score to verify. skipped: 3 query tokens"):
+        verify_indexer(new_indexer(unseeing), unseeing)
+
+
 def test_the_command_line_and_its_exit_code(pocket, pocket_traces, pocket_indexer, stores, tmp_path):
     export_bundle(pocket_indexer, tmp_path / "bundle")
     run = CliRunner().invoke
     command = ["verify", "--traces", str(pocket_traces.root)]
+    few = new_indexer(dumped(tmp_path / "start", first=0))
+    few.save_pretrained(str(tmp_path / "few"))
+    start = run(app, ["verify", "--traces", str(tmp_path / "start"), "--indexer", str(tmp_path / "few")])
+    assert start.exit_code == 0 and "skipped: 2 query tokens" in start.output
     good = run(app, [*command, "--native", str(pocket.folder), "--indexer", str(tmp_path / "bundle")])
     assert good.exit_code == 0 and "verified" in good.output and "indexer, joined" in good.output
     assert run(app, command).exit_code == 0

@@ -102,6 +102,18 @@ def test_scores_of_serving_encoding_and_training(golden, case):
     close(indexer.layer_logits(trained, stored)[0].detach(), expected["logits"])
 
 
+def test_scores_of_sampled_candidates(golden, case):
+    """What the paper's recipe trains with: each query against chunks of its own, in any order, repeats included."""
+    indexer, keys, expected = case
+    generator = torch.Generator().manual_seed(0)
+    candidates = torch.randint(0, len(keys), (len(golden["positions"]), 50), generator=generator)
+    features = {"input_features": golden["hidden"][:, None], "positions": golden["positions"]}
+    queries = indexer.query_encoder(features)["sentence_embedding"]
+    stored = indexer({"input_values": keys}, task="document")["sentence_embedding"]
+    logits = indexer.layer_logits(queries, stored, chunks=golden["chunks"], candidates=candidates)[0]
+    close(logits.detach(), expected["logits"].gather(1, candidates))
+
+
 def test_packed_queries(golden, case):
     indexer, _, expected = case
     features = {"input_features": golden["hidden"][:, None], "positions": golden["positions"]}

@@ -1,5 +1,7 @@
 """`lookahead inspect` on everything that the toolkit writes, whole and damaged."""
 
+import json
+import re
 import shutil
 
 import pytest
@@ -9,11 +11,11 @@ from data_gen.errors import InputError
 from data_gen.rope import Rope
 from eval.report import write_results
 from indexer_train.artefacts import inspect
-from indexer_train.bridge.bundle import export_bundle
+from indexer_train.bridge.bundle import export_bundle, load_bundle
 from indexer_train.bridge.flashmemory import write_checkpoint
 from indexer_train.bridge.weights import LayerWeights
 from indexer_train.hard_negatives import mine
-from indexer_train.trainer import train
+from indexer_train.trainer import load_indexer, train
 
 
 def quietly(items, what):
@@ -61,7 +63,6 @@ def test_every_damaged_shard_is_named(stores, run, tiny_recipe, tmp_path):
 def test_hard_negatives_belong_to_their_store(stores, run, tiny_recipe, tmp_path):
     pytest.importorskip("faiss")
     from data_gen.store import TraceStore
-    from indexer_train.trainer import load_indexer
 
     shutil.copytree(stores[0].root, tmp_path / "store")
     store = TraceStore.open(tmp_path / "store")
@@ -106,12 +107,14 @@ def test_a_run_and_its_checkpoints(run, tmp_path):
     (tmp_path / "checkpoint-7" / "optimizer.pt").write_bytes(b"PK")
     for path in (tmp_path, tmp_path / "checkpoint-7"):
         assert "half-written (optimizer.pt is cut short)" in inspect(path, quietly).damage[0]
-    for number, (name, content) in enumerate({"spec.json": "{}", "trainer_state.json": "[]"}.items(), start=8):
-        shutil.copytree(checkpoints[0], tmp_path / f"checkpoint-{number}")
-        next((tmp_path / f"checkpoint-{number}").rglob(name)).write_text(content)
-        assert name in inspect(tmp_path / f"checkpoint-{number}", quietly).damage[0]
+    for step, (name, content) in enumerate(
+        [("spec.json", "{}"), ("trainer_state.json", "[]"), ("trainer_state.json", "{}")], start=8
+    ):
+        shutil.copytree(checkpoints[0], tmp_path / f"checkpoint-{step}")
+        next((tmp_path / f"checkpoint-{step}").rglob(name)).write_text(content)
+        assert name in inspect(tmp_path / f"checkpoint-{step}", quietly).damage[0]
     (tmp_path / "checkpoint-old").mkdir()
-    assert len(inspect(tmp_path, quietly).damage) == 3
+    assert len(inspect(tmp_path, quietly).damage) == 4
 
 
 def test_a_run_of_layers_one_by_one(run, tmp_path):
@@ -123,6 +126,49 @@ def test_a_run_of_layers_one_by_one(run, tmp_path):
     assert found["layer-2: indexer"] == "finished" and found[f"layer-0: {checkpoint}"] == "whole"
     (tmp_path / "layer-2" / "checkpoints" / checkpoint / "optimizer.pt").unlink()
     assert "layer-2" in inspect(tmp_path, quietly).damage[0]
+
+
+def edit_spec(content, **changes):
+    """A bundle's header with other settings in its spec, or in the shape of its indexer."""
+    header = json.loads(content)
+    for name, value in changes.items():
+        (header["spec"]["shape"] if name in header["spec"]["shape"] else header["spec"])[name] = value
+    return json.dumps(header).encode()
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "complaint"),
+    [
+        ("indexer/modules.json", lambda _: b"{", "indexer: damaged indexer"),
+        ("indexer/query_0_QueryEncoder/spec.json", lambda _: b"{", "spec.json: damaged indexer"),
+        ("indexer/query_0_QueryEncoder/spec.json", lambda _: None, "damaged indexer (shape: Field required)"),
+        ("indexer/query_0_QueryEncoder/model.safetensors", lambda was: was[:-9], "model.safetensors: damaged indexer"),
+        ("bundle/bundle.json", lambda _: b"\xff\xfe", "bundle.json: damaged bundle"),
+        ("bundle/bundle.json", lambda _: b"{}", "bundle.json: damaged bundle ('format' is missing)"),
+        ("bundle/bundle.json", lambda _: b'{"format": 1}', "not a bundle of this version (format 1, not 2)"),
+        ("bundle/bundle.json", lambda was: edit_spec(was, window=7), "damaged bundle (the checksum of"),
+        ("bundle/bundle.json", lambda was: edit_spec(was, window=0), "spec.window: Input should be greater than 0"),
+        ("bundle/bundle.json", lambda was: edit_spec(was, heads=8), "damaged bundle (the checksum of"),
+        ("bundle/bundle.json", lambda was: edit_spec(was, layers=[0, 3]), "damaged bundle (the checksum of"),
+        ("bundle/indexer.safetensors", lambda was: was[:-9], "damaged bundle (the checksum of"),
+    ],
+)
+def test_damaged_indexers_and_bundles_are_refused_and_reported(run, tmp_path, file, damage, complaint):
+    folder = tmp_path / file.split("/")[0]
+    shutil.copytree(run / folder.name, folder)
+    content = damage((tmp_path / file).read_bytes())
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(complaint)) as refused:
+        (load_bundle if folder.name == "bundle" else load_indexer)(folder)
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value) and "; " in str(refused.value)
+    assert inspect(folder, quietly).damage == [str(refused.value)]
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_damaged_settings_of_a_run_are_reported(tmp_path, content):
+    (tmp_path / "training.json").write_text(content)
+    (damage,) = inspect(tmp_path, quietly).damage
+    assert damage.startswith(f"{tmp_path / 'training.json'}: damaged ")
 
 
 @pytest.mark.parametrize("format", ["flashmemory-joint", "flashmemory-safetensors"])
@@ -140,9 +186,9 @@ def test_checkpoints_of_the_release(tmp_path, format):
 
 
 def test_a_folder_of_the_releases_layers(tmp_path):
-    for layer in (10, 12):
-        weights = LayerWeights(torch.randn(8, 32), torch.ones(8), torch.randn(4 * 16, 8), torch.randn(4, 32))
-        write_checkpoint({layer: weights}, Rope(dims=8, theta=1e4, positions=64), tmp_path, "flashmemory-layers")
+    weights = LayerWeights(torch.randn(8, 32), torch.ones(8), torch.randn(4 * 16, 8), torch.randn(4, 32))
+    rope = Rope(dims=8, theta=1e4, positions=64)
+    write_checkpoint({10: weights, 12: weights}, rope, tmp_path, "flashmemory-layers")
     kind, found = facts(tmp_path)
     assert "release" in kind and found["ckpt_l12.pt: layer 12"] == "4 heads, rank 8, hidden 32, key width 16"
     (tmp_path / "ckpt_l10.pt").write_bytes(b"PK")
@@ -150,8 +196,6 @@ def test_a_folder_of_the_releases_layers(tmp_path):
 
 
 def test_weights_that_are_no_numbers_are_damage(run, tmp_path, stores):
-    from indexer_train.trainer import load_indexer
-
     indexer = load_indexer(run / "indexer")
     torch.nn.init.constant_(indexer.query_encoder.encoders["2"].weights_proj.weight, torch.nan)
     indexer.save_pretrained(str(tmp_path / "indexer"))

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from data_gen.checks import require
 from data_gen.chunks import Chunking
 from data_gen.errors import InputError
+from data_gen.key_codec import encode_keys
 from data_gen.rope import Rope
 from indexer_train.config import CandidatesConfig, IndexerConfig
 from indexer_train.losses import LOSSES
@@ -50,6 +51,22 @@ def batch(sampled):
         query["candidates"] = torch.empty(BATCH, CANDIDATES, dtype=torch.int64, device="meta")
         document["chunks"] = torch.empty(CHUNKS, dtype=torch.int64, device="meta")
     return [query, document], torch.empty(BATCH, 5, columns, device="meta")
+
+
+def test_what_is_wrong_is_named_before_it_reaches_the_device(indexer):
+    hidden, keys = torch.zeros(2, LAYERS, HIDDEN), encode_keys(torch.ones(CHUNKS, LAYERS, WIDTH))
+    queries, documents = (indexer[0].sub_modules[route][0] for route in ("query", "document"))
+    assert indexer.layer_scores(hidden, keys, torch.tensor([0, 999])).is_meta
+    for position in (1000, -1):
+        with pytest.raises(InputError, match=r"outside 0\.\.999"):
+            indexer.layer_scores(hidden, keys, torch.tensor([0, position]))
+        with pytest.raises(InputError, match=r"outside 0\.\.999"):
+            queries.preprocess([(hidden[0], 0), (hidden[1], position)])
+    keys[3, 1, 2] = 0x7F
+    with pytest.raises(InputError, match="NaN code"):
+        indexer.layer_scores(hidden, keys, torch.tensor([0, 999]))
+    with pytest.raises(InputError, match="NaN code"):
+        documents.preprocess([(row,) for row in keys])
 
 
 @pytest.mark.parametrize("sampled", [False, True])

@@ -3,12 +3,15 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
+from data_gen.chunks import Chunking
 from data_gen.errors import InputError
+from data_gen.rope import Rope
 from data_gen.store import TraceStore
 from indexer_train import trainer as trainer_module
 from indexer_train.batches import AllCandidates, DocumentBatchSampler, window_index
@@ -16,6 +19,7 @@ from indexer_train.config import CandidatesConfig, IndexerConfig
 from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.metrics import indexer_scores, served_windows
+from indexer_train.model import MemoryIndexer
 from indexer_train.trainer import check_traces, load_indexer, train
 
 
@@ -121,21 +125,43 @@ def test_batches_hold_one_document_and_depend_on_seed_and_epoch(stores, tiny_rec
     torch.testing.assert_close(protected[:, 0] + mass.sum(1) + labels.rest, torch.ones(len(mass)))
 
 
-def test_no_backbone_is_ever_loaded(stores, tiny_recipe, tmp_path):
-    script = f"""
+LOADED = """
+auto = "transformers.models.auto.modeling_auto"  # names of classes, which the stock trainer looks up
+loaded = [name for name in sys.modules if name.startswith("data_gen.backbones")]
+loaded += [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
+assert set(loaded) <= {auto}, loaded
+"""
+"""Run where training was; no model family's own code may be there."""
+
+
+@pytest.mark.parametrize("how", ["the package", "the command line"])
+def test_no_backbone_is_ever_loaded(stores, tiny_recipe, tmp_path, how):
+    recipe, traces, out = tmp_path / "recipe.yaml", str(stores[0].root), str(tmp_path / "out")
+    recipe.write_text(tiny_recipe.model_dump_json())  # JSON is YAML
+    script = {
+        "the package": f"""
 import sys
 from pathlib import Path
 from data_gen.store import TraceStore
 from indexer_train.config import IndexerConfig, TrainConfig
 from indexer_train.trainer import train
 import indexer_train.bridge.bundle
-train(TraceStore.open(Path({str(stores[0].root)!r})),
+train(TraceStore.open(Path({traces!r})),
       IndexerConfig.model_validate_json({tiny_recipe.indexer.model_dump_json()!r}),
-      TrainConfig.model_validate_json({tiny_recipe.train.model_dump_json()!r}), Path({str(tmp_path)!r}))
-loaded = [name for name in sys.modules if name.startswith("data_gen.backbones") or ".modeling_llama" in name]
-assert not loaded, loaded
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+      TrainConfig.model_validate_json({tiny_recipe.train.model_dump_json()!r}), Path({out!r}))
+""",
+        "the command line": f"""
+import sys
+import cli
+sys.argv = ["lookahead", "train", {str(recipe)!r}, "--traces", {traces!r}, "--out", {out!r}]
+try:
+    cli.main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+""",
+    }[how]
+    subprocess.run([sys.executable, "-c", script + LOADED], check=True)
+    assert (tmp_path / "out" / "indexer").exists()
 
 
 def test_a_run_is_of_the_documents_it_began_with(stores, tiny_recipe, tmp_path):
@@ -150,7 +176,7 @@ def test_a_run_is_of_the_documents_it_began_with(stores, tiny_recipe, tmp_path):
 
 
 def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path):
-    indexer = train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
+    train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
     with pytest.raises(InputError, match="other settings or traces"):
         train(stores[1], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
     rare = tiny_recipe.train.model_copy(update={"candidates": CandidatesConfig(common_weight=0.5)})
@@ -164,17 +190,34 @@ def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path)
             train(stores[0], tiny_recipe.indexer, tiny_recipe.train.model_copy(update={field: value}), tmp_path / "b")
     with pytest.raises(InputError, match="unknown loss"):
         train(stores[0], tiny_recipe.indexer, tiny_recipe.train.model_copy(update={"loss": "x"}), tmp_path / "b")
-
-    def with_manifest(**changes):
-        return TraceStore(stores[1].root, stores[1].manifest.model_copy(update=changes))
-
-    manifest = stores[1].manifest
-    check_traces(indexer, stores[1])
-    from dataclasses import replace
-
-    with pytest.raises(InputError, match="another backbone"):
-        check_traces(indexer, with_manifest(backbone=replace(manifest.backbone, fingerprint="other")))
-    with pytest.raises(InputError, match=r"reads layers \[2\]"):
-        check_traces(indexer, with_manifest(trace=manifest.trace.model_copy(update={"layers": [0]})))
     with pytest.raises(InputError, match="no indexer there"):
         load_indexer(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "complaint"),
+    [
+        ("backbone", {"fingerprint": "other"}, "another backbone"),
+        ("trace", {"layers": [0]}, r"reads layers \[2\]"),
+        ("trace", {"chunking": Chunking(tokens=4, sink=1, recent=3)}, r"other chunks \(tokens=4 sink=1 recent=3\)"),
+        ("trace", {"window": 8}, r"other windows \(8\) than the indexer's \(16\)"),
+        ("backbone", {"hidden": 64}, r"other hidden width \(64\)"),
+        ("backbone", {"key": "fp8_rope_hadamard"}, "other keys"),
+        ("backbone", {"key_width": 7}, "other keys"),
+        ("backbone", {"rope": Rope(dims=8, theta=1e4, positions=64)}, "other RoPE"),
+    ],
+)
+def test_traces_of_something_else_are_refused(stores, tiny_recipe, section, changes, complaint):
+    manifest = stores[1].manifest
+    indexer = MemoryIndexer.from_spec(trainer_module._spec(stores[1], 0, tiny_recipe.indexer, tiny_recipe.train))
+    check_traces(indexer, stores[1])
+    changed = {"backbone": replace(manifest.backbone, **changes) if section == "backbone" else manifest.backbone}
+    changed["trace"] = manifest.trace.model_copy(update=changes) if section == "trace" else manifest.trace
+    with pytest.raises(InputError, match=complaint):
+        check_traces(indexer, TraceStore(stores[1].root, manifest.model_copy(update=changed)))
+
+
+def test_a_rope_that_ends_elsewhere_turns_the_same(pocket_traces, pocket_indexer):
+    rope = pocket_indexer.spec.rope
+    shorter = pocket_indexer.spec.model_copy(update={"rope": rope.model_copy(update={"positions": 1024})})
+    check_traces(MemoryIndexer.from_spec(shorter, device="cpu"), pocket_traces)

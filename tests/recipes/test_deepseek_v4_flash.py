@@ -1,6 +1,7 @@
 """The paper's recipe: what it says, and its path from dumps to served weights at small size."""
 
 import pickle
+from importlib.resources import files
 
 import torch
 import yaml
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from cli import app
 from data_gen.key_codec import encode_keys
 from indexer_train.bridge.flashmemory import read_checkpoint
+from indexer_train.losses import LOSSES
 from recipes import load_recipe
 
 SERVED, TRAINED = [10, 12, 20], [6, 8, 10, 12, 14, 16, 18, 20]
@@ -20,7 +22,19 @@ def test_it_states_the_papers_settings():
     assert recipe.trace.layers == TRAINED and recipe.trace.window == 64 and recipe.trace.oracle == "indexer"
     assert (recipe.indexer.heads, recipe.indexer.rank, recipe.indexer.join) == (128, 2048, "max")
     assert recipe.train.loss == "focal" and recipe.train.golden == 3
+    assert LOSSES["focal"].Options(**recipe.train.loss_options).gamma == 2
+    candidates = recipe.train.candidates
+    assert (candidates.kind, candidates.negatives, candidates.positives, candidates.common_weight) == (
+        "sampled", 3, 512, 0.5
+    )  # fmt: skip
     assert recipe.trace.chunking.tokens == 4
+
+
+def test_its_header_names_the_layers_that_are_served():
+    header = files("recipes").joinpath("deepseek-v4-flash.yaml").read_text().split("backbone:")[0]
+    assert f"export --indexer run/indexer --layers {','.join(map(str, SERVED))}" in header
+    assert f"{', '.join(map(str, SERVED))} are transformer layers {', '.join(str(2 * n + 2) for n in SERVED)}" in header
+    assert set(SERVED) <= set(TRAINED)
 
 
 def dump(path, seed, tokens=40, chunks=100):

@@ -1,6 +1,8 @@
 """Dumps in the release's format: what is kept, what is dropped and counted, what is refused."""
 
 import collections
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -18,7 +20,7 @@ from cli import app
 from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
 from data_gen.errors import InputError
-from data_gen.flashmemory.document import read_document
+from data_gen.flashmemory.document import Dropped, read_document
 from data_gen.flashmemory.folder import import_dumps
 from data_gen.flashmemory.unpickle import load_dump
 from data_gen.key_codec import encode_keys
@@ -34,7 +36,7 @@ TRACE = TraceConfig(
 )
 
 
-def dump(seed=0, tokens=TOKENS, chunks=CHUNKS):
+def dump(seed=0, tokens=TOKENS, chunks=CHUNKS, labels=None):
     """Tensors as the server writes them; the first decode token is at position 27, so 7 chunks are visible to it."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -46,10 +48,10 @@ def dump(seed=0, tokens=TOKENS, chunks=CHUNKS):
         tensors[f"logits_layer_10_token_{row}"] = torch.randn(7, generator=generator).bfloat16()
         tensors[f"q_layer_10_token_{row}"] = torch.randn(1, 8192, generator=generator).bfloat16()
         tensors[f"weights_layer_10_token_{row}"] = torch.randn(1, 64, 1, generator=generator).bfloat16()
-    counts = torch.randint(0, 4, (tokens,), generator=generator)
+    counts = torch.randint(0, 4, (tokens,), generator=generator) if labels is None else torch.full((tokens,), labels)
     pointers = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    labels = [torch.randperm(7, generator=generator)[:count] for count in counts.tolist()]
-    tensors["label_indices"] = torch.cat(labels).int()
+    golden = [torch.randperm(7, generator=generator)[:count] for count in counts.tolist()]
+    tensors["label_indices"] = torch.cat(golden).int()
     tensors["label_scores"] = torch.randint(3, 22, (int(pointers[-1]),), generator=generator).int()
     tensors["label_pointers"] = pointers.int()
     return tensors
@@ -76,7 +78,7 @@ def test_a_folder_becomes_a_store(tmp_path):
     server = {"filename": "doc_00003.pkl", "doc_index": 3, "rid": "a", "n_decode_tokens": TOKENS}
     (folder / "server_metadata.jsonl").write_text(json.dumps(server) + "\n\n")
     report = imported(folder, root)
-    assert vars(report) == {"written": 3, "present": 0, "out_of_range": 0, "not_visible": 0, "failed": []}
+    assert vars(report) == {"written": 3, "present": 0, "dropped": Dropped(), "failed": []}
     store = TraceStore.open(root)
     assert [path.name for path in store.paths()] == [f"doc_{n:05d}.safetensors" for n in originals]
     assert store.manifest.backbone.rope.factor == 16 and store.manifest.trace.oracle == "indexer"
@@ -95,8 +97,8 @@ def test_a_folder_becomes_a_store(tmp_path):
         assert torch.equal(native[1].query.flatten(), tensors["q_layer_10_token_1"][0])
         assert torch.equal(native[2].weights, tensors["weights_layer_10_token_2"].flatten())
     sources = [document.source for document in store]
-    dropped, size = {"out_of_range": 0, "not_visible": 0}, (folder / "doc_00003.pkl").stat().st_size
-    assert sources[1] == {"client": client, "server": server, "dropped": dropped, "bytes": size}
+    digest = hashlib.sha256((folder / "doc_00003.pkl").read_bytes()).hexdigest()
+    assert sources[1] == {"client": client, "server": server, "dropped": vars(Dropped()), "sha256": digest}
     assert sources[0]["client"] == {} and sources[0]["server"] == {}
 
 
@@ -114,9 +116,9 @@ def test_finished_documents_stay_and_other_settings_are_refused(tmp_path):
 
 
 def test_two_folders_do_not_pass_for_one(tmp_path):
-    """Both count from 0: the second one's documents must not count as present."""
-    for name, tokens in (("a", TOKENS), ("b", TOKENS + 1)):
-        save(tmp_path / name, 0, dump(tokens=tokens))
+    """Both count from 0: the second one's documents must not count as present, whatever their size."""
+    sizes = {save(tmp_path / name, 0, dump(seed=ord(name), labels=2)).stat().st_size for name in "ab"}
+    assert len(sizes) == 1
     imported(tmp_path / "a", tmp_path / "store")
     report = imported(tmp_path / "b", tmp_path / "store")
     assert report.present == report.written == 0
@@ -136,15 +138,19 @@ def test_impossible_labels_are_dropped_and_counted(labels):
     tensors["label_pointers"] = torch.tensor(np.cumsum([0] + [len(row) for row in labels]), dtype=torch.int32)
     raw, dropped = read_document(tensors, LAYERS)
     outside = sum(not 0 <= chunk < CHUNKS for chunk, _ in flat)
-    kept = [
+    named = [
         [(chunk, score) for chunk, score in row if 0 <= chunk < CHUNKS and 4 * chunk + 3 <= 27 + token]
         for token, row in enumerate(labels)
+    ]
+    kept = [  # the first vote for a chunk counts
+        [pair for place, pair in enumerate(row) if pair[0] not in [chunk for chunk, _ in row[:place]]] for row in named
     ]
     assert raw.oracle.pointers.tolist() == np.cumsum([0] + [len(row) for row in kept]).tolist()
     found = zip(raw.oracle.chunks.tolist(), raw.oracle.votes.tolist(), strict=True)
     assert list(found) == [pair for row in kept for pair in row]
     assert dropped.out_of_range == outside
-    assert dropped.not_visible == len(flat) - outside - sum(map(len, kept))
+    assert dropped.not_visible == len(flat) - outside - sum(map(len, named))
+    assert dropped.repeated == sum(map(len, named)) - sum(map(len, kept))
 
 
 class Payload:
@@ -188,6 +194,54 @@ def test_a_payload_inside_a_storage_is_refused(tmp_path):
     assert not made.exists()
 
 
+class Declared:
+    """Pickles as a tensor over the storage of `tensor` that says this of itself."""
+
+    def __init__(self, tensor, offset, size, stride, metadata=None):
+        self.call = torch._utils._rebuild_tensor_v2, (
+            tensor._typed_storage(), offset, size, stride, False, collections.OrderedDict(), metadata
+        )  # fmt: skip
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("claim", "reason"),
+    [
+        ((0, (20,), (1,)), r"a tensor \[20\] from element 0 on, of 6 that are stored"),
+        ((4, (3,), (1,)), r"a tensor \[3\] from element 4 on, of 6"),
+        ((-1, (3,), (1,)), "from element -1 on"),
+        ((0, (-2, -3), (1, 1)), r"a tensor \[-2, -3\]"),
+        ((0, (10**13,), (0,)), r"a tensor \[10000000000000\]"),
+        ((0, (6,), (0,)), r"with strides \[0\] is a view"),
+        ((0, (3, 2), (1, 3)), r"with strides \[1, 3\] is a view"),
+        ((0, (6,), (1,), {"neg": True}), "is a view"),
+    ],
+)
+def test_a_tensor_that_declares_more_than_is_stored_is_damaged(tmp_path, claim, reason):
+    """PyTorch would grow the storage and read labels out of whatever lay there."""
+    path = save(tmp_path, 0, dump() | {"label_indices": Declared(torch.arange(6, dtype=torch.int32), *claim)})
+    with pytest.raises(InputError, match=rf"^damaged dump \(.*{reason}"):
+        load_dump(path)
+
+
+def test_whole_tensors_in_the_middle_of_a_storage_are_read(tmp_path):
+    values = torch.arange(24, dtype=torch.int32)
+    parts = {"rows": values.view(4, 6)[1:3], "odd": values[4:8].as_strided((1, 4, 1), (7, 1, 9)), "none": values[:0]}
+    found = load_dump(save(tmp_path, 0, parts))
+    assert all(torch.equal(found[name], value) for name, value in parts.items())
+
+
+def test_a_storage_that_declares_more_than_it_brings_is_damaged(tmp_path):
+    inner = io.BytesIO()
+    torch.save(torch.zeros(9)._typed_storage(), inner, _use_new_zipfile_serialization=False)
+    head, _ = inner.getvalue().replace(b"K\x09", b"K\xff").split(b"\x80\x02]")  # its size; then what is to be filled
+    path = save(tmp_path, 0, {"x": Payload(torch.storage._load_from_bytes, head + pickle.dumps([], protocol=2))})
+    with pytest.raises(InputError, match=r"damaged dump .a storage holds more than its bytes"):
+        load_dump(path)
+
+
 def spoil(name, change):
     def apply(tensors):
         tensors[name] = change(tensors[name])
@@ -205,11 +259,11 @@ BROKEN = {
     "hidden_layer_12 is missing": lambda tensors: tensors.pop("hidden_layer_12"),
     "label_pointers is missing": lambda tensors: tensors.pop("label_pointers"),
     "hidden_layer_10 is torch.float32": spoil("hidden_layer_10", lambda x: x.float()),
-    "hidden_layer_10 is .20, 64., not .20, 4096.": spoil("hidden_layer_10", lambda x: x[:, :64]),
+    "hidden_layer_10 is .20, 64., not .20, 4096.": spoil("hidden_layer_10", lambda x: x[:, :64].contiguous()),
     "hidden_layer_12 is .19, 4096., not": spoil("hidden_layer_12", lambda x: x[1:]),
     "hidden_layer_10 holds NaN": spoil("hidden_layer_10", lambda x: x / 0),
     "compk_layer_12: NaN code": spoil("compk_layer_12", nan_code),
-    "compk_layer_10 has rows of 128 bytes": spoil("compk_layer_10", lambda x: x[:, :128]),
+    "compk_layer_10 has rows of 128 bytes": spoil("compk_layer_10", lambda x: x[:, :128].contiguous()),
     "compk_layer_12 has another number of chunks": spoil("compk_layer_12", lambda x: x[:-1]),
     "positions_layer_12 differs": spoil("positions_layer_12", lambda x: x + 1),
     "positions_layer_10 does not ascend": spoil("positions_layer_10", lambda x: x.flip(0)),
@@ -224,11 +278,83 @@ BROKEN = {
     "positions_layer_10 is empty": lambda tensors: tensors.update(
         {f"positions_layer_{layer}": torch.empty(0, dtype=torch.int64) for layer in LAYERS}
     ),
-    "logits_layer_10_token_1 is torch.float32": spoil("logits_layer_10_token_1", lambda x: x.float()),
-    "q_layer_10_token_2 and weights_layer_10_token_2 are 8100 and 64 values, not heads of 128": spoil(
-        "q_layer_10_token_2", lambda x: x[:, :8100]
-    ),
+    "compk_layer_10 holds no key": spoil("compk_layer_10", lambda x: x[:0]),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("logits_layer_10_token_1", lambda x: x[:-1]),
+        ("logits_layer_10_token_1", lambda x: torch.cat([x, x[:1]])),
+        ("logits_layer_10_token_1", lambda x: x[:0]),
+        ("logits_layer_10_token_1", lambda x: x / 0),
+        ("logits_layer_10_token_1", lambda x: x.int()),
+        ("q_layer_10_token_1", lambda x: x[:, :8100]),
+        ("q_layer_10_token_1", lambda x: x.char()),
+        ("q_layer_10_token_1", lambda x: x * torch.inf),
+        ("weights_layer_10_token_1", lambda x: x * torch.nan),
+        ("weights_layer_10_token_1", lambda x: x[:, :0]),
+    ],
+)
+def test_native_rows_that_prove_nothing_are_dropped_and_counted(name, change):
+    tensors = dump()
+    tensors[name] = change(tensors[name])
+    raw, dropped = read_document(tensors, LAYERS)
+    assert sorted(raw.native) == [(10, 0), (10, 2)] and dropped == Dropped(native_rows=1)
+    assert "native rows dropped: 1" in str(dropped + Dropped())
+
+
+def test_labels_named_twice_by_a_token_count_once():
+    tensors = dump()
+    tensors["label_indices"] = torch.tensor([3, 5, 3, 3], dtype=torch.int32)
+    tensors["label_scores"] = torch.tensor([4, 5, 9, 6], dtype=torch.int32)
+    tensors["label_pointers"] = torch.tensor([0, 3] + [4] * (TOKENS - 1), dtype=torch.int32)
+    raw, dropped = read_document(tensors, LAYERS)
+    assert dropped == Dropped(repeated=1)
+    assert raw.oracle.pointers[:3].tolist() == [0, 2, 3]
+    assert raw.oracle.chunks.tolist() == [3, 5, 3] and raw.oracle.votes.tolist() == [4, 5, 6]
+
+
+def test_odd_descriptions_stop_nothing(tmp_path):
+    folder, deep, half = tmp_path / "dumps", "[" * 100_000, "half a pair: \ud83d"
+    for number in range(4):
+        save(folder, number, dump())
+    (folder / "doc_00000.json").write_text(json.dumps({"prompt": half}))
+    (folder / "doc_00001.json").write_text(deep)
+    (folder / "doc_00002.json").mkdir()
+    (folder / "server_metadata.jsonl").write_text(f"{deep}\n" + json.dumps({"filename": "doc_00003.pkl", "x": half}))
+    report = imported(folder, tmp_path / "store")
+    named = ["server_metadata.jsonl: line 1", "doc_00001.pkl: doc_00001.json", "doc_00002.pkl: doc_00002.json"]
+    assert all(name in line for name, line in zip(named, report.failed, strict=True)), report.failed
+    first, last = TraceStore.open(tmp_path / "store")
+    assert first.source["client"]["prompt"] == last.source["server"]["x"] == half
+    (folder / "server_metadata.jsonl").unlink()
+    (folder / "server_metadata.jsonl").mkdir()
+    assert "server_metadata.jsonl: cannot be read" in imported(folder, tmp_path / "again").failed[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(MemoryError(), "too large for this"), (RuntimeError("no memory\nat all"), "no memory")]
+)
+def test_a_file_that_torch_gives_up_on_stops_nothing(tmp_path, monkeypatch, error, said):
+    def read(tensors, layers):
+        if len(tensors["compk_layer_10"]) == CHUNKS:
+            raise error
+        return read_document(tensors, layers)
+
+    save(tmp_path / "dumps", 0, dump())
+    save(tmp_path / "dumps", 1, dump(chunks=CHUNKS + 1))
+    monkeypatch.setattr("data_gen.flashmemory.folder.read_document", read)
+    report = imported(tmp_path / "dumps", tmp_path / "store")
+    assert report.written == 1 and re.fullmatch(f".*doc_00000.pkl: {said}.*", *report.failed)
+
+
+def test_a_full_disk_stops_the_import(tmp_path, monkeypatch):
+    save(tmp_path / "dumps", 0, dump())
+    monkeypatch.setattr(TraceStore, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        imported(tmp_path / "dumps", tmp_path / "store")
 
 
 def test_damaged_files_are_reported_by_name_and_stop_nothing(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from data_gen.backbones.load import adapter
 from data_gen.chunks import Chunking
@@ -110,6 +111,25 @@ def test_demand_above_the_cap_gets_what_the_cap_allows_or_full_attention(model, 
     little = LSARuntime(indexer, model, Limits(cap=10), asks_none, Fallback())
     little.generate(ids, **GREEDY)
     assert all(window.served == ["demand"] and window.demand == [0] for window in little.windows)
+
+
+@pytest.mark.parametrize("where", ["options", "generation_config", "the model"])
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_length"])
+def test_the_context_is_never_left(model, indexer, monkeypatch, where, name):
+    runtime = LSARuntime(indexer, model, selection=TENTH)
+    context, ids = runtime.host.info.context, prompt(40)
+
+    def ask(tokens):
+        asked, options = {name: tokens - 40 if name == "max_new_tokens" else tokens}, {}
+        if where == "the model":
+            monkeypatch.setattr(model.generation_config, name, asked[name])
+        else:
+            options = asked if where == "options" else {"generation_config": GenerationConfig(**asked)}
+        return runtime.generate(ids, **options)
+
+    with pytest.raises(InputError, match=f"40 tokens and the new ones make up to {context + 1}, but the backbone's"):
+        ask(context + 1)
+    assert not runtime.windows and ask(45).shape[1] <= 45
 
 
 def test_what_does_not_work_is_refused(model, indexer):

@@ -4,6 +4,7 @@ import collections
 import math
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,15 +14,29 @@ from typer.testing import CliRunner
 
 from cli import app
 from data_gen.chunks import Chunking
+from data_gen.config import TraceConfig
 from data_gen.errors import InputError
+from data_gen.flashmemory.document import V4_FLASH
+from data_gen.store import Manifest
 from indexer_train.bridge.bundle import load_bundle
 from indexer_train.bridge.convert import export_indexer, import_checkpoints, keep_layers
 from indexer_train.bridge.flashmemory import read_checkpoint
 from indexer_train.selection import Budget, Cut, Threshold
-from indexer_train.trainer import load_indexer
+from indexer_train.trainer import check_traces, load_indexer
 
 POSITIONS, HIDDEN = 600, 24
 SERVED = ("10", "12", "20")
+SMALL = Manifest(
+    backbone=replace(V4_FLASH, hidden=HIDDEN, fingerprint="small"),
+    trace=TraceConfig(chunking=Chunking(tokens=4), layers=[10]),
+    documents={},
+    versions={},
+)
+
+
+def read_back(paths, **settings):
+    """An indexer for a V4-Flash of small hidden states."""
+    return import_checkpoints(paths, manifest=SMALL, **settings)
 
 
 def freqs_cis(positions=POSITIONS):
@@ -85,7 +100,7 @@ def check_layer(indexer, ordinal, state):
 @pytest.mark.parametrize(("heads", "rank"), [(3, 5), (2, 8)])
 def test_joint_and_epoch_files(tmp_path, wrap, heads, rank):
     state = joint(heads=heads, rank=rank)
-    indexer = import_checkpoints([save(tmp_path / "best.pt", wrap(state))])
+    indexer = read_back([save(tmp_path / "best.pt", wrap(state))])
     assert indexer.spec.layers == [10, 12, 20]
     assert (indexer.spec.shape.heads, indexer.spec.shape.rank, indexer.spec.shape.join) == (heads, rank, "max")
     assert indexer.spec.rope.positions == POSITIONS
@@ -98,7 +113,7 @@ def test_joint_and_epoch_files(tmp_path, wrap, heads, rank):
 
 def test_single_layer_files(tmp_path):
     paths = [save(tmp_path / f"ckpt_l{ordinal}_best_f1.pt", single(int(ordinal))) for ordinal in SERVED]
-    indexer = import_checkpoints(paths)
+    indexer = read_back(paths)
     assert indexer.spec.layers == [10, 12, 20]
     files = export_indexer(indexer, tmp_path / "out", "flashmemory-layers").files
     assert [path.name for path in files] == ["ckpt_l10.pt", "ckpt_l12.pt", "ckpt_l20.pt"]
@@ -106,14 +121,14 @@ def test_single_layer_files(tmp_path):
         same(torch.load(path, weights_only=True), dict(single(int(ordinal))))
     unnamed = save(tmp_path / "ckpt_epoch003.pt", epoch(single(6)))
     with pytest.raises(InputError, match="does not say which"):
-        import_checkpoints([unnamed])
-    check_layer(import_checkpoints([unnamed], layers=[6]), "6", single(6))
+        read_back([unnamed])
+    check_layer(read_back([unnamed], layers=[6]), "6", single(6))
 
 
 def test_the_published_safetensors(tmp_path):
     state = weights_of(joint())
     save_file(state, tmp_path / "flashmemory_ds_v4.safetensors")
-    indexer = import_checkpoints([tmp_path / "flashmemory_ds_v4.safetensors"])
+    indexer = read_back([tmp_path / "flashmemory_ds_v4.safetensors"])
     assert indexer.spec.rope.positions == 1 << 20
     export_indexer(indexer, tmp_path / "again.safetensors", "flashmemory-safetensors")
     same(load_file(tmp_path / "again.safetensors"), state)
@@ -170,8 +185,8 @@ def test_bias_and_thresholds_become_offsets(tmp_path, make_indexer, arguments):
     notes = export_indexer(indexer, tmp_path / "a.pt", "flashmemory-joint").notes
     assert any("SGLANG_RETRIEVER_LOGIT_OFFSET=1.5" in note for note in notes)
     assert any("keeps 10.0%" in note and "SGLANG_RETRIEVER_LOGIT_OFFSET=-1.75" in note for note in notes)
-    raw = import_checkpoints([tmp_path / "a.pt"])
-    back = import_checkpoints([tmp_path / "a.pt"], offset=1.5)
+    raw = read_back([tmp_path / "a.pt"])
+    back = read_back([tmp_path / "a.pt"], offset=1.5)
     torch.testing.assert_close(back.scores(*arguments), indexer.scores(*arguments), atol=0, rtol=0)
     served = torch.sigmoid(raw.scores(*arguments).double() - 1.75) >= 0.5  # what serving does with the offset
     assert torch.equal(served, indexer.scores(*arguments) >= 3.25)
@@ -226,11 +241,15 @@ def test_pickles_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     attack = save(tmp_path / "attack.pt", joint() | {"x": Attack()})
     with pytest.raises(InputError, match=r"attack.pt: not loaded: it asks for \w*.mkdir"):
-        import_checkpoints([attack])
+        read_back([attack])
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"x": Attack()}))
     with pytest.raises(InputError, match=r"plain.pt"):
-        import_checkpoints([tmp_path / "plain.pt"])
+        read_back([tmp_path / "plain.pt"])
     assert not (tmp_path / "pwned").exists()
+
+
+def with_weight(name, change):
+    return joint(["10"]) | {f"retrievers.l10.{name}": change(single(10)[name])}
 
 
 def drop(state, name):
@@ -249,15 +268,76 @@ def drop(state, name):
         (lambda: joint() | {"retrievers.l10.freqs_cis": freqs_cis(50)}, "different freqs_cis"),
         (lambda: joint(["10"]) | {"retrievers.l10.freqs_cis": freqs_cis().conj()}, "not the RoPE of this backbone"),
         (lambda: joint(["10"]) | {"retrievers.l10.freqs_cis": freqs_cis()[:, :16]}, "not a table for 64 dims"),
-        (lambda: {"epoch": 1}, "no dictionary of weights"),
+        (lambda: joint(["10"]) | {"retrievers.l10.freqs_cis": freqs_cis(0)}, r"freqs_cis is torch.complex64 \[0, 32\]"),
+        (lambda: joint(["10"]) | {"retrievers.l10.freqs_cis": torch.zeros(())}, "freqs_cis is torch.float32"),
+        (lambda: joint() | {7: torch.zeros(1)}, "no dictionary of named weights"),
+        (lambda: with_weight("wq_b.weight", lambda x: x.double()), "layer 10: wq_b is torch.float64"),
+        (lambda: with_weight("wq_a.weight", lambda x: x.to_sparse()), "layer 10: wq_a is torch.sparse_coo"),
+        (lambda: with_weight("wq_a.weight", lambda x: x.to(torch.float8_e5m2)), "layer 10: wq_a is torch.float8_e5m2"),
+        (lambda: with_weight("wq_a.weight", lambda x: x.int()), "layer 10: wq_a is torch.int32"),
+        (lambda: with_weight("q_norm_weight", lambda x: x[:0]), r"layer 10: q_norm is torch.float32 \[0\]"),
+        (lambda: with_weight("weights_proj.weight", lambda x: x[:0]), r"layer 10: weights_proj is .*\[0, 24\]"),
+        (lambda: {"epoch": 1}, "no dictionary of named weights"),
         (lambda: {}, "holds no weights"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, content, message):
     path = save(tmp_path / "bad.pt", content())
     with pytest.raises(InputError, match=message) as caught:
-        import_checkpoints([path])
+        read_back([path])
     assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_of_another_width_are_not_v4_flash(tmp_path):
+    for positions in (None, 1 << 20):
+        with pytest.raises(InputError, match=r"hidden and key width are 24 and 128, the backbone's 4096 .*--traces"):
+            import_checkpoints([save(tmp_path / "a.pt", joint())], positions=positions)
+    with pytest.raises(InputError, match=r"key width are 24 and 64, the backbone's 24 and 128$"):
+        read_back([save(tmp_path / "b.pt", with_weight("wq_b.weight", lambda x: x[:192]))])
+
+
+def test_an_indexer_made_from_dumps_is_tied_to_the_weights_that_made_other_traces(
+    tmp_path, make_indexer, v4_store, arguments
+):
+    """export as safetensors, convert --traces GENERATED --offset: the same scores and choice, now for that backbone."""
+    chosen = [Threshold(cuts=[Cut(score=2.0)])]
+    indexer = make_indexer(
+        layers=(10, 12), backbone=V4_FLASH.fingerprint, shape={"bias": True}, selections=chosen,
+        rope=V4_FLASH.rope.model_copy(update={"positions": POSITIONS}),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="another backbone"):
+        check_traces(indexer, v4_store)
+    (note,) = export_indexer(indexer, tmp_path / "bundle", "bundle").notes
+    assert "no model will take this bundle" in note and "convert" in note
+    notes = export_indexer(indexer, tmp_path / "a.safetensors", "flashmemory-safetensors").notes
+    (offset,) = {note.split("LOGIT_OFFSET=")[1] for note in notes if "is the threshold set" in note}
+    command = ["convert", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "tied"), "--offset", offset]
+    assert CliRunner().invoke(app, [*command, "--traces", str(v4_store.root)]).exit_code == 0
+    tied = load_indexer(tmp_path / "tied")
+    check_traces(tied, v4_store)
+    assert tied.spec.backbone == v4_store.manifest.backbone.fingerprint
+    assert export_indexer(tied, tmp_path / "tied-bundle", "bundle").notes == []
+    hidden, keys, positions = arguments
+    given = hidden[:, :2], keys[:, :2], positions
+    torch.testing.assert_close(tied.scores(*given), indexer.scores(*given) - 2.0, atol=1e-5, rtol=1e-5)
+    assert tied.spec.selection == Threshold(cuts=[Cut(score=0.0)])
+
+
+def test_a_layer_is_not_relabelled_by_accident(tmp_path):
+    path = save(tmp_path / "ckpt_l10.pt", single(10))
+    check_layer(read_back([path], layers=[10]), "10", single(10))
+    with pytest.raises(InputError, match=r"ckpt_l10.pt: layer 10 by its name, but --layers 12"):
+        read_back([path], layers=[12])
+
+
+def test_a_folder_of_other_layers_is_left_alone(tmp_path, make_indexer):
+    indexer = make_indexer()
+    export_indexer(indexer, tmp_path, "flashmemory-layers")
+    export_indexer(indexer, tmp_path, "flashmemory-layers")
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=r"holds ckpt_l20.pt, which is not of this export"):
+        export_indexer(indexer, tmp_path, "flashmemory-layers", [10, 12])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
 
 
 def test_damaged_and_missing_files(tmp_path):
@@ -266,12 +346,12 @@ def test_damaged_and_missing_files(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[:100])
     for name in ("cut.pt", "cut.safetensors", "none.pt"):
         with pytest.raises(InputError, match=name):
-            import_checkpoints([tmp_path / name])
+            read_back([tmp_path / name])
     one, two = save(tmp_path / "a_l10.pt", single(10)), save(tmp_path / "b_l10.pt", single(10))
     with pytest.raises(InputError, match="in another file as well"):
-        import_checkpoints([one, two])
+        read_back([one, two])
     with pytest.raises(InputError, match=r"layers \[11\] are not in the files"):
-        import_checkpoints([tmp_path / "whole.pt"], layers=[10, 11])
+        read_back([tmp_path / "whole.pt"], layers=[10, 11])
 
 
 def test_the_table_bounds_positions_until_told_otherwise(tmp_path, arguments):
@@ -279,8 +359,8 @@ def test_the_table_bounds_positions_until_told_otherwise(tmp_path, arguments):
     hidden, keys, _ = arguments
     beyond = torch.full((4,), POSITIONS)
     with pytest.raises(InputError, match=r"outside 0\.\.599"):
-        import_checkpoints([path]).scores(hidden, keys, beyond)
-    import_checkpoints([path], positions=1 << 20).scores(hidden, keys, beyond)
+        read_back([path]).scores(hidden, keys, beyond)
+    read_back([path], positions=1 << 20).scores(hidden, keys, beyond)
 
 
 def test_the_command_line_both_ways(tmp_path, v4_store):

@@ -52,6 +52,23 @@ def small(make_indexer):
     return make
 
 
+@pytest.fixture
+def small_checkpoint(tmp_path):
+    """A folder with one quantised CSA layer's tensors, some of them changed."""
+
+    def make(change):
+        tensors = {"wq_a.weight": torch.ones(RANK, HIDDEN), "q_norm.weight": torch.ones(RANK),
+                   "indexer.wq_b.weight": torch.ones(HEADS * WIDTH, RANK),
+                   "indexer.weights_proj.weight": torch.ones(HEADS, HIDDEN)}  # fmt: skip
+        tensors = {f"layers.1.attn.{name}": value for name, value in (tensors | change).items()}
+        save_file(tensors, tmp_path / "model.safetensors")
+        config = {"model_type": "deepseek_v4", "quantization_config": {"weight_block_size": [16, 32]}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return make
+
+
 def parts(model, ordinal):
     """The four weights of a CSA layer, from the loaded module."""
     attention = model.model.layers[CSA[ordinal]].self_attn
@@ -233,6 +250,58 @@ def test_what_is_not_there_is_named(checkpoint, tmp_path, small):
     (tmp_path / "weights" / "layer_26.safetensors").write_bytes(b"half")
     with pytest.raises(InputError, match=r"layer_26.safetensors: cannot be read"):
         read_native(tmp_path / "weights", [12])
-    (tmp_path / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(InputError, match="not the index"):
-        read_native(tmp_path, [0])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("model.safetensors.index.json", "{", "not JSON"),
+        ("model.safetensors.index.json", "[" * 100_000, "not JSON"),
+        ("model.safetensors.index.json", "[]", "holds no JSON object"),
+        ("model.safetensors.index.json", "{}", "not the index"),
+        ("model.safetensors.index.json", '{"weight_map": null}', "not the index"),
+        ("model.safetensors.index.json", '{"weight_map": {"layers.1.attn.indexer.wq_b.weight": 3}}', "not the index"),
+        ("config.json", "[]", "holds no JSON object"),
+        ("config.json", "nonsense", "not JSON"),
+        ("config.json", '{"quantization_config": "fp8"}', r"not \[rows, columns\]"),
+        ("config.json", '{"quantization_config": {"weight_block_size": 128}}', r"not \[rows, columns\]"),
+        ("config.json", '{"quantization_config": {"weight_block_size": [128]}}', r"not \[rows, columns\]"),
+        ("config.json", '{"quantization_config": {"weight_block_size": [0, 128]}}', r"not \[rows, columns\]"),
+        ("config.json", '{"quantization_config": {"weight_block_size": [16.0, 32]}}', r"not \[rows, columns\]"),
+    ],
+)
+def test_json_of_another_kind_is_named(small_checkpoint, file, text, reason):
+    folder = small_checkpoint({})
+    (folder / file).write_text(text)
+    with pytest.raises(InputError, match=f"{file}: .*{reason}") as caught:
+        read_native(folder, [0])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"wq_a.weight": torch.ones(20, 48).to(torch.float8_e5m2)}, "wq_a is torch.float8_e5m2"),
+        ({"wq_a.weight": torch.ones(20, 48).to(torch.float8_e4m3fnuz)}, "wq_a is torch.float8_e4m3fnuz"),
+        ({"wq_a.weight": torch.ones(20, 48, dtype=torch.int8)}, "wq_a is torch.int8"),
+        ({"indexer.weights_proj.weight": torch.ones(0, 48)}, r"weights_proj is torch.float32 \[0, 48\]"),
+        ({"q_norm.weight": torch.ones(20).double()}, "q_norm is torch.float64"),
+        ({"wq_a.weight": torch.ones(20, 48).to(torch.float8_e4m3fn)}, "scale tensor beside it"),
+        *(
+            ({"wq_a.weight": torch.ones(20, 48).to(torch.float8_e4m3fn), "wq_a.scale": scale}, reason)
+            for scale, reason in [
+                (torch.ones(2, 2, dtype=torch.int32), "scales are torch.int32"),
+                (torch.ones(2, 2).half(), "scales are torch.float16"),
+                (torch.ones(2, 2).to(torch.float8_e4m3fn), "scales are torch.float8_e4m3fn"),
+                (torch.ones(4), r"scales \[4\] for blocks of"),
+                (torch.full((2, 2), torch.inf), "NaN or infinity"),
+                (torch.full((2, 2), 255, dtype=torch.uint8), "NaN or infinity"),
+            ]
+        ),
+        ({"q_norm.weight": torch.ones(20).to(torch.float8_e4m3fn), "q_norm.scale": torch.ones(2)}, "scales .2. for bl"),
+    ],
+)
+def test_weights_of_another_kind_are_named(small_checkpoint, change, reason):
+    with pytest.raises(InputError, match=reason) as caught:
+        read_native(small_checkpoint(change), [0])
+    assert "\n" not in str(caught.value)

@@ -44,7 +44,7 @@ def test_exported_and_read_back_bit_for_bit(pocket, pocket_traces, pocket_indexe
     indexer = MemoryIndexer.from_spec(short, device="cpu").eval()
     initialise(indexer, pocket.folder)
     out = tmp_path / ("out.safetensors" if format == "flashmemory-safetensors" else "out")
-    back = import_checkpoints(export_indexer(indexer, out, format).files)
+    back = import_checkpoints(export_indexer(indexer, out, format).files, manifest=pocket_traces.manifest)
     ours, theirs = indexer.query_encoder.state_dict(), back.query_encoder.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]) for name, value in ours.items())
