@@ -95,7 +95,7 @@ def test_before_the_first_chunk_there_is_nothing_to_choose(model, indexer):
 def test_long_prompts_are_read_in_pieces(model, indexer, monkeypatch):
     whole = open_session(model, indexer.spec)
     logits = whole.read(IDS)
-    monkeypatch.setattr(tracer, "PIECE_TOKENS", 48)
+    monkeypatch.setattr(tracer, "PIECE_TOKENS_CPU", 48)
     pieces = open_session(model, indexer.spec)
     torch.testing.assert_close(pieces.read(IDS), logits, atol=1e-4, rtol=0)
     assert whole.position == pieces.position == 199
