@@ -8,7 +8,7 @@ Needs keys and hidden states, no model: a serving engine calls it with its own k
 """
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 
@@ -20,6 +20,7 @@ from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.scoring import join_layers
 from indexer_train.selection import Budget, Threshold
 
+Backend = Literal["auto", "torch", "triton"]
 TILE = 8192
 """Chunks decoded and scored at once: the keys of three layers of 128 take 12 MiB in fp32."""
 
@@ -107,12 +108,14 @@ def open_level1(
     indexer: MemoryIndexer,
     limits: Limits,
     selection: Budget | Threshold | None = None,
-    backend: Literal["auto", "torch", "triton"] = "auto",
+    backend: Backend = "auto",
 ) -> Level1:
     """Level 1 on the indexer's device; `auto`: Triton on a GPU where it is installed and has all that the bundle needs.
 
     Raises InputError when `triton` is asked for and is not installed, has no GPU, or lacks a term of the bundle.
     """
+    if backend not in get_args(Backend):
+        raise InputError(f"backend: {backend} is none of {', '.join(get_args(Backend))}")
     if backend == "torch" or (backend == "auto" and indexer.device.type != "cuda"):
         return Level1(indexer, limits, selection)
     try:
