@@ -7,6 +7,7 @@ import triton
 
 from data_gen.errors import InputError
 from data_gen.key_codec import PAGE
+from eval.decode.kernels.device import check_fp8
 from eval.decode.kernels.level1 import score_kernel
 from eval.decode.kernels.limits import SCRATCH, STEPS, limit_kernel
 from eval.decode.level1 import Level1, PagedKeys, check_keys
@@ -19,7 +20,7 @@ PROGRAMS_AN_SM = {False: 3, True: 2}
 STAGES = 6
 """Depth of the pipeline that gives two pages in flight: a page's address is loaded first."""
 LIMIT_PROGRAMS = 128
-"""Of the second launch, together: few enough to run at once on any part of a GPU that it may be given."""
+"""Of the second launch, together, at most."""
 LIMIT_TILE = 2048
 FOREVER = 2**31 - 1
 
@@ -45,7 +46,8 @@ class TritonLevel1(Level1):
     Every term and every join of a bundle is computed. `resident` returns buffers that the next call overwrites. They
     are kept for each shape of the page table: give it the width of the longest context once. Key bytes are not checked;
     a sequence whose table is too short for its position gets the count -1.
-    Raises InputError, by name, for what it lacks: keys that are no fp8 pages, heads or widths that are no power of two.
+    Raises InputError, by name, for what it lacks: keys that are no fp8 pages, heads or widths that are no power of two,
+    a GPU that is older than fp8.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class TritonLevel1(Level1):
         check_terms(indexer.spec)
         if indexer.device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise InputError("backend: triton needs a CUDA device; use the torch backend")
+        check_fp8(indexer.device)
         self.fp8 = fp8
         budget = isinstance(self.selection, Budget)
         cuts = [] if budget else self.selection.cuts
@@ -114,9 +117,9 @@ class TritonLevel1(Level1):
     def _allocated(self, sequences: int, width: int) -> Buffers:
         if (sequences, width) not in self._buffers:
             device, layers = self.indexer.device, len(self.indexer.spec.layers)
-            processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+            processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 12
             runs = max(1, min(width, PROGRAMS_AN_SM[self.fp8] * processors // (layers * sequences)))
-            parts = max(1, min(LIMIT_PROGRAMS // sequences, width * PAGE // LIMIT_TILE))
+            parts = limit_programs(processors, sequences, width * PAGE)
             self._buffers[sequences, width] = Buffers(
                 logits=torch.empty(sequences, layers, width * PAGE, device=device),
                 scores=torch.empty(sequences, width * PAGE, device=device),
@@ -172,6 +175,15 @@ def score_constants(spec: IndexerSpec, cuts: int, runs: int, fp8: bool) -> dict[
         "FP8": fp8,
         "STAGES": STAGES,
     }
+
+
+def limit_programs(processors: int, sequences: int, chunks: int) -> int:
+    """Programs of the second launch for each sequence.
+
+    They wait for one another, so all must run at once: together at most one a multiprocessor (which a MIG slice has
+    fewer of), or one a sequence, which waits for none.
+    """
+    return max(1, min(min(LIMIT_PROGRAMS, processors) // sequences, chunks // LIMIT_TILE))
 
 
 def limit_constants(spec: IndexerSpec, budget: bool, status: int, parts: int) -> dict[str, object]:

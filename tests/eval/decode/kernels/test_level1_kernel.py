@@ -1,5 +1,7 @@
 """Level 1's kernels: in the interpreter and on a GPU against the torch backend, compiled for sm_90 without one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,10 +11,18 @@ from data_gen.errors import InputError
 from data_gen.key_codec import encode_keys
 from data_gen.rope import Rope
 from eval.decode import level1_triton
+from eval.decode.kernels.device import check_fp8
 from eval.decode.kernels.level1 import score_kernel
 from eval.decode.kernels.limits import limit_kernel
 from eval.decode.level1 import Level1, PagedKeys, open_level1
-from eval.decode.level1_triton import PROGRAMS_AN_SM, TritonLevel1, limit_constants, registers, score_constants
+from eval.decode.level1_triton import (
+    PROGRAMS_AN_SM,
+    TritonLevel1,
+    limit_constants,
+    limit_programs,
+    registers,
+    score_constants,
+)
 from eval.decode.select import Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
@@ -268,6 +278,36 @@ def per_call(level1: TritonLevel1, queries: torch.Tensor, pages: torch.Tensor, t
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(tables))
     return sorted(times[5:])[10]
+
+
+@compiled_only
+@pytest.mark.parametrize(("processors", "sequences"), [(132, 1), (132, 8), (16, 3), (7, 1), (7, 8), (1, 1), (132, 300)])
+def test_programs_that_wait_for_one_another_run_at_once(processors, sequences):
+    parts = limit_programs(processors, sequences, 262_144)
+    assert parts == 1 or parts * sequences <= processors
+    assert limit_programs(processors, sequences, 64) == 1
+
+
+@compiled_only
+def test_gpus_older_than_fp8_get_torch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    indexer = SimpleNamespace(spec=make_indexer().spec, device=torch.device("cuda"))
+    assert type(open_level1(indexer, Limits(cap=40))) is Level1
+    for backend in ("triton", "triton-fp8"):
+        with pytest.raises(InputError, match=r"capability 8\.9 for fp8 keys, and this GPU has 8\.6"):
+            open_level1(indexer, Limits(cap=40), backend=backend)
+    with pytest.raises(InputError, match=r"capability 8\.9"):
+        TritonLevel1(indexer, Limits(cap=40))
+    with pytest.raises(InputError, match=r"capability 8\.9"):
+        check_fp8(indexer.device)  # what the Level-2 kernels ask
+
+
+@compiled_only
+def test_fp8_products_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr("eval.decode.level1.lacks", lambda device: None)
+    monkeypatch.setattr(level1_triton.triton.knobs.runtime, "interpret", True)  # a device is not asked for
+    for backend, fp8 in (("triton", False), ("triton-fp8", True), ("auto", False)):
+        assert open_level1(make_indexer(), Limits(cap=40), backend=backend).fp8 == fp8
 
 
 @compiled_only
