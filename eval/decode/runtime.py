@@ -73,8 +73,9 @@ class LSARuntime:
     """A model, its memory indexer, and the batch of sequences in their cache.
 
     limits: floor and cap of the resident set, by default no cap; selection: instead of the bundle's; fallback: what to
-    do with windows that ask for more than the cap. Raises InputError for a bundle of another model, a cap below the
-    protected chunks, a fallback without a threshold.
+    do with windows that ask for more than the cap; backend: of Level 1 (open_level1); pageable: True keeps the cold
+    side in pageable memory, for machines that cannot pin as much, and fetches get slower. Raises InputError for a
+    bundle of another model, a cap below the protected chunks, a fallback without a threshold.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class LSARuntime:
         selection: Budget | Threshold | None = None,
         fallback: Fallback | None = None,
         backend: Backend = "auto",
+        pageable: bool | None = None,
     ) -> None:
         self.indexer, self.model, self.spec = indexer.to(model.device), model, indexer.spec
-        self.host = open_host(model, self.spec)
+        self.host = open_host(model, self.spec, pageable)
         if self.spec.backbone != self.host.info.fingerprint:
             raise InputError(
                 f"the bundle is for a backbone with fingerprint {self.spec.backbone}, "
@@ -161,7 +163,7 @@ class LSARuntime:
         queries = self.level1.queries(hidden, positions)
         kept, served, demand = [], [], []
         for sequence, rows in enumerate(keys):
-            paged = PagedKeys.from_rows(rows) if rows.dtype == torch.uint8 else rows
+            paged = _paged(rows) if rows.dtype == torch.uint8 else rows
             resident = self.level1.resident(queries[sequence : sequence + 1], paged)
             chunks, how = serve(resident, 0, total, cap, total - (last - first), self.fallback)
             kept.append(chunks)
@@ -239,6 +241,13 @@ class LSARuntime:
         if self.host.position >= 0:
             everything = torch.arange(self.spec.chunking.visible(self.host.position))
             self._moves.append(self.host.keep([everything] * sequences))
+
+
+def _paged(rows: torch.Tensor) -> PagedKeys:
+    """Keys with a table of a power of two of pages: the Triton backend keeps buffers for every width it is given."""
+    keys = PagedKeys.from_rows(rows)
+    pages = keys.table.shape[1]
+    return PagedKeys(keys.pages, torch.nn.functional.pad(keys.table, (0, (1 << (pages - 1).bit_length()) - pages)))
 
 
 class _Refresh(StoppingCriteria):

@@ -10,7 +10,7 @@ from data_gen.backbones.load import adapter
 from data_gen.chunks import Chunking
 from data_gen.errors import InputError
 from eval.decode.fallback import Fallback
-from eval.decode.runtime import LSARuntime
+from eval.decode.runtime import LSARuntime, _paged
 from eval.decode.select import Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
@@ -182,6 +182,24 @@ def test_what_generate_cannot_do_is_refused_by_name(model, indexer, ids, options
 def test_no_criteria_are_no_criteria(model, indexer):
     runtime = LSARuntime(indexer, model, selection=TENTH)
     assert runtime.generate(prompt(40), stopping_criteria=None, **FEW).shape == (1, 44)
+
+
+def test_page_tables_of_a_growing_history_come_in_few_widths():
+    rows = torch.arange(300 * 2 * 36).view(300, 2, 36).to(torch.uint8)
+    for chunks, width in [(1, 1), (64, 1), (65, 2), (129, 4), (193, 4), (300, 8)]:
+        keys = _paged(rows[:chunks])
+        assert keys.table.shape == (1, width) and torch.equal(keys.rows(0, 0, chunks), rows[:chunks])
+
+
+@two_families
+def test_a_machine_that_cannot_pin_memory_says_so_or_serves_from_pageable(model, indexer, cannot_pin):
+    ids = prompt(60, 2)
+    runtime = LSARuntime(indexer, model, selection=TENTH, pageable=False)
+    with pytest.raises(InputError, match=r"pinned host memory .*\(CUDA error: out of memory\): ask for pageable"):
+        runtime.generate(ids, **FEW)
+    runtime = LSARuntime(indexer, model, selection=EVERYTHING, pageable=True)
+    assert torch.equal(runtime.generate(ids, **FEW), generate(model, ids, **FEW))
+    assert not any(pool.pinned for pool in runtime.host.cache.cold.pools)
 
 
 def test_what_does_not_work_is_refused(model, indexer):
