@@ -55,7 +55,8 @@ class PagedKeys:
 class Level1:
     """The torch backend, on the CPU or a GPU: every term of a bundle's score, in tiles.
 
-    limits: floor and cap of the resident set; selection: how chunks are chosen, by default as the bundle says.
+    limits: floor and cap of the resident set, in chunks or in pages; selection: how chunks are chosen, by default as
+    the bundle says.
     """
 
     def __init__(self, indexer: MemoryIndexer, limits: Limits, selection: Budget | Threshold | None = None) -> None:
@@ -94,15 +95,10 @@ class Level1:
         return scores
 
     def resident(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Resident:
-        """The chunks that must be resident, arguments as `scores`."""
-        spec = self.indexer.spec
-        positions = queries[:, -1].long()
-        return resident_chunks(self.scores(queries, keys), positions, spec.chunking, self.selection, self.limits)
-
-    def resident_pages(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor, most: int) -> Resident:
-        """Up to `most` pages in place of chunks: those of protected ones and the densest; arguments as `scores`."""
-        positions = queries[:, -1].long()
-        return densest_pages(self.scores(queries, keys), positions, self.indexer.spec.chunking, self.selection, most)
+        """The chunks (or pages, as the limits say) that must be resident, arguments as `scores`."""
+        choose = densest_pages if self.limits.unit == "pages" else resident_chunks
+        chunking, positions = self.indexer.spec.chunking, queries[:, -1].long()
+        return choose(self.scores(queries, keys), positions, chunking, self.selection, self.limits)
 
 
 def open_level1(

@@ -63,6 +63,7 @@ class TritonLevel1(Level1):
             raise InputError("backend: triton needs a CUDA device; use the torch backend")
         check_fp8(indexer.device)
         self.fp8 = fp8
+        self.cap = limits.cap * (PAGE if limits.unit == "pages" else 1)  # of chunks
         budget = isinstance(self.selection, Budget)
         cuts = [] if budget else self.selection.cuts
         device = indexer.device
@@ -80,7 +81,9 @@ class TritonLevel1(Level1):
         return scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= seen, -torch.inf)
 
     def resident(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Resident:
-        """As `Level1.resident`."""
+        """As `Level1.resident`; pages are counted by torch, from the kernel's scores."""
+        if self.limits.unit == "pages":
+            return super().resident(queries, keys)
         buffers = self._launch(queries, keys)
         return Resident(buffers.ids, buffers.counts, buffers.demand)
 
@@ -99,7 +102,7 @@ class TritonLevel1(Level1):
         score_kernel[(runs * layers, sequences)](
             queries, queries.stride(0), values, *values.stride()[:2], scales, *scales.stride()[:2], table, width,
             self.cut_ends, self.cut_scores, buffers.logits, buffers.scores, buffers.status, buffers.scratch,
-            buffers.ids, buffers.found, self.limits.cap, num_warps=4, maxnreg=registers(self.fp8),
+            buffers.ids, buffers.found, self.cap, num_warps=4, maxnreg=registers(self.fp8),
             **score_constants(spec, len(self.cut_ends), runs, self.fp8),
         )  # fmt: skip
         parts = buffers.shares.shape[1]
@@ -110,7 +113,7 @@ class TritonLevel1(Level1):
             limit_kernel[(parts, sequences)](
                 queries[:, -1], queries.stride(0), buffers.scores, width * PAGE, buffers.found, buffers.scratch,
                 buffers.shares, buffers.status, buffers.ids, buffers.counts, buffers.demand, self.budget,
-                self.limits.floor, self.limits.cap, FIRST=first, LAST=last, num_warps=8, **constants,
+                self.limits.floor, self.cap, FIRST=first, LAST=last, num_warps=8, **constants,
             )  # fmt: skip
         return buffers
 
@@ -127,7 +130,7 @@ class TritonLevel1(Level1):
                 scratch=torch.empty(sequences, SCRATCH.value, dtype=torch.int32, device=device),
                 shares=torch.empty(sequences, parts, 2, dtype=torch.int32, device=device),
                 found=torch.empty(sequences, dtype=torch.int32, device=device),
-                ids=torch.empty(sequences, self.limits.cap, dtype=torch.int32, device=device),
+                ids=torch.empty(sequences, self.cap, dtype=torch.int32, device=device),
                 counts=torch.empty(sequences, dtype=torch.int32, device=device),
                 demand=torch.empty(sequences, dtype=torch.int32, device=device),
             )

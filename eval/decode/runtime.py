@@ -95,6 +95,8 @@ class LSARuntime:
                 f"the bundle is for a backbone with fingerprint {self.spec.backbone}, "
                 f"this model has {self.host.info.fingerprint}"
             )
+        if limits is not None and limits.unit != "chunks":
+            raise InputError("limits: the runtime's hosts keep single chunks; count the cap in chunks")
         self.limits = limits or Limits(cap=-(-self.host.info.context // self.spec.chunking.tokens))
         self.level1 = open_level1(self.indexer, self.limits, selection, backend)
         if fallback is not None:

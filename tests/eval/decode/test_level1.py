@@ -105,7 +105,8 @@ def test_sequences_share_a_pool_in_any_layout():
     for row, history in enumerate([keys, other]):
         alone = level1.resident(queries[row : row + 1], PagedKeys.from_rows(history))
         assert torch.equal(resident.row(row), alone.row(0)) and len(alone.row(0)) > 9
-    pages = level1.resident_pages(queries, paged, 4)
+    by_page = open_level1(level1.indexer, Limits(cap=4, unit="pages"), level1.selection)
+    pages = by_page.resident(queries, paged)
     asked = set((resident.row(0) // 64).tolist())
     assert pages.counts.tolist() == [4, 3] and set(pages.row(0).tolist()) < asked and pages.row(1).tolist() == [0, 1, 2]
 

@@ -205,6 +205,8 @@ def test_a_machine_that_cannot_pin_memory_says_so_or_serves_from_pageable(model,
 def test_what_does_not_work_is_refused(model, indexer):
     with pytest.raises(InputError, match="nothing was read yet"):
         LSARuntime(indexer, model).refresh()
+    with pytest.raises(InputError, match="count the cap in chunks"):
+        LSARuntime(indexer, model, Limits(cap=9, unit="pages"))
     with pytest.raises(InputError, match="backend: cuda is none of auto, torch, triton"):
         LSARuntime(indexer, model, backend="cuda")
     with pytest.raises(InputError, match="cap"):

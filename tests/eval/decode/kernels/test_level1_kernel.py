@@ -76,12 +76,13 @@ def check_against_torch(indexer, queries, keys, limits, selection) -> None:
     scores = kernel.scores(queries, keys)
     expected = torch_backend.scores(in_half(indexer, queries), keys)
     torch.testing.assert_close(scores, expected, atol=2e-4, rtol=2e-4)
-    torch_backend.scores = lambda *_: scores
-    for resident in ("resident", "resident_pages"):
-        most = (4,) if resident == "resident_pages" else ()
-        wanted, found = (getattr(level1, resident)(queries, keys, *most) for level1 in (torch_backend, kernel))
+    pages = Limits(cap=4, unit="pages")
+    pairs = ((torch_backend, kernel), (Level1(indexer, pages, selection), TritonLevel1(indexer, pages, selection)))
+    for reference, level1 in pairs:
+        reference.scores = lambda *_: scores
+        wanted, found = (each.resident(queries, keys) for each in (reference, level1))
         for name in ("counts", "demand", "ids"):
-            assert torch.equal(getattr(found, name), getattr(wanted, name)), (resident, name)
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), (level1.limits.unit, name)
 
 
 def middle(indexer: MemoryIndexer, queries: torch.Tensor, keys: PagedKeys) -> Threshold:
