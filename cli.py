@@ -85,15 +85,14 @@ def calibrate(
     by_budget: Annotated[bool, typer.Option(help="Serve the best of each window, not a threshold.")] = False,
 ) -> None:
     """Choose how chunks are selected when served: writes calibration.json and reliability.png into the indexer."""
-    from data_gen.store import TraceStore
     from eval.report import table
     from indexer_train.reliability import calibrate_folder
-    from indexer_train.trainer import check_traces, load_indexer
+    from indexer_train.trainer import load_indexer
 
     if recall is not None and (budget is not None or by_budget):
         raise InputError("--recall finds a threshold: leave --budget and --by-budget out")
-    loaded, store, settings = load_indexer(indexer), TraceStore.open(traces), _recipe(recipe).train
-    check_traces(loaded, store)
+    loaded, settings = load_indexer(indexer), _recipe(recipe).train
+    store = _whole_traces(traces, [loaded])
     share = settings.budget if budget is None else budget
     target = ("budget", share) if recall is None else ("recall", recall)
     found = calibrate_folder(indexer, loaded, store, settings.golden, target, longest or [], by_budget)
@@ -109,14 +108,12 @@ def mine(
     count: Annotated[int, typer.Option(min=1, help="Hard negatives kept for each query token.")] = 256,
 ) -> None:
     """Find hard negatives for `candidates: {source: hard}`: writes TRACES/hard_negatives. A stopped run continues."""
-    from data_gen.store import TraceStore
     from indexer_train.hard_negatives import FOLDER
     from indexer_train.hard_negatives import mine as mine_hard_negatives
-    from indexer_train.trainer import check_traces, load_indexer
+    from indexer_train.trainer import load_indexer
 
-    loaded, store = load_indexer(indexer), TraceStore.open(traces)
-    check_traces(loaded, store)
-    mine_hard_negatives(loaded, store, _recipe(recipe).train.golden, count, _progress)
+    loaded = load_indexer(indexer)
+    mine_hard_negatives(loaded, _whole_traces(traces, [loaded]), _recipe(recipe).train.golden, count, _progress)
     typer.echo(f"hard negatives: {traces / FOLDER}")
 
 
@@ -272,6 +269,9 @@ def benchmark(
 @app.command()
 def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Documents = None) -> None:
     """All verbs in a row: generate, train, evaluate, export, decode. A stopped run continues."""
+    from eval.report import read_results
+
+    read_results(out)
     settings = _recipe(recipe, backbone, documents)
     loaded = _generate(settings, out / "traces")
     _train(settings, {out / "traces" / "train": 1.0}, out)
@@ -289,14 +289,12 @@ def select_layers(
     budget: Annotated[float, typer.Option(min=0.001, max=1, help="Share of chunks kept.")] = 0.1,
 ) -> None:
     """Find the layers to serve and the rule that joins them, by mass recall on held-out traces."""
-    from data_gen.store import TraceStore
     from eval.report import table
     from indexer_train.layer_choice import choose_layers, served_as
-    from indexer_train.trainer import check_traces, load_indexer
+    from indexer_train.trainer import load_indexer
 
-    loaded, store = load_indexer(indexer), TraceStore.open(traces)
-    check_traces(loaded, store)
-    best, *others = choose_layers(loaded, store, count, budget)
+    loaded = load_indexer(indexer)
+    best, *others = choose_layers(loaded, _whole_traces(traces, [loaded]), count, budget)
     rows = [[" ".join(map(str, choice.layers)), choice.join, choice.mass_recall] for choice in (best, *others[:9])]
     typer.echo(table(["layers", "join", f"mass recall at {budget:.1%} kept"], rows))
     if out is not None:
@@ -348,17 +346,30 @@ def _recipe(name: str, backbone: str | None = None, documents: str | None = None
     return recipe
 
 
+def _whole_traces(path: Path, indexers: Iterable[Any]) -> Any:
+    """A trace store that these indexers can read, every byte of it checked."""
+    from data_gen.shards import check_store
+    from data_gen.store import TraceStore
+    from indexer_train.trainer import check_traces
+
+    store = TraceStore.open(path)
+    for indexer in indexers:
+        check_traces(indexer, store)
+    check_store(store)
+    return store
+
+
 def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
     from data_gen.backbones.load import adapter, load_backbone
-    from data_gen.documents import build_documents
     from data_gen.generate import generate as generate_traces
+    from data_gen.generate import prepare
 
     out.mkdir(parents=True, exist_ok=True)  # an unwritable folder is found before the model is loaded
     model, tokenizer = load_backbone(recipe.backbone)
     backbone = adapter(model)
     splits = ("train", "heldout")
-    for split in splits:  # bad documents of either side are found before hours of tracing
-        build_documents(recipe.documents, recipe.trace, tokenizer, backbone.info.context, split)
+    for split in splits:  # what is wrong with either side is found before hours of tracing
+        prepare(backbone, tokenizer, recipe.documents, recipe.trace, split)
     for split in splits:
         store = generate_traces(backbone, tokenizer, recipe.documents, recipe.trace, split, out / split, _progress)
         typer.echo(f"{split}: {len(store.paths())} documents in {store.root}")
@@ -371,20 +382,21 @@ def _train(recipe: Any, traces: dict[Path, float], out: Path) -> None:
     from indexer_train.mixture import mix
     from indexer_train.trainer import train as train_indexer
 
-    train_indexer(mix(traces), recipe.indexer, recipe.train, out, traces)
+    store = mix(traces)
+    store.check_settings(recipe.trace)
+    train_indexer(store, recipe.indexer, recipe.train, out, traces)
     typer.echo(f"indexer: {out / 'indexer'}")
 
 
 def _evaluate(recipe: Any, paths: dict[str, Path], traces: Path, out: Path, every_token: bool = False) -> None:
-    from data_gen.store import TraceStore
     from eval.evaluation import evaluate as evaluate_indexers
     from eval.page import write_report
-    from eval.report import comparison_table, plot_recall, recall_table, threshold_lines, write_results
-    from indexer_train.trainer import check_traces, load_indexer
+    from eval.report import comparison_table, plot_recall, read_results, recall_table, threshold_lines, write_results
+    from indexer_train.trainer import load_indexer
 
-    indexers, store = {name: load_indexer(path) for name, path in paths.items()}, TraceStore.open(traces)
-    for indexer in indexers.values():
-        check_traces(indexer, store)
+    read_results(out)  # what cannot be added to is found before the work
+    indexers = {name: load_indexer(path) for name, path in paths.items()}
+    store = _whole_traces(traces, indexers.values())
     found = evaluate_indexers(indexers, store, recipe.train.golden, recipe.train.budget, every_token)
     results = write_results(out, **found)
     plot_recall(found["recall"], out / "recall.png")
@@ -403,9 +415,10 @@ def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None
     from data_gen.documents import build_documents
     from eval.decode.check import as_rows, check_backbone, decode_check
     from eval.page import write_report
-    from eval.report import decode_summary, decode_table, write_results
+    from eval.report import decode_summary, decode_table, read_results, write_results
     from indexer_train.bridge.bundle import load_bundle
 
+    read_results(out)
     indexer = load_bundle(bundle)
     if loaded is None:
         model, tokenizer = load_backbone(recipe.backbone)
@@ -457,11 +470,12 @@ def _continue(
 def _benchmark(bundle: Path, backbone: Any, config: Any, out: Path) -> None:
     from data_gen.backbones.load import adapter, load_backbone
     from eval.page import write_report
-    from eval.report import write_results
+    from eval.report import read_results, write_results
     from eval.tasks.benchmark import benchmark as run_benchmark
     from eval.tasks.tables import benchmark_table, fidelity_table
     from indexer_train.bridge.bundle import load_bundle
 
+    read_results(out)
     indexer = load_bundle(bundle)
     model, tokenizer = load_backbone(backbone)
     found, notes = run_benchmark(adapter(model), tokenizer, indexer, config, out, _progress)

@@ -12,6 +12,7 @@ from pathlib import Path
 from data_gen.store import TraceStore, write_atomically
 from eval.recall import as_rows, evaluate_recall
 from eval.report import table
+from indexer_train.config import TopPVotes
 from indexer_train.trainer import train
 from recipes import load_recipe
 
@@ -23,6 +24,7 @@ VARIATIONS = {
     "no predicted log-scale": ({"scale": False}, {}),
     "loss: listwise on the head-maximum": ({}, {"loss": "listwise_peak"}),
     "loss: focal BCE on golden chunks": ({}, {"loss": "focal"}),
+    "loss: focal BCE on top-p votes": ({}, {"loss": "focal", "top_p_votes": TopPVotes()}),
 }
 BUDGET = 0.1
 

@@ -18,6 +18,21 @@ from data_gen.trace import RawTrace
 Progress = Callable[[Iterable[Document], str], Iterable[Document]]
 
 
+def prepare(
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: DocumentsConfig,
+    trace: TraceConfig,
+    split: Split,
+) -> list[Document]:
+    """The documents of `split`. Raises InputError on bad ones, on none, and when `trace` does not fit the backbone."""
+    backbone.check(trace)
+    built = build_documents(documents, trace, tokenizer, backbone.info.context - trace.own_tokens, split)
+    if not built:
+        raise InputError(f"documents.{split}: the recipe asks for no {split} document")
+    return built
+
+
 def generate(
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
@@ -29,12 +44,10 @@ def generate(
 ) -> TraceStore:
     """Trace all documents of `split` into the store at `root`; finished documents are left as they are.
 
-    progress: wraps the documents still to read, given what to call them. Raises InputError on bad documents before
-    anything is written, and when `root` holds traces made with other settings.
+    progress: wraps the documents still to read, given what to call them. Raises InputError before anything is written,
+    see `prepare`, and when `root` holds traces made with other settings.
     """
-    built = build_documents(documents, trace, tokenizer, backbone.info.context - trace.own_tokens, split)
-    if not built:
-        raise InputError(f"the recipe asks for no {split} document")
+    built = prepare(backbone, tokenizer, documents, trace, split)
     manifest = Manifest(
         backbone=backbone.info,
         trace=trace,

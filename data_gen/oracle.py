@@ -160,23 +160,3 @@ def window_labels(
         candidate=candidate,
         rest=((rests[last] - rests[first]) / length).float(),
     )
-
-
-def top_p_votes(
-    attention: SparseAttention, row: int, visible: int, top_p: float, min_votes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The release's kind of label on attention probabilities, for comparison (it marks 30-60 % of all chunks).
-
-    Per layer, chunks in descending head-mean probability until `top_p` of the row's stored mass is reached, the
-    crossing one included; a chunk picked by at least `min_votes` layers is golden. Returns (chunks, votes), int32.
-    """
-    start, end = attention.pointers[row : row + 2].tolist()
-    probability = attention.mean[start:end].float()
-    probability = probability / probability.sum(dim=0, keepdim=True).clamp_min(1e-12)
-    ordered, order = probability.sort(dim=0, descending=True)
-    before = ordered.cumsum(dim=0) - ordered
-    picked = torch.zeros_like(probability).scatter_(0, order, (before < top_p).float())
-    votes = picked.sum(dim=1).to(torch.int32)
-    chunks = attention.chunks[start:end]
-    golden = (votes >= min_votes) & (chunks < visible)
-    return chunks[golden], votes[golden]

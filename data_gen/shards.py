@@ -1,4 +1,4 @@
-"""Is a document of a trace store what it says it is: named before training starts, not when a step meets it."""
+"""Is a document of a trace store what it says it is: named before work starts, not when a step meets it."""
 
 import zlib
 from collections.abc import Mapping
@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from data_gen.errors import InputError
 from data_gen.keys import key_vectors
 
 if TYPE_CHECKING:
-    from data_gen.store import Manifest, TraceDocument
+    from data_gen.store import Manifest, TraceDocument, TraceStore
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -21,6 +22,12 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
         value = zlib.crc32(name.encode(), value)
         value = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy(), value)
     return f"{value:08x}"
+
+
+def check_store(store: "TraceStore") -> None:
+    """Check every byte of every document. Raises InputError that names the first damaged one."""
+    for document in tqdm(store, "checking", len(store.paths()), delay=5, unit="doc"):
+        check_document(document, store.manifest, read=True)
 
 
 def check_document(document: "TraceDocument", manifest: "Manifest", read: bool) -> None:

@@ -216,6 +216,12 @@ class TraceDocument:
         return window_labels(mean, peak, few.rest, positions, windows - first, self.trace.chunking)
 
 
+def _fields(trace: TraceConfig) -> dict[str, Any]:
+    """Every setting by its name in a recipe."""
+    values = trace.model_dump()
+    return {f"chunking.{name}": value for name, value in values.pop("chunking").items()} | values
+
+
 class TraceStore:
     """A folder of traced documents that share one manifest."""
 
@@ -259,6 +265,16 @@ class TraceStore:
         if self.manifest.documents.get("split") == "train":
             raise InputError(f"{self.root}: training documents; this is decided on held-out ones")
 
+    def check_settings(self, trace: TraceConfig) -> None:
+        """Raise InputError, naming the first difference, unless these are the settings it was traced with."""
+        asked = _fields(trace)
+        for name, own in _fields(self.manifest.trace).items():
+            if own != asked[name]:
+                raise InputError(
+                    f"{self.root}: traced with trace.{name} {own}, but the recipe says {asked[name]}; "
+                    "take the recipe that the traces were made with, or generate with this one"
+                )
+
     def hold_back(self, every: int) -> tuple["TraceStore", "TraceStore"]:
         """Views of this store: (all documents but every n-th, every n-th document)."""
         paths = self.paths()
@@ -269,9 +285,12 @@ class TraceStore:
     def path(self, index: int) -> Path:
         return self.root / f"doc_{index:05d}.safetensors"
 
+    def document(self, path: Path) -> TraceDocument:
+        """One of `paths`."""
+        return TraceDocument(path, self.manifest.trace)
+
     def __iter__(self) -> Iterator[TraceDocument]:
-        for path in self.paths():
-            yield TraceDocument(path, self.manifest.trace)
+        return map(self.document, self.paths())
 
     def write(self, index: int, meta: DocumentMeta, raw: RawTrace, source: dict[str, Any] | None = None) -> None:
         """Write one document, with what it came with; it appears whole or not at all."""

@@ -1,4 +1,4 @@
-"""The indexer oracle: chunks that the backbone's own indexers agree on, the release's labels."""
+"""Votes: chunks that several layers agree on. The release's labels, of the backbone's own indexers, and their like."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -6,7 +6,7 @@ from typing import Self
 import torch
 
 from data_gen.chunks import Chunking
-from data_gen.oracle import WindowLabels, candidates
+from data_gen.oracle import SparseAttention, WindowLabels, candidates
 
 TOP_P = 0.6
 """Share of the softmax over a layer's top-k logits that its picks cover."""
@@ -70,3 +70,21 @@ class GoldenChunks:
         candidate = candidates(positions[windows[:, 0]], chunking, chunks)
         mass = total / total.sum(dim=1, keepdim=True).clamp_min(1)
         return WindowLabels(mass * candidate, peak * candidate, candidate, torch.zeros(len(windows)))
+
+
+def top_p_votes(attention: SparseAttention, top_p: float, least: int) -> GoldenChunks:
+    """The release's kind of label made of attention probabilities.
+
+    Every layer picks its chunks in descending order of the head-mean probability until they hold `top_p` of what was
+    stored of the query token, the crossing one included; chunks with at least `least` picks are golden.
+    """
+    pointers, rows = attention.pointers, torch.repeat_interleave(attention.pointers.diff())
+    mass = attention.mean.double()  # in which sums of fp16 are exact
+    order = mass.argsort(dim=0, descending=True, stable=True)
+    order = order.gather(0, rows[order].argsort(dim=0, stable=True))  # token by token, each in descending order
+    sums = torch.nn.functional.pad(mass.gather(0, order).cumsum(dim=0), (0, 0, 1, 0))
+    before, total = sums[:-1] - sums[pointers[rows]], (sums[pointers[1:]] - sums[pointers[:-1]])[rows]
+    votes = torch.zeros_like(order).scatter_(0, order, (before < top_p * total).long()).sum(dim=1)
+    golden = votes >= least
+    kept = torch.nn.functional.pad(golden.cumsum(dim=0), (1, 0))[pointers]
+    return GoldenChunks(kept, attention.chunks[golden], votes[golden].to(torch.int32))

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from data_gen.errors import InputError
 from data_gen.store import write_atomically
 from eval import figures, figures_tasks, figures_time
-from eval.report import comparison_table, decode_summary, decode_table, recall_table, table
+from eval.report import RESULTS, comparison_table, decode_summary, decode_table, read_results, recall_table, table
 from eval.tasks.tables import benchmark_table, fidelity_table
 
 STYLE = """
@@ -31,15 +30,11 @@ th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: l
 def write_report(folder: Path) -> tuple[Path, Path]:
     """FOLDER/report.html and FOLDER/report.md from FOLDER/results.json: whatever sections are there.
 
-    Raises InputError when there are no results or they are not JSON.
+    Raises InputError when there are no results or they are damaged.
     """
-    path = folder / "results.json"
-    if not path.exists():
-        raise InputError(f"{path}: no results there; run `lookahead evaluate` first")
-    try:
-        results = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+    results = read_results(folder)
+    if not results:
+        raise InputError(f"{folder / RESULTS}: no results there; run `lookahead evaluate` first")
     sections = [section for make in SECTIONS if (section := make(results)) is not None]
     page, summary = folder / "report.html", folder / "report.md"
     write_atomically(page, lambda file: file.write_text(_page(sections), encoding="utf-8"))

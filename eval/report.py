@@ -10,8 +10,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from data_gen.damage import whole
 from data_gen.store import write_atomically
 
+RESULTS = "results.json"
+"""What evaluate, decode and benchmark add to."""
 STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "A": ("tab:red", "-"), "B": ("tab:cyan", "-"),
           "native": ("tab:purple", "-"),
           "mean_pooled": ("tab:blue", "-"), "frequency": ("tab:orange", "-"), "recency": ("tab:green", "-"),
@@ -59,13 +62,13 @@ def comparison_table(rows: list[dict[str, Any]], one: str, other: str) -> str:
 
 
 def threshold_lines(found: dict[str, Any]) -> list[str]:
-    """What each indexer's threshold kept of needles and text, and the recall it had."""
-    lines = []
+    """What each indexer's threshold kept of every group of tasks, and both recalls it had."""
+    lines, thresholds = [], found["evaluated"]["thresholds"]
     for row in found["recall"]:
-        if row["budget"] == "threshold" and row["task"] in ("needles", "text"):
+        if row["budget"] == "threshold":
             who = "threshold" if row["policy"] == "indexer" else f"threshold of {row['policy']}"
-            kept = f"kept {row['kept']:.1%}, mass recall {row['mass_recall']:.3f}"
-            lines.append(f"{who}, {row['task']}: {found['evaluated']['thresholds'][row['policy']]}: {kept}")
+            recall = f"mass recall {_share(row['mass_recall'])}, golden recall {_share(row['golden_recall'])}"
+            lines.append(f"{who}, {row['task']}: {thresholds[row['policy']]}: kept {row['kept']:.1%}, {recall}")
     return lines
 
 
@@ -105,12 +108,19 @@ def plot_recall(rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """The sections of FOLDER/results.json, none where there is no such file. Raises InputError when it is damaged."""
+    path = folder / RESULTS
+    if not path.exists():
+        return {}
+    with whole(path, "results", "repair it, or delete it and measure again"):
+        return dict(json.loads(path.read_bytes()).items())
+
+
 def write_results(folder: Path, **sections: Any) -> Path:
     """Merge `sections` into FOLDER/results.json, keeping the ones written earlier."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
-    content |= sections
+    path, content = folder / RESULTS, read_results(folder) | sections
     write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1)))
     return path
 

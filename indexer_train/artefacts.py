@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from data_gen.damage import whole
 from data_gen.errors import InputError
 from data_gen.shards import check_document
 from data_gen.store import MANIFEST, TraceStore
@@ -141,14 +142,18 @@ def _results(folder: Path, progress: Progress) -> Found:
 
 
 def _indexer(folder: Path, progress: Progress) -> Found:
-    return _model("indexer", load_indexer(folder))
+    return _model("indexer", load_indexer, folder)
 
 
 def _bundle(folder: Path, progress: Progress) -> Found:
-    return _model("bundle", load_bundle(folder))
+    return _model("bundle", load_bundle, folder)
 
 
-def _model(kind: str, indexer: MemoryIndexer) -> Found:
+def _model(kind: str, load: Callable[[Path], MemoryIndexer], folder: Path) -> Found:
+    try:
+        indexer = load(folder)
+    except InputError as error:
+        return Found(kind, damage=[str(error)])
     spec, shape = indexer.spec, indexer.spec.shape
     state = indexer.query_encoder.state_dict()
     terms = [name for name in ("scale", "slot", "bias") if getattr(shape, name)]
@@ -184,14 +189,19 @@ def _checkpoint(folder: Path, progress: Progress) -> Found:
     reason = damage(folder)
     if reason:
         return Found("training checkpoint", damage=[f"{folder}: half-written ({reason}); training skips it"])
-    state = json.loads((folder / "trainer_state.json").read_text())
-    found = _model("training checkpoint", load_indexer(folder))
-    best = "-" if state["best_metric"] is None else f"{state['best_metric']:.4f} at step {state['best_global_step']}"
-    found.facts = [
-        ("step", f"{state['global_step']} of {state['max_steps']}, epoch {state['epoch']:g}"),
-        ("best mass recall", best),
-        *found.facts,
-    ]
+    found = _model("training checkpoint", load_indexer, folder)
+    path = folder / "trainer_state.json"
+    try:
+        with whole(path, "state", "delete the checkpoint"):
+            state = json.loads(path.read_bytes())
+            best, step = state["best_metric"], state["best_global_step"]
+            found.facts = [
+                ("step", f"{state['global_step']} of {state['max_steps']}, epoch {state['epoch']:g}"),
+                ("best mass recall", "-" if best is None else f"{best:.4f} at step {step}"),
+                *found.facts,
+            ]
+    except InputError as error:
+        found.damage.append(str(error))
     return found
 
 
@@ -206,17 +216,22 @@ def _checkpoints(folder: Path) -> Found:
 
 
 def _run(folder: Path, progress: Progress) -> Found:
-    settings = json.loads((folder / SETTINGS).read_text())
     found = Found("training run")
     if (folder / "checkpoints").exists():
         found = _checkpoints(folder / "checkpoints")
         found.kind = "training run"
-    train = settings["train"]
-    found.facts = [
-        ("loss", f"{train['loss']}, {train['epochs']} epochs, learning rate {train['learning_rate']}"),
-        ("documents", len(settings["traces"]["files"])),
-        *found.facts,
-    ]
+    path = folder / SETTINGS
+    try:
+        with whole(path, "settings", "train into another folder"):
+            settings = json.loads(path.read_bytes())
+            train, files = settings["train"], settings["traces"]["files"]
+            found.facts = [
+                ("loss", f"{train['loss']}, {train['epochs']} epochs, learning rate {train['learning_rate']}"),
+                ("documents", len(files)),
+                *found.facts,
+            ]
+    except InputError as error:
+        found.damage.append(str(error))
     if (folder / "indexer").exists():
         indexer = _indexer(folder / "indexer", progress)
         found.facts += [("indexer", "finished"), *indexer.facts]

@@ -98,7 +98,7 @@ class Collator(ABC):
     valid_label_columns = ("label",)
 
     def __init__(self, store: TraceStore, layers: list[int], golden: float, settings: CandidatesConfig) -> None:
-        self.trace = store.manifest.trace
+        self.store, self.trace = store, store.manifest.trace
         self.paths = store.paths()
         self.layers, self.golden, self.settings = layers, golden, settings
         self.epoch = 0
@@ -107,7 +107,7 @@ class Collator(ABC):
         self.common = lru_cache(maxsize=len(self.paths))(lambda number: self.oracle(number).common(golden))
 
     def _open(self, number: int) -> TraceDocument:
-        return TraceDocument(self.paths[number], self.trace)
+        return self.store.document(self.paths[number])
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
         number = rows[0]["document"]

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule, Router
 from torch import nn
 
 from data_gen.chunks import Chunking
+from data_gen.damage import whole
 from data_gen.key_codec import hadamard
 from data_gen.keys import key_vectors
 from data_gen.products import product
@@ -21,6 +22,9 @@ from indexer_train.config import IndexerConfig
 from indexer_train.memory import SteadyLinear
 from indexer_train.scoring import TILE_ELEMENTS, PackedQuery, join_layers
 from indexer_train.selection import Budget, Cut, Selection, Threshold
+
+REMEDY = "copy it again, or delete the indexer and run `lookahead train`"
+"""What to do with a damaged indexer."""
 
 
 class IndexerSpec(BaseModel):
@@ -38,7 +42,7 @@ class IndexerSpec(BaseModel):
     hidden: int
     key_width: int
     chunking: Chunking
-    window: int
+    window: PositiveInt
     backbone: str
     key: KeyKind = "mean_pre_rope"
     rope: Rope | None = None
@@ -170,9 +174,11 @@ class QueryEncoder(InputModule):
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Self:
         hub = {key: kwargs[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in kwargs}
-        config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
-        module = cls(IndexerSpec.model_validate(config))
-        return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module, **hub)
+        folder = Path(model_name_or_path) / subfolder
+        with whole(folder / cls.config_file_name, "indexer", REMEDY):
+            module = cls(IndexerSpec.model_validate(cls.load_config(model_name_or_path, subfolder=subfolder, **hub)))
+        with whole(folder / "model.safetensors", "indexer", REMEDY):
+            return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module, **hub)
 
 
 class KeyDecoder(InputModule):

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from tqdm import tqdm
 from transformers import EarlyStoppingCallback, set_seed
 
+from data_gen.damage import whole
 from data_gen.errors import InputError
-from data_gen.shards import check_document
+from data_gen.rope import Rope
+from data_gen.shards import check_store
 from data_gen.store import TraceStore, write_atomically
 from indexer_train import processes, tracking
 from indexer_train.batches import AllCandidates, DocumentBatchSampler, SampledCandidates, TellEpoch, window_index
@@ -23,8 +24,9 @@ from indexer_train.config import IndexerConfig, TrainConfig
 from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.memory import keep_freed_memory
-from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.model import REMEDY, IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, served_first
+from indexer_train.voted import VotedStore
 
 SETTINGS = "training.json"
 
@@ -108,9 +110,11 @@ def make_trainer(
     if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
         raise InputError(f"train.candidates.common_weight: {config.loss} weighs no single chunk; leave it out")
     own = store.paths()[processes.rank() :: processes.count()]
-    for document in tqdm(TraceStore(store.root, store.manifest, own), "checking", len(own), delay=5, unit="doc"):
-        check_document(document, store.manifest, read=True)
+    check_store(TraceStore(store.root, store.manifest, own))
     traces, validation = store.hold_back(config.validation_every)
+    golden = config.golden
+    if config.top_p_votes is not None:
+        traces, golden = VotedStore(traces, config.top_p_votes), config.top_p_votes.votes
     index = window_index(traces, config.stride, config.tails, weights)
     if not len(index) or not len(window_index(validation)):
         raise InputError(f"{store.root}: too few documents with a whole lookahead window to train and validate on")
@@ -118,11 +122,11 @@ def make_trainer(
     indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config))
     if config.init is not None:
         initialise(indexer, Path(config.init))
-    loss = LOSSES[config.loss](indexer, config.golden, **config.loss_options)
+    loss = LOSSES[config.loss](indexer, golden, **config.loss_options)
     loss.scoring = getattr(torch, config.precision)
     for parameter in loss.own_parameters().values():
         parameter.register_hook(processes.average)
-    settings = (traces, traces.manifest.trace.layers, config.golden, config.candidates)
+    settings = (traces, traces.manifest.trace.layers, golden, config.candidates)
     sampled = config.candidates.kind == "sampled"
     collator = SampledCandidates(*settings, config.seed) if sampled else AllCandidates(*settings)
     mined = collator.hard.made_by if sampled and collator.hard else None
@@ -206,21 +210,37 @@ def _spec(traces: TraceStore, validation: int, shape: IndexerConfig, config: Tra
 
 
 def load_indexer(folder: Path) -> MemoryIndexer:
-    """Load a saved indexer. Raises InputError when the folder holds none."""
+    """Load a saved indexer, on the best device. Raises InputError when the folder holds none or a damaged one."""
     if not (folder / "modules.json").exists():
         raise InputError(f"{folder}: no indexer there (modules.json is missing); run `lookahead train` first")
-    return MemoryIndexer(str(folder), device="cuda" if torch.cuda.is_available() else "cpu", local_files_only=True)
+    with whole(folder, "indexer", REMEDY):
+        indexer = MemoryIndexer(str(folder), device="cpu", local_files_only=True)
+        indexer.query_encoder.spec  # noqa: B018 - other models of sentence-transformers have none
+    return indexer.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_traces(indexer: MemoryIndexer, store: TraceStore) -> None:
-    """Raise InputError unless `store` was traced from the indexer's backbone, with its layers and chunking."""
+    """Raise InputError unless `store` was traced from the indexer's backbone, the way its training traces were."""
     spec, manifest = indexer.spec, store.manifest
     if manifest.backbone.fingerprint != spec.backbone:
         raise InputError(f"{store.root}: traces of another backbone than the indexer's")
     if missing := sorted(set(spec.layers) - set(manifest.trace.layers)):
         raise InputError(f"{store.root}: the indexer reads layers {missing}, which the traces lack")
-    if manifest.trace.chunking != spec.chunking:
-        raise InputError(f"{store.root}: traces with other chunks than the indexer's")
+    backbone, trace = manifest.backbone, manifest.trace
+    for what, own, theirs in (
+        ("chunks", spec.chunking, trace.chunking),
+        ("windows", spec.window, trace.window),
+        ("hidden width", spec.hidden, backbone.hidden),
+        ("keys", (spec.key, spec.key_width), (backbone.key, backbone.key_width)),
+        ("RoPE", _turns(spec.rope), _turns(backbone.rope)),
+    ):
+        if own != theirs:
+            raise InputError(f"{store.root}: traces with other {what} ({theirs}) than the indexer's ({own})")
+
+
+def _turns(rope: Rope | None) -> Rope | None:
+    """How it turns, wherever it ends: a converted indexer may end before the backbone."""
+    return rope and rope.model_copy(update={"positions": 1})
 
 
 def _settings(store: TraceStore, shape: IndexerConfig, config: TrainConfig, sources: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +259,6 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
     text = json.dumps(settings, indent=1)
     path = out / SETTINGS
     begun = (out / "checkpoints").exists() or (out / "indexer").exists()
-    if begun and path.exists() and path.read_text() != text:
+    if begun and path.exists() and path.read_bytes() != text.encode():
         raise InputError(f"{out}: holds a training run with other settings or traces; choose another folder")
     write_atomically(path, lambda file: file.write_text(text))

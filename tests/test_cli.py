@@ -177,6 +177,22 @@ def test_bad_documents_get_one_line_and_leave_nothing(recipe, tmp_path, lookahea
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "complaint"),
+    [
+        ("documents", {"heldout": {"text": 0}}, "documents.heldout: the recipe asks for no heldout document"),
+        ("trace", {"layers": [0, 7]}, "trace.layers: [7] are not full-attention layers; choose from [0, 1, 2]"),
+        ("trace", {"oracle": "indexer"}, "trace.oracle `indexer`: only DeepSeek-V4 has an indexer"),
+        ("trace", {"own_tokens": 100}, "but the backbone's context is 412"),
+    ],
+)
+def test_settings_that_do_not_fit_are_found_before_tracing(recipe, tmp_path, lookahead, section, changes, complaint):
+    changed = edited(recipe, tmp_path, section, **changes)
+    code, _, line = lookahead("generate", changed, "--out", tmp_path / "out")
+    assert code == 2 and complaint in line, line
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_document_longer_than_the_context_is_refused(recipe, tmp_path, lookahead):
     changed = edited(recipe, tmp_path, "documents", tokens=[600, 600])
     code, _, line = lookahead("generate", changed, "--out", tmp_path / "out")
@@ -208,6 +224,36 @@ def test_a_truncated_shard_is_named_before_training(finished, recipe, tmp_path, 
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "calibrate", "mine", "select-layers"])
+def test_a_flipped_bit_is_found_before_the_work(finished, recipe, tmp_path, lookahead, verb):
+    shutil.copytree(finished / "traces" / "heldout", tmp_path / "heldout")
+    shard = sorted((tmp_path / "heldout").glob("doc_*"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    more = {"evaluate": [recipe, "--out", tmp_path / "out"], "select-layers": ["--count", 1]}.get(verb, [recipe])
+    code, _, line = lookahead(verb, *more, "--indexer", finished / "indexer", "--traces", tmp_path / "heldout")
+    assert code == 2 and f"{shard}: damaged trace (its bytes are not those that were written)" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("verb", ["run", "evaluate", "decode", "benchmark"])
+def test_damaged_results_are_found_before_the_work(finished, recipe, tmp_path, lookahead, verb, content):
+    results = tmp_path / "results.json"
+    results.write_text(content)
+    nothing = tmp_path / "nothing"  # whatever is opened first would complain of it
+    more = {
+        "run": [recipe, "--backbone", nothing],
+        "evaluate": [recipe, "--indexer", nothing, "--traces", nothing],
+        "decode": [recipe, "--bundle", nothing],
+        "benchmark": [nothing, "--recipe", recipe],
+    }[verb]
+    code, _, line = lookahead(verb, *more, "--out", tmp_path)
+    assert code == 2 and f"{results}: damaged results (" in line and results.read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 def test_traces_of_another_backbone_or_layer_are_refused(finished, recipe, tmp_path, lookahead):
     changed = tmp_path / "heldout"
     shutil.copytree(finished / "traces" / "heldout", changed)
@@ -225,6 +271,22 @@ def test_traces_of_another_backbone_or_layer_are_refused(finished, recipe, tmp_p
     (changed / "manifest.json").write_text('{"format": 7}')
     code, _, line = lookahead("evaluate", recipe, *arguments)
     assert code == 2 and "not a manifest of this version" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"layers": [0]}, "trace.layers [0, 2], but the recipe says [0]"),
+        ({"window": 8}, "trace.window 16, but the recipe says 8"),
+        ({"oracle": "indexer"}, "trace.oracle attention, but the recipe says indexer"),
+        ({"chunking": {"tokens": 4, "sink": 1, "recent": 3}}, "trace.chunking.recent 2, but the recipe says 3"),
+    ],
+)
+def test_traces_made_with_other_settings_are_refused(finished, recipe, tmp_path, lookahead, changes, complaint):
+    changed, traces = edited(recipe, tmp_path, "trace", **changes), finished / "traces" / "train"
+    code, _, line = lookahead("train", changed, "--traces", traces, "--out", tmp_path / "out")
+    assert code == 2 and f"{traces}: traced with {complaint}; " in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged_and_foreign_bundles_are_refused(finished, recipe, tmp_path, tokenizer, lookahead):

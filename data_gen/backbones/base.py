@@ -15,6 +15,10 @@ class Backbone(Protocol):
     model: PreTrainedModel
     info: BackboneInfo
 
+    def check(self, config: TraceConfig) -> None:
+        """Raise InputError unless the settings fit the backbone: its layers, its oracles, its chunks."""
+        ...
+
     def trace(self, tokens: list[int], positions: torch.Tensor, config: TraceConfig) -> RawTrace:
         """Read a document once, teacher-forced, and keep the query tokens at `positions`."""
         ...

@@ -43,6 +43,19 @@ class DeepseekV4Backbone:
             rope=_rope(model, self.layers[0]),
         )
 
+    def check(self, config: TraceConfig) -> None:
+        """Raise InputError unless the settings fit the model."""
+        layers = self.info.full_layers
+        if unknown := sorted(set(config.layers) - set(layers)):
+            raise InputError(f"trace.layers: {unknown} are not among the {len(layers)} CSA layers (from 0)")
+        if config.chunking.tokens != self.chunk_tokens:
+            raise InputError(f"trace.chunking.tokens must be {self.chunk_tokens}, the backbone's compression rate")
+        if config.oracle == "indexer" and config.votes > len(layers):
+            raise InputError(
+                f"trace.votes: {config.votes} CSA layers have to agree, but the backbone has {len(layers)}; "
+                "ask for fewer, or use oracle `attention`"
+            )
+
     @torch.no_grad()
     def trace(self, tokens: list[int], positions: torch.Tensor, config: TraceConfig) -> RawTrace:
         """Read a document once, teacher-forced, in cached pieces, and keep the query tokens at `positions`.
@@ -82,16 +95,13 @@ class _Reader:
 
     def __init__(self, backbone: DeepseekV4Backbone, positions: torch.Tensor, config: TraceConfig) -> None:
         self.backbone, self.config, self.positions = backbone, config, positions
-        info, self.model = backbone.info, backbone.model
-        if unknown := sorted(set(config.layers) - set(info.full_layers)):
-            raise InputError(f"trace.layers: {unknown} are not among the {len(info.full_layers)} CSA layers (from 0)")
-        if config.chunking.tokens != backbone.chunk_tokens:
-            raise InputError(f"trace.chunking.tokens must be {backbone.chunk_tokens}, the backbone's compression rate")
+        backbone.check(config)
+        self.model = backbone.model
         self.cache = DynamicCache(config=self.model.config)
         self.length = 0
         self.rows = torch.empty(0, dtype=torch.int64)
         self.oracle: CsaOracle = (
-            IndexerOracle(len(info.full_layers), self.model.config.index_topk, config.votes)
+            IndexerOracle(self.model.config.index_topk, config.votes)
             if config.oracle == "indexer"
             else AttentionOracle(config.top_chunks)
         )

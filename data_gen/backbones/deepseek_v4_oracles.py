@@ -32,14 +32,9 @@ class CsaOracle(Protocol):
 
 
 class IndexerOracle:
-    """The release's labels: votes of the native indexers. Raises InputError with too few CSA layers to agree."""
+    """The release's labels: votes of the native indexers."""
 
-    def __init__(self, layers: int, top_k: int, votes: int) -> None:
-        if layers < votes:
-            raise InputError(
-                f"trace.votes: {votes} CSA layers have to agree, but the backbone has {layers}; "
-                "ask for fewer, or use oracle `attention`"
-            )
+    def __init__(self, top_k: int, votes: int) -> None:
         self.top_k, self.least = top_k, votes
         self.votes: torch.Tensor | None = None
         self.pieces: list[GoldenChunks] = []

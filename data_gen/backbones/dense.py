@@ -42,6 +42,15 @@ class DenseBackbone:
             context=config.max_position_embeddings,
         )
 
+    def check(self, config: TraceConfig) -> None:
+        """Raise InputError unless the settings fit the model."""
+        if config.oracle != "attention":
+            raise InputError(f"trace.oracle `{config.oracle}`: only DeepSeek-V4 has an indexer; use `attention`")
+        if unknown := sorted(set(config.layers) - set(self.info.full_layers)):
+            raise InputError(
+                f"trace.layers: {unknown} are not full-attention layers; choose from {self.info.full_layers}"
+            )
+
     @torch.no_grad()
     def trace(self, tokens: list[int], positions: torch.Tensor, config: TraceConfig) -> RawTrace:
         """Read a document once, teacher-forced, and keep the query tokens at `positions` ([T], ascending).
@@ -51,10 +60,7 @@ class DenseBackbone:
         """
         if len(tokens) > self.info.context:
             raise InputError(f"the document has {len(tokens)} tokens, the backbone's context is {self.info.context}")
-        if config.oracle != "attention":
-            raise InputError(f"trace.oracle `{config.oracle}`: only DeepSeek-V4 has an indexer; use `attention`")
-        if unknown := sorted(set(config.layers) - set(self.info.full_layers)):
-            raise InputError(f"layers {unknown} are not full-attention layers; choose from {self.info.full_layers}")
+        self.check(config)
         recorder = _Recorder(positions.to(self.model.device), config)
         with observe(self.model, recorder):
             self.model.get_decoder()(torch.tensor([tokens], device=self.model.device), use_cache=False)

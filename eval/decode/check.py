@@ -60,13 +60,15 @@ def decode_check(
 ) -> tuple[list[DecodeRow], list[dict[str, Any]]]:
     """Answer every needle document and follow some text under every policy, from one prefill a document.
 
-    Returns a row per policy and, for each needle document, what every policy answered.
+    Returns a row per policy and, for each needle document, what every policy answered. Raises InputError when there is
+    nothing to decode, or a text has no prompt left before its last `config.text_tokens` tokens.
     """
     policies = decode_policies(indexer)
     needles = [document for document in documents if document.values]
     texts = [document for document in documents if not document.values][: config.text_documents]
     if not needles and not texts:
         raise InputError("the recipe has no held-out document to decode")
+    prompts = {document.name: _prompt(document, config) for document in [*needles, *texts]}
     usages: dict[str, list[Usage]] = {name: [] for name in policies}
     text_usages: dict[str, list[Usage]] = {name: [] for name in policies}
     correct = dict.fromkeys(policies, 0)
@@ -77,9 +79,7 @@ def decode_check(
     tau = indexer.spec.window
     for document in progress([*needles, *texts], "decoding"):
         asked = bool(document.values)
-        # A conversation is cut before its answer, plain text before its last tokens.
-        prompt = min(document.prompt, len(document.tokens) - config.text_tokens) - 1
-        prompt = document.prompt - 1 if asked or document.task == "chat" else prompt
+        prompt = prompts[document.name]
         session = open_session(model, indexer.spec)
         session.read(document.tokens[:prompt])
         full: torch.Tensor | None = None
@@ -120,6 +120,19 @@ def decode_check(
             )
         )
     return rows, answers
+
+
+def _prompt(document: Document, config: DecodeConfig) -> int:
+    """Tokens to read in full: a conversation is cut before its answer, plain text before its last tokens."""
+    if document.values or document.task == "chat":
+        return document.prompt - 1
+    prompt = len(document.tokens) - config.text_tokens - 1
+    if prompt < 1:
+        raise InputError(
+            f"{document.name}: {len(document.tokens)} tokens leave no prompt before the last {config.text_tokens}; "
+            "lower decode.text_tokens, or take longer documents"
+        )
+    return prompt
 
 
 def as_rows(rows: list[DecodeRow]) -> list[dict[str, Any]]:

@@ -47,8 +47,6 @@ PLAIN: dict[str, tuple] = {
     "force_words_ids": (),
 }
 """Options of `generate`, and the values beside None that they may have here."""
-UNASKED_TOKENS = 20
-"""What transformers writes when nobody says how much."""
 
 
 @dataclass(frozen=True)
@@ -231,11 +229,12 @@ class LSARuntime:
                     f"cache; leave {name} out of the options and of the generation config"
                 )
         new, longest = setting("max_new_tokens"), setting("max_length")
-        last = ids.shape[1] + new if new is not None else longest or ids.shape[1] + UNASKED_TOKENS
-        if last - 1 > self.host.info.context:  # the last one is written, not read
+        # Unasked it stops at the context by itself.
+        longest = ids.shape[1] + new if new is not None else longest or ids.shape[1]
+        if longest > self.host.info.context:
             raise InputError(
-                f"{ids.shape[1]} tokens and what is to be written make {last}, the backbone's context is "
-                f"{self.host.info.context}; shorten the prompt or lower max_new_tokens"
+                f"{ids.shape[1]} tokens and the new ones make up to {longest}, but the backbone's context is "
+                f"{self.host.info.context}; ask for fewer (max_new_tokens) or shorten the prompt"
             )
 
     def _keep_everything(self, sequences: int) -> None:

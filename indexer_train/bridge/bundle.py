@@ -1,23 +1,27 @@
 """The bundle that a runtime loads: bundle.json beside indexer.safetensors.
 
 bundle.json: format, spec (indexer_train/model.py IndexerSpec: layers, tau, chunking, protection, selections, shape,
-key recipe, RoPE, backbone fingerprint) and the SHA-256 of the weights.
+key recipe, RoPE, backbone fingerprint) and the SHA-256 of both: the spec's canonical JSON, then the weights' file.
 """
 
 import hashlib
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
+from data_gen.damage import whole
 from data_gen.errors import InputError
 from data_gen.store import write_atomically
 from indexer_train.model import IndexerSpec, MemoryIndexer
 
 WEIGHTS = "indexer.safetensors"
 HEADER = "bundle.json"
+FORMAT = 2
+REMEDY = "run `lookahead export` again"
 
 
 class Bundle(BaseModel):
@@ -25,7 +29,7 @@ class Bundle(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT
     spec: IndexerSpec
     sha256: str
 
@@ -36,9 +40,16 @@ def export_bundle(indexer: MemoryIndexer, folder: Path) -> Bundle:
     weights = folder / WEIGHTS
     tensors = {name: value.detach().cpu().contiguous() for name, value in indexer.query_encoder.state_dict().items()}
     write_atomically(weights, lambda file: save_file(tensors, file))
-    bundle = Bundle(spec=indexer.spec, sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+    spec = indexer.spec.model_dump(mode="json")
+    bundle = Bundle(spec=indexer.spec, sha256=_checksum(spec, weights))
     write_atomically(folder / HEADER, lambda file: file.write_text(bundle.model_dump_json(indent=2)))
     return bundle
+
+
+def _checksum(spec: dict[str, Any], weights: Path) -> str:
+    """Of the spec as it is written, so that fields which later versions add change nothing, and the weights."""
+    canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode() + weights.read_bytes()).hexdigest()
 
 
 def load_bundle(folder: Path) -> MemoryIndexer:
@@ -46,12 +57,15 @@ def load_bundle(folder: Path) -> MemoryIndexer:
     header, weights = folder / HEADER, folder / WEIGHTS
     if not header.exists() or not weights.exists():
         raise InputError(f"{folder}: no bundle there ({HEADER} and {WEIGHTS}); run `lookahead export` first")
-    try:
-        bundle = Bundle.model_validate_json(header.read_text())
-    except ValidationError as error:
-        raise InputError(f"{header}: not a bundle of this version ({error.errors()[0]['msg']})") from error
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != bundle.sha256:
-        raise InputError(f"{weights}: damaged (checksum differs from {HEADER}); export again")
-    indexer = MemoryIndexer.from_spec(bundle.spec, device="cuda" if torch.cuda.is_available() else "cpu")
+    with whole(header, "bundle", REMEDY):
+        content = json.loads(header.read_bytes())
+        version = content["format"]
+    if version != FORMAT:
+        raise InputError(f"{header}: not a bundle of this version (format {version}, not {FORMAT}); {REMEDY}")
+    with whole(header, "bundle", REMEDY):
+        bundle = Bundle.model_validate(content)
+    if _checksum(content["spec"], weights) != bundle.sha256:
+        raise InputError(f"{folder}: damaged bundle (the checksum of {HEADER} and {WEIGHTS} differs); {REMEDY}")
+    indexer = MemoryIndexer.from_spec(bundle.spec, device="cpu")
     indexer.query_encoder.load_state_dict(load_file(weights))
-    return indexer.eval()
+    return indexer.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -5,7 +5,7 @@ import torch
 
 from data_gen import oracle
 from data_gen.chunks import Chunking
-from data_gen.oracle import SparseAttention, pooled_attention, top_p_votes, window_labels
+from data_gen.oracle import SparseAttention, pooled_attention, window_labels
 
 
 def brute_force(query, key, positions, chunk_tokens, scaling, softcap, sinks):
@@ -79,14 +79,3 @@ def test_window_labels_equal_loops():
             assert abs(float(labels.mass[index, chunk]) - mass) < 1e-6
             assert abs(float(labels.peak[index, chunk]) - highest) < 1e-6
     assert torch.equal(labels.golden(0.05), labels.candidate & (labels.peak >= 0.05))
-
-
-def test_top_p_votes_keep_the_first_and_the_crossing_chunk():
-    probability = torch.tensor([[0.5, 0.1], [0.3, 0.2], [0.2, 0.7]])  # [chunks, layers]
-    attention = SparseAttention(
-        torch.tensor([0, 3]), torch.tensor([2, 5, 7]), probability.half(), probability.half(), torch.zeros(1)
-    )
-    chunks, votes = top_p_votes(attention, 0, visible=8, top_p=0.6, min_votes=1)
-    assert dict(zip(chunks.tolist(), votes.tolist(), strict=True)) == {2: 1, 5: 1, 7: 1}
-    chunks, _ = top_p_votes(attention, 0, visible=7, top_p=0.6, min_votes=1)
-    assert chunks.tolist() == [2, 5]

@@ -12,7 +12,7 @@ from matplotlib import image
 from data_gen.errors import InputError
 from eval.evaluation import evaluate
 from eval.page import write_report
-from eval.report import write_results
+from eval.report import threshold_lines, write_results
 
 PICTURES = ["recall", "accuracy", "reliability", "threshold", "heat", "timeline", "lookahead", "churn"]
 DECODE = [
@@ -47,6 +47,20 @@ def test_the_summary_holds_every_table(folder):
     low, high = row["interval"]["mass_recall"]
     assert f"{row['mass_recall']:.3f} [{low:.3f}, {high:.3f}]" in summary
     assert f"{row['micro']['f1']:.3f}" in summary
+
+
+def test_every_group_says_what_its_threshold_kept(folder):
+    results = json.loads((folder / "results.json").read_text())
+    rows = {r["task"]: r for r in results["recall"] if (r["policy"], r["budget"]) == ("indexer", "threshold")}
+    lines = threshold_lines(results)
+    assert len(lines) == len(rows) and rows.keys() == {"text", "multi_value", "needles"}
+    for line, (task, row) in zip(lines, rows.items(), strict=True):
+        assert line.startswith(f"threshold, {task}: {results['evaluated']['thresholds']['indexer']}: kept ")
+        figures = (f"{row['kept']:.1%}", f"{row['mass_recall']:.3f}", f"{row['golden_recall']:.3f}")
+        assert line.endswith("kept {}, mass recall {}, golden recall {}".format(*figures))
+    chat = dict(next(iter(rows.values())), task="chat", golden_recall=None)
+    (line,) = threshold_lines({"recall": [chat], "evaluated": results["evaluated"]})
+    assert line.startswith("threshold, chat: ") and line.endswith("golden recall -")
 
 
 def test_a_browser_shows_every_plot(folder, tmp_path):
@@ -91,5 +105,5 @@ def test_parts_of_the_results_make_a_report_of_their_own(folder, tmp_path):
     with pytest.raises(InputError, match="no results there"):
         write_report(tmp_path / "nowhere")
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(InputError, match="not JSON"):
+    with pytest.raises(InputError, match="damaged results"):
         write_report(tmp_path)

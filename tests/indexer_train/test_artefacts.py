@@ -1,5 +1,7 @@
 """`lookahead inspect` on everything that the toolkit writes, whole and damaged."""
 
+import json
+import re
 import shutil
 
 import pytest
@@ -9,11 +11,12 @@ from data_gen.errors import InputError
 from data_gen.rope import Rope
 from eval.report import write_results
 from indexer_train.artefacts import inspect
-from indexer_train.bridge.bundle import export_bundle
+from indexer_train.bridge.bundle import export_bundle, load_bundle
 from indexer_train.bridge.flashmemory import write_checkpoint
 from indexer_train.bridge.weights import LayerWeights
+from indexer_train.checkpoints import number
 from indexer_train.hard_negatives import mine
-from indexer_train.trainer import train
+from indexer_train.trainer import load_indexer, train
 
 
 def quietly(items, what):
@@ -60,7 +63,6 @@ def test_every_damaged_shard_is_named(stores, run, tiny_recipe, tmp_path):
 def test_hard_negatives_belong_to_their_store(stores, run, tiny_recipe, tmp_path):
     pytest.importorskip("faiss")
     from data_gen.store import TraceStore
-    from indexer_train.trainer import load_indexer
 
     shutil.copytree(stores[0].root, tmp_path / "store")
     store = TraceStore.open(tmp_path / "store")
@@ -104,6 +106,56 @@ def test_a_run_and_its_checkpoints(run, tmp_path):
         assert "half-written (optimizer.pt is cut short)" in inspect(path, quietly).damage[0]
 
 
+def edit_spec(content, **changes):
+    """A bundle's header with other settings in its spec, or in the shape of its indexer."""
+    header = json.loads(content)
+    for name, value in changes.items():
+        (header["spec"]["shape"] if name in header["spec"]["shape"] else header["spec"])[name] = value
+    return json.dumps(header).encode()
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "complaint"),
+    [
+        ("indexer/modules.json", lambda _: b"{", "indexer: damaged indexer"),
+        ("indexer/query_0_QueryEncoder/spec.json", lambda _: b"{", "spec.json: damaged indexer"),
+        ("indexer/query_0_QueryEncoder/spec.json", lambda _: None, "damaged indexer (shape: Field required)"),
+        ("indexer/query_0_QueryEncoder/model.safetensors", lambda was: was[:-9], "model.safetensors: damaged indexer"),
+        ("bundle/bundle.json", lambda _: b"\xff\xfe", "bundle.json: damaged bundle"),
+        ("bundle/bundle.json", lambda _: b"{}", "bundle.json: damaged bundle ('format' is missing)"),
+        ("bundle/bundle.json", lambda _: b'{"format": 1}', "not a bundle of this version (format 1, not 2)"),
+        ("bundle/bundle.json", lambda was: edit_spec(was, window=7), "damaged bundle (the checksum of"),
+        ("bundle/bundle.json", lambda was: edit_spec(was, window=0), "spec.window: Input should be greater than 0"),
+        ("bundle/bundle.json", lambda was: edit_spec(was, heads=8), "damaged bundle (the checksum of"),
+        ("bundle/bundle.json", lambda was: edit_spec(was, layers=[0, 3]), "damaged bundle (the checksum of"),
+        ("bundle/indexer.safetensors", lambda was: was[:-9], "damaged bundle (the checksum of"),
+    ],
+)
+def test_damaged_indexers_and_bundles_are_refused_and_reported(run, tmp_path, file, damage, complaint):
+    folder = tmp_path / file.split("/")[0]
+    shutil.copytree(run / folder.name, folder)
+    content = damage((tmp_path / file).read_bytes())
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(complaint)) as refused:
+        (load_bundle if folder.name == "bundle" else load_indexer)(folder)
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value) and "; " in str(refused.value)
+    assert inspect(folder, quietly).damage == [str(refused.value)]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("training.json", "{"), ("training.json", "{}"), ("checkpoints/checkpoint-7/trainer_state.json", "{}")],
+)
+def test_damaged_settings_of_a_run_are_reported(run, tmp_path, file, content):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    if "checkpoint" in file:
+        newest = max((run / "checkpoints").glob("checkpoint-*"), key=number)
+        shutil.copytree(newest, tmp_path / "checkpoints" / "checkpoint-7", dirs_exist_ok=True)
+    (tmp_path / file).write_text(content)
+    (damage,) = inspect((tmp_path / file).parent, quietly).damage
+    assert damage.startswith(f"{tmp_path / file}: damaged ")
+
+
 @pytest.mark.parametrize("format", ["flashmemory-joint", "flashmemory-safetensors"])
 def test_checkpoints_of_the_release(tmp_path, format):
     weights = {
@@ -119,8 +171,6 @@ def test_checkpoints_of_the_release(tmp_path, format):
 
 
 def test_weights_that_are_no_numbers_are_damage(run, tmp_path, stores):
-    from indexer_train.trainer import load_indexer
-
     indexer = load_indexer(run / "indexer")
     torch.nn.init.constant_(indexer.query_encoder.encoders["2"].weights_proj.weight, torch.nan)
     indexer.save_pretrained(str(tmp_path / "indexer"))

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
+from data_gen.chunks import Chunking
 from data_gen.errors import InputError
+from data_gen.rope import Rope
 from data_gen.store import TraceStore
 from indexer_train import trainer as trainer_module
 from indexer_train.batches import AllCandidates, DocumentBatchSampler, window_index
@@ -15,6 +18,7 @@ from indexer_train.config import CandidatesConfig, IndexerConfig
 from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.metrics import indexer_scores, served_windows
+from indexer_train.model import MemoryIndexer
 from indexer_train.trainer import check_traces, load_indexer, train
 
 
@@ -138,7 +142,7 @@ assert not loaded, loaded
 
 
 def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path):
-    indexer = train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
+    train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
     with pytest.raises(InputError, match="other settings or traces"):
         train(stores[1], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
     rare = tiny_recipe.train.model_copy(update={"candidates": CandidatesConfig(common_weight=0.5)})
@@ -146,17 +150,34 @@ def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path)
         train(stores[0], tiny_recipe.indexer, rare, tmp_path / "b")
     with pytest.raises(InputError, match="unknown loss"):
         train(stores[0], tiny_recipe.indexer, tiny_recipe.train.model_copy(update={"loss": "x"}), tmp_path / "b")
-
-    def with_manifest(**changes):
-        return TraceStore(stores[1].root, stores[1].manifest.model_copy(update=changes))
-
-    manifest = stores[1].manifest
-    check_traces(indexer, stores[1])
-    from dataclasses import replace
-
-    with pytest.raises(InputError, match="another backbone"):
-        check_traces(indexer, with_manifest(backbone=replace(manifest.backbone, fingerprint="other")))
-    with pytest.raises(InputError, match=r"reads layers \[2\]"):
-        check_traces(indexer, with_manifest(trace=manifest.trace.model_copy(update={"layers": [0]})))
     with pytest.raises(InputError, match="no indexer there"):
         load_indexer(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "complaint"),
+    [
+        ("backbone", {"fingerprint": "other"}, "another backbone"),
+        ("trace", {"layers": [0]}, r"reads layers \[2\]"),
+        ("trace", {"chunking": Chunking(tokens=4, sink=1, recent=3)}, r"other chunks \(tokens=4 sink=1 recent=3\)"),
+        ("trace", {"window": 8}, r"other windows \(8\) than the indexer's \(16\)"),
+        ("backbone", {"hidden": 64}, r"other hidden width \(64\)"),
+        ("backbone", {"key": "fp8_rope_hadamard"}, "other keys"),
+        ("backbone", {"key_width": 7}, "other keys"),
+        ("backbone", {"rope": Rope(dims=8, theta=1e4, positions=64)}, "other RoPE"),
+    ],
+)
+def test_traces_of_something_else_are_refused(stores, tiny_recipe, section, changes, complaint):
+    manifest = stores[1].manifest
+    indexer = MemoryIndexer.from_spec(trainer_module._spec(stores[1], 0, tiny_recipe.indexer, tiny_recipe.train))
+    check_traces(indexer, stores[1])
+    changed = {"backbone": replace(manifest.backbone, **changes) if section == "backbone" else manifest.backbone}
+    changed["trace"] = manifest.trace.model_copy(update=changes) if section == "trace" else manifest.trace
+    with pytest.raises(InputError, match=complaint):
+        check_traces(indexer, TraceStore(stores[1].root, manifest.model_copy(update=changed)))
+
+
+def test_a_rope_that_ends_elsewhere_turns_the_same(pocket_traces, pocket_indexer):
+    rope = pocket_indexer.spec.rope
+    shorter = pocket_indexer.spec.model_copy(update={"rope": rope.model_copy(update={"positions": 1024})})
+    check_traces(MemoryIndexer.from_spec(shorter, device="cpu"), pocket_traces)

@@ -145,7 +145,7 @@ def test_the_published_models_layers_and_indexers(name, layers, top_k):
     assert backbone.info.full_layers == list(range(layers)) and backbone.info.context == 1 << 20
     assert [backbone.layers[ordinal] for ordinal in (10, 12, 20)] == [22, 26, 42]
     assert backbone.info.rope == V4_FLASH.rope and backbone.info.key_width == 128
-    assert IndexerOracle(layers, backbone.model.config.index_topk, 3).top_k == top_k
+    assert IndexerOracle(backbone.model.config.index_topk, 3).top_k == top_k
     trace = settings(layers=[10, 12, 20], chunking=Chunking(tokens=4, sink=0, recent=2))
     raw = backbone.trace(IDS, ROWS[-10:], trace)
     assert raw.keys[20].shape == (LENGTH // 4, 132) and raw.native[12, 0].query.shape == (64, 128)

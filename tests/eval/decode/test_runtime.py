@@ -169,13 +169,30 @@ def test_demand_above_the_cap_gets_what_the_cap_allows_or_full_attention(model, 
         (prompt(40), {"cache_implementation": "static"}, "cache_implementation"),
         (prompt(40), {"inputs_embeds": torch.zeros(1, 40, 32)}, "inputs_embeds"),
         (prompt(40), {"guidance_scale": 1.5}, "guidance_scale"),
-        (prompt(40), {"max_new_tokens": 5000}, "40 tokens .* make 5040, the backbone's context is"),
-        (prompt(40), {"max_length": 5000}, "make 5000"),
     ],
 )
 def test_what_generate_cannot_do_is_refused_by_name(model, indexer, ids, options, what):
     with pytest.raises(InputError, match=what):
         LSARuntime(indexer, model, selection=TENTH).generate(ids, **options)
+
+
+@pytest.mark.parametrize("where", ["options", "generation_config", "the model"])
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_length"])
+def test_the_context_is_never_left(model, indexer, monkeypatch, where, name):
+    runtime = LSARuntime(indexer, model, selection=TENTH)
+    context, ids = runtime.host.info.context, prompt(40)
+
+    def ask(tokens):
+        asked, options = {name: tokens - 40 if name == "max_new_tokens" else tokens}, {}
+        if where == "the model":
+            monkeypatch.setattr(model.generation_config, name, asked[name])
+        else:
+            options = asked if where == "options" else {"generation_config": GenerationConfig(**asked)}
+        return runtime.generate(ids, **options)
+
+    with pytest.raises(InputError, match=f"40 tokens and the new ones make up to {context + 1}, but the backbone's"):
+        ask(context + 1)
+    assert not runtime.windows and ask(45).shape[1] <= 45
 
 
 @one_family

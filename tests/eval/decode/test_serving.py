@@ -13,7 +13,7 @@ from eval.decode import level2
 from eval.decode.entries import EntryShape, encode_entries, entries_to_pages
 from eval.decode.pools import ColdPool, HotPool
 from eval.decode.residency import Residency, side_lane
-from eval.decode.select import densest_pages
+from eval.decode.select import Limits, densest_pages
 from indexer_train.selection import Budget
 
 LAYERS, WIDTH, HEADS, PAGES, MOST = 2, 32, 16, 12, 4
@@ -76,7 +76,13 @@ def test_pages_leave_and_return_and_the_output_is_that_of_the_same_set_in_full(l
                 + torch.randn(1, PAGES, generator=random).repeat_interleave(PAGE, dim=1)[:, :chunks]
             )
             position = torch.tensor([4 * chunks - 1])
-            wanted = densest_pages(scores, position, Chunking(tokens=4, sink=1, recent=8), Budget(budget=0.1), MOST)
+            wanted = densest_pages(
+                scores,
+                position,
+                Chunking(tokens=4, sink=1, recent=8),
+                Budget(budget=0.1),
+                Limits(cap=MOST, unit="pages"),
+            )
             residency.refresh(wanted.row(0).numpy())
         row = chunks % PAGE
         for layer in range(LAYERS):
