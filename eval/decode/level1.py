@@ -1,14 +1,14 @@
 """Level 1: score a history's chunks with the memory indexer and say which must be resident for the next tau tokens.
 
-Needs keys and hidden states, no model: a serving engine calls it with its own key pool.
+Needs keys and hidden states, no model and no Hugging Face: a serving engine calls it with its own key pool.
 
-    level1 = open_level1(load_bundle(folder), Limits(cap=24_576))
+    level1 = open_level1(load_scorer(folder), Limits(cap=24_576))
     queries = level1.queries(hidden, positions)  # hidden [B, L, hidden]: what the indexer's layers read
     resident = level1.resident(queries, PagedKeys(pages, table))
 """
 
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Literal, Protocol, Self, get_args
 
 import torch
 
@@ -17,13 +17,27 @@ from data_gen.key_codec import PAGE, SCALE_BYTES, pages_to_rows, rows_to_pages
 from data_gen.keys import key_vectors
 from eval.decode.kernels.device import lacks
 from eval.decode.select import Limits, Resident, densest_pages, resident_chunks
-from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.scoring import join_layers
 from indexer_train.selection import Budget, Threshold
+from indexer_train.spec import IndexerSpec
 
 Backend = Literal["auto", "torch", "triton", "triton-fp8"]
 TILE = 8192
 """Chunks decoded and scored at once: the keys of three layers of 128 take 12 MiB in fp32."""
+
+
+class Indexer(Protocol):
+    """A bundle's weights: a `Scorer` (indexer_train/scorer.py), or a MemoryIndexer around one."""
+
+    @property
+    def spec(self) -> IndexerSpec: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def pack(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor: ...
+
+    def layer_logits(self, queries: torch.Tensor, keys: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class Level1:
     the bundle says.
     """
 
-    def __init__(self, indexer: MemoryIndexer, limits: Limits, selection: Budget | Threshold | None = None) -> None:
+    def __init__(self, indexer: Indexer, limits: Limits, selection: Budget | Threshold | None = None) -> None:
         limits.check(indexer.spec.chunking)
         self.indexer = indexer
         self.limits = limits
@@ -69,8 +83,7 @@ class Level1:
     def queries(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Input of the attention blocks [B, L, hidden] at `positions` [B] -> packed queries [B, L size + 1] fp32."""
         device = self.indexer.device
-        features = {"input_features": hidden.to(device), "positions": positions.to(device)}
-        return self.indexer.query_encoder(features)["sentence_embedding"].float()
+        return self.indexer.pack(hidden.to(device), positions.to(device)).float()
 
     @torch.no_grad()
     def scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
@@ -102,7 +115,7 @@ class Level1:
 
 
 def open_level1(
-    indexer: MemoryIndexer,
+    indexer: Indexer,
     limits: Limits,
     selection: Budget | Threshold | None = None,
     backend: Backend = "auto",

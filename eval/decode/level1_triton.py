@@ -10,10 +10,10 @@ from data_gen.key_codec import PAGE
 from eval.decode.kernels.device import check_fp8
 from eval.decode.kernels.level1 import score_kernel
 from eval.decode.kernels.limits import SCRATCH, STEPS, limit_kernel
-from eval.decode.level1 import Level1, PagedKeys, check_keys
+from eval.decode.level1 import Indexer, Level1, PagedKeys, check_keys
 from eval.decode.select import Limits, Resident
-from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, Threshold
+from indexer_train.spec import IndexerSpec
 
 PROGRAMS_AN_SM = {False: 3, True: 2}
 """What fits, without and with fp8 queries, which take more registers: all share an SM's 65,536 (`registers`)."""
@@ -52,7 +52,7 @@ class TritonLevel1(Level1):
 
     def __init__(
         self,
-        indexer: MemoryIndexer,
+        indexer: Indexer,
         limits: Limits,
         selection: Budget | Threshold | None = None,
         fp8: bool = False,

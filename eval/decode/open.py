@@ -7,7 +7,7 @@ from eval.decode.hosts.deepseek_v4 import DeepseekV4Host
 from eval.decode.hosts.deepseek_v4_session import CsaSession
 from eval.decode.hosts.dense import DenseHost
 from eval.decode.session import Session
-from indexer_train.model import IndexerSpec
+from indexer_train.spec import IndexerSpec
 
 
 def open_session(model: PreTrainedModel, spec: IndexerSpec) -> Session:

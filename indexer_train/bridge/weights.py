@@ -6,7 +6,7 @@ from typing import Self
 import torch
 
 from data_gen.errors import InputError
-from indexer_train.model import LayerEncoder
+from indexer_train.scorer import LayerEncoder
 
 
 @dataclass(frozen=True)
