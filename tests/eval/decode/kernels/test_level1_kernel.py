@@ -29,6 +29,7 @@ from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
 from tests.eval.decode.kernels.aot import compile_sm90
 from tests.eval.decode.kernels.interpreter import compiled_only, in_interpreter, run_interpreted
+from tests.eval.decode.kernels.speed import speed
 
 
 def make_indexer(
@@ -214,7 +215,6 @@ def test_limits_without_spills(budget):
 
 
 SIZES = [262_144, 65_536, 16_384]
-HBM_TERABYTES = {"H100": 3.35, "H200": 4.8}
 
 
 @pytest.fixture(scope="module")
@@ -253,12 +253,10 @@ def test_on_the_gpu(pool, chunks, fp8):
     micros = per_call(kernel, queries, pages, tables)
     with_cap = per_call(capped, queries, pages, tables)
     read = chunks * 3 * 132
-    limit = next((bytes_ for name, bytes_ in HBM_TERABYTES.items() if name in torch.cuda.get_device_name()), None)
-    share = f", {read / micros / limit / 1e4:.0f} % of {limit} TB/s" if limit else ""
     jaccard = len(exact & found) / len(exact | found)
     print(
-        f"\nLevel 1, {chunks} chunks, {'fp8' if fp8 else 'fp16'}: {micros:.1f} us with selection "
-        f"({read / micros / 1e3:.0f} GB/s{share}), {with_cap:.1f} us when the cap bites; Jaccard to fp32 {jaccard:.4f}"
+        f"\nLevel 1, {chunks} chunks, {'fp8' if fp8 else 'fp16'}, with selection: {speed(micros, read)}; "
+        f"{with_cap:.1f} us when the cap bites; Jaccard to fp32 {jaccard:.4f}"
     )
     assert jaccard > (0.9 if fp8 else 0.99)
 
