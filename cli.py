@@ -7,11 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-from tqdm import tqdm
-from typer.exceptions import TyperException
+try:
+    import typer
+    from tqdm import tqdm
+    from typer.exceptions import TyperException
 
-from data_gen.errors import InputError
+    from data_gen.errors import InputError
+except KeyboardInterrupt:  # before there is a parser to report it
+    print("lookahead: stopped; the same command continues", file=sys.stderr)
+    sys.exit(130)
 
 app = typer.Typer(
     add_completion=False,
@@ -363,6 +367,7 @@ def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
     from data_gen.backbones.load import adapter, load_backbone
     from data_gen.generate import generate as generate_traces
     from data_gen.generate import prepare
+    from data_gen.overlap import measure_overlap
 
     out.mkdir(parents=True, exist_ok=True)  # an unwritable folder is found before the model is loaded
     model, tokenizer = load_backbone(recipe.backbone)
@@ -370,6 +375,8 @@ def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
     splits = ("train", "heldout")
     for split in splits:  # what is wrong with either side is found before hours of tracing
         prepare(backbone, tokenizer, recipe.documents, recipe.trace, split)
+    if (overlap := measure_overlap(recipe.documents)).sharing:
+        _complain(f"warning: {overlap}; recall there is not of unseen text alone")
     for split in splits:
         store = generate_traces(backbone, tokenizer, recipe.documents, recipe.trace, split, out / split, _progress)
         typer.echo(f"{split}: {len(store.paths())} documents in {store.root}")

@@ -28,13 +28,15 @@ class BackboneConfig(Strict):
 class DocumentsConfig(Strict):
     """Where text comes from and what documents are made of it.
 
-    source: `builtin` (CPython's language reference, then its library's docstrings), a folder, a .jsonl or .parquet
-    file, or a `datasets` name.
+    source: `builtin` (CPython's language reference, then its library's docstrings), `stdlib` (the source code of its
+    library), a folder, a .jsonl or .parquet file, or a `datasets` name.
     tokens: shortest and longest document; lengths are drawn between them.
     train, heldout: how many documents of each task (see data_gen/tasks.py; `text` is plain text).
     keys: needles with other keys beside the asked one (multi_key); values: values of one key (multi_value).
     thinking: whether chat templates that can (Qwen3 ...) let the model think before it answers.
     turns: which of a chat's answers are traced: the `last` one or `all`.
+    heldout_share: of the source's documents, for the held-out side of packed text; None: as many as it has of all
+    documents asked for. A share that is said stays the same when their numbers change.
     """
 
     source: str = "builtin"
@@ -46,6 +48,7 @@ class DocumentsConfig(Strict):
     values: PositiveInt = 2
     thinking: bool = False
     turns: Literal["last", "all"] = "last"
+    heldout_share: float | None = Field(None, gt=0, lt=1)
     seed: int = 0
 
     @model_validator(mode="after")

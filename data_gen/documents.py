@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from data_gen.chat import conversation, located
 from data_gen.chunks import Chunking
 from data_gen.config import DocumentsConfig, TraceConfig
 from data_gen.errors import InputError
@@ -70,14 +71,14 @@ class _Builder:
     ) -> None:
         self.config, self.trace, self.tokenizer, self.context, self.split = config, trace, tokenizer, context, split
         whole = {side: sum(tasks.get(task, 0) for task in WHOLE) for side, tasks in counts.items()}
-        raw = read_source(config.source, config.text_field)
         self.whole: Iterator[RawDocument] = iter(())
         if any(whole.values()):
             if any(count for tasks in counts.values() for task, count in tasks.items() if task not in WHOLE):
                 raise InputError("documents: whole documents or chats and packed text need separate recipes")
             skip = whole["train"] if split == "heldout" else 0
-            self.whole = itertools.islice(_once(raw), skip, None)
+            self.whole = itertools.islice(whole_documents(config), skip, None)
         else:
+            raw = read_source(config.source, config.text_field)
             self.stream = _Stream(raw, heldout_share(config), tokenizer, split)
 
     def build(self, task: str, name: str) -> Document:
@@ -149,7 +150,10 @@ class _Builder:
         depth: float | None = None,
     ) -> Document:
         """A conversation of which the messages `turns` are traced, each with a few tokens before it."""
-        ids, places = located(self.tokenizer, messages, turns, self.config.thinking)
+        try:
+            ids, places = located(self.tokenizer, messages, turns, self.config.thinking)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
         spans: list[Span] = []
         positions: list[int] = []
         for prompt, end in places:
@@ -173,55 +177,20 @@ class _Builder:
         return document
 
 
-def conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], thinking: bool, prompt: bool = False
-) -> list[int]:
-    """Token ids of messages through the chat template, or one after the other where the model has none.
-
-    prompt: ends where the model's answer begins; thinking: whether templates that can let it think first.
-    """
-    if tokenizer.chat_template is None:
-        return list(itertools.chain(*_pieces(tokenizer, messages)))
-    # Templates that know no thinking ignore the word; of the others, some open every answer with a thought.
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=prompt, enable_thinking=thinking, return_dict=False
-    )
-
-
-def located(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], turns: list[int], thinking: bool
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a conversation, and where the messages `turns` begin and end in it.
-
-    Raises InputError for templates that write earlier turns otherwise once later ones follow.
-    """
-    if tokenizer.chat_template is None:
-        pieces = _pieces(tokenizer, messages)
-        ends = list(itertools.accumulate(map(len, pieces)))
-        return list(itertools.chain(*pieces)), [(ends[turn] - len(pieces[turn]), ends[turn]) for turn in turns]
-    ids, places = conversation(tokenizer, messages, thinking), []
-    for turn in turns:
-        prompt = conversation(tokenizer, messages[:turn], thinking, prompt=True)
-        if ids[: len(prompt)] != prompt:
-            raise InputError("the chat template rewrites earlier turns: answers cannot be located")
-        places.append((len(prompt), len(conversation(tokenizer, messages[: turn + 1], thinking))))
-    return ids, places
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[list[int]]:
-    """Message by message, so that no token spans two of them; special tokens in the first one only."""
-    pieces = [tokenizer(f"{message['content']}\n\n", verbose=False).input_ids for message in messages]
-    special = set(tokenizer.all_special_ids)
-    return [*pieces[:1], *([token for token in piece if token not in special] for piece in pieces[1:])]
-
-
 def heldout_share(config: DocumentsConfig) -> float:
     """The share of the source's documents that packed text of the held-out side is taken from."""
+    if config.heldout_share is not None:
+        return config.heldout_share
     packed = {
         side: sum(count for task, count in counts.items() if task not in WHOLE)
         for side, counts in (("train", config.train), ("heldout", config.heldout))
     }
     return packed["heldout"] / max(1, sum(packed.values()))
+
+
+def whole_documents(config: DocumentsConfig) -> Iterator[RawDocument]:
+    """The source's documents for the tasks of WHOLE: first those to train on, then the held-out ones."""
+    return _once(read_source(config.source, config.text_field))
 
 
 def _once(documents: Iterable[RawDocument]) -> Iterator[RawDocument]:

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import sysconfig
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def read_source(source: str, text_field: str) -> Iterator[RawDocument]:
     path = Path(source).expanduser()
     if source == "builtin":
         documents: Iterable[RawDocument] = _builtin()
+    elif source == "stdlib":
+        documents = _stdlib()
     elif path.is_dir():
         documents = _folder(path)
     elif path.suffix == ".jsonl":
@@ -58,6 +61,17 @@ def _builtin() -> Iterator[str]:
         docstrings = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
         if any(docstrings):
             yield "\n\n".join(filter(None, docstrings))
+
+
+def _stdlib() -> Iterator[str]:
+    """The source code of the interpreter's standard library, about 3 million tokens; its tests are left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(root.rglob("*.py")):
+        if not {"test", "tests", "site-packages", "dist-packages"} & set(file.relative_to(root).parts):
+            with tokenize.open(file) as code:
+                text = code.read()
+            if text.strip():  # many packages begin with an empty __init__.py
+                yield text
 
 
 def _folder(path: Path) -> Iterator[str]:

@@ -326,6 +326,29 @@ def test_ctrl_c_ends_with_130_and_the_same_command_continues(recipe, tmp_path, l
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in early.items())
 
 
+def test_ctrl_c_while_still_starting_is_clean_too(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(cli.__file__).parent}"}
+    done = subprocess.run([sys.executable, "-c", "import cli"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 130 and done.stderr == "lookahead: stopped; the same command continues\n"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_text_on_both_sides_is_warned_of(recipe, tmp_path, monkeypatch, lookahead, shared):
+    said = []
+    monkeypatch.setattr(cli, "_complain", said.append)
+    licence = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. "
+    for number in range(2):
+        text = f"Text number {number} is about something of its own. " * 8
+        (tmp_path / f"{number}.txt").write_text(f"{licence}\n\n{text}" if shared else text)
+    one = {"document": 1}
+    changed = edited(recipe, tmp_path, "documents", source=str(tmp_path), train=one, heldout=one)
+    assert lookahead("generate", changed, "--out", tmp_path / "out")[0] == 0
+    assert len(said) == shared
+    if shared:
+        assert said[0].startswith("warning: 1 of 1 held-out documents share paragraphs with training ones (20.8%")
+
+
 def test_benchmark_adds_to_results_and_continues(finished, recipe, tmp_path, lookahead):
     arguments = ("benchmark", finished / "bundle", "--out", tmp_path / "out", "--length", 500, "--task", "single")
     code, printed, line = lookahead(*arguments, "--recipe", recipe, "--examples", 2, "--budget", 0.1)

@@ -24,7 +24,10 @@ def resolve(path: str) -> str:
     if not path.startswith("package:"):
         return str(Path(path).expanduser()) if path.startswith("~") else path
     package, _, file = path.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a package that the name would lie in; no name at all
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"backbone {path}: the package {package} is not installed")
     return str(Path(spec.submodule_search_locations[0]) / file)

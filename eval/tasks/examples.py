@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from data_gen.documents import conversation
+from data_gen.chat import conversation
 
 
 @dataclass(frozen=True)

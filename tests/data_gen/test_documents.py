@@ -8,6 +8,7 @@ import pytest
 from data_gen.config import DocumentsConfig, TraceConfig
 from data_gen.documents import INSTRUCTION, build_documents
 from data_gen.errors import InputError
+from data_gen.sources import read_source
 from data_gen.tasks import KEYS, WORDINGS
 
 TRACE = TraceConfig(layers=[0], window=64, text_rows=128)
@@ -57,6 +58,22 @@ def test_no_two_documents_of_a_side_share_text(tokenizer):
             if len(key) > 200:  # not the questions, not a needle
                 assert owner.setdefault(key, document.name) == document.name
     assert len(owner) > 500
+
+
+def test_a_fixed_share_keeps_text_held_out_whatever_is_asked_for(tokenizer):
+    trained = build(config(heldout_share=0.4), tokenizer, "train")
+    other = build(config(heldout_share=0.4, tokens=(2600, 2600), heldout={"text": 9}), tokenizer, "heldout")
+    texts = [tokenizer.decode(document.tokens) for document in trained if document.task == "text"]
+    seen = set().union(*map(shingles, texts))
+    assert len(other) == 9
+    assert not any(seen & shingles(tokenizer.decode(document.tokens)) for document in other)
+
+
+def test_the_standard_library_is_a_source_without_its_tests():
+    texts = list(read_source("stdlib", "text"))
+    assert sum(map(len, texts)) > 8_000_000
+    assert any("class OrderedDict" in text for text in texts)
+    assert not any("class TestCommandLineArgs" in text for text in texts)  # test/test_unittest
 
 
 def test_thinking_is_up_to_the_recipe(tokenizer, tmp_path):
@@ -201,3 +218,13 @@ def test_a_missing_source_is_no_file_or_folder_first_of_all(tokenizer, tmp_path,
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"^documents \S+: no such file or folder"):
         build(config(source=source), tokenizer, "train")
+
+
+def test_a_template_that_refuses_the_messages_is_said_to(tokenizer, tmp_path):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": role, "content": "x" * 200} for role in ("user", "assistant")]}))
+    complaint = r"train-chat-0000: the model's chat template refuses the messages \(roles must alternate\)"
+    with pytest.raises(InputError, match=complaint):
+        build(config(source=str(path), train={"chat": 1}, heldout={}), strict, "train")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -21,8 +22,9 @@ SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 def test_shipped_recipes_are_valid_and_say_what_to_expect(name):
     assert load_recipe(name) == load_recipe(str(ROOT / "recipes" / f"{name}.yaml"))
     header = [line for line in (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
-    text = "\n".join(header).lower()
-    assert all(word in text for word in ("hardware", "time", "expect")), text
+    text = "\n".join(header)
+    assert "Hardware: " in text and "PENDING" not in text, text
+    assert all(re.search(rf"{word}.*\d", text, re.DOTALL) for word in ("[Tt]ime: ", "Expected")), text
 
 
 @pytest.mark.parametrize(

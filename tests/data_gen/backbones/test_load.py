@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_gen.backbones.load import load_backbone
+from data_gen.backbones.load import load_backbone, resolve
 from data_gen.config import BackboneConfig
 from data_gen.errors import InputError
 from tests.conftest import tiny_model
@@ -13,3 +13,9 @@ def test_only_deepseek_v4_is_laid_over_several_gpus(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"backbone\.spread: only the DeepSeek-V4 adapter"):
         load_backbone(BackboneConfig(path=str(tmp_path), spread=True))
+
+
+@pytest.mark.parametrize("package", ["nope", "nope.sub", "recipes.nope", "json.nope.sub", ""])
+def test_a_package_that_is_not_there_is_named(package):
+    with pytest.raises(InputError, match=f"backbone package:{package}/x: the package {package} is not installed"):
+        resolve(f"package:{package}/x")

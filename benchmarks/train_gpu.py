@@ -1,0 +1,126 @@
+"""Training speed on a GPU: samples per second, arithmetic per second, and how long the device waits for the host.
+
+    python -m benchmarks.train_gpu [--heads 128 --rank 2048 --chunks 16384 --steps 60] [--output train-gpu.json]
+
+Data as benchmarks/train.py writes it, of 16,384 chunks, in bf16: steps of the stock trainer as `lookahead train` runs
+them, in wall time between two waits for the device. Operations are counted by torch on one step (matrix products of
+forward and backward). Device time is the sum of its kernels over profiled steps; the rest of those steps' wall time is
+the host's. A CPU runs it too, in fp32 and without the device columns: that shows only that it works.
+"""
+
+import argparse
+import contextlib
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
+
+from benchmarks.train import BATCH, GOLDEN, LEARNING_RATE, NEGATIVES, write_store
+from data_gen.store import TraceStore
+from indexer_train.config import CandidatesConfig, IndexerConfig, TrainConfig
+from indexer_train.trainer import make_trainer
+
+WARM_UP, COUNTED, PROFILED = 8, 1, 8
+"""Steps before the clock starts, then those whose operations are counted, and after the timed ones those profiled."""
+
+
+class Clock(TrainerCallback):
+    """Counts, times and profiles steps, then stops the run before anything is saved. found: the figures."""
+
+    def __init__(self, steps: int) -> None:
+        self.cuda = torch.cuda.is_available()
+        self.begin = WARM_UP + COUNTED
+        self.end = self.begin + steps
+        self.flops = FlopCounterMode(display=False)
+        self.profiler = profile(activities=[ProfilerActivity.CUDA]) if self.cuda else contextlib.nullcontext()
+        self.found: dict[str, float] = {}
+
+    def now(self) -> float:
+        """Seconds, once the device has done all it was given."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == WARM_UP:
+            self.flops.__enter__()
+        elif state.global_step == self.begin:
+            self.flops.__exit__(None, None, None)
+            self.found["flop_a_step"] = self.flops.get_total_flops() / COUNTED
+            self.found["start"] = self.now()
+        elif state.global_step == self.end:
+            seconds = self.now() - self.found.pop("start")
+            self.found["seconds_a_step"] = seconds / (self.end - self.begin)
+            self.profiler.__enter__()
+            self.found["start"] = self.now()
+        elif state.global_step == self.end + PROFILED:
+            seconds = self.now() - self.found.pop("start")
+            self.profiler.__exit__(None, None, None)
+            if self.cuda:
+                events = [e for e in self.profiler.events() if e.device_type == DeviceType.CUDA]
+                busy = sum(event.device_time for event in events) / 1e6
+                self.found |= {"device_seconds_a_step": busy / PROFILED, "profiled_seconds_a_step": seconds / PROFILED}
+            raise KeyboardInterrupt
+
+
+def measure(folder: Path, heads: int, rank: int, steps: int) -> dict[str, float]:
+    """The figures of one run on the store in `folder`."""
+    store, cuda = TraceStore.open(folder / "store"), torch.cuda.is_available()
+    documents = len(store.paths()) - 1  # one is held back
+    epochs = -(-(WARM_UP + COUNTED + steps + PROFILED) // documents)
+    config = TrainConfig(
+        loss="focal",
+        candidates=CandidatesConfig(kind="sampled", negatives=NEGATIVES, common_weight=0.5),
+        epochs=epochs,
+        eval_epochs=epochs + 1,
+        windows_per_document=BATCH,
+        learning_rate=LEARNING_RATE,
+        golden=GOLDEN,
+        precision="bfloat16" if cuda else "float32",
+        validation_every=len(store.paths()),
+    )
+    shape = IndexerConfig(heads=heads, rank=rank, distance_bumps=0, scale=False, slot=False, join="max")
+    trainer, clock = make_trainer(store, shape, config, folder / "run"), Clock(steps)
+    trainer.add_callback(clock)
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train()
+    found = clock.found
+    found["samples_a_second"] = BATCH / found["seconds_a_step"]
+    found["tflop_a_second"] = found["flop_a_step"] / found["seconds_a_step"] / 1e12
+    if cuda:
+        # Profiling slows the host, not the kernels: their time is set against steps that nobody watched.
+        found["host_share"] = max(0.0, 1 - found["device_seconds_a_step"] / found["seconds_a_step"])
+        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
+
+
+def main() -> None:
+    """Write the documents, train on them, print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=2048)
+    parser.add_argument("--chunks", type=int, default=16_384)
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        data = write_store(Path(name) / "data", arguments.documents, arguments.chunks)
+        found = measure(data, arguments.heads, arguments.rank, arguments.steps)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{device}, torch {torch.__version__}, H {arguments.heads}, R {arguments.rank}, N {arguments.chunks}")
+    for figure, value in found.items():
+        print(f"{figure}: {value:.4g}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"device": device, **vars(arguments), **found}, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()
