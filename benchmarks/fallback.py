@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.timing import origin
 from data_gen.backbones.load import load_backbone, resolve
 from data_gen.config import BackboneConfig
 from data_gen.store import write_atomically
@@ -159,7 +160,7 @@ def main() -> None:
     if arguments.output:
         found = {"bundle": indexer.spec.model_dump(mode="json", include={"chunking", "selections", "backbone"})}
         found |= {"length": arguments.length, "cap": arguments.cap, "rate": arguments.rate, "rows": rows}
-        found |= {"threshold": threshold.model_dump(mode="json")}
+        found |= {"threshold": threshold.model_dump(mode="json")} | origin(model.device)
         write_atomically(arguments.output, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
 
 
