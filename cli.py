@@ -233,12 +233,21 @@ def decode(
     documents: Documents = None,
     prompt: Annotated[Path | None, typer.Option(help="Continue this text instead: prints it, OUT/trace.json.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write behind the prompt.")] = 128,
+    cap: Annotated[int | None, typer.Option(min=1, help="Most resident chunks behind the prompt; else any.")] = None,
+    fallback: Annotated[bool, typer.Option(help="Full attention for windows that ask for more than --cap.")] = False,
+    budget: Annotated[float | None, typer.Option(min=0.001, max=1, help="Share kept; else the bundle's rule.")] = None,
 ) -> None:
     """Decode held-out documents with full attention and under every policy: adds to OUT/results.json."""
+    if prompt is None and (cap is not None or fallback or budget is not None):
+        raise InputError("--cap, --fallback and --budget say how a --prompt is continued; add one or leave them out")
+    if prompt is not None and documents is not None:
+        raise InputError("--documents and --prompt: decode documents, or continue one text; leave one of them out")
+    if fallback and cap is None:
+        raise InputError("--fallback needs --cap: without one no window asks for too much")
     if prompt is None:
         _decode(_recipe(recipe, backbone, documents), bundle, out)
     else:
-        _continue(_recipe(recipe, backbone), bundle, prompt, new_tokens, out)
+        _continue(_recipe(recipe, backbone), bundle, prompt, new_tokens, out, cap, fallback, budget)
 
 
 @app.command()
@@ -438,10 +447,16 @@ def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None
     typer.echo(f"{decode_table(found)}\nresults: {results}\n{plot}report: {page}\n{decode_summary(found)}")
 
 
-def _continue(recipe: Any, bundle: Path, prompt: Path, new_tokens: int, out: Path) -> None:
+def _continue(
+    recipe: Any, bundle: Path, prompt: Path, new_tokens: int, out: Path, cap: int | None, fallback: bool,
+    budget: float | None,
+) -> None:  # fmt: skip
     from data_gen.backbones.load import load_backbone
+    from eval.decode.fallback import Fallback
     from eval.decode.runtime import LSARuntime
+    from eval.decode.select import Limits
     from indexer_train.bridge.bundle import load_bundle
+    from indexer_train.selection import Budget
 
     try:
         text = prompt.read_text(encoding="utf-8")
@@ -449,7 +464,13 @@ def _continue(recipe: Any, bundle: Path, prompt: Path, new_tokens: int, out: Pat
         raise InputError(f"--prompt {prompt}: not a text file that can be read ({error})") from error
     indexer = load_bundle(bundle)
     model, tokenizer = load_backbone(recipe.backbone)
-    runtime = LSARuntime(indexer, model)
+    runtime = LSARuntime(
+        indexer,
+        model,
+        limits=None if cap is None else Limits(cap=cap),
+        selection=None if budget is None else Budget(budget=budget),
+        fallback=Fallback() if fallback else None,
+    )
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids.to(model.device)
     answer = runtime.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
     out.mkdir(parents=True, exist_ok=True)

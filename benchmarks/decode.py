@@ -2,15 +2,18 @@
 
     python -m benchmarks.decode [--output decode.json] [--toy]
 
-On a CUDA machine: DeepSeek-V4-Flash's sizes, the Triton kernels, under four minutes. Without one, or with --toy: small
-sizes; on a CPU the torch backends. Each stage is compared with its reference before it is timed; one that is wrong or
-breaks is named, the others go on, and the exit status is 1. `limit` is the time in which the hardware moves the stage's
-bytes once: device memory by the maker's figure (or a measured copy), the host link by one large measured copy. Kernels
-are timed inside CUDA graphs, on data that may lie in the L2 cache; fetches and the planner as a caller sees them.
+On a CUDA machine: DeepSeek-V4-Flash's sizes, the Triton kernels (torch where Triton is missing or the GPU is older than
+fp8), under four minutes. Without one, or with --toy: small sizes; on a CPU the torch backends. Each stage is compared
+with its reference before it is timed; one that is wrong or breaks is named, the others go on, and the exit status is 1.
+`limit` is the time in which the hardware moves the stage's bytes once: device memory by the maker's figure (or a
+measured copy), the host link by one large measured copy; on a CPU what lies in its caches can beat both, and the share
+is left out. Kernels are timed inside CUDA graphs, on data that may lie in the L2 cache; fetches and the planner as a
+caller sees them.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ import torch
 
 from benchmarks.decode_levels import attention_rows, level1_rows, level2_rows, make_indexer, projection_rows
 from benchmarks.decode_move import fetch_rows, planner_rows
-from benchmarks.timing import Hardware, Row, hardware
+from benchmarks.timing import Hardware, Row, check_output, hardware, origin
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def stages(device: torch.device, sizes: Sizes, machine: Hardware) -> dict[str, I
 
 def measure(device: torch.device, sizes: Sizes, output: Path | None) -> list[str]:
     """Print all rows, and keep them in `output` as they come; returns what failed."""
+    started = time.perf_counter()
     machine = hardware(device, sizes.copy_bytes)
     print(f"memory {machine.source}; host link {machine.link / 1e3:.1f} GB/s, measured; torch {torch.__version__}")
     print("| stage | backend | time | rate | limit | of limit |\n|---|---|---|---|---|---|")
@@ -70,7 +74,8 @@ def measure(device: torch.device, sizes: Sizes, output: Path | None) -> list[str
         except Exception as error:  # a kernel that does not even compile costs its own rows only
             failed.append(f"{name}: {type(error).__name__}: {error}")
         if output:
-            report = {"machine": asdict(machine), "sizes": asdict(sizes), "rows": done, "failed": failed}
+            report = origin(device) | {"wall_seconds": round(time.perf_counter() - started, 1)}
+            report |= {"machine": asdict(machine), "sizes": asdict(sizes), "rows": done, "failed": failed}
             output.write_text(json.dumps(report, indent=1) + "\n")
     return failed
 
@@ -82,6 +87,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    if args.output:
+        check_output(args.output)
     failed = measure(device, TOY if args.toy or device.type == "cpu" else Sizes(), args.output)
     if failed:
         raise SystemExit("\n".join(failed))

@@ -11,6 +11,7 @@ from data_gen.key_codec import encode_keys, rows_to_pages
 from data_gen.rope import Rope
 from eval.decode import level2
 from eval.decode.entries import V4, encode_entries, entries_to_pages
+from eval.decode.kernels.device import lacks
 from eval.decode.level1 import Level1, PagedKeys
 from eval.decode.select import Limits
 from indexer_train.config import IndexerConfig
@@ -69,7 +70,7 @@ def level1_rows(
             rule = Threshold(cuts=[Cut(score=float(cut))])
             reference = Level1(indexer, Limits(cap=cap), rule)
             backends: dict[str, Level1] = {"torch": reference}
-            if device.type == "cuda":
+            if not lacks(device):
                 from eval.decode.level1_triton import TritonLevel1
 
                 backends = {
@@ -81,7 +82,7 @@ def level1_rows(
             for name, backend in backends.items():
                 alike = _alike(backend.resident(queries, keys).ids, expected.ids)
                 require(alike > (0.7 if name.endswith("fp8") else 0.98), f"Level 1 by {name}: Jaccard {alike:.3f}")
-                us = microseconds(partial(backend.resident, queries, keys), device, graph=device.type == "cuda")
+                us = microseconds(partial(backend.resident, queries, keys), device, graph=backend is not reference)
                 stage = f"Level-1 score + select, N {chunks}, H {spec.shape.heads}, {LAYERS} layers, B {batch}"
                 yield Row(stage, f"{name} (Jaccard {alike:.3f})", us, moved, moved / machine.memory)
 
@@ -107,9 +108,9 @@ def level2_rows(device: torch.device, machine: Hardware, resident: int, heads: i
     slots = torch.randperm(resident, dtype=torch.int32, device=device)[None]
     scores = level2.score_resident(query, weights, pages, slots)
     chosen = level2.select_resident(scores, slots, k)
-    on_device = device.type == "cuda"
+    in_triton = not lacks(device)
     name, score, select = "torch", level2.score_resident, level2.select_resident
-    if on_device:
+    if in_triton:
         from eval.decode.kernels.score import score_resident
         from eval.decode.kernels.topk import select_resident
 
@@ -118,13 +119,13 @@ def level2_rows(device: torch.device, machine: Hardware, resident: int, heads: i
         require(torch.allclose(found, scores, atol=2e-3 * float(scores.abs().max()), rtol=0), "Level-2 score")
         found = select(scores, slots, k)
         require(set(found[0].tolist()) == set(chosen[0].tolist()), "Level-2 selection")
-    us = microseconds(partial(score, query, weights, pages, slots), device, graph=on_device)
+    us = microseconds(partial(score, query, weights, pages, slots), device, graph=in_triton)
     moved = resident * (KEY + 8)
     yield Row(f"Level-2 score, {resident} resident, H {heads}", name, us, moved, moved / machine.memory)
     stage, moved = f"Level-2 top {k} of {resident}", resident * 4
-    us = microseconds(partial(select, scores, slots, k), device, graph=on_device)
+    us = microseconds(partial(select, scores, slots, k), device, graph=in_triton)
     yield Row(stage, name, us, moved, moved / machine.memory)
-    us = microseconds(partial(torch.topk, scores, k), device, graph=on_device)
+    us = microseconds(partial(torch.topk, scores, k), device, graph=device.type == "cuda")
     yield Row(stage, "torch.topk", us, moved, moved / machine.memory)
 
 
@@ -141,13 +142,13 @@ def attention_rows(
         query = _random(device, batch, heads, V4.width).bfloat16()
         arguments = (query, pages, chosen, near, recent, _random(device, heads), V4.width**-0.5)
         name, attend = "torch", level2.attend
-        if device.type == "cuda":
+        if not lacks(device):
             from eval.decode.kernels.sparse_attention import attend
 
             name, expected = "triton", level2.attend(*arguments)
             error = float((attend(*arguments) - expected).abs().max() / expected.abs().max())
             require(error < 0.02, f"sparse attention: relative error {error:.3f}")
-        us = microseconds(partial(attend, *arguments), device, graph=device.type == "cuda")
+        us = microseconds(partial(attend, *arguments), device, graph=name == "triton")
         moved = batch * (k + window) * V4.bytes
         stage = f"sparse MQA, {k + window} entries, H {heads}, B {batch}"
         yield Row(stage, name, us, moved, moved / machine.memory)

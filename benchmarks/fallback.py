@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_gen.backbones.load import load_backbone
+from benchmarks.timing import origin
+from data_gen.backbones.load import load_backbone, resolve
 from data_gen.config import BackboneConfig
 from data_gen.store import write_atomically
 from eval.decode.check import wilson
@@ -39,12 +40,12 @@ from recipes.pocket_v4.tasks import Document, solved, test_documents
 from recipes.pocket_v4.words import build_lexicon
 
 DENSE, SPARSE = "copy", "multi_key"
-POCKET = Path("recipes/pocket_v4")
+POCKET = "package:recipes/pocket_v4"
 
 
 def questions(length: int, count: int, seed: str) -> list[Document]:
     """`count` texts of `length` tokens, a dense and a sparse question on each."""
-    config, rng = load_config(POCKET / "config.yaml"), Random(seed)
+    config, rng = load_config(Path(resolve(f"{POCKET}/config.yaml"))), Random(seed)
     lexicon, others = build_lexicon(config.vocabulary), min(config.evaluation.distractors, length // 64)
     return [each for _ in range(count) for each in test_documents(lexicon, [DENSE, SPARSE], length, others, rng)]
 
@@ -144,23 +145,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--count", type=int, default=20, help="texts; as many others calibrate")
-    parser.add_argument("--cap", type=int, default=8, help="resident chunks beside the protected ones")
+    parser.add_argument("--count", type=int, default=16, help="texts; as many others calibrate")
+    parser.add_argument("--cap", type=int, default=16, help="resident chunks, the protected included")
     parser.add_argument("--rate", type=float, default=0.1, help="share of sparse questions that may fall back")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    model, tokenizer = load_backbone(BackboneConfig(path=str(POCKET / "model")))
+    model, tokenizer = load_backbone(BackboneConfig(path=f"{POCKET}/model"))
     indexer = load_bundle(arguments.bundle)
-    cap = arguments.cap + indexer.spec.chunking.sink + indexer.spec.chunking.recent
     others = [each for each in questions(arguments.length, arguments.count, "calibration") if each.task == SPARSE]
-    threshold = separating_threshold(model, tokenizer, indexer, others, cap, arguments.rate)
+    threshold = separating_threshold(model, tokenizer, indexer, others, arguments.cap, arguments.rate)
     asked = questions(arguments.length, arguments.count, "asked")
-    rows = measure(model, tokenizer, indexer, asked, cap, threshold)
-    print(f"{arguments.length} tokens, cap {cap} chunks, {threshold}\n{as_table(rows)}")
+    rows = measure(model, tokenizer, indexer, asked, arguments.cap, threshold)
+    print(f"{arguments.length} tokens, cap {arguments.cap} chunks, {threshold}\n{as_table(rows)}")
     if arguments.output:
         found = {"bundle": indexer.spec.model_dump(mode="json", include={"chunking", "selections", "backbone"})}
-        found |= {"length": arguments.length, "cap": cap, "rate": arguments.rate, "rows": rows}
-        found |= {"threshold": threshold.model_dump(mode="json")}
+        found |= {"length": arguments.length, "cap": arguments.cap, "rate": arguments.rate, "rows": rows}
+        found |= {"threshold": threshold.model_dump(mode="json")} | origin(model.device)
         write_atomically(arguments.output, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
 
 

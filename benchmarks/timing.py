@@ -1,9 +1,13 @@
-"""Times on the device at hand, and what that device could do at best."""
+"""Times on the device at hand, what that device could do at best, and where figures come from."""
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,12 +37,13 @@ class Row:
     limit_us: float | None = None
 
     def line(self) -> str:
-        """As a row of a Markdown table."""
+        """As a row of a Markdown table; no share of a limit that the hardware's caches beat."""
         start = f"| {self.stage} | {self.backend} | {self.us:.1f} us |"
         if self.bytes is None:
             return f"{start} - | - | - |"
         rate = self.bytes / self.us / 1e3
-        return f"{start} {rate:.1f} GB/s | {self.limit_us:.1f} us | {self.limit_us / self.us:.0%} |"
+        share = f"{self.limit_us / self.us:.0%}" if self.limit_us <= self.us else "-"
+        return f"{start} {rate:.1f} GB/s | {self.limit_us:.1f} us | {share} |"
 
 
 class WrongResultError(Exception):
@@ -49,6 +54,23 @@ def require(right: bool, what: str) -> None:
     """Raise WrongResultError unless `right`."""
     if not right:
         raise WrongResultError(what)
+
+
+def origin(device: torch.device) -> dict[str, Any]:
+    """What tells one file of figures from another: command, commit, device."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": found.stdout.strip() if found.returncode == 0 else None,  # None: no checkout
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+    }
+
+
+def check_output(path: Path) -> None:
+    """End with one line, before anything is measured, when figures could not be written there."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise SystemExit(f"--output {path}: {'a folder' if path.is_dir() else 'its folder is missing'}; name a file")
 
 
 def hardware(device: torch.device, copy_bytes: int) -> Hardware:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from indexer_train.model import IndexerSpec
+    from indexer_train.spec import IndexerSpec
 
 
 class Metric(BaseModel):

@@ -102,6 +102,18 @@ def test_a_prompt_is_continued_and_its_windows_are_traced(finished, recipe, tmp_
     assert code == 0 and f"{len(trace['windows'])} windows of {trace['tau']} tokens" in printed
     first = trace["windows"][0]
     assert first["position"] == 368 and first["chunks"] == 92 and 3 < first["resident"] < 92
+    assert lookahead("decode", recipe, *arguments, 4, "--budget", 0.05, "--cap", 6)[0] == 0
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert trace["selection"] == "the best 5.0% of the chunks" and trace["cap"] == trace["windows"][0]["resident"] == 6
+    for options, what in [
+        (("--budget", 0.05, "--cap", 6, "--fallback"), "fallback: the bundle serves a budget"),
+        (("--fallback",), "--fallback needs --cap"),
+        (("--documents", tmp_path), "leave one of them out"),
+    ]:
+        code, _, line = lookahead("decode", recipe, *arguments, 4, *options)
+        assert code == 2 and what in line
+    code, _, line = lookahead("decode", recipe, "--bundle", finished / "bundle", "--out", tmp_path, "--cap", 9)
+    assert code == 2 and "say how a --prompt is continued" in line
     prompt.write_bytes(b"\xff")
     code, _, line = lookahead("decode", recipe, *arguments, 40)
     assert code == 2 and "not a text file" in line

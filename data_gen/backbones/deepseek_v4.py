@@ -13,8 +13,9 @@ from data_gen.lightning import tiled_scores
 from data_gen.rope import Rope
 from data_gen.trace import BackboneInfo, NativeRow, RawTrace
 
-PIECE_TOKENS = 512
-"""Most tokens read at once."""
+PIECE_TOKENS, PIECE_TOKENS_CPU = 512, 192
+"""Most tokens read at once. Of the tokens x (tokens + window) scores of a sliding window tokens x window are used: on a
+CPU long pieces cost more by that than they save in calls."""
 PIECE_ELEMENTS, PIECE_ELEMENTS_CPU = 1 << 28, 1 << 22
 """Most scores, tokens x heads x keys, of one layer in one piece (1 GiB in fp32; 16 MiB on a CPU, whose allocator keeps
 freed blocks); the stock modules hold several such tensors at a time. Pieces shrink as the document grows."""
@@ -168,10 +169,10 @@ def piece_tokens(model: PreTrainedModel, length: int, sequences: int = 1) -> int
     """How many tokens to read at once behind `length` so that no layer holds more than PIECE_ELEMENTS scores."""
     config = model.config
     heads = max(config.num_attention_heads, config.index_n_heads)
-    chunks = (length + PIECE_TOKENS) // min(config.compress_rates.values())
-    keys = chunks + PIECE_TOKENS + config.sliding_window
-    elements = PIECE_ELEMENTS_CPU if model.device.type == "cpu" else PIECE_ELEMENTS
-    return max(1, min(PIECE_TOKENS, elements // (sequences * heads * keys)))
+    on_cpu = model.device.type == "cpu"
+    most, elements = (PIECE_TOKENS_CPU, PIECE_ELEMENTS_CPU) if on_cpu else (PIECE_TOKENS, PIECE_ELEMENTS)
+    keys = (length + most) // min(config.compress_rates.values()) + most + config.sliding_window
+    return max(1, min(most, elements // (sequences * heads * keys)))
 
 
 def _rope(model: PreTrainedModel, layer: int) -> Rope:

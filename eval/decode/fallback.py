@@ -12,8 +12,8 @@ from pydantic import ConfigDict, Field
 from data_gen.config import Strict
 from data_gen.errors import InputError
 from eval.decode.select import Resident
-from indexer_train.model import IndexerSpec
 from indexer_train.selection import Budget, Threshold
+from indexer_train.spec import IndexerSpec
 
 Served = Literal["demand", "cap", "full"]
 """How a window was served: with what was asked for, with the best that the cap allows, or with everything."""

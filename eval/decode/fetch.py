@@ -16,7 +16,7 @@ Move = Callable[[ColdPool, np.ndarray, HotPool, np.ndarray], None]
 def index_copy(cold: ColdPool, units: np.ndarray, hot: HotPool, slots: np.ndarray) -> None:
     """The reference: one indexed copy a segment, in words of eight bytes; waits for the device, if there is one."""
     target = hot.storage.view(torch.int64)
-    segment, row = np.divmod(np.asarray(units, dtype=np.int64), cold.segment_units)
+    segment, row = cold.locate(np.asarray(units, dtype=np.int64))
     for number in np.unique(segment):
         here = segment == number
         data = cold.segments[number].view(torch.int64).index_select(0, torch.from_numpy(row[here]))

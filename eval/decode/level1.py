@@ -1,27 +1,43 @@
 """Level 1: score a history's chunks with the memory indexer and say which must be resident for the next tau tokens.
 
-Needs keys and hidden states, no model: a serving engine calls it with its own key pool.
+Needs keys and hidden states, no model and no Hugging Face: a serving engine calls it with its own key pool.
 
-    level1 = open_level1(load_bundle(folder), Limits(cap=24_576))
+    level1 = open_level1(load_scorer(folder), Limits(cap=24_576))
     queries = level1.queries(hidden, positions)  # hidden [B, L, hidden]: what the indexer's layers read
     resident = level1.resident(queries, PagedKeys(pages, table))
 """
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Protocol, Self, get_args
 
 import torch
 
 from data_gen.errors import InputError
 from data_gen.key_codec import PAGE, SCALE_BYTES, pages_to_rows, rows_to_pages
 from data_gen.keys import key_vectors
+from eval.decode.kernels.device import lacks
 from eval.decode.select import Limits, Resident, densest_pages, resident_chunks
-from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.scoring import join_layers
 from indexer_train.selection import Budget, Threshold
+from indexer_train.spec import IndexerSpec
 
+Backend = Literal["auto", "torch", "triton", "triton-fp8"]
 TILE = 8192
 """Chunks decoded and scored at once: the keys of three layers of 128 take 12 MiB in fp32."""
+
+
+class Indexer(Protocol):
+    """A bundle's weights: a `Scorer` (indexer_train/scorer.py), or a MemoryIndexer around one."""
+
+    @property
+    def spec(self) -> IndexerSpec: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def pack(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor: ...
+
+    def layer_logits(self, queries: torch.Tensor, keys: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -53,10 +69,11 @@ class PagedKeys:
 class Level1:
     """The torch backend, on the CPU or a GPU: every term of a bundle's score, in tiles.
 
-    limits: floor and cap of the resident set; selection: how chunks are chosen, by default as the bundle says.
+    limits: floor and cap of the resident set, in chunks or in pages; selection: how chunks are chosen, by default as
+    the bundle says.
     """
 
-    def __init__(self, indexer: MemoryIndexer, limits: Limits, selection: Budget | Threshold | None = None) -> None:
+    def __init__(self, indexer: Indexer, limits: Limits, selection: Budget | Threshold | None = None) -> None:
         limits.check(indexer.spec.chunking)
         self.indexer = indexer
         self.limits = limits
@@ -66,8 +83,7 @@ class Level1:
     def queries(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Input of the attention blocks [B, L, hidden] at `positions` [B] -> packed queries [B, L size + 1] fp32."""
         device = self.indexer.device
-        features = {"input_features": hidden.to(device), "positions": positions.to(device)}
-        return self.indexer.query_encoder(features)["sentence_embedding"].float()
+        return self.indexer.pack(hidden.to(device), positions.to(device)).float()
 
     @torch.no_grad()
     def scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
@@ -92,40 +108,37 @@ class Level1:
         return scores
 
     def resident(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Resident:
-        """The chunks that must be resident, arguments as `scores`."""
-        spec = self.indexer.spec
-        positions = queries[:, -1].long()
-        return resident_chunks(self.scores(queries, keys), positions, spec.chunking, self.selection, self.limits)
-
-    def resident_pages(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor, most: int) -> Resident:
-        """Up to `most` pages in place of chunks: those of protected ones and the densest; arguments as `scores`."""
-        positions = queries[:, -1].long()
-        return densest_pages(self.scores(queries, keys), positions, self.indexer.spec.chunking, self.selection, most)
+        """The chunks (or pages, as the limits say) that must be resident, arguments as `scores`."""
+        choose = densest_pages if self.limits.unit == "pages" else resident_chunks
+        chunking, positions = self.indexer.spec.chunking, queries[:, -1].long()
+        return choose(self.scores(queries, keys), positions, chunking, self.selection, self.limits)
 
 
 def open_level1(
-    indexer: MemoryIndexer,
+    indexer: Indexer,
     limits: Limits,
     selection: Budget | Threshold | None = None,
-    backend: Literal["auto", "torch", "triton"] = "auto",
+    backend: Backend = "auto",
 ) -> Level1:
     """Level 1 on the indexer's device; `auto`: Triton on a GPU where it is installed and has all that the bundle needs.
 
-    Raises InputError when `triton` is asked for and is not installed, has no GPU, or lacks a term of the bundle.
+    triton-fp8 rounds queries to fp8 as well: faster, but the set comes out a little different, so only on request.
+    Raises InputError when Triton is asked for and is not installed, has no GPU of compute capability 8.9, or lacks a
+    term of the bundle.
     """
-    if backend == "torch" or (backend == "auto" and indexer.device.type != "cuda"):
+    if backend not in get_args(Backend):
+        raise InputError(f"backend: {backend} is none of {', '.join(get_args(Backend))}")
+    lacking = lacks(indexer.device)
+    if backend == "torch" or (backend == "auto" and lacking):
         return Level1(indexer, limits, selection)
-    try:
-        from eval.decode.level1_triton import TritonLevel1
+    if lacking:
+        raise InputError(f"backend: {backend} needs {lacking}; use the torch backend")
+    from eval.decode.level1_triton import TritonLevel1
 
-        return TritonLevel1(indexer, limits, selection)
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        if backend == "triton":
-            raise InputError("backend: triton is not installed; `pip install triton` or use torch") from error
+    try:
+        return TritonLevel1(indexer, limits, selection, fp8=backend == "triton-fp8")
     except InputError:
-        if backend == "triton":
+        if backend != "auto":
             raise
     return Level1(indexer, limits, selection)
 

@@ -7,19 +7,20 @@ import triton
 
 from data_gen.errors import InputError
 from data_gen.key_codec import PAGE
+from eval.decode.kernels.device import check_fp8
 from eval.decode.kernels.level1 import score_kernel
 from eval.decode.kernels.limits import SCRATCH, STEPS, limit_kernel
-from eval.decode.level1 import Level1, PagedKeys, check_keys
+from eval.decode.level1 import Indexer, Level1, PagedKeys, check_keys
 from eval.decode.select import Limits, Resident
-from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, Threshold
+from indexer_train.spec import IndexerSpec
 
 PROGRAMS_AN_SM = {False: 3, True: 2}
 """What fits, without and with fp8 queries, which take more registers: all share an SM's 65,536 (`registers`)."""
 STAGES = 6
 """Depth of the pipeline that gives two pages in flight: a page's address is loaded first."""
 LIMIT_PROGRAMS = 128
-"""Of the second launch, together: few enough to run at once on any part of a GPU that it may be given."""
+"""Of the second launch, together, at most."""
 LIMIT_TILE = 2048
 FOREVER = 2**31 - 1
 
@@ -45,12 +46,13 @@ class TritonLevel1(Level1):
     Every term and every join of a bundle is computed. `resident` returns buffers that the next call overwrites. They
     are kept for each shape of the page table: give it the width of the longest context once. Key bytes are not checked;
     a sequence whose table is too short for its position gets the count -1.
-    Raises InputError, by name, for what it lacks: keys that are no fp8 pages, heads or widths that are no power of two.
+    Raises InputError, by name, for what it lacks: keys that are no fp8 pages, heads or widths that are no power of two,
+    a GPU that is older than fp8.
     """
 
     def __init__(
         self,
-        indexer: MemoryIndexer,
+        indexer: Indexer,
         limits: Limits,
         selection: Budget | Threshold | None = None,
         fp8: bool = False,
@@ -59,7 +61,9 @@ class TritonLevel1(Level1):
         check_terms(indexer.spec)
         if indexer.device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise InputError("backend: triton needs a CUDA device; use the torch backend")
+        check_fp8(indexer.device)
         self.fp8 = fp8
+        self.cap = limits.cap * (PAGE if limits.unit == "pages" else 1)  # of chunks
         budget = isinstance(self.selection, Budget)
         cuts = [] if budget else self.selection.cuts
         device = indexer.device
@@ -77,7 +81,9 @@ class TritonLevel1(Level1):
         return scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= seen, -torch.inf)
 
     def resident(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Resident:
-        """As `Level1.resident`."""
+        """As `Level1.resident`; pages are counted by torch, from the kernel's scores."""
+        if self.limits.unit == "pages":
+            return super().resident(queries, keys)
         buffers = self._launch(queries, keys)
         return Resident(buffers.ids, buffers.counts, buffers.demand)
 
@@ -96,7 +102,7 @@ class TritonLevel1(Level1):
         score_kernel[(runs * layers, sequences)](
             queries, queries.stride(0), values, *values.stride()[:2], scales, *scales.stride()[:2], table, width,
             self.cut_ends, self.cut_scores, buffers.logits, buffers.scores, buffers.status, buffers.scratch,
-            buffers.ids, buffers.found, self.limits.cap, num_warps=4, maxnreg=registers(self.fp8),
+            buffers.ids, buffers.found, self.cap, num_warps=4, maxnreg=registers(self.fp8),
             **score_constants(spec, len(self.cut_ends), runs, self.fp8),
         )  # fmt: skip
         parts = buffers.shares.shape[1]
@@ -107,16 +113,16 @@ class TritonLevel1(Level1):
             limit_kernel[(parts, sequences)](
                 queries[:, -1], queries.stride(0), buffers.scores, width * PAGE, buffers.found, buffers.scratch,
                 buffers.shares, buffers.status, buffers.ids, buffers.counts, buffers.demand, self.budget,
-                self.limits.floor, self.limits.cap, FIRST=first, LAST=last, num_warps=8, **constants,
+                self.limits.floor, self.cap, FIRST=first, LAST=last, num_warps=8, **constants,
             )  # fmt: skip
         return buffers
 
     def _allocated(self, sequences: int, width: int) -> Buffers:
         if (sequences, width) not in self._buffers:
             device, layers = self.indexer.device, len(self.indexer.spec.layers)
-            processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+            processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 12
             runs = max(1, min(width, PROGRAMS_AN_SM[self.fp8] * processors // (layers * sequences)))
-            parts = max(1, min(LIMIT_PROGRAMS // sequences, width * PAGE // LIMIT_TILE))
+            parts = limit_programs(processors, sequences, width * PAGE)
             self._buffers[sequences, width] = Buffers(
                 logits=torch.empty(sequences, layers, width * PAGE, device=device),
                 scores=torch.empty(sequences, width * PAGE, device=device),
@@ -124,7 +130,7 @@ class TritonLevel1(Level1):
                 scratch=torch.empty(sequences, SCRATCH.value, dtype=torch.int32, device=device),
                 shares=torch.empty(sequences, parts, 2, dtype=torch.int32, device=device),
                 found=torch.empty(sequences, dtype=torch.int32, device=device),
-                ids=torch.empty(sequences, self.limits.cap, dtype=torch.int32, device=device),
+                ids=torch.empty(sequences, self.cap, dtype=torch.int32, device=device),
                 counts=torch.empty(sequences, dtype=torch.int32, device=device),
                 demand=torch.empty(sequences, dtype=torch.int32, device=device),
             )
@@ -172,6 +178,15 @@ def score_constants(spec: IndexerSpec, cuts: int, runs: int, fp8: bool) -> dict[
         "FP8": fp8,
         "STAGES": STAGES,
     }
+
+
+def limit_programs(processors: int, sequences: int, chunks: int) -> int:
+    """Programs of the second launch for each sequence.
+
+    They wait for one another, so all must run at once: together at most one a multiprocessor (which a MIG slice has
+    fewer of), or one a sequence, which waits for none.
+    """
+    return max(1, min(min(LIMIT_PROGRAMS, processors) // sequences, chunks // LIMIT_TILE))
 
 
 def limit_constants(spec: IndexerSpec, budget: bool, status: int, parts: int) -> dict[str, object]:

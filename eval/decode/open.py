@@ -7,7 +7,7 @@ from eval.decode.hosts.deepseek_v4 import DeepseekV4Host
 from eval.decode.hosts.deepseek_v4_session import CsaSession
 from eval.decode.hosts.dense import DenseHost
 from eval.decode.session import Session
-from indexer_train.model import IndexerSpec
+from indexer_train.spec import IndexerSpec
 
 
 def open_session(model: PreTrainedModel, spec: IndexerSpec) -> Session:
@@ -17,8 +17,8 @@ def open_session(model: PreTrainedModel, spec: IndexerSpec) -> Session:
     return Session(model, spec.chunking)
 
 
-def open_host(model: PreTrainedModel, spec: IndexerSpec) -> Host:
-    """A new batch of sequences of `model`, for an indexer of `spec`."""
+def open_host(model: PreTrainedModel, spec: IndexerSpec, pageable: bool | None = None) -> Host:
+    """A new batch of sequences of `model`, for an indexer of `spec`; pageable: as ColdPool's."""
     if model.config.model_type == "deepseek_v4":
-        return DeepseekV4Host(model, spec.layers)
-    return DenseHost(model, spec.chunking.tokens, spec.layers)
+        return DeepseekV4Host(model, spec.layers, pageable)
+    return DenseHost(model, spec.chunking.tokens, spec.layers, pageable)

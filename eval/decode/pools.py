@@ -11,6 +11,8 @@ from data_gen.errors import InputError
 
 ALIGNMENT = 16
 """Units start at multiples of this many bytes, so that they are read and written 16 bytes at a time."""
+FIRST_BYTES = 1 << 20
+"""The smallest segment, unless segments are smaller altogether."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class UnitLayout:
 class ColdPool:
     """Every unit of a sequence, numbered in order of arrival, in host memory.
 
-    Grows by whole segments: nothing that is there ever moves. Pinned (and then readable by the device itself) unless
-    `pageable`; None asks for pinned memory where there is a CUDA device. Raises InputError when the machine cannot
-    pin more.
+    Grows by whole segments, each as large as all before it up to `segment_bytes`: nothing that is there ever moves, and
+    a short history takes little. Pinned (and then readable by the device itself) unless `pageable`; None asks for
+    pinned memory where there is a CUDA device. Raises InputError when the machine cannot pin more.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class ColdPool:
     ) -> None:
         self.layout = UnitLayout(shape, dtype)
         self.pinned = torch.cuda.is_available() if pageable is None else not pageable
-        self.segment_units = max(1, segment_bytes // self.layout.stride)
+        self._most, self._least = (max(1, size // self.layout.stride) for size in (segment_bytes, FIRST_BYTES))
         self.segments: list[torch.Tensor] = []
+        self.starts: list[int] = []
+        """Each segment's first unit."""
         self.units = 0
 
     def append(self, data: torch.Tensor) -> None:
@@ -64,28 +68,38 @@ class ColdPool:
         self.check(data)
         self.reserve(data.shape[0])
         while data.shape[0]:
-            segment, row = divmod(self.units, self.segment_units)
-            count = min(data.shape[0], self.segment_units - row)
+            segment, row = self.locate(self.units)
+            count = min(data.shape[0], len(self.segments[segment]) - row)
             self.layout.view(self.segments[segment])[row : row + count].copy_(data[:count], non_blocking=self.pinned)
             self.units += count
             data = data[count:]
 
     def reserve(self, count: int) -> None:
         """Have memory for `count` more units, so that storing them neither waits nor fails."""
-        while len(self.segments) * self.segment_units < self.units + count:
-            self.segments.append(self._segment())
+        while (room := sum(map(len, self.segments))) < self.units + count:
+            wanted = max(self._least, room, self.units + count - room)
+            self.segments.append(self._segment(min(wanted, self._most)))
+            self.starts.append(room)
 
     def fork(self) -> "ColdPool":
         """A pool that goes on from the same units. Full segments serve both: their units must not be written again."""
         twin = copy.copy(self)
-        full, rest = divmod(self.units, self.segment_units)
-        twin.segments = self.segments[:full]
-        if rest:
+        full = sum(
+            start + len(segment) <= self.units for start, segment in zip(self.starts, self.segments, strict=True)
+        )
+        twin.segments, twin.starts = self.segments[:full], self.starts[:full]
+        if rest := self.units - sum(map(len, twin.segments)):
             if self.pinned:
                 torch.cuda.current_stream().synchronize()  # copies from the device may be under way
-            twin.segments.append(self._segment())
+            twin.segments.append(self._segment(len(self.segments[full])))
+            twin.starts.append(self.starts[full])
             twin.segments[full][:rest].copy_(self.segments[full][:rest])
         return twin
+
+    def locate(self, units: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """(segment, row in it) of units."""
+        segment = np.searchsorted(self.starts, units, side="right") - 1
+        return segment, units - np.asarray(self.starts, dtype=np.int64)[segment]
 
     def check(self, data: torch.Tensor) -> None:
         """Raise InputError unless these are units [n, *shape] of this pool's kind."""
@@ -97,7 +111,7 @@ class ColdPool:
 
     def storage(self, unit: int) -> torch.Tensor:
         """The bytes of one unit, [stride] uint8: the memory itself."""
-        segment, row = divmod(int(unit), self.segment_units)
+        segment, row = self.locate(int(unit))
         return self.segments[segment][row]
 
     def __getitem__(self, unit: int) -> torch.Tensor:
@@ -107,17 +121,17 @@ class ColdPool:
     def addresses(self, units: np.ndarray) -> torch.Tensor:
         """Where units start in host memory, [n] int64."""
         bases = np.array([segment.data_ptr() for segment in self.segments], dtype=np.int64)
-        segment, row = np.divmod(np.asarray(units, dtype=np.int64), self.segment_units)
+        segment, row = self.locate(np.asarray(units, dtype=np.int64))
         return torch.from_numpy(bases[segment] + row * self.layout.stride)
 
-    def _segment(self) -> torch.Tensor:
+    def _segment(self, units: int) -> torch.Tensor:
         try:
-            return torch.empty(self.segment_units, self.layout.stride, dtype=torch.uint8, pin_memory=self.pinned)
+            return torch.empty(units, self.layout.stride, dtype=torch.uint8, pin_memory=self.pinned)
         except RuntimeError as error:
             kind = "pinned host memory" if self.pinned else "host memory"
-            advice = "ask for pageable memory with ColdPool(..., pageable=True), or allow more (container, ulimit -l)"
+            advice = "ask for pageable memory (LSARuntime or ColdPool: pageable=True) or allow more (ulimit -l)"
             raise InputError(
-                f"no {self.segment_units * self.layout.stride / 2**20:.0f} MiB of {kind} beside the "
+                f"no {units * self.layout.stride / 2**20:.1f} MiB of {kind} beside the "
                 f"{len(self.segments)} segments there are ({str(error).splitlines()[0]}): "
                 + (advice if self.pinned else "keep shorter histories, or add memory")
             ) from error

@@ -1,4 +1,9 @@
-"""What is resident, window after window: pools, table, planner and fetch behind one object."""
+"""What is resident, window after window: pools, table, planner and fetch behind one object.
+
+For a serving engine, whose paged kernels read slots in any order, so that what stays resident never moves. The hosts of
+Hugging Face models keep their rows compact and in the order of chunks instead (hosts/resident.py), because stock
+attention reads contiguous tensors; they share the cold pool and the fetch with this, not the table.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -18,12 +18,35 @@ from data_gen.errors import InputError
 from data_gen.store import write_atomically
 from eval.decode.fallback import Fallback, Served, serve
 from eval.decode.hosts.resident import Move
-from eval.decode.level1 import PagedKeys, open_level1
+from eval.decode.level1 import Backend, PagedKeys, open_level1
 from eval.decode.open import open_host
 from eval.decode.select import Limits
 from indexer_train.bridge.bundle import load_bundle
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Threshold
+
+NOTHING = torch.empty(0, 0, dtype=torch.int64)
+"""No sequence, no token."""
+PLAIN: dict[str, tuple] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "use_cache": (True,),
+    "cache_implementation": ("hybrid",),  # in checkpoints of Gemma; transformers takes no notice of it
+    "guidance_scale": (1,),
+    "penalty_alpha": (0,),
+    "token_healing": (False,),
+    "use_mtp": (False,),
+    "past_key_values": (),
+    "inputs_embeds": (),
+    "custom_generate": (),
+    "assistant_model": (),
+    "assistant_early_exit": (),
+    "prompt_lookup_num_tokens": (),
+    "dola_layers": (),
+    "constraints": (),
+    "force_words_ids": (),
+}
+"""Options of `generate`, and the values beside None that they may have here."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +71,9 @@ class LSARuntime:
     """A model, its memory indexer, and the batch of sequences in their cache.
 
     limits: floor and cap of the resident set, by default no cap; selection: instead of the bundle's; fallback: what to
-    do with windows that ask for more than the cap. Raises InputError for a bundle of another model, a cap below the
-    protected chunks, a fallback without a threshold.
+    do with windows that ask for more than the cap; backend: of Level 1 (open_level1); pageable: True keeps the cold
+    side in pageable memory, for machines that cannot pin as much, and fetches get slower. Raises InputError for a
+    bundle of another model, a cap below the protected chunks, a fallback without a threshold.
     """
 
     def __init__(
@@ -59,15 +83,18 @@ class LSARuntime:
         limits: Limits | None = None,
         selection: Budget | Threshold | None = None,
         fallback: Fallback | None = None,
-        backend: Literal["auto", "torch", "triton"] = "auto",
+        backend: Backend = "auto",
+        pageable: bool | None = None,
     ) -> None:
         self.indexer, self.model, self.spec = indexer.to(model.device), model, indexer.spec
-        self.host = open_host(model, self.spec)
+        self.host = open_host(model, self.spec, pageable)
         if self.spec.backbone != self.host.info.fingerprint:
             raise InputError(
                 f"the bundle is for a backbone with fingerprint {self.spec.backbone}, "
                 f"this model has {self.host.info.fingerprint}"
             )
+        if limits is not None and limits.unit != "chunks":
+            raise InputError("limits: the runtime's hosts keep single chunks; count the cap in chunks")
         self.limits = limits or Limits(cap=-(-self.host.info.context // self.spec.chunking.tokens))
         self.level1 = open_level1(self.indexer, self.limits, selection, backend)
         if fallback is not None:
@@ -75,7 +102,7 @@ class LSARuntime:
         self.fallback = fallback
         self.windows: list[Window] = []
         self._moves: list[Move] = []  # since the newest window
-        self._read = torch.empty(0, 0, dtype=torch.int64)
+        self._read = NOTHING
 
     @classmethod
     def from_bundle(cls, bundle: str | Path, model: PreTrainedModel, **options: Any) -> Self:
@@ -86,7 +113,7 @@ class LSARuntime:
         """Forget all sequences and statistics."""
         self.host.cache.reset()
         self.windows, self._moves = [], []
-        self._read = torch.empty(0, 0, dtype=torch.int64)
+        self._read = NOTHING
 
     @torch.no_grad()
     def generate(
@@ -96,30 +123,22 @@ class LSARuntime:
 
         input_ids: [B, S], sequences of equal length. A call whose ids go on from what was read before, as a second turn
         does, reads only the new ones; any other starts anew. The prompt is read with full attention but for its last
-        token, so that every new token comes from sparse attention. Raises InputError for padding, for beams, and where
-        the prompt and the new tokens that may follow do not fit the model's context.
+        token, so that every new token comes from sparse attention. Raises InputError for what it does not do: padding,
+        beams, assisted decoding, another cache (`PLAIN`), more tokens than the model's context.
         """
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise InputError("padding: sequences of a batch must be of equal length; generate the others apart")
-        if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
-            raise InputError("beams and several answers a prompt are not supported; repeat the prompt in the batch")
-        if input_ids.shape[1] < 2:
-            raise InputError("the prompt must have at least two tokens: the resident set is fixed before its last one")
-        longest, context = _longest(self.model, input_ids.shape[1], options), self.host.info.context
-        if longest > context:
-            raise InputError(
-                f"{input_ids.shape[1]} tokens and the new ones make up to {longest}, but the backbone's context is "
-                f"{context}; ask for fewer (max_new_tokens) or shorten the prompt"
-            )
-        have = self._read.shape[1]
-        if not (self._read.shape[0] == len(input_ids) and torch.equal(self._read, input_ids[:, :have].cpu())):
+        self._check(input_ids, attention_mask, options)
+        read, self._read = self._read, NOTHING  # a turn that is broken off leaves nothing to go on from
+        have = self.host.position + 1
+        # Where all was read there is no token left to read sparsely, and none can be taken back.
+        goes_on = 0 < have < input_ids.shape[1] and torch.equal(read, input_ids[:, :have].cpu())
+        if not goes_on:
             self.reset()
             have = 0
         if have < input_ids.shape[1] - 1:
-            self._keep_everything()
+            self._keep_everything(len(input_ids))
             self.host.read(input_ids[:, have:-1])
         self.refresh()
-        criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), _Refresh(self)])
+        criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), _Refresh(self)])
         with self.host.attached():
             output = self.model.generate(
                 input_ids,
@@ -133,7 +152,9 @@ class LSARuntime:
         return output
 
     def refresh(self) -> Window:
-        """Fix the resident set of the next tau tokens from the newest token read."""
+        """Fix the resident set of the next tau tokens from the newest token read. Raises InputError before any is."""
+        if self.host.position < 0:
+            raise InputError("refresh: nothing was read yet; generate first")
         position, cap = self.host.position, self.limits.cap
         total = self.spec.chunking.visible(position)
         first, last = self.spec.chunking.candidates(position)
@@ -142,7 +163,7 @@ class LSARuntime:
         queries = self.level1.queries(hidden, positions)
         kept, served, demand = [], [], []
         for sequence, rows in enumerate(keys):
-            paged = PagedKeys.from_rows(rows) if rows.dtype == torch.uint8 else rows
+            paged = _paged(rows) if rows.dtype == torch.uint8 else rows
             resident = self.level1.resident(queries[sequence : sequence + 1], paged)
             chunks, how = serve(resident, 0, total, cap, total - (last - first), self.fallback)
             kept.append(chunks)
@@ -185,22 +206,49 @@ class LSARuntime:
             f"{fetched / 1e6:.2f} MB fetched, {full} windows under full attention"
         )
 
-    def _keep_everything(self) -> None:
+    def _check(self, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> None:
+        """Raise InputError, by name, for what would come out wrong or fail on the way."""
+        if ids.ndim != 2 or not len(ids):
+            raise InputError(f"input_ids: {list(ids.shape)} is no [sequences, tokens]; give one row a sequence")
+        if ids.shape[1] < 2:
+            raise InputError("the prompt must have at least two tokens: the resident set is fixed before its last one")
+        if mask is not None and mask.shape != ids.shape:
+            raise InputError(f"attention_mask: {list(mask.shape)}, but input_ids are {list(ids.shape)}; leave it out")
+        if mask is not None and not bool(mask.all()):
+            raise InputError("padding: sequences of a batch must be of equal length; generate the others apart")
+
+        def setting(name: str) -> Any:
+            configs = (options.get("generation_config"), self.model.generation_config)
+            found = (options.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in found if value is not None), None)
+
+        for name, allowed in PLAIN.items():
+            if (value := setting(name)) is not None and value not in allowed:
+                raise InputError(
+                    f"{name}: lookahead sparse attention writes one answer a prompt, greedy or sampled, from its own "
+                    f"cache; leave {name} out of the options and of the generation config"
+                )
+        new, longest = setting("max_new_tokens"), setting("max_length")
+        # Unasked it stops at the context by itself.
+        longest = ids.shape[1] + new if new is not None else longest or ids.shape[1]
+        if longest > self.host.info.context:
+            raise InputError(
+                f"{ids.shape[1]} tokens and the new ones make up to {longest}, but the backbone's context is "
+                f"{self.host.info.context}; ask for fewer (max_new_tokens) or shorten the prompt"
+            )
+
+    def _keep_everything(self, sequences: int) -> None:
         """Bring back all chunks: what the user says next is read with full attention."""
         if self.host.position >= 0:
             everything = torch.arange(self.spec.chunking.visible(self.host.position))
-            self._moves.append(self.host.keep([everything] * len(self._read)))
+            self._moves.append(self.host.keep([everything] * sequences))
 
 
-def _longest(model: PreTrainedModel, prompt: int, options: dict[str, Any]) -> int:
-    """Tokens that the model's `generate` may end with, its settings taken from where it takes them."""
-
-    def asked(name: str) -> int | None:
-        given = options.get(name), getattr(options.get("generation_config"), name, None)
-        return next((value for value in given if value is not None), getattr(model.generation_config, name))
-
-    new, length = asked("max_new_tokens"), asked("max_length")
-    return prompt + new if new is not None else length or prompt  # unasked it stops at the context by itself
+def _paged(rows: torch.Tensor) -> PagedKeys:
+    """Keys with a table of a power of two of pages: the Triton backend keeps buffers for every width it is given."""
+    keys = PagedKeys.from_rows(rows)
+    pages = keys.table.shape[1]
+    return PagedKeys(keys.pages, torch.nn.functional.pad(keys.table, (0, (1 << (pages - 1).bit_length()) - pages)))
 
 
 class _Refresh(StoppingCriteria):

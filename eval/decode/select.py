@@ -5,7 +5,7 @@ chunks, a floor, a hard cap (the hot pool's capacity), and whole pages for engin
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, model_validator
@@ -19,22 +19,36 @@ from indexer_train.selection import Budget, Threshold
 
 
 class Limits(Strict):
-    """Fewest and most resident chunks, the protected ones included; the cap is the capacity of the ids' rows."""
+    """Fewest and most resident units, the protected ones included; the cap is the capacity of the ids' rows.
+
+    unit: single chunks, or pages of 64 for engines that move nothing smaller: then the pages of protected chunks and
+    those in which the rule asks for most chunks are resident, and there is no floor, because beyond what is asked for
+    no page is better than another.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     floor: NonNegativeInt = 0
     cap: PositiveInt
+    unit: Literal["chunks", "pages"] = "chunks"
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.floor > self.cap:
             raise ValueError("floor must not exceed cap")
+        if self.floor and self.unit == "pages":
+            raise ValueError("floor: of pages there is none; leave it out")
         return self
 
     def check(self, chunking: Chunking) -> None:
-        """Raise InputError when the protected chunks alone exceed the cap."""
-        if self.cap < chunking.sink + chunking.recent:
+        """Raise InputError when the protected chunks alone, wherever they lie, exceed the cap."""
+        straddled = -(-(chunking.recent - 1) // PAGE) + 1 if chunking.recent else 0
+        if self.unit == "pages" and self.cap < (needed := -(-chunking.sink // PAGE) + straddled):
+            raise InputError(
+                f"cap: {self.cap} pages cannot hold the protected chunks (sink {chunking.sink}, recent "
+                f"{chunking.recent} can lie in {needed}); raise the cap or protect fewer"
+            )
+        if self.unit == "chunks" and self.cap < chunking.sink + chunking.recent:
             raise InputError(
                 f"cap: {self.cap} chunks cannot hold the {chunking.sink + chunking.recent} protected ones "
                 f"(sink {chunking.sink}, recent {chunking.recent}); raise the cap or protect fewer"
@@ -82,26 +96,24 @@ def resident_chunks(
 
 
 def densest_pages(
-    scores: torch.Tensor, positions: torch.Tensor, chunking: Chunking, selection: Budget | Threshold, most: int
+    scores: torch.Tensor,
+    positions: torch.Tensor,
+    chunking: Chunking,
+    selection: Budget | Threshold,
+    limits: Limits,
 ) -> Resident:
-    """The pages of protected chunks and, up to `most` in all, those in which the rule asks for most chunks.
+    """The pages of protected chunks and, up to the cap, those in which the rule asks for most chunks.
 
-    Arguments as `resident_chunks`; ids, counts and demand are of pages; ties go to the older page. Raises InputError
-    also when `most` pages cannot hold the protected chunks wherever they lie.
+    Arguments as `resident_chunks`; ids, counts, demand and the cap are of pages; ties go to the older page.
     """
-    straddled = -(-(chunking.recent - 1) // PAGE) + 1 if chunking.recent else 0
-    if most < (needed := -(-chunking.sink // PAGE) + straddled):
-        raise InputError(
-            f"pages: {most} cannot hold the protected chunks (sink {chunking.sink}, recent {chunking.recent} can lie "
-            f"in {needed}); allow more pages or protect fewer chunks"
-        )
+    limits.check(chunking)
     candidate, protected = _marks(scores, positions, chunking)
     chosen = selection.choose(scores, candidate, positions.to(scores.device), chunking)
     fixed = _by_page(protected) > 0
     density = _by_page(chosen).masked_fill(fixed, 0)
     asked = density > 0
-    best = select(density.float(), asked, most - fixed.sum(dim=1))
-    return _compact(best | fixed, most, asked.sum(dim=1))
+    best = select(density.float(), asked, limits.cap - fixed.sum(dim=1))
+    return _compact(best | fixed, limits.cap, asked.sum(dim=1))
 
 
 def _marks(scores: torch.Tensor, positions: torch.Tensor, chunking: Chunking) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,13 +1,13 @@
 """The bundle that a runtime loads: bundle.json beside indexer.safetensors.
 
-bundle.json: format, spec (indexer_train/model.py IndexerSpec: layers, tau, chunking, protection, selections, shape,
+bundle.json: format, spec (indexer_train/spec.py IndexerSpec: layers, tau, chunking, protection, selections, shape,
 key recipe, RoPE, backbone fingerprint) and the SHA-256 of both: the spec's canonical JSON, then the weights' file.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -16,7 +16,11 @@ from safetensors.torch import load_file, save_file
 from data_gen.damage import whole
 from data_gen.errors import InputError
 from data_gen.store import write_atomically
-from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.scorer import Scorer
+from indexer_train.spec import IndexerSpec
+
+if TYPE_CHECKING:
+    from indexer_train.model import MemoryIndexer
 
 WEIGHTS = "indexer.safetensors"
 HEADER = "bundle.json"
@@ -34,7 +38,7 @@ class Bundle(BaseModel):
     sha256: str
 
 
-def export_bundle(indexer: MemoryIndexer, folder: Path) -> Bundle:
+def export_bundle(indexer: "MemoryIndexer", folder: Path) -> Bundle:
     """Write a bundle; the JSON appears last, so a folder with one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / WEIGHTS
@@ -52,8 +56,18 @@ def _checksum(spec: dict[str, Any], weights: Path) -> str:
     return hashlib.sha256(canonical.encode() + weights.read_bytes()).hexdigest()
 
 
-def load_bundle(folder: Path) -> MemoryIndexer:
-    """The indexer of a bundle, on the best device. Raises InputError for a missing, damaged or foreign one."""
+def load_bundle(folder: Path) -> "MemoryIndexer":
+    """The indexer of a bundle, as training and evaluation use it; else as `load_scorer`."""
+    from indexer_train.model import MemoryIndexer  # brings sentence-transformers, which serving does without
+
+    scorer = load_scorer(folder)
+    indexer = MemoryIndexer.from_spec(scorer.spec, device="cpu")
+    indexer.query_encoder.load_state_dict(scorer.state_dict())
+    return indexer.to(scorer.device).eval()
+
+
+def load_scorer(folder: Path) -> Scorer:
+    """What Level 1 needs of a bundle, on the best device. Raises InputError for a missing, damaged or foreign one."""
     header, weights = folder / HEADER, folder / WEIGHTS
     if not header.exists() or not weights.exists():
         raise InputError(f"{folder}: no bundle there ({HEADER} and {WEIGHTS}); run `lookahead export` first")
@@ -66,6 +80,6 @@ def load_bundle(folder: Path) -> MemoryIndexer:
         bundle = Bundle.model_validate(content)
     if _checksum(content["spec"], weights) != bundle.sha256:
         raise InputError(f"{folder}: damaged bundle (the checksum of {HEADER} and {WEIGHTS} differs); {REMEDY}")
-    indexer = MemoryIndexer.from_spec(bundle.spec, device="cpu")
-    indexer.query_encoder.load_state_dict(load_file(weights))
-    return indexer.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    scorer = Scorer(bundle.spec)
+    scorer.load_state_dict(load_file(weights))
+    return scorer.to("cuda" if torch.cuda.is_available() else "cpu").eval()

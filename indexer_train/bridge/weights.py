@@ -6,7 +6,7 @@ from typing import Self
 import torch
 
 from data_gen.errors import InputError
-from indexer_train.model import LayerEncoder
+from indexer_train.scorer import LayerEncoder
 
 EXACT = (torch.float32, torch.bfloat16, torch.float16)
 """What fp32 holds exactly, without a scale."""

@@ -1,7 +1,7 @@
 """Writes the model card (README.md) of a model folder: `python -m recipes.pocket_v4.card FOLDER`.
 
-Every figure comes from the folder's own files: config.json, model.safetensors, training.json (recipe and hardware),
-training.jsonl (the log) and, once measured, evaluation.json.
+Every figure comes from the folder's own files: config.json, model.safetensors, training.json (recipe, hardware and
+what else the run is to say of itself), training.jsonl (the log) and, once measured, evaluation.json.
 """
 
 import argparse
@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes.pocket_v4.config import load_config
 from recipes.pocket_v4.evaluate import documents_of
 
-model, tokenizer = (kind.from_pretrained(FOLDER) for kind in (AutoModelForCausalLM, AutoTokenizer))
+model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="float32")  # in bf16 a CPU takes many times as long
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 (document,) = documents_of(load_config(Path("recipes/pocket_v4/config.yaml")), "multi_key", length=1024, count=1)
 prompt = tokenizer(document.prompt, return_tensors="pt")
 made = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt.input_ids.shape[1] :]
@@ -62,6 +63,8 @@ many questions a document, each at least a sliding window after its facts; a tes
 | multi_value | `note bako 117 .` `note bako 133 .` ... | `list bako ?` | `133 bako 117 ...` in any order |
 | tracking | `alias Rolu bako .` `note bako 117 .` | `trace Rolu ?` | `bako 117` |
 | copy | `step first 117 .` `step second 133 .` ... | `repeat ?` | `first 117 second 133 ...` |
+
+A copy has at most six steps: ordinals beyond `sixth` are in the vocabulary, but are never told or asked.
 """
 
 
@@ -110,12 +113,14 @@ def training(folder: Path) -> str:
         last = reports[-1]
         rows.append([number, stage.length, stage.batch, attention, steps, last["seconds"], last["answer"], last["kl"]])
     head = ("stage", "length", "batch", "sparse attention", "steps", "seconds so far", "answer loss", "indexer KL")
-    text = f"""Seed {config.seed}, {run["hardware"]}, {tokens / 1e6:.0f} M tokens. Loss: cross-entropy of the answers,
-    plus {config.loss.text} times that of the other words. The indexers learn by KL to the attention mass of the entries
-    (summed over heads, from the joint softmax with window and sink), first with sparse attention open, then with their
-    own top-k. Seconds and losses are those of the last report of a stage. `python -m recipes.pocket_v4.train` makes the
-    model again."""
-    return f"## Training\n\n{_paragraph(text)}\n{_table(head, rows)}"
+    cost = f", {run['seconds']:.0f} s, {run['peak_bytes'] / 1e9:.1f} GB at most" if "seconds" in run else ""
+    where = f"Seed {config.seed}, {run['hardware']}{cost}, {tokens / 1e6:.0f} M tokens."
+    text = f"""{where} Loss: cross-entropy of the answers, plus {config.loss.text} times that of the other words. The
+    indexers learn by KL to the attention mass of the entries (summed over heads, from the joint softmax with window and
+    sink), first with sparse attention open, then with their own top-k. Seconds and losses are those of the last report
+    of a stage. `python -m recipes.pocket_v4.train` makes the model again."""
+    notes = "".join(f"\n{_paragraph(note)}" for note in run.get("notes", []))
+    return f"## Training\n\n{_paragraph(text)}\n{_table(head, rows)}{notes}"
 
 
 def evaluation(folder: Path) -> str:
@@ -135,9 +140,12 @@ def evaluation(folder: Path) -> str:
     text = f"""Percent of test documents whose whole answer is right, on {report["hardware"]}: {report["documents"]}
     documents a cell with the model's own top-k, {report["comparisons"]} in the other settings. "No sparse attention"
     leaves sliding window and heavily compressed attention: what it fails needs far history."""
+    planned = json.loads((folder / "training.json").read_text())["config"]["evaluation"]["lengths"]
+    missing = ", ".join(str(length) for length in planned if str(length) not in report["lengths"])
+    absent = f"Of the recipe's lengths not measured: {missing}.\n\n" if missing else ""
     share = "Share of the answers' attention mass, every entry open, that lies on the indexers' top-k entries:"
     table, recalls = _table(("attends to", "tokens", *TASKS), rows), _table(("tokens", "recall", "seconds"), found)
-    return f"## Accuracy\n\n{_paragraph(text)}\n{table}\n{share}\n\n{recalls}"
+    return f"## Accuracy\n\n{_paragraph(text)}\n{table}\n{absent}{share}\n\n{recalls}"
 
 
 def write_card(folder: Path) -> None:

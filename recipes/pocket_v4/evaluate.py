@@ -1,10 +1,12 @@
 """Measures a trained pocket model: `python -m recipes.pocket_v4.evaluate FOLDER`.
 
-Writes FOLDER/evaluation.json, length by length, and the model card. Settings: sparse attention as trained (`topk`),
-open to every entry (`open`) and closed (`closed`: sliding window and heavily compressed attention only).
+Writes FOLDER/evaluation.json, length by length, and the model card, or with --out that file alone. Settings: sparse
+attention as trained (`topk`), open to every entry (`open`) and closed (`closed`: sliding window and heavily compressed
+attention only).
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -77,6 +79,13 @@ def readings(
     return found
 
 
+def open_recall(
+    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, tests: dict[str, list[Document]], size: int
+) -> float:
+    """The indexers' recall of attention mass over the documents of every task, with sparse attention open."""
+    return recall([one for documents in tests.values() for one in readings(model, tokenizer, documents, size)]).item()
+
+
 def measure(
     model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: PocketConfig, length: int
 ) -> dict[str, object]:
@@ -94,12 +103,17 @@ def measure(
         set_topk(model, topk)
         row[setting] = {task: accuracy(model, tokenizer, tests[task][:count], size) for task in TASKS}
     few = max(1, plan.comparisons // len(TASKS))
-    found = [reading for task in TASKS for reading in readings(model, tokenizer, tests[task][:few], size)]
-    return row | {"recall": recall(found).item(), "seconds": round(time.monotonic() - started, 1)}
+    found = open_recall(model, tokenizer, {task: tests[task][:few] for task in TASKS}, size)
+    return row | {"recall": found, "seconds": round(time.monotonic() - started, 1)}
 
 
-def evaluate(folder: Path, config: PocketConfig) -> None:
-    """Measure every length; print and keep each as it is done, so that a run cut short leaves what it has."""
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the folder's weights: ties figures to what they were measured on."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def evaluate(folder: Path, config: PocketConfig, out: Path) -> None:
+    """Measure every length; print and write each to `out` as it is done, so that a run cut short leaves what it has."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = DeepseekV4ForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=NAME, experts_implementation=NAME
@@ -107,12 +121,12 @@ def evaluate(folder: Path, config: PocketConfig) -> None:
     model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plan = config.evaluation
-    report = {"hardware": hardware(device), "documents": plan.documents, "comparisons": plan.comparisons, "lengths": {}}
+    report = {"weights": weights_digest(folder), "hardware": hardware(device)}
+    report |= {"documents": plan.documents, "comparisons": plan.comparisons, "lengths": {}}
     for length in plan.lengths:
         report["lengths"][length] = measure(model, tokenizer, config, length)
         print(length, json.dumps(report["lengths"][length]), flush=True)
-        (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-    write_card(folder)
+        out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main() -> None:
@@ -120,10 +134,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="as written by recipes.pocket_v4.train")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"))
+    parser.add_argument("--lengths", type=int, nargs="+", help="instead of the recipe's; with --out")
+    parser.add_argument("--documents", type=int, help="of a task and length, instead of the recipe's; with --out")
+    parser.add_argument("--out", type=Path, help="file for the figures; the folder is left as it is")
     args = parser.parse_args()
     if not (args.folder / "config.json").is_file():
         parser.error(f"{args.folder}: no model there (config.json is missing)")
-    evaluate(args.folder, load_config(args.config))
+    if args.out is None and (args.lengths or args.documents):
+        parser.error("--lengths and --documents measure a part: name a file for it with --out")
+    config = load_config(args.config)
+    plan = config.evaluation
+    plan.lengths, plan.documents = args.lengths or plan.lengths, args.documents or plan.documents
+    plan.comparisons = min(plan.comparisons, plan.documents)
+    evaluate(args.folder, config, args.out or args.folder / "evaluation.json")
+    if args.out is None:
+        write_card(args.folder)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,10 @@ class Reading:
 
 
 def recall(readings: list[Reading]) -> Tensor:
-    """Share of the answer rows' attention mass on each layer's best entries, all layers together."""
+    """Share of the answer rows' attention mass on each layer's best entries, all layers together.
+
+    Says something only with sparse attention open, and more entries than best ones: else it is 1 by construction.
+    """
     return sum(r.found for r in readings) / sum(r.mass for r in readings).clamp(min=1e-9)
 
 

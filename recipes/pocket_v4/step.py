@@ -7,15 +7,15 @@ from transformers import DeepseekV4ForCausalLM
 
 from recipes.pocket_v4.attention import no_mask
 from recipes.pocket_v4.config import LossConfig, StageConfig
-from recipes.pocket_v4.indexer import IndexerProbe, recall
+from recipes.pocket_v4.indexer import IndexerProbe
 from recipes.pocket_v4.model import OPEN, set_topk
 from recipes.pocket_v4.tasks import TASKS
 
-METRICS = ("answer", "text", "kl", "recall")  # then hits and counts of each task
+METRICS = ("answer", "text", "kl")  # then hits and counts of each task
 
 
 def losses(model: DeepseekV4ForCausalLM, tokens: Tensor, tasks: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Total loss (scalar) and metrics [4 + 2 * tasks], fp32. tokens, tasks: [B, L]; see batches.py."""
+    """Total loss (scalar) and metrics [3 + 2 * tasks], fp32. tokens, tasks: [B, L]; see batches.py."""
     batch, length = tokens.shape
     wanted = F.pad(tasks[:, 1:], (0, 1), value=-1)
     answers = wanted >= 0
@@ -32,7 +32,7 @@ def losses(model: DeepseekV4ForCausalLM, tokens: Tensor, tasks: Tensor, config: 
     right = logits[:, :-1].argmax(-1) == tokens[:, 1:]
     asked = wanted[:, :-1, None] == torch.arange(len(TASKS), device=tokens.device)  # [B, L - 1, tasks]
     hits, counts = (asked * right.unsqueeze(-1)).sum((0, 1)), asked.sum((0, 1))
-    parts = torch.stack([answer, text, kl, recall(probe.readings)])
+    parts = torch.stack([answer, text, kl])
     total = answer + config.text * text + config.indexer * kl
     return total, torch.cat([parts, hits, counts]).detach().float()
 

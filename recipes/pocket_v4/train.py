@@ -1,11 +1,13 @@
 """Trains the pocket model: `python -m recipes.pocket_v4.train --out runs/pocket_v4`.
 
-Run it again with the same arguments and it goes on from its checkpoint. Prints loss, accuracy by task and the
-indexer's recall of attention mass while training, and the accuracy on unseen documents after each stage.
+Run it again with the same arguments and it goes on from its checkpoint, made every few reports. Prints losses and
+accuracy by task while training; after each stage, on unseen documents, accuracy and the indexer's recall of attention
+mass.
 """
 
 import argparse
 import json
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from data_gen.errors import InputError
 from recipes.pocket_v4.batches import stage_batches
 from recipes.pocket_v4.card import write_card
 from recipes.pocket_v4.config import PocketConfig, StageConfig, load_config
-from recipes.pocket_v4.evaluate import accuracy, documents_of
+from recipes.pocket_v4.evaluate import accuracy, documents_of, open_recall
 from recipes.pocket_v4.model import build_model, hardware, save_model, set_topk
 from recipes.pocket_v4.optimizer import build_optimizers
 from recipes.pocket_v4.step import METRICS, Step
@@ -26,6 +28,7 @@ from recipes.pocket_v4.tasks import TASKS
 from recipes.pocket_v4.words import build_lexicon, build_tokenizer
 
 REPORT = 50  # steps between printed lines
+SAVE = 4 * REPORT  # steps between checkpoints
 NEEDLE = TASKS.index("multi_key")
 
 
@@ -46,10 +49,15 @@ class Trainer:
         named = list(self.model.named_parameters())
         self.clipped = [[p for n, p in named if (".indexer." in n) == indexer] for indexer in (False, True)]
         self.optimizers = build_optimizers(self.model, config.optimizer)
-        self.progress = {"stage": 0, "step": 0, "steps": 0, "seconds": 0.0}
+        self.progress = {"stage": 0, "step": 0, "steps": 0, "seconds": 0.0, "peak_bytes": 0, "lines": 0}
         out.mkdir(parents=True, exist_ok=True)
+        self.journal = out / "log.jsonl"
         if self.checkpoint.exists():
             self.restore()
+        if self.journal.exists():  # what was logged behind the checkpoint will be done again
+            kept = self.journal.read_text().splitlines(keepends=True)[: self.progress["lines"]]
+            self.journal.write_text("".join(kept))
+        self.started = time.monotonic() - self.progress["seconds"]
 
     @property
     def checkpoint(self) -> Path:
@@ -58,6 +66,7 @@ class Trainer:
 
     def save(self) -> None:
         """Replace the checkpoint; an interrupted save leaves the old one."""
+        self.progress |= {"seconds": self.seconds, "peak_bytes": max(self.progress["peak_bytes"], self.peak_bytes())}
         moments = {
             name: {k: v.to(torch.bfloat16) for k, v in optimizer.state[parameter].items() if k != "step"}
             for name, parameter in self.model.named_parameters()
@@ -69,6 +78,17 @@ class Trainer:
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(self.checkpoint)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all of this run's processes up to now, less what was lost behind a checkpoint."""
+        return time.monotonic() - self.started
+
+    def peak_bytes(self) -> int:
+        """Most memory that this process held: the GPU's, or on a CPU all of it."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def restore(self) -> None:
         """Continue from the checkpoint; the next batch is the one that was due.
@@ -96,14 +116,14 @@ class Trainer:
         """One line on the screen and in log.jsonl."""
         line = json.dumps(record)
         print(line, flush=True)
-        with (self.out / "log.jsonl").open("a") as file:
+        with self.journal.open("a") as file:
             file.write(line + "\n")
+        self.progress["lines"] += 1
 
     def run(self) -> bool:
         """Train until the last stage ends (True) or time is up (False)."""
-        started = time.monotonic() - self.progress["seconds"]
         while self.progress["stage"] < len(self.config.stages):
-            finished = self.run_stage(self.config.stages[self.progress["stage"]], started)
+            finished = self.run_stage(self.config.stages[self.progress["stage"]])
             if finished:
                 self.progress |= {"stage": self.progress["stage"] + 1, "step": 0}
             self.save()
@@ -111,7 +131,7 @@ class Trainer:
                 return False
         return True
 
-    def run_stage(self, stage: StageConfig, started: float) -> bool:
+    def run_stage(self, stage: StageConfig) -> bool:
         """Steps of one stage; False when time is up before it ends."""
         step = Step(self.model, stage, self.config.loss)
         window: list[Tensor] = []
@@ -126,12 +146,14 @@ class Trainer:
             self.progress["steps"] += 1
             if len(window) < REPORT:
                 continue
-            needle = self.report(stage, torch.stack(window).cpu(), started)
+            needle = self.report(stage, torch.stack(window).cpu())
             window = []
             if stage.advance_at is not None and needle >= stage.advance_at:
                 break
             if time.monotonic() > self.deadline:
                 return False
+            if self.progress["step"] % SAVE == 0:
+                self.save()
         del step
         self.examine(stage)
         return True
@@ -145,34 +167,41 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
 
-    def report(self, stage: StageConfig, metrics: Tensor, started: float) -> float:
+    def report(self, stage: StageConfig, metrics: Tensor) -> float:
         """Log the means of the last steps [n, metrics]; return the needle accuracy."""
-        self.progress["seconds"] = time.monotonic() - started
         head = dict(zip(METRICS, metrics.mean(0)[: len(METRICS)].tolist(), strict=True))
         hits, counts = metrics[:, len(METRICS) :].sum(0).view(2, len(TASKS))
         shares = dict(zip(TASKS, (hits / counts.clamp(min=1)).tolist(), strict=True))
         figures = {k: round(v, 4) for k, v in (head | shares).items() if k != "single"}
         where = {"stage": self.progress["stage"], "step": self.progress["step"], "length": stage.length}
-        self.log(**where, seconds=round(self.progress["seconds"], 1), **figures)
+        self.log(**where, seconds=round(self.seconds, 1), **figures)
         return shares[TASKS[NEEDLE]]
 
     def examine(self, stage: StageConfig) -> None:
-        """Log the accuracy with the indexer's own top-k on unseen documents of the stage's length."""
-        set_topk(self.model, self.model.config.index_topk)
-        size, results = max(1, self.config.evaluation.tokens // stage.length), {}
-        for task in TASKS:
-            documents = documents_of(self.config, task, stage.length, 32)
-            results[task] = accuracy(self.model, self.tokenizer, documents, size)
-        self.log(stage=self.progress["stage"], length=stage.length, accuracy=results)
+        """Log the accuracy with the indexer's own top-k, and its recall, on unseen documents of the stage's length.
+
+        Recall is null where the top-k holds every entry.
+        """
+        topk = self.model.config.index_topk
+        set_topk(self.model, topk)
+        size = max(1, self.config.evaluation.tokens // stage.length)
+        tests = {task: documents_of(self.config, task, stage.length, 32) for task in TASKS}
+        results = {task: accuracy(self.model, self.tokenizer, tests[task], size) for task in TASKS}
+        found = None
+        if stage.length // self.model.config.compress_rates["compressed_sparse_attention"] > topk:
+            few = {task: documents[:4] for task, documents in tests.items()}
+            found = round(open_recall(self.model, self.tokenizer, few, size), 4)
+        self.log(stage=self.progress["stage"], length=stage.length, accuracy=results, recall=found)
 
     def export(self) -> None:
-        """Write the model folder: bf16 weights, recipe, log and card."""
+        """Write the model folder: bf16 weights, record of the run with its recipe, log and card."""
         set_topk(self.model, self.model.config.index_topk)
         folder = self.out / "model"
         save_model(self.model, self.tokenizer, folder)
-        run = {"hardware": hardware(self.device), "config": self.config.model_dump(mode="json")}
+        run = {"hardware": hardware(self.device), "seconds": round(self.progress["seconds"], 1)}
+        run |= {"peak_bytes": self.progress["peak_bytes"], "config": self.config.model_dump(mode="json")}
         (folder / "training.json").write_text(json.dumps(run, indent=1) + "\n")
-        shutil.copyfile(self.out / "log.jsonl", folder / "training.jsonl")
+        shutil.copyfile(self.journal, folder / "training.jsonl")
         write_card(folder)
 
 

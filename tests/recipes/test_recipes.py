@@ -120,4 +120,5 @@ def test_the_wheel_carries_recipes_and_packages(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     assert {f"recipes/{name}.yaml" for name in SHIPPED} <= names
+    assert {"recipes/pocket_v4/model/model.safetensors", "recipes/pocket_v4/config.yaml"} <= names
     assert {"cli.py", "data_gen/store.py", "indexer_train/model.py", "eval/recall.py"} <= names

@@ -13,9 +13,11 @@ class ColdEntries:
     """A pool a sequence; a unit is one chunk in all layers, of any shape: one copy brings all of it.
 
     Forks and reordered sequences share pools until one of them gets new chunks, and full segments of pools for good.
+    pageable: as ColdPool's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pageable: bool | None = None) -> None:
+        self._pageable = pageable
         self.pools: list[ColdPool] = []
         self._shared: list[bool] = []
 
@@ -32,7 +34,7 @@ class ColdEntries:
     def append(self, units: torch.Tensor) -> None:
         """units: [B, n, *shape], copied. Raises InputError when the machine cannot pin that much memory."""
         if not self.pools:
-            self.pools = [ColdPool(tuple(units.shape[2:]), units.dtype) for _ in units]
+            self.pools = [ColdPool(tuple(units.shape[2:]), units.dtype, self._pageable) for _ in units]
             self._shared = [False] * len(units)
         for sequence, new in enumerate(units):
             if self._shared[sequence]:
@@ -72,5 +74,7 @@ class ColdEntries:
 
 def _segments(pool: ColdPool) -> list[torch.Tensor]:
     """The pool's units, [n, *shape] a segment: the memory itself."""
-    ends = [pool.units - number * pool.segment_units for number in range(len(pool.segments))]
-    return [pool.layout.view(segment)[:end] for segment, end in zip(pool.segments, ends, strict=True)]
+    return [
+        pool.layout.view(segment)[: max(0, pool.units - start)]
+        for segment, start in zip(pool.segments, pool.starts, strict=True)
+    ]

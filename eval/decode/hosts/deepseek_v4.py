@@ -23,16 +23,17 @@ from eval.decode.hosts.resident import Move
 class DeepseekV4Host:
     """A model and one batch of sequences that it decodes.
 
-    layers: CSA ordinals that the memory indexer reads. Raises InputError when the model lacks one of them.
+    layers: CSA ordinals that the memory indexer reads; pageable: as ColdPool's. Raises InputError when the model lacks
+    one of the layers.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], pageable: bool | None = None) -> None:
         backbone = DeepseekV4Backbone(model)
         if unknown := sorted(set(layers) - set(backbone.info.full_layers)):
             raise InputError(f"the indexer reads CSA layers {unknown}, the model has {len(backbone.layers)} (from 0)")
         self.model, self.info, self.chunk_tokens = model, backbone.info, backbone.chunk_tokens
         self.layers = {ordinal: backbone.layers[ordinal] for ordinal in layers}
-        self.cache = ResidentCsaCache(model.config, layers)
+        self.cache = ResidentCsaCache(model.config, layers, pageable)
 
     def fork(self) -> "DeepseekV4Host":
         """An independent continuation of the same history."""

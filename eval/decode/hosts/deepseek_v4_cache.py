@@ -27,18 +27,18 @@ class ResidentCsaCache(DynamicCache):
     order of chunks, are all that eviction takes. New chunks are resident until the next `keep`; then they go cold.
 
     observed: ordinals of the CSA layers that the memory indexer reads; newest: what the newest token of each sequence
-    brought into them, by ordinal: [B, hidden].
+    brought into them, by ordinal: [B, hidden]; pageable: as ColdPool's.
     """
 
-    def __init__(self, config: PreTrainedConfig, observed: Sequence[int] = ()) -> None:
+    def __init__(self, config: PreTrainedConfig, observed: Sequence[int] = (), pageable: bool | None = None) -> None:
         super().__init__(config=config)
         self.csa = [layer for layer, kind in enumerate(config.layer_types) if kind == CSA]
-        self.observed = list(observed)
+        self.observed, self._pageable = list(observed), pageable
         self._forget()
 
     def _forget(self) -> None:
         self.table = ResidentTable()
-        self.cold = ColdEntries()
+        self.cold = ColdEntries(self._pageable)
         self.newest: dict[int, torch.Tensor] = {}
         self._keys: list[torch.Tensor] = []
 

@@ -22,10 +22,13 @@ PIECE_TOKENS = 4096
 class DenseHost:
     """A model and one batch of sequences that it decodes (see `Host`).
 
-    layers: transformer layers that the memory indexer reads. Raises InputError when one has no full attention.
+    layers: transformer layers that the memory indexer reads; pageable: as ColdPool's. Raises InputError when a layer
+    has no full attention.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk_tokens: int, layers: Sequence[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, chunk_tokens: int, layers: Sequence[int], pageable: bool | None = None
+    ) -> None:
         backbone = DenseBackbone(model)
         if unknown := sorted(set(layers) - set(backbone.info.full_layers)):
             raise InputError(
@@ -33,7 +36,7 @@ class DenseHost:
             )
         self.model, self.info, self.modules = model, backbone.info, backbone.modules
         self.layers = list(layers)
-        self.cache = ResidentCache(model.config, backbone.info.full_layers, chunk_tokens, layers)
+        self.cache = ResidentCache(model.config, backbone.info.full_layers, chunk_tokens, layers, pageable)
         self._mask: torch.Tensor | None = None
 
     def fork(self) -> "DenseHost":

@@ -57,21 +57,27 @@ class ResidentCache(DynamicCache):
 
     Chunks are of `chunk_tokens` tokens. New tokens are resident until the next `keep`; then complete chunks go cold.
     observed: layers whose chunk keys and newest hidden state are kept, as `remember` is told; pooled: layer -> chunk
-    keys of all sequences so far, [B, KV, N, d]; newest: layer -> [B, hidden] bf16.
+    keys of all sequences so far, [B, KV, N, d]; newest: layer -> [B, hidden] bf16; pageable: as ColdPool's.
     """
 
     def __init__(
-        self, config: PretrainedConfig, full_layers: Sequence[int], chunk_tokens: int, observed: Sequence[int] = ()
+        self,
+        config: PretrainedConfig,
+        full_layers: Sequence[int],
+        chunk_tokens: int,
+        observed: Sequence[int] = (),
+        pageable: bool | None = None,
     ) -> None:
         super().__init__(config=config)
         for layer in full_layers:
             self.layers[layer] = ResidentLayer()
         self.full_layers, self.chunk_tokens, self.observed = list(full_layers), chunk_tokens, list(observed)
+        self._pageable = pageable
         self._forget()
 
     def _forget(self) -> None:
         self.table = ResidentTable()
-        self.cold = ColdEntries()
+        self.cold = ColdEntries(self._pageable)
         self.pooled = {layer: KeyPooler(self.chunk_tokens) for layer in self.observed}
         self.newest: dict[int, torch.Tensor] = {}
 

@@ -1,4 +1,9 @@
-"""Which chunks of a batch of sequences lie in which rows of a cache, and what moves when that changes."""
+"""Which chunks of a batch of sequences lie in which rows of a cache, and what moves when that changes.
+
+Stock attention reads contiguous tensors, so resident rows stay compact and in the order of chunks, for all sequences of
+a batch at once: a new set rewrites them. An engine with paged kernels takes `eval.decode.residency` instead, whose
+`Table` (one sequence, slots in any order, owned before they can be read) has nothing in common but the purpose.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

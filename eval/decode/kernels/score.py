@@ -6,6 +6,7 @@ import triton.language as tl
 
 from data_gen.errors import InputError
 from data_gen.key_codec import PAGE, SCALE_BYTES
+from eval.decode.kernels.device import check_fp8
 
 TILE = 64
 """Chunks a program: 24,576 resident ones are 384 programs, all of them at work at once on one device."""
@@ -18,8 +19,9 @@ def score_resident(
 
     query: [B, H, d], d a power of two from 16; slots: [B, R] int32, contiguous; key_pages may be a view into wider
     pages a multiple of 16 bytes apart; it is read fastest where it starts at a multiple of 16 itself. Damaged keys are
-    not found here. Raises InputError on other layouts.
+    not found here. Raises InputError on other layouts and on GPUs older than fp8.
     """
+    check_fp8(query.device)
     batch, heads, width = query.shape
     if width < 16 or width & (width - 1):
         raise InputError(f"kernels.score: keys of {width} values; the kernel needs a power of two from 16")

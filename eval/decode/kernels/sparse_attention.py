@@ -15,6 +15,7 @@ import triton.language as tl
 from data_gen.errors import InputError
 from data_gen.key_codec import PAGE
 from eval.decode.entries import BLOCK, V4, EntryShape
+from eval.decode.kernels.device import check_fp8
 from eval.decode.kernels.score import check_pages
 
 HEADS = 64
@@ -41,8 +42,9 @@ def attend(
 
     Entries must lie within fp16's range, +-65504. chosen, window: int32, contiguous; pages may be views into wider
     pages a multiple of 16 bytes apart that start at multiples of 8. Damaged entries are not found here. Raises
-    InputError on other layouts.
+    InputError on other layouts and on GPUs older than fp8.
     """
+    check_fp8(query.device)
     batch, heads, width = query.shape
     _check(query, chosen, window, shape)
     check_pages(entry_pages, page * shape.bytes, start=8)

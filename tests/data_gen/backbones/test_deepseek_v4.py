@@ -53,7 +53,7 @@ def test_pieces_of_any_size_give_one_trace(model, monkeypatch, piece, oracle):
     backbone = DeepseekV4Backbone(model)
     ids, rows = IDS[:60], torch.arange(60)  # the first tokens see no chunk
     whole = backbone.trace(ids, rows, settings(oracle=oracle))
-    monkeypatch.setattr(tracer, "PIECE_TOKENS", piece)
+    monkeypatch.setattr(tracer, "PIECE_TOKENS_CPU", piece)
     pieces = backbone.trace(ids, rows, settings(oracle=oracle))
     for layer in (1, 3):
         torch.testing.assert_close(pieces.hidden[layer], whole.hidden[layer], atol=2e-2, rtol=2e-2)
@@ -67,7 +67,7 @@ def test_pieces_shrink_as_keys_grow(model, monkeypatch):
     sizes = []
     hook = model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: sizes.append(args[0].shape[1]),
                                                          with_kwargs=True)  # fmt: skip
-    monkeypatch.setattr(tracer, "PIECE_TOKENS", 32)
+    monkeypatch.setattr(tracer, "PIECE_TOKENS_CPU", 32)
     monkeypatch.setattr(tracer, "PIECE_ELEMENTS_CPU", 16 * 32 * 56)
     DeepseekV4Backbone(model).trace(IDS, ROWS, settings())
     hook.remove()

@@ -6,8 +6,10 @@ from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.load import adapter
 from data_gen.generate import generate
 from eval.recall import evaluate_recall
-from indexer_train.config import TrainConfig
 from indexer_train.trainer import train
+from recipes import load_recipe
+from recipes.pocket_v4.config import load_config
+from recipes.pocket_v4.documents import write_chats
 from tests.conftest import tiny_model
 
 
@@ -33,17 +35,27 @@ def test_generate_fills_a_store_either_way(tmp_path, model, tokenizer, tiny_reci
                 assert document.meta.length <= 500 + own_tokens and document.meta.spans[0].tail
 
 
-@pytest.mark.parametrize("oracle", ["indexer", "attention"])
-def test_an_indexer_trains_and_is_measured_on_the_traces(tmp_path, model, tokenizer, tiny_recipe, oracle):
-    trace = tiny_recipe.trace.model_copy(update={"layers": [1, 3], "oracle": oracle})
-    documents = tiny_recipe.documents.model_copy(update={"train": {"text": 4}})
-    store = generate(DeepseekV4Backbone(model), tokenizer, documents, trace, "train", tmp_path, lambda items, _: items)
-    loss = "focal" if oracle == "indexer" else "listwise_mass"
-    config = TrainConfig(loss=loss, epochs=1, windows_per_document=8, validation_every=2, eval_epochs=1)
-    indexer = train(store, tiny_recipe.indexer, config, tmp_path / "run")
-    assert indexer.spec.rope == store.manifest.backbone.rope and indexer.spec.key == "fp8_rope_hadamard"
-    rows = evaluate_recall(indexer, store, config.golden, indexer.spec.thresholds["0.1"])
-    best = {row.budget: row.mass_recall for row in rows if row.policy == "oracle"}
-    assert all(0 <= row.mass_recall <= best[row.budget] + 1e-6 for row in rows if row.budget != "threshold")
+@pytest.mark.parametrize("name", ["pocket-v4", "pocket-v4-votes"])
+def test_an_indexer_trains_and_is_measured_on_the_traces(tmp_path, pocket, name):
+    """On trained weights, from the backbone's own indexers on; labels of either oracle."""
+    recipe = load_recipe(name)
+    write_chats(load_config(pocket.folder.with_name("config.yaml")), tmp_path / "chats.jsonl", 4, (512, 600))
+    documents = recipe.documents.model_copy(
+        update={"source": str(tmp_path / "chats.jsonl"), "train": {"chat": 3}, "heldout": {"chat": 1}}
+    )
+    stores = {
+        split: generate(
+            pocket.backbone, pocket.tokenizer, documents, recipe.trace, split, tmp_path / split, lambda x, _: x
+        )
+        for split in ("train", "heldout")
+    }
+    config = recipe.train.model_copy(update={"epochs": 1, "validation_every": 3, "init": str(pocket.folder)})
+    indexer = train(stores["train"], recipe.indexer, config, tmp_path / "run")
+    info = stores["train"].manifest.backbone
+    assert indexer.spec.rope == info.rope and indexer.spec.key == info.key == "fp8_rope_hadamard"
+    rows = evaluate_recall(indexer, stores["heldout"], config.golden, indexer.spec.thresholds["0.1"])
+    found = {(row.policy, row.budget): row.mass_recall for row in rows if row.budget != "threshold"}
+    assert all(0 <= recall <= found["oracle", budget] + 1e-6 for (_, budget), recall in found.items())
+    assert found["indexer", 0.1] > 3 * max(found["recency", 0.1], found["random", 0.1]), found
     untrained = {"oracle", "native", "frequency", "recency", "random", "protected"}  # nothing is pooled
-    assert {row.policy for row in rows} == untrained | {"indexer", "layer 1", "layer 3"}
+    assert {row.policy for row in rows} == untrained | {"indexer", "layer 0", "layer 1", "layer 2"}

@@ -42,6 +42,19 @@ def test_reserved_memory_is_used():
     assert [int(pool[unit][0]) for unit in range(5)] == [3, 0, 1, 2, 3]
 
 
+def test_a_short_history_takes_little_and_a_long_one_few_segments():
+    pool = ColdPool((1024,), torch.uint8, pageable=True)
+    sizes = []
+    for count in (1, 1023, 1, 1023, 1, 7000, 1):
+        pool.append(torch.full((count, 1024), len(sizes), dtype=torch.uint8))
+        sizes.append(sum(segment.nbytes for segment in pool.segments) >> 20)
+    assert sizes == [1, 1, 2, 2, 4, 8, 17]
+    assert [int(pool[unit][0]) for unit in (0, 1023, 1024, 2047, 2048, 9048, 9049)] == [0, 1, 2, 3, 4, 5, 6]
+    large = ColdPool((1 << 20,), torch.uint8, pageable=True, segment_bytes=2 << 20)
+    large.reserve(5)
+    assert [len(segment) for segment in large.segments] == [2, 2, 2]
+
+
 @pytest.mark.parametrize("before", [0, 3, 4, 6])
 def test_a_fork_goes_its_own_way_from_shared_segments(before):
     stride = UnitLayout((2, 3), torch.float32).stride
@@ -80,14 +93,13 @@ def test_units_of_another_kind_are_refused(data):
         pool.append(data)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine that cannot pin memory")
-def test_memory_that_cannot_be_pinned_is_an_error_that_says_what_to_ask_for():
+def test_memory_that_cannot_be_pinned_is_an_error_that_says_what_to_ask_for(cannot_pin):
     pool = ColdPool((4,), torch.uint8, pageable=False)
     with pytest.raises(InputError, match=r"pinned host memory beside the 0 segments.*pageable=True"):
         pool.append(torch.zeros(1, 4, dtype=torch.uint8))
     pool = ColdPool((4,), torch.uint8, pageable=True)
     pool.append(torch.zeros(1, 4, dtype=torch.uint8))
-    assert not ColdPool((4,), torch.uint8).pinned
+    assert ColdPool((4,), torch.uint8).pinned == torch.cuda.is_available()
 
 
 def test_memory_that_is_not_there_is_an_error():

@@ -164,8 +164,12 @@ def test_a_fetch_that_is_late_too_long_is_waited_for():
     residency.refresh(np.array([1, 2]))
     residency.refresh(np.array([2, 3, 4]))
     residency.admit(bytes_of([30, 31]))
-    assert not residency.refresh(np.array([5])).late
-    assert lane.left == [] or lane.announced is False
+    assert residency.resident.units.tolist() == [1, 2, 30, 31]  # the old set is served while the new one is on its way
+    on_the_way = residency.planner.open.fetch_slots
+    assert len(lane.left) == 2 and (residency.hot.slots[on_the_way] == 255).all()
+    check(residency)
+    assert not residency.refresh(np.array([3, 4])).late
+    assert residency.resident.units.tolist() == [2, 3, 4, 30, 31] and lane.left == []
     check(residency)
 
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from data_gen.backbones.load import adapter
 from data_gen.chunks import Chunking
 from data_gen.errors import InputError
 from eval.decode.fallback import Fallback
-from eval.decode.runtime import LSARuntime
+from eval.decode.runtime import LSARuntime, _paged
 from eval.decode.select import Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
@@ -45,6 +45,9 @@ def generate(model, ids, **options):
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
+two_families = pytest.mark.parametrize("model", ["llama", "deepseek_v4"], indirect=True)
+one_family = pytest.mark.parametrize("model", ["llama"], indirect=True)
+FEW = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None}
 GREEDY = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": None}
 
 
@@ -69,13 +72,46 @@ def test_a_second_turn_reads_only_what_is_new_and_all_of_it_in_full(model, index
     read = []
     plain = runtime.host.read
     monkeypatch.setattr(runtime.host, "read", lambda ids: read.append(ids.shape[1]) or plain(ids))
-    answer = runtime.generate(second, **GREEDY)
+    runtime.generate(second, **GREEDY)
     assert read == [second.shape[1] - 1 - 150]
     fresh = LSARuntime(indexer, model, selection=TENTH)
-    assert fresh.generate(second, **GREEDY).shape == answer.shape
+    fresh.generate(second, **GREEDY)
     assert runtime.windows[1].chunks == fresh.windows[0].chunks
     runtime.generate(prompt(60), **GREEDY)  # another conversation starts anew
     assert runtime.windows[0].position == 58
+
+
+@two_families
+@pytest.mark.parametrize("end", [None, -1, -2])
+def test_turns_are_the_models_own_wherever_the_next_prompt_ends(model, indexer, end, monkeypatch):
+    """-1: all of it was read before, so that no token is left to read; -2: fewer than were read."""
+    runtime = LSARuntime(indexer, model, selection=EVERYTHING)
+    first = runtime.generate(prompt(30), **FEW)
+    read = []
+    plain = runtime.host.read
+    monkeypatch.setattr(runtime.host, "read", lambda ids: read.append(ids.shape[1]) or plain(ids))
+    second = torch.cat([first, prompt(9)], dim=1) if end is None else first[:, :end]
+    assert torch.equal(runtime.generate(second, **FEW), generate(model, second, **FEW))
+    assert read == [9 if end is None else second.shape[1] - 1]
+    runtime.generate(second, **FEW | {"max_new_tokens": 1})
+    assert torch.equal(runtime.generate(second, **FEW), generate(model, second, **FEW))
+
+
+@two_families
+@pytest.mark.parametrize("broken", ["keep", "read", "generate"])
+def test_a_turn_after_one_that_was_broken_off_is_the_models_own(model, indexer, broken, monkeypatch):
+    runtime = LSARuntime(indexer, model, selection=EVERYTHING)
+    first = runtime.generate(prompt(30), **FEW)
+    second = torch.cat([first, prompt(9)], dim=1)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if broken != "generate":
+            patch.setattr(runtime.host, broken, stop)
+        runtime.generate(second, stopping_criteria=[stop], **FEW)
+    assert torch.equal(runtime.generate(second, **FEW), generate(model, second, **FEW))
 
 
 def test_windows_are_counted_and_saved(model, indexer, tmp_path):
@@ -113,6 +149,33 @@ def test_demand_above_the_cap_gets_what_the_cap_allows_or_full_attention(model, 
     assert all(window.served == ["demand"] and window.demand == [0] for window in little.windows)
 
 
+@one_family
+@pytest.mark.parametrize(
+    ("ids", "options", "what"),
+    [
+        (prompt(40)[0], {}, "input_ids: \\[40\\]"),
+        (prompt(40)[:0], {}, "input_ids: \\[0, 40\\]"),
+        (prompt(40)[:, :1], {}, "at least two tokens"),
+        (prompt(40), {"attention_mask": torch.ones(1, 41)}, "attention_mask: \\[1, 41\\]"),
+        (prompt(40), {"attention_mask": torch.arange(40)[None]}, "padding"),
+        (prompt(40), {"num_beams": 2}, "num_beams"),
+        (prompt(40), {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
+        (prompt(40), {"generation_config": GenerationConfig(num_beams=2)}, "num_beams"),
+        (prompt(40), {"generation_config": GenerationConfig(use_cache=False)}, "use_cache"),
+        (prompt(40), {"use_cache": False}, "use_cache"),
+        (prompt(40), {"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        (prompt(40), {"assistant_model": "another"}, "assistant_model"),
+        (prompt(40), {"past_key_values": DynamicCache()}, "past_key_values"),
+        (prompt(40), {"cache_implementation": "static"}, "cache_implementation"),
+        (prompt(40), {"inputs_embeds": torch.zeros(1, 40, 32)}, "inputs_embeds"),
+        (prompt(40), {"guidance_scale": 1.5}, "guidance_scale"),
+    ],
+)
+def test_what_generate_cannot_do_is_refused_by_name(model, indexer, ids, options, what):
+    with pytest.raises(InputError, match=what):
+        LSARuntime(indexer, model, selection=TENTH).generate(ids, **options)
+
+
 @pytest.mark.parametrize("where", ["options", "generation_config", "the model"])
 @pytest.mark.parametrize("name", ["max_new_tokens", "max_length"])
 def test_the_context_is_never_left(model, indexer, monkeypatch, where, name):
@@ -132,16 +195,37 @@ def test_the_context_is_never_left(model, indexer, monkeypatch, where, name):
     assert not runtime.windows and ask(45).shape[1] <= 45
 
 
-def test_what_does_not_work_is_refused(model, indexer):
+@one_family
+def test_no_criteria_are_no_criteria(model, indexer):
     runtime = LSARuntime(indexer, model, selection=TENTH)
-    ids, mask = prompt(40, 2), torch.ones(2, 40, dtype=torch.int64)
-    mask[0, :3] = 0
-    with pytest.raises(InputError, match="padding"):
-        runtime.generate(ids, mask)
-    with pytest.raises(InputError, match="beams"):
-        runtime.generate(ids, num_beams=2)
-    with pytest.raises(InputError, match="at least two tokens"):
-        runtime.generate(ids[:, :1])
+    assert runtime.generate(prompt(40), stopping_criteria=None, **FEW).shape == (1, 44)
+
+
+def test_page_tables_of_a_growing_history_come_in_few_widths():
+    rows = torch.arange(300 * 2 * 36).view(300, 2, 36).to(torch.uint8)
+    for chunks, width in [(1, 1), (64, 1), (65, 2), (129, 4), (193, 4), (300, 8)]:
+        keys = _paged(rows[:chunks])
+        assert keys.table.shape == (1, width) and torch.equal(keys.rows(0, 0, chunks), rows[:chunks])
+
+
+@two_families
+def test_a_machine_that_cannot_pin_memory_says_so_or_serves_from_pageable(model, indexer, cannot_pin):
+    ids = prompt(60, 2)
+    runtime = LSARuntime(indexer, model, selection=TENTH, pageable=False)
+    with pytest.raises(InputError, match=r"pinned host memory .*\(CUDA error: out of memory\): ask for pageable"):
+        runtime.generate(ids, **FEW)
+    runtime = LSARuntime(indexer, model, selection=EVERYTHING, pageable=True)
+    assert torch.equal(runtime.generate(ids, **FEW), generate(model, ids, **FEW))
+    assert not any(pool.pinned for pool in runtime.host.cache.cold.pools)
+
+
+def test_what_does_not_work_is_refused(model, indexer):
+    with pytest.raises(InputError, match="nothing was read yet"):
+        LSARuntime(indexer, model).refresh()
+    with pytest.raises(InputError, match="count the cap in chunks"):
+        LSARuntime(indexer, model, Limits(cap=9, unit="pages"))
+    with pytest.raises(InputError, match="backend: cuda is none of auto, torch, triton"):
+        LSARuntime(indexer, model, backend="cuda")
     with pytest.raises(InputError, match="cap"):
         LSARuntime(indexer, model, Limits(cap=2))
     with pytest.raises(InputError, match="calibrate a threshold"):

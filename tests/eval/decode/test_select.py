@@ -83,7 +83,9 @@ def test_every_rule_is_the_brute_force_one(data):
     limits = Limits(floor=data.draw(st.integers(0, cap)), cap=cap)
     most = 4 + data.draw(st.integers(0, 3))
     found = resident_chunks(torch.from_numpy(scores), torch.tensor(positions), chunking, rule, limits)
-    pages = densest_pages(torch.from_numpy(scores), torch.tensor(positions), chunking, rule, most)
+    pages = densest_pages(
+        torch.from_numpy(scores), torch.tensor(positions), chunking, rule, Limits(cap=most, unit="pages")
+    )
     for row, position in enumerate(positions):
         check_row(found, row, *brute_chunks(scores[row], position, chunking, rule, limits))
         check_row(pages, row, *brute_pages(scores[row], position, chunking, rule, most))
@@ -103,8 +105,8 @@ def test_refusals():
     scores, place = torch.zeros(1, 20), torch.tensor([79])
     with pytest.raises(InputError, match="cap: 8 chunks cannot hold the 9 protected"):
         resident_chunks(scores, place, chunking, threshold(0.0), Limits(cap=8))
-    with pytest.raises(InputError, match="pages: 2 cannot hold"):
-        densest_pages(scores, place, chunking, threshold(0.0), 2)
+    with pytest.raises(InputError, match="cap: 2 pages cannot hold"):
+        densest_pages(scores, place, chunking, threshold(0.0), Limits(cap=2, unit="pages"))
     with pytest.raises(InputError, match="a position sees 21"):
         resident_chunks(scores, torch.tensor([83]), chunking, threshold(0.0), Limits(cap=20))
     with pytest.raises(InputError, match="not \\[sequences, chunks\\]"):
@@ -114,3 +116,5 @@ def test_refusals():
         resident_chunks(damaged, place, chunking, threshold(0.0), Limits(cap=20))
     with pytest.raises(ValidationError, match="floor must not exceed cap"):
         Limits(floor=5, cap=4)
+    with pytest.raises(ValidationError, match="of pages there is none"):
+        Limits(floor=1, cap=4, unit="pages")

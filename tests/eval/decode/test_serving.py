@@ -9,12 +9,18 @@ import torch
 
 from data_gen.chunks import Chunking
 from data_gen.key_codec import PAGE, encode_keys, rows_to_pages
+from data_gen.rope import Rope
 from eval.decode import level2
 from eval.decode.entries import EntryShape, encode_entries, entries_to_pages
+from eval.decode.level1 import PagedKeys, open_level1
 from eval.decode.pools import ColdPool, HotPool
 from eval.decode.residency import Residency, side_lane
-from eval.decode.select import densest_pages
+from eval.decode.select import Limits
+from indexer_train.bridge.bundle import export_bundle, load_bundle, load_scorer
+from indexer_train.config import IndexerConfig
+from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget
+from indexer_train.spec import IndexerSpec
 
 LAYERS, WIDTH, HEADS, PAGES, MOST = 2, 32, 16, 12, 4
 SHAPE = EntryShape(still=64, rope=32)
@@ -56,9 +62,24 @@ def list_chunks(pages, chunks):
     return listed[None, : listed.numel() - (-chunks % PAGE)].int()
 
 
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """An indexer of random weights, exported."""
+    torch.manual_seed(2)
+    spec = IndexerSpec(
+        shape=IndexerConfig(heads=HEADS, rank=8, distance_bumps=0, scale=False, slot=False, join="max"),
+        layers=list(range(LAYERS)), hidden=24, key_width=WIDTH, chunking=Chunking(tokens=4, sink=1, recent=8), window=3,
+        backbone="x", key="fp8_rope_hadamard", rope=Rope(dims=16, theta=160000.0, positions=1 << 20),
+        selections=[Budget(budget=0.1)],
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("bundle")
+    export_bundle(MemoryIndexer.from_spec(spec, device="cpu"), folder)
+    return folder
+
+
 @pytest.mark.parametrize("lag", [0, 1])
-def test_pages_leave_and_return_and_the_output_is_that_of_the_same_set_in_full(lag):
-    """Every slot starts as NaN bytes; a new chunk is written into the newest page in every step."""
+def test_pages_leave_and_return_and_the_output_is_that_of_the_same_set_in_full(lag, bundle):
+    """Level 1 of a bundle says which. Every slot starts as NaN bytes; each step writes a chunk into the newest page."""
     chunks = PAGES * PAGE - PAGE + TAIL
     keys, entries = history(chunks + 12)
     whole = to_units(keys, entries)
@@ -67,16 +88,16 @@ def test_pages_leave_and_return_and_the_output_is_that_of_the_same_set_in_full(l
     hot = HotPool(2 * MOST, UNIT, torch.uint8, "cpu")
     hot.storage.fill_(255)
     residency = Residency(cold, hot, protected=3, lane=side_lane(hot.device) if lag else None)
+    level1 = open_level1(load_scorer(bundle), Limits(cap=MOST, unit="pages"), backend="torch")
+    table = torch.arange(PAGES, dtype=torch.int32)[None]
     random = torch.Generator().manual_seed(1)
     seen = set()
     for step in range(12):
         if step % 3 == 0:
-            scores = (
-                torch.randn(1, chunks, generator=random)
-                + torch.randn(1, PAGES, generator=random).repeat_interleave(PAGE, dim=1)[:, :chunks]
-            )
-            position = torch.tensor([4 * chunks - 1])
-            wanted = densest_pages(scores, position, Chunking(tokens=4, sink=1, recent=8), Budget(budget=0.1), MOST)
+            # What the engine's layers read there; each window asks for something else.
+            queries = level1.queries(torch.randn(1, LAYERS, 24, generator=random), torch.tensor([4 * chunks - 1]))
+            pages = torch.stack([whole[:, layer, :KEY_BYTES] for layer in range(LAYERS)], dim=1)
+            wanted = level1.resident(queries, PagedKeys(pages, table))
             residency.refresh(wanted.row(0).numpy())
         row = chunks % PAGE
         for layer in range(LAYERS):
@@ -109,6 +130,34 @@ def test_pages_leave_and_return_and_the_output_is_that_of_the_same_set_in_full(l
     assert torch.equal(torch.stack([cold[unit] for unit in range(PAGES)]), whole)
 
 
-def test_moving_units_needs_no_hugging_face():
-    code = "import sys, eval.decode.residency; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_a_bundle_scores_alike_with_hugging_face_and_without(bundle):
+    keys, _ = history(70)
+    found = []
+    for indexer in (load_scorer(bundle), load_bundle(bundle)):
+        level1 = open_level1(indexer, Limits(cap=20), backend="torch")
+        hidden = torch.randn(1, LAYERS, 24, generator=torch.Generator().manual_seed(4))
+        queries = level1.queries(hidden, torch.tensor([279]))
+        found.append(level1.scores(queries, keys.transpose(0, 1).to(queries.device)))
+    assert torch.equal(*found)
+
+
+HEAVY = {"transformers", "sentence_transformers", "datasets", "accelerate"}
+SERVE = f"""
+import sys, torch
+from pathlib import Path
+from data_gen.key_codec import encode_keys
+import eval.decode.residency, eval.decode.level2
+from eval.decode.level1 import PagedKeys, open_level1
+from eval.decode.select import Limits
+from indexer_train.bridge.bundle import load_scorer
+level1 = open_level1(load_scorer(Path(sys.argv[1])), Limits(cap=20))
+keys = encode_keys(torch.randn(70, {LAYERS}, {WIDTH})).to(level1.indexer.device)
+queries = level1.queries(torch.randn(1, {LAYERS}, 24), torch.tensor([279]))
+assert 9 < int(level1.resident(queries, PagedKeys.from_rows(keys)).counts[0]) <= 20
+sys.exit(sorted({HEAVY!r} & set(sys.modules)) or None)
+"""
+
+
+def test_serving_needs_no_hugging_face(bundle):
+    found = subprocess.run([sys.executable, "-c", SERVE, str(bundle)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from data_gen.backbones.deepseek_v4_hooks import csa_layers
 from data_gen.errors import InputError
 from data_gen.rope import Rope
 from indexer_train.bridge.native import dequantise, initialise, read_native
@@ -86,28 +87,36 @@ def same(ours, expected):
         assert torch.equal(getattr(ours, name), value), name
 
 
-def test_a_sharded_checkpoint_gives_the_native_scores(model, checkpoint, small):
-    assert len(list(checkpoint.glob("*.safetensors"))) > 5
-    indexer = small(key="mean_pre_rope")  # transformers' keys: rotated, neither Hadamard nor fp8
-    initialise(indexer, checkpoint)
-    exact = DeepseekV4ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    hidden = torch.randn(1, 40, HIDDEN, generator=torch.Generator().manual_seed(1))
-    for place, layer in enumerate(CSA):
-        attention = exact.model.layers[layer].self_attn
-        seen = {}
-        native = attention.compressor.indexer
-        hook = native.scorer.register_forward_hook(
-            lambda module, inputs, output, seen=seen: seen.update(keys=inputs[1][0], scores=output[0])
-        )
-        with torch.no_grad():
-            latent = attention.q_a_norm(attention.q_a_proj(hidden))
-            native(hidden, latent, torch.arange(40)[None], None, layer)
+def test_a_sharded_checkpoint_gives_the_native_scores(pocket, make_indexer, tmp_path):
+    """Of trained weights, on what they read in a document."""
+    model, info = pocket.backbone.model, pocket.backbone.info
+    model.save_pretrained(tmp_path, max_shard_size="2MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    sizes = {"hidden": info.hidden, "key_width": info.key_width, "rope": info.rope}
+    key = "mean_pre_rope"  # transformers' keys: rotated, neither Hadamard nor fp8
+    indexer = make_indexer(layers=info.full_layers, shape={"heads": 16, "rank": 96}, key=key, **sizes)
+    initialise(indexer, tmp_path)
+    ids, hidden, keys, scores = pocket.tokens(pocket.documents("multi_key", 300, 1)[0]), [], [], []
+    hooks = []
+    for layer in csa_layers(model):
+        block = model.get_decoder().layers[layer]
+        hooks.append(block.input_layernorm.register_forward_hook(lambda _, __, output: hidden.append(output[0])))
+
+        def scored(_, inputs, output):
+            keys.append(inputs[1][0])
+            scores.append(output[0])
+
+        hooks.append(block.self_attn.compressor.indexer.scorer.register_forward_hook(scored))
+    with torch.no_grad():
+        model(torch.tensor([ids]), use_cache=False)
+    for hook in hooks:
         hook.remove()
-        both = torch.stack([hidden[0], hidden[0]], dim=1)
-        keys = torch.stack([seen["keys"], seen["keys"]], dim=1)
-        queries = indexer.query_encoder({"input_features": both, "positions": torch.arange(40)})
-        logits = indexer.layer_logits(queries["sentence_embedding"], keys.flatten(1))[place]
-        torch.testing.assert_close(logits.detach(), seen["scores"], atol=2e-4, rtol=1e-4)
+    features = {"input_features": torch.stack(hidden, dim=1), "positions": torch.arange(len(ids))}
+    queries = indexer.query_encoder(features)["sentence_embedding"]
+    logits = indexer.layer_logits(queries, torch.stack(keys, dim=1).flatten(1)).detach()
+    theirs = torch.stack(scores)
+    assert logits.shape == theirs.shape == (3, 300, 75) and float(theirs.std()) > 0.5
+    torch.testing.assert_close(logits, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-4)
 
 
 def test_only_the_needed_shards_are_opened(model, checkpoint, tmp_path):

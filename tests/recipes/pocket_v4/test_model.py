@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.pocket_v4.card import write_card
-from recipes.pocket_v4.evaluate import documents_of
+from recipes.pocket_v4.evaluate import documents_of, weights_digest
 from recipes.pocket_v4.model import indexers, set_topk
 from recipes.pocket_v4.tasks import solved, solved_forced
 from recipes.pocket_v4.words import build_lexicon, build_tokenizer
@@ -78,6 +78,26 @@ def test_the_tokenizer_is_the_recipes_and_loses_nothing(tokenizer, shipped):
     ids = tokenizer(text).input_ids
     assert ids[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_the_accuracy_of_these_weights_reaches_the_bars():
+    report = json.loads((FOLDER / "evaluation.json").read_text())
+    assert report["weights"] == weights_digest(FOLDER)
+    assert report["documents"] >= 60 and report["comparisons"] >= 20
+    table = report["lengths"]
+    assert table["4096"]["topk"]["single"] >= 0.95 and table["4096"]["topk"]["multi_key"] >= 0.90
+    assert min(table["8192"]["topk"][task] for task in ("single", "multi_key")) >= 0.85
+    assert all(row["closed"][task] <= 0.10 for row in table.values() for task in ("single", "multi_key"))
+
+
+def test_the_card_names_lengths_that_were_not_measured(tmp_path):
+    for file in FOLDER.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    report = json.loads((FOLDER / "evaluation.json").read_text())
+    del report["lengths"]["2048"]
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    write_card(tmp_path)
+    assert "not measured: 2048, 16384." in (tmp_path / "README.md").read_text()
 
 
 def test_the_card_is_what_the_files_say(tmp_path):

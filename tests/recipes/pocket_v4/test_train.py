@@ -1,6 +1,8 @@
 """A tiny run on the CPU: learns, can be stopped and continued, leaves a model folder that loads and is measured."""
 
 import json
+import shutil
+import sys
 
 import pytest
 import torch
@@ -8,8 +10,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from data_gen.errors import InputError
+from recipes.pocket_v4 import evaluate as evaluation
+from recipes.pocket_v4 import train as training
 from recipes.pocket_v4.config import PocketConfig
-from recipes.pocket_v4.evaluate import evaluate
+from recipes.pocket_v4.evaluate import documents_of, open_recall, readings, weights_digest
+from recipes.pocket_v4.model import build_model
+from recipes.pocket_v4.tasks import TASKS
 from recipes.pocket_v4.train import Trainer
 
 
@@ -47,6 +53,7 @@ def test_a_stopped_run_goes_on_where_it_was(recipe, whole, tmp_path):
     finished, first = train(recipe, tmp_path, seconds=0)
     assert not finished and first.progress["step"] == 50
     (tmp_path / "checkpoint.partial").write_bytes(b"a save that was cut short")
+    spent = first.progress["seconds"]
     second = Trainer(recipe, tmp_path, workers=0, seconds=float("inf"))
     compared = 0
     for before, after in zip(first.optimizers, second.optimizers, strict=True):
@@ -58,6 +65,7 @@ def test_a_stopped_run_goes_on_where_it_was(recipe, whole, tmp_path):
                 compared += 1
     assert compared > 100
     assert second.run() and second.progress["steps"] == whole.progress["steps"] == 150
+    assert second.progress["seconds"] > spent > 0 and second.progress["peak_bytes"] > 1e8
     start = Trainer(recipe, tmp_path / "fresh", workers=0, seconds=0).model.state_dict()
     moved = drift = 0.0
     for name, weights in whole.model.state_dict().items():
@@ -70,27 +78,110 @@ def test_a_stopped_run_goes_on_where_it_was(recipe, whole, tmp_path):
     assert [(r["stage"], r.get("step")) for r in read[0]] == [(r["stage"], r.get("step")) for r in read[1]]
 
 
-def test_the_loss_falls_and_the_indexer_learns(whole):
-    reports = [json.loads(line) for line in (whole.out / "log.jsonl").open()]
+class Killed(BaseException):
+    pass
+
+
+def steps_logged(trainer):
+    return [json.loads(line)["step"] for line in trainer.journal.open()]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe, tmp_path, monkeypatch):
+    """And its log has nothing of what will be done again."""
+    report = Trainer.report
+    monkeypatch.setattr(training, "REPORT", 2)
+    monkeypatch.setattr(training, "SAVE", 4)
+
+    def log_when_killed_at(step):
+        def deadly(self, stage, metrics):
+            needle = report(self, stage, metrics)
+            if self.progress["step"] == step:
+                raise Killed
+            return needle
+
+        monkeypatch.setattr(Trainer, "report", deadly)
+        with pytest.raises(Killed):
+            train(recipe, tmp_path)
+        return steps_logged(Trainer(recipe, tmp_path, workers=0, seconds=0))
+
+    assert log_when_killed_at(2) == []
+    assert log_when_killed_at(6) == [2, 4]
+    resumed = Trainer(recipe, tmp_path, workers=0, seconds=0)
+    assert resumed.progress["step"] == resumed.progress["steps"] == 4 and 0 < resumed.progress["seconds"] < 600
+
+
+def test_the_loss_falls_and_the_indexer_learns(recipe, whole):
+    """The indexers themselves find more of the attention than others in the same model would."""
+    reports = [json.loads(line) for line in whole.journal.open()]
     steps = [report for report in reports if "step" in report]
     assert steps[-1]["text"] < steps[0]["text"] - 0.5
-    assert all(0 < report["recall"] <= 1.0001 for report in steps)
-    assert next(set(report["accuracy"]) for report in reports if "accuracy" in report) >= {"single", "copy"}
+    assert steps[1]["kl"] < 0.7 * steps[0]["kl"]  # both of the open stage
+    tests = {task: documents_of(recipe, task, 128, 4) for task in TASKS}
+
+    def measured(model):
+        found = [one for documents in tests.values() for one in readings(model, whole.tokenizer, documents, 2)]
+        return open_recall(model, whole.tokenizer, tests, 2), sum(float(one.kl) for one in found) / len(found)
+
+    recall, kl = measured(whole.model)
+    for seed in (101, 102, 103):
+        other = build_model(recipe.model_copy(update={"seed": seed}), whole.tokenizer).eval()
+        backbone = {name: value for name, value in whole.model.state_dict().items() if ".indexer." not in name}
+        other.load_state_dict(backbone, strict=False)
+        their_recall, their_kl = measured(other)
+        assert recall > their_recall + 0.01 and kl < 0.5 * their_kl
 
 
-def test_the_exported_folder_loads_and_is_measured(recipe, whole):
-    folder = whole.out / "model"
+def test_stages_end_with_what_the_indexer_recalls(whole):
+    ends = [json.loads(line) for line in whole.journal.open() if "accuracy" in line]
+    assert all(set(end["accuracy"]) == set(TASKS) for end in ends)
+    assert all(0.05 < end["recall"] < 0.5 for end in ends)  # four of 32 entries
+
+
+def test_recall_is_not_reported_where_the_top_k_holds_every_entry(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "log", lambda self, **record: logged.append(record))
+    trainer, logged = Trainer(recipe, tmp_path, workers=0, seconds=0), []
+    trainer.model.config.index_topk = 32
+    trainer.examine(recipe.stages[0])
+    assert logged[0]["recall"] is None and logged[0]["length"] == 128
+
+
+def test_the_exported_folder_loads_and_is_measured(recipe, whole, tmp_path, monkeypatch):
+    folder = shutil.copytree(whole.out / "model", tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, weights in whole.model.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weights.to(torch.bfloat16).float())
+    run = json.loads((folder / "training.json").read_text())
+    assert run["seconds"] > 1 and 1e8 < run["peak_bytes"] < 1e10
     assert "Not measured yet" in (folder / "README.md").read_text()
-    evaluate(folder, recipe)
-    row = json.loads((folder / "evaluation.json").read_text())["lengths"]["128"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--config", str(folder / "recipe.yaml")])
+    evaluation.main()
+    report = json.loads((folder / "evaluation.json").read_text())
+    assert report["weights"] == weights_digest(folder)
+    row = report["lengths"]["128"]
     assert set(row) == {"topk", "open", "closed", "recall", "seconds"}
     assert 0 < row["recall"] < 1
     assert all(0 <= share <= 1 for setting in ("topk", "open", "closed") for share in row[setting].values())
     card = (folder / "README.md").read_text()
     assert "| its own top-k | 128 |" in card and "| 1 | 128 | 1 | top-k | 50 |" in card
+
+
+def test_a_part_is_measured_into_a_file_of_its_own(recipe, whole, tmp_path, monkeypatch, capsys):
+    folder, config = whole.out / "model", tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--config", str(config), *map(str, arguments)])
+        evaluation.main()
+
+    with pytest.raises(SystemExit):
+        call("--lengths", 96)
+    assert "name a file for it with --out" in capsys.readouterr().err
+    call("--lengths", 96, "--documents", 1, "--out", tmp_path / "part.json")
+    report = json.loads((tmp_path / "part.json").read_text())
+    assert list(report["lengths"]) == ["96"] and (report["documents"], report["comparisons"]) == (1, 1)
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(recipe, whole, tmp_path):

@@ -40,26 +40,30 @@ def indexer(model):
 
 
 @torch.no_grad()
-def test_what_the_indexer_reads_is_what_a_trace_holds(model):
-    host = DeepseekV4Host(model, LAYERS)
+def test_what_the_indexer_reads_is_what_a_trace_holds(pocket):
+    """On trained weights."""
+    model, layers = pocket.backbone.model, [0, 2]
+    ids = torch.tensor([pocket.tokens(document)[:180] for document in pocket.documents("multi_key", 300, 2)])
+    host = DeepseekV4Host(model, layers)
     with host.attached():
-        model(IDS[:, :100], past_key_values=host.cache)
+        model(ids[:, :150], past_key_values=host.cache)
         host.keep([torch.tensor([0, 4, 9]), torch.tensor([1, 2])])  # keys are of all chunks all the same
-        for token in range(100, 130):
-            if token == 117:
+        for token in range(150, 180):
+            if token == 167:
                 host.keys()  # what is encoded once is not encoded again
-            model(IDS[:, token : token + 1], past_key_values=host.cache)
-    assert host.position == 129 and host.hidden().shape == (2, 2, 32) and host.keys().shape == (2, 32, 2, 20)
-    settings = TraceConfig(chunking=CHUNKING, layers=LAYERS, oracle="indexer", window=8, tail=4, text_rows=32)
+            model(ids[:, token : token + 1], past_key_values=host.cache)
+    assert host.position == 179 and host.hidden().shape == (2, 2, 192) and host.keys().shape == (2, 45, 2, 132)
+    chunking = Chunking(tokens=4, sink=0, recent=1)
+    settings = TraceConfig(chunking=chunking, layers=layers, oracle="indexer", votes=2, window=8, tail=4, text_rows=32)
     for sequence in range(2):
-        raw = DeepseekV4Backbone(model).trace(IDS[sequence, :100].tolist(), torch.tensor([99]), settings)
-        for at, layer in enumerate(LAYERS):
-            assert (host.keys()[sequence, :25, at] == raw.keys[layer]).float().mean() > 0.99  # batch 2 beside batch 1
-    single = DeepseekV4Host(model, LAYERS)
+        raw = pocket.backbone.trace(ids[sequence, :150].tolist(), torch.tensor([149]), settings)
+        for at, layer in enumerate(layers):
+            assert (host.keys()[sequence, :37, at] == raw.keys[layer]).float().mean() > 0.99  # batch 2 beside batch 1
+    single = DeepseekV4Host(model, layers)
     with single.attached():
-        model(IDS[:1, :100], past_key_values=single.cache)
-    raw = DeepseekV4Backbone(model).trace(IDS[0, :100].tolist(), torch.tensor([99]), settings)
-    for at, layer in enumerate(LAYERS):
+        model(ids[:1, :150], past_key_values=single.cache)
+    raw = pocket.backbone.trace(ids[0, :150].tolist(), torch.tensor([149]), settings)
+    for at, layer in enumerate(layers):
         assert torch.equal(single.keys()[0, :, at], raw.keys[layer])
         assert torch.equal(single.hidden()[:, at], raw.hidden[layer])
 

@@ -1,4 +1,4 @@
-"""The whole path on a DeepSeek-V4 folder: documents, traces, an indexer, a bundle, decoding, the benchmark."""
+"""The whole path on the trained pocket model: chats, traces, an indexer, a bundle, decoding, the benchmark."""
 
 import json
 import signal
@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 import cli
-from tests.conftest import tiny_model
+from recipes import load_recipe
+from recipes.pocket_v4.config import load_config
+from recipes.pocket_v4.documents import ASKED, write_chats, write_tests
 
 
 @pytest.fixture
@@ -27,28 +29,36 @@ def lookahead(capsys, monkeypatch):
     return call
 
 
-def test_run_and_benchmark(tmp_path, tokenizer, tiny_recipe, lookahead):
-    tiny_model("deepseek_v4").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    settings = tiny_recipe.model_dump(mode="json")
-    settings["backbone"]["path"] = str(tmp_path / "model")
-    settings["documents"] |= {"train": {"text": 4}, "heldout": {"text": 1, "single": 1}}
-    settings["train"]["epochs"] = 1
-    settings["decode"]["text_tokens"] = 20
-    settings["benchmark"] = {"policies": ["mean_pooled", "native", "oracle"]}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+@pytest.fixture
+def recipe(pocket, tmp_path):
+    """pocket-v4 on four short chats and four questions on one text; training starts from the native indexers."""
+    language = load_config(pocket.folder.with_name("config.yaml"))
+    write_chats(language, tmp_path / "chats.jsonl", 4, (512, 600))
+    write_tests(language, tmp_path / "tests", 512, 1)
+    settings = load_recipe("pocket-v4").model_dump(mode="json")
+    settings["documents"] |= {"source": str(tmp_path / "chats.jsonl"), "train": {"chat": 3}, "heldout": {"chat": 1}}
+    settings["train"] |= {"epochs": 1, "validation_every": 3, "init": str(pocket.folder)}
+    settings["benchmark"] |= {
+        "policies": ["indexer", "mean_pooled", "native", "oracle"],
+        "files": [{"format": "ruler", "source": str(tmp_path / "tests" / f"{task}-512.jsonl")} for task in ASKED],
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "small.yaml"
+
+
+def test_run_and_benchmark(tmp_path, recipe, lookahead):
     out = tmp_path / "out"
-    printed = lookahead("run", tmp_path / "tiny.yaml", "--out", out)
+    printed = lookahead("run", recipe, "--out", out)
     assert printed.splitlines()[-1].startswith("With ")
     rows = {row["policy"]: row for row in json.loads((out / "results.json").read_text())["decode"]}
     assert list(rows) == ["full", "indexer", "native", "recency", "random"]
     full, sparse = rows.pop("full"), list(rows.values())
     assert full["kv_share"] == full["agreement"] == 1 and full["kl"] == 0
-    # Eleven or so of some hundred chunks, the sink and two or three new ones on top.
-    assert all(0.1 < row["kv_share"] < 0.2 and row["kv_mb"] < 0.2 * full["kv_mb"] for row in sparse)
-    assert all(row["kl"] > 0 and row["refreshes"] == 2 for row in sparse)
-    length = ("--length", 450, "--examples", 1, "--task", "single", "--budget", 0.1)
-    printed = lookahead("benchmark", out / "bundle", "--out", out, "--recipe", tmp_path / "tiny.yaml", *length)
+    # An eighth of the chunks, the newest one on top, and what is made while the answer is written.
+    assert all(0.12 < row["kv_share"] < 0.15 and row["kv_mb"] < 0.5 * full["kv_mb"] for row in sparse)
+    assert all(row["kl"] >= 0 and row["refreshes"] == 1 for row in sparse)
+    assert rows["indexer"]["kl"] < min(rows["recency"]["kl"], rows["random"]["kl"])
+    printed = lookahead("benchmark", out / "bundle", "--out", out, "--recipe", recipe)
     rows = json.loads((out / "results.json").read_text())["benchmark"]
-    assert {row["policy"] for row in rows} == {"full", "native", "oracle"}
+    assert {row["policy"] for row in rows} == {"full", "indexer", "native", "oracle"}
     assert "not run: mean_pooled" in printed

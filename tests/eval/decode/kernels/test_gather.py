@@ -12,6 +12,7 @@ from eval.decode.fetch import gather_copies, index_copy
 from eval.decode.kernels import gather as kernel
 from eval.decode.pools import ColdPool, HotPool, UnitLayout
 from tests.eval.decode.kernels.aot import compile_sm90
+from tests.eval.decode.kernels.speed import speed
 
 ROW = (21, 584)
 PAGE = (64, 21, 716)
@@ -67,6 +68,5 @@ def test_on_a_device(shape, count):
         gather_copies(cold, units, actual, slots)
     end.record()
     torch.cuda.synchronize()
-    seconds = start.elapsed_time(end) / 5e3
-    rate = count * cold.layout.stride / seconds / 1e9
-    print(f"\n{shape} x {count}: {seconds * 1e6:.0f} us, {rate:.1f} GB/s, {rate / 55:.0%} of 55 GB/s")
+    us = start.elapsed_time(end) / 5 * 1e3
+    print(f"\n{shape} x {count}: {speed(us, count * cold.layout.stride, link=True)}")

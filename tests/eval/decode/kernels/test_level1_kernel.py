@@ -1,5 +1,7 @@
 """Level 1's kernels: in the interpreter and on a GPU against the torch backend, compiled for sm_90 without one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,16 +11,25 @@ from data_gen.errors import InputError
 from data_gen.key_codec import encode_keys
 from data_gen.rope import Rope
 from eval.decode import level1_triton
+from eval.decode.kernels.device import check_fp8
 from eval.decode.kernels.level1 import score_kernel
 from eval.decode.kernels.limits import limit_kernel
 from eval.decode.level1 import Level1, PagedKeys, open_level1
-from eval.decode.level1_triton import PROGRAMS_AN_SM, TritonLevel1, limit_constants, registers, score_constants
+from eval.decode.level1_triton import (
+    PROGRAMS_AN_SM,
+    TritonLevel1,
+    limit_constants,
+    limit_programs,
+    registers,
+    score_constants,
+)
 from eval.decode.select import Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
 from tests.eval.decode.kernels.aot import compile_sm90
 from tests.eval.decode.kernels.interpreter import compiled_only, in_interpreter, run_interpreted
+from tests.eval.decode.kernels.speed import speed
 
 
 def make_indexer(
@@ -66,12 +77,13 @@ def check_against_torch(indexer, queries, keys, limits, selection) -> None:
     scores = kernel.scores(queries, keys)
     expected = torch_backend.scores(in_half(indexer, queries), keys)
     torch.testing.assert_close(scores, expected, atol=2e-4, rtol=2e-4)
-    torch_backend.scores = lambda *_: scores
-    for resident in ("resident", "resident_pages"):
-        most = (4,) if resident == "resident_pages" else ()
-        wanted, found = (getattr(level1, resident)(queries, keys, *most) for level1 in (torch_backend, kernel))
+    pages = Limits(cap=4, unit="pages")
+    pairs = ((torch_backend, kernel), (Level1(indexer, pages, selection), TritonLevel1(indexer, pages, selection)))
+    for reference, level1 in pairs:
+        reference.scores = lambda *_: scores
+        wanted, found = (each.resident(queries, keys) for each in (reference, level1))
         for name in ("counts", "demand", "ids"):
-            assert torch.equal(getattr(found, name), getattr(wanted, name)), (resident, name)
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), (level1.limits.unit, name)
 
 
 def middle(indexer: MemoryIndexer, queries: torch.Tensor, keys: PagedKeys) -> Threshold:
@@ -203,7 +215,6 @@ def test_limits_without_spills(budget):
 
 
 SIZES = [262_144, 65_536, 16_384]
-HBM_TERABYTES = {"H100": 3.35, "H200": 4.8}
 
 
 @pytest.fixture(scope="module")
@@ -242,12 +253,10 @@ def test_on_the_gpu(pool, chunks, fp8):
     micros = per_call(kernel, queries, pages, tables)
     with_cap = per_call(capped, queries, pages, tables)
     read = chunks * 3 * 132
-    limit = next((bytes_ for name, bytes_ in HBM_TERABYTES.items() if name in torch.cuda.get_device_name()), None)
-    share = f", {read / micros / limit / 1e4:.0f} % of {limit} TB/s" if limit else ""
     jaccard = len(exact & found) / len(exact | found)
     print(
-        f"\nLevel 1, {chunks} chunks, {'fp8' if fp8 else 'fp16'}: {micros:.1f} us with selection "
-        f"({read / micros / 1e3:.0f} GB/s{share}), {with_cap:.1f} us when the cap bites; Jaccard to fp32 {jaccard:.4f}"
+        f"\nLevel 1, {chunks} chunks, {'fp8' if fp8 else 'fp16'}, with selection: {speed(micros, read)}; "
+        f"{with_cap:.1f} us when the cap bites; Jaccard to fp32 {jaccard:.4f}"
     )
     assert jaccard > (0.9 if fp8 else 0.99)
 
@@ -268,6 +277,36 @@ def per_call(level1: TritonLevel1, queries: torch.Tensor, pages: torch.Tensor, t
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(tables))
     return sorted(times[5:])[10]
+
+
+@compiled_only
+@pytest.mark.parametrize(("processors", "sequences"), [(132, 1), (132, 8), (16, 3), (7, 1), (7, 8), (1, 1), (132, 300)])
+def test_programs_that_wait_for_one_another_run_at_once(processors, sequences):
+    parts = limit_programs(processors, sequences, 262_144)
+    assert parts == 1 or parts * sequences <= processors
+    assert limit_programs(processors, sequences, 64) == 1
+
+
+@compiled_only
+def test_gpus_older_than_fp8_get_torch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    indexer = SimpleNamespace(spec=make_indexer().spec, device=torch.device("cuda"))
+    assert type(open_level1(indexer, Limits(cap=40))) is Level1
+    for backend in ("triton", "triton-fp8"):
+        with pytest.raises(InputError, match=r"capability 8\.9 for fp8 keys, and this GPU has 8\.6"):
+            open_level1(indexer, Limits(cap=40), backend=backend)
+    with pytest.raises(InputError, match=r"capability 8\.9"):
+        TritonLevel1(indexer, Limits(cap=40))
+    with pytest.raises(InputError, match=r"capability 8\.9"):
+        check_fp8(indexer.device)  # what the Level-2 kernels ask
+
+
+@compiled_only
+def test_fp8_products_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr("eval.decode.level1.lacks", lambda device: None)
+    monkeypatch.setattr(level1_triton.triton.knobs.runtime, "interpret", True)  # a device is not asked for
+    for backend, fp8 in (("triton", False), ("triton-fp8", True), ("auto", False)):
+        assert open_level1(make_indexer(), Limits(cap=40), backend=backend).fp8 == fp8
 
 
 @compiled_only

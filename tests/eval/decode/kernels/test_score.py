@@ -13,8 +13,7 @@ from eval.decode import level2
 from eval.decode.kernels import score as kernel
 from tests.eval.decode.kernels.aot import compile_sm90
 from tests.eval.decode.kernels.interpreter import compiled_only, in_interpreter, run_interpreted
-
-H200_BYTES_A_SECOND = 4.8e12
+from tests.eval.decode.kernels.speed import speed
 
 
 def problem(batch, listed, heads, width, offset=0, page=64, device="cpu"):
@@ -83,10 +82,6 @@ def test_compiled_for_sm_90():
 def test_on_a_device(batch, page):
     given = problem(batch, 24576, 64, 128, 16, page, device="cuda")
     torch.testing.assert_close(kernel.score_resident(*given), level2.score_resident(*given), rtol=1e-3, atol=1e-3)
-    seconds = do_bench_cudagraph(lambda: kernel.score_resident(*given)) / 1e3
+    us = do_bench_cudagraph(lambda: kernel.score_resident(*given)) * 1e3
     moved = batch * 24576 * (132 + 4 + 4)
-    rate = moved / seconds
-    print(
-        f"\nLevel-2 score, {batch} x 24,576 resident in pages of {page}, H 64: {seconds * 1e6:.1f} us, "
-        f"{rate / 1e9:.0f} GB/s, {rate / H200_BYTES_A_SECOND:.0%} of an H200's memory"
-    )
+    print(f"\nLevel-2 score, {batch} x 24,576 resident in pages of {page}, H 64: {speed(us, moved)}")

@@ -13,8 +13,8 @@ from eval.decode.entries import V4, EntryShape, encode_entries, entries_to_pages
 from eval.decode.kernels import sparse_attention as kernel
 from tests.eval.decode.kernels.aot import compile_sm90
 from tests.eval.decode.kernels.interpreter import compiled_only, in_interpreter, run_interpreted
+from tests.eval.decode.kernels.speed import speed
 
-H200_BYTES_A_SECOND = 4.8e12
 NARROW = EntryShape(still=64, rope=64)
 
 
@@ -138,10 +138,9 @@ def test_on_a_device(batch, page):
     given = problem(batch, 64, 512, 128, offset=64, page=page, device="cuda")
     expected = level2.attend(*given)
     torch.testing.assert_close(kernel.attend(*given), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
-    seconds = do_bench_cudagraph(lambda: kernel.attend(*given)) / 1e3
+    us = do_bench_cudagraph(lambda: kernel.attend(*given)) * 1e3
     moved = batch * (640 * (V4.bytes + 4) + 2 * 64 * V4.width * 2)
     print(
-        f"\nsparse MQA, {batch} x 640 entries of 584 bytes in pages of {page}, 64 heads: {seconds * 1e6:.1f} us, "
-        f"{moved / seconds / 1e9:.0f} GB/s, {moved / seconds / H200_BYTES_A_SECOND:.0%} of an H200's memory"
+        f"\nsparse MQA, {batch} x 640 entries of 584 bytes in pages of {page}, 64 heads: {speed(us, moved)}"
         + (", target 25 us" if batch == 32 else "")
     )

@@ -12,6 +12,7 @@ from eval.decode.kernels import score, topk
 from eval.decode.level2 import NONE
 from tests.eval.decode.kernels.aot import compile_sm90
 from tests.eval.decode.kernels.interpreter import compiled_only, in_interpreter, run_interpreted
+from tests.eval.decode.kernels.speed import speed
 from tests.eval.decode.kernels.test_score import problem
 
 
@@ -102,10 +103,11 @@ def test_on_a_device():
         scores, slots = score.score_resident(*given), given[3]
         ties = scores.mul(16).round()
         assert torch.equal(topk.select_resident(ties, slots, 512), topk.select_resident(ties, slots, 512))
-        select = do_bench_cudagraph(lambda a=scores, b=slots: topk.select_resident(a, b, 512))
-        sort = do_bench_cudagraph(lambda a=scores: a.topk(512))
-        both = do_bench_cudagraph(lambda a=given: topk.select_resident(score.score_resident(*a), a[3], 512))
+        select = do_bench_cudagraph(lambda a=scores, b=slots: topk.select_resident(a, b, 512)) * 1e3
+        sort = do_bench_cudagraph(lambda a=scores: a.topk(512)) * 1e3
+        both = do_bench_cudagraph(lambda a=given: topk.select_resident(score.score_resident(*a), a[3], 512)) * 1e3
+        listed = batch * 24576
         print(
-            f"\nLevel-2 top-512, {batch} x 24,576 resident: {select * 1e3:.1f} us (torch.topk {sort * 1e3:.1f} us); "
-            f"score and top-512 {both * 1e3:.1f} us, target 20 us for one"
+            f"\nLevel-2 top-512, {batch} x 24,576 resident: {speed(select, listed * 4)}; torch.topk {sort:.1f} us; "
+            f"score and top-512 {speed(both, listed * (132 + 8))}, target 20 us for one"
         )
