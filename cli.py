@@ -66,7 +66,7 @@ def import_dumps(
 @app.command()
 def train(
     recipe: RecipeName,
-    traces: Annotated[list[Path], typer.Option(help="A trace store; repeatable.")],
+    traces: Annotated[list[Path], typer.Option(help="A trace store; repeatable, and their order counts.")],
     out: Out,
     weight: Annotated[
         list[float] | None, typer.Option(min=0.01, help="How often an epoch reads each store, in order; else once.")
@@ -75,6 +75,8 @@ def train(
     """Train an indexer on traces: writes OUT/indexer. A stopped run continues."""
     if weight and len(weight) != len(traces):
         raise InputError(f"--weight was given {len(weight)} times for {len(traces)} trace stores; give one for each")
+    if twice := next((path for path in traces if traces.count(path) > 1), None):
+        raise InputError(f"--traces {twice}: given twice")
     _train(_recipe(recipe), dict(zip(traces, weight or [1.0] * len(traces), strict=True)), out)
 
 
@@ -101,6 +103,10 @@ def calibrate(
     target = ("budget", share) if recall is None else ("recall", recall)
     found = calibrate_folder(indexer, loaded, store, settings.golden, target, longest or [], by_budget)
     typer.echo(table(list(found.rows[0]), [list(row.values()) for row in found.rows]))
+    if found.beyond is not None:
+        typer.echo(
+            f"no held-out context is longer than {found.beyond} tokens: the last score holds for longer ones unseen"
+        )
     typer.echo(f"served: {loaded.spec.selection}\nexpected calibration error {found.error:.3f}: {found.plot}")
 
 

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.train import GOLDEN, HIDDEN, HUGE_PAGES, LAYERS, TOKENS, WINDOW, peak_memory, write_dumps
+from benchmarks.documents import GOLDEN, HIDDEN, LAYERS, TOKENS, WINDOW, write_dumps
+from benchmarks.train import HUGE_PAGES, peak_memory
 from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
 

@@ -1,20 +1,26 @@
 """Training speed and memory, beside the FlashMemory release's trainer on the same documents.
 
-    python -m benchmarks.train [--release CHECKOUT] [--heads 128 --rank 2048] [--steps 16] [--rounds 3] [--long]
+    git clone https://github.com/libertywing/FlashMemory-Deepseek-V4 CHECKOUT
+    python -m benchmarks.train [--release CHECKOUT] [--shapes 128x2048 64x1024] [--steps 16] [--rounds 3] [--long]
+                               [--output FILE.json]
 
 Data: 8 documents, 512 query tokens, 4,096 chunks, 3 layers, hidden 4096, about 2 % of the chunks golden in a window,
-batches of 64 tokens, focal loss, 3 negatives for each positive. Prints samples per CPU-second of the steps alone (one
-thread; batches made in the same thread), peak resident memory up to the last step, and how far the two losses are
-apart on one batch with the same weights. The release is its dataset, collation, model, loss, AdamW and clipping, called
-in the order of its own loop. Without --release it says so and measures ours alone. --long measures ours on documents
-of 262,144 chunks as well, and what it takes to read the keys of one.
+batches of 64 tokens, focal loss, 3 negatives for each positive; shapes are heads x rank. Prints samples per CPU-second
+of the steps alone (one thread; batches made in the same thread), how many chunks each token is compared with, peak
+resident memory up to the last step, and how far the two losses are apart on one batch with the same weights.
+
+The release's dataset, collation and model are its own code. Its loss and its loop stand inside its script, where they
+cannot be called: both are written again here, with the same AdamW and clipping in the same order. `lookahead train`
+asks the allocator for huge pages; the release's script does not, so it is measured both as it comes and with them.
+Without --release it says so and measures ours alone. --long measures ours on documents of 262,144 chunks as well, and
+what it takes to read the keys of one.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import pickle
+import platform
 import re
 import statistics
 import subprocess
@@ -26,41 +32,13 @@ from typing import Any
 
 import torch
 
-from data_gen.chunks import Chunking
-from data_gen.config import TraceConfig
-from data_gen.key_codec import encode_keys
+from benchmarks.documents import GOLDEN, LAYERS, TOKENS, WINDOW, write_store
 
-LAYERS = [10, 12, 20]
-HIDDEN, TOKENS, WINDOW, BATCH, NEGATIVES, GOLDEN = 4096, 512, 64, 64, 3, 3
+BATCH, NEGATIVES = 64, 3
 WARM_UP = 3
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 LONG = 262_144
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-2
-
-
-def write_dumps(folder: Path, documents: int, chunks: int) -> None:
-    """Dumps in the release's format. A token needs 8 to 32 chunks of a pool that drifts as the document goes on.
-
-    The width of the pool differs between documents (lognormal), so that batches hold samples of different sizes.
-    """
-    for number in range(documents):
-        rng = torch.Generator().manual_seed(number)
-        tensors = {}
-        for layer in LAYERS:
-            tensors[f"hidden_layer_{layer}"] = torch.randn(TOKENS, HIDDEN, generator=rng).bfloat16()
-            tensors[f"compk_layer_{layer}"] = encode_keys(torch.randn(chunks, 128, generator=rng))
-            tensors[f"positions_layer_{layer}"] = torch.arange(4 * chunks - TOKENS, 4 * chunks)
-        pool = int(84 * torch.randn(1, generator=rng).mul(0.5).exp())
-        order = torch.randperm(chunks - TOKENS // 4, generator=rng)
-        needed = [
-            order[token // 8 : token // 8 + pool][torch.rand(pool, generator=rng) < 0.25].sort().values
-            for token in range(TOKENS)
-        ]
-        tensors["label_indices"] = torch.cat(needed).int()
-        tensors["label_scores"] = torch.full_like(tensors["label_indices"], GOLDEN)
-        counts = torch.tensor([len(chunks) for chunks in needed])
-        tensors["label_pointers"] = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        (folder / f"doc_{number:05d}.pkl").write_bytes(pickle.dumps(tensors, protocol=4))
 
 
 def peak_memory() -> float:
@@ -109,7 +87,9 @@ def measure_ours(folder: Path, heads: int, rank: int, steps: int) -> dict[str, f
     for layer in LAYERS:
         document.keys(layer).clone()
     keys = time.process_time() - start
-    return {"speed": steps * BATCH / found["seconds"], "memory": found["memory"], "keys": keys}
+    compared = [float(batch["label"][:, 2].sum(dim=1).mean()) for batch in trainer.get_train_dataloader()]
+    speed = steps * BATCH / found["seconds"]
+    return {"speed": speed, "memory": found["memory"], "keys": keys, "candidates": statistics.mean(compared)}
 
 
 def measure_release(folder: Path, checkout: Path, heads: int, rank: int, steps: int) -> dict[str, float]:
@@ -146,11 +126,12 @@ def measure_release(folder: Path, checkout: Path, heads: int, rank: int, steps: 
         if step == WARM_UP + steps - 1:
             break
     seconds = time.process_time() - start
-    return {"speed": samples / seconds, "memory": peak_memory(), "padding": 1 - filled / slots}
+    shares = {"candidates": filled / samples, "padding": 1 - filled / slots}
+    return {"speed": samples / seconds, "memory": peak_memory()} | shares
 
 
 def release_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Focal loss of the release's joint training: per layer on its sigmoids, averaged over layers."""
+    """Focal loss of the release's joint training, written again: per layer on its sigmoids, averaged over layers."""
     scores = model(batch["hidden"], batch["compk"], batch["positions"])
     mask, losses = batch["mask"], []
     for layer in LAYERS:
@@ -217,82 +198,92 @@ def compare_losses(folder: Path, checkout: Path, heads: int, rank: int) -> dict[
     return {"ours": float(ours), "release": float(theirs)}
 
 
-def write_store(folder: Path, documents: int, chunks: int) -> Path:
-    """Dumps in `folder`, and the same documents as a trace store."""
-    from data_gen.flashmemory.folder import import_dumps
-
-    folder.mkdir()
-    write_dumps(folder, documents, chunks)
-    chunking = Chunking(tokens=4, sink=0, recent=0)
-    trace = TraceConfig(chunking=chunking, layers=LAYERS, oracle="indexer", window=WINDOW)
-    import_dumps(folder, folder / "store", trace, lambda items, _: items)
-    return folder
-
-
 def main() -> None:
     """Write the documents, then measure each side in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--release", type=Path, help="A checkout of the FlashMemory release.")
-    parser.add_argument("--heads", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=2048)
+    parser.add_argument("--shapes", nargs="+", default=["128x2048", "64x1024"], help="Heads x rank.")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--chunks", type=int, default=4096)
     parser.add_argument("--long", action="store_true", help=f"Measure ours on documents of {LONG:,} chunks too.")
+    parser.add_argument("--output", type=Path, help="Write all figures there, with commit and hardware.")
     parser.add_argument("--measure", choices=["ours", "release", "losses"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    heads, rank = arguments.heads, arguments.rank
     if arguments.measure:
         torch.set_num_threads(1)
+        (heads, rank), steps = map(int, arguments.shapes[0].split("x")), arguments.steps
         if arguments.measure == "ours":
-            found = measure_ours(arguments.folder, heads, rank, arguments.steps)
+            found = measure_ours(arguments.folder, heads, rank, steps)
         elif arguments.measure == "release":
-            found = measure_release(arguments.folder, arguments.release, heads, rank, arguments.steps)
+            found = measure_release(arguments.folder, arguments.release, heads, rank, steps)
         else:
             found = compare_losses(arguments.folder, arguments.release, heads, rank)
         print(f"\nmeasured {json.dumps(found)}")
         return
     with tempfile.TemporaryDirectory() as name:
         data = write_store(Path(name) / "data", arguments.documents, arguments.chunks)
+        long = write_store(Path(name) / "long", 3, LONG) if arguments.long else None
+        results = [compare(arguments, shape, data, long) for shape in arguments.shapes]
+    if arguments.output:
+        settings = {name: getattr(arguments, name) for name in ("steps", "rounds", "documents", "chunks")}
+        content = environment() | {"settings": settings, "results": results}
+        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 
-        def run(what: str, folder: Path, **environment: str) -> dict[str, float]:
-            command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--measure", what, "--folder", folder]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **environment}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                sys.exit(f"{what} failed:\n{done.stderr[-2000:]}")
-            return json.loads(re.findall(r"^measured (.*)$", done.stdout, re.M)[-1])
 
-        sides = {"ours": ("ours", data, HUGE_PAGES)}  # as the `lookahead` command sets it
-        if arguments.long:
-            sides["ours, long"] = ("ours", write_store(Path(name) / "long", 3, LONG), HUGE_PAGES)
-        if arguments.release is not None:
-            sides |= {"release": ("release", data, {}), "release, huge pages": ("release", data, HUGE_PAGES)}
-        runs = {side: [] for side in sides}
-        for _ in range(arguments.rounds):  # in turns: a shared machine is not equally fast all the time
-            for side, (what, folder, environment) in sides.items():
-                runs[side].append(run(what, folder, **environment))
-        speed = {side: statistics.median(found["speed"] for found in runs[side]) for side in sides}
-        print(f"H {heads}, R {rank}, N {arguments.chunks}, one thread, median of {arguments.rounds}")
-        for side, found in runs.items():
-            line = f"{side}: {speed[side]:.1f} samples per CPU-second, "
-            line += f"peak memory {max(each['memory'] for each in found):.2f} GiB"
-            if side.startswith("release"):
-                line += f", {found[0]['padding']:.0%} of its slots are padding"
-                line += f"; ours is {speed['ours'] / speed[side]:.2f}x"
-            print(line)
-        if arguments.long:
-            more = 1000 * BATCH * (1 / speed["ours, long"] - 1 / speed["ours"])
-            keys = 1000 * statistics.median(found["keys"] for found in runs["ours, long"])
-            print(f"N {LONG}: {more:+.0f} ms a batch of {BATCH}; a document's keys are read in {keys:.0f} ms")
-        if arguments.release is None:
-            print("release: not measured, no checkout was given (--release)")
-            return
-        losses = run("losses", data)
-        gap = abs(losses["ours"] - losses["release"])
-        print(f"loss on one batch: ours {losses['ours']:.7f}, release {losses['release']:.7f}, apart {gap:.1e}")
+def compare(arguments: argparse.Namespace, shape: str, data: Path, long: Path | None) -> dict[str, Any]:
+    """Measure both sides at one shape in turns, print what was found and return it."""
+
+    def run(what: str, folder: Path, variables: dict[str, str]) -> dict[str, float]:
+        asked = ["--shapes", shape, "--steps", str(arguments.steps), "--measure", what, "--folder", str(folder)]
+        asked += ["--release", str(arguments.release)] if arguments.release else []
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **variables}
+        command = [sys.executable, "-m", "benchmarks.train", *asked]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables)
+        if done.returncode:
+            sys.exit(f"{what} failed:\n{done.stderr[-2000:]}")
+        return json.loads(re.findall(r"^measured (.*)$", done.stdout, re.M)[-1])
+
+    sides = {"ours": ("ours", data, HUGE_PAGES)}
+    if long is not None:
+        sides["ours, long"] = ("ours", long, HUGE_PAGES)
+    if arguments.release is not None:
+        sides |= {"release as it comes": ("release", data, {}), "release, huge pages": ("release", data, HUGE_PAGES)}
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for _ in range(arguments.rounds):  # in turns: a shared machine is not equally fast all the time
+        for side, settings in sides.items():
+            runs[side].append(run(*settings))
+    speed = {side: statistics.median(each["speed"] for each in found) for side, found in runs.items()}
+    print(f"{shape} (heads x rank), N {arguments.chunks}, one thread, median of {arguments.rounds}")
+    for side, found in runs.items():
+        line = f"{side}: {speed[side]:.1f} samples per CPU-second, {found[0]['candidates']:.0f} candidates a token, "
+        line += f"peak memory {max(each['memory'] for each in found):.2f} GiB"
+        if side.startswith("release"):
+            line += f", {found[0]['padding']:.0%} of its slots are padding; ours is {speed['ours'] / speed[side]:.2f}x"
+        print(line)
+    if long is not None:
+        more = 1000 * BATCH * (1 / speed["ours, long"] - 1 / speed["ours"])
+        keys = 1000 * statistics.median(each["keys"] for each in runs["ours, long"])
+        print(f"N {LONG}: {more:+.0f} ms a batch of {BATCH}; a document's keys are read in {keys:.0f} ms")
+    result = {"shape": shape, "speed": speed, "runs": runs}
+    if arguments.release is None:
+        print("release: not measured, no checkout was given (--release)")
+        return result
+    losses = run("losses", data, {})
+    gap = abs(losses["ours"] - losses["release"])
+    print(f"loss on one batch: ours {losses['ours']:.7f}, release {losses['release']:.7f}, apart {gap:.1e}")
+    ratios = {side: speed["ours"] / speed[side] for side in speed if side.startswith("release")}
+    return result | {"ratios": ratios, "losses": losses}
+
+
+def environment() -> dict[str, str]:
+    """What the figures were measured on."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    hardware = f"one thread of {processor[1] if processor else platform.processor()}"
+    return {"commit": commit, "hardware": hardware, "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from data_gen.errors import InputError
@@ -55,12 +56,17 @@ def _builtin() -> Iterator[str]:
 
     for name in sorted(topics):
         yield topics[name]
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
-        nodes = ast.walk(ast.parse(file.read_bytes()))
-        docstrings = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
-        if any(docstrings):
-            yield "\n\n".join(filter(None, docstrings))
+        if docstrings := _docstrings(file):
+            yield docstrings
+
+
+@cache
+def _docstrings(file: Path) -> str:
+    """All of a module, parsed once: the whole library takes seconds, and each side of a split reads it."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = ast.walk(ast.parse(file.read_bytes()))
+    return "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, documented))))
 
 
 def _stdlib() -> Iterator[str]:

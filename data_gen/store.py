@@ -265,6 +265,11 @@ class TraceStore:
         if self.manifest.documents.get("split") == "train":
             raise InputError(f"{self.root}: training documents; this is decided on held-out ones")
 
+    def check_training(self) -> None:
+        """Raise InputError on held-out documents: trained on, they would prove nothing."""
+        if self.manifest.documents.get("split") == "heldout":
+            raise InputError(f"{self.root}: held-out documents; train on others")
+
     def check_settings(self, trace: TraceConfig) -> None:
         """Raise InputError, naming the first difference, unless these are the settings it was traced with."""
         asked = _fields(trace)

@@ -13,9 +13,9 @@ from data_gen.damage import whole
 from data_gen.errors import InputError
 from data_gen.shards import check_document
 from data_gen.store import MANIFEST, TraceStore
-from indexer_train.bridge.bundle import HEADER, load_bundle
+from indexer_train.bridge.bundle import HEADER, WEIGHTS, load_bundle
 from indexer_train.bridge.flashmemory import read_checkpoint
-from indexer_train.checkpoints import damage, number
+from indexer_train.checkpoints import STATE, checkpoints, damage
 from indexer_train.hard_negatives import FOLDER, HardNegatives
 from indexer_train.model import MemoryIndexer
 from indexer_train.trainer import SETTINGS, load_indexer
@@ -41,18 +41,21 @@ class Found:
 
 def inspect(path: Path, progress: Progress) -> Found:
     """Recognise what lies at `path` and check all of it. Raises InputError when it is nothing that is known."""
-    for marker, describe in (
-        (MANIFEST, _store),
-        ("trainer_state.json", _checkpoint),
-        (HEADER, _bundle),
-        ("modules.json", _indexer),
-        (SETTINGS, _run),
-        (RESULTS, _results),
-    ):
+    kinds = {
+        MANIFEST: _store,
+        STATE: _checkpoint,
+        HEADER: _bundle,
+        "modules.json": _indexer,
+        SETTINGS: _run,
+        RESULTS: _results,
+    }
+    for marker, describe in kinds.items():
         if (path / marker).exists():
             return describe(path, progress)
-    if path.name == RESULTS and path.is_file():
-        return _results(path.parent, progress)
+    if path.is_file() and path.name in kinds:
+        return kinds[path.name](path.parent, progress)
+    if path.name == WEIGHTS and (path.parent / HEADER).exists():
+        return _bundle(path.parent, progress)
     if path.name == FOLDER and (path.parent / MANIFEST).exists():
         return _hard_negatives(path)
     if stores := [marker.parent for marker in sorted(path.glob(f"*/{MANIFEST}"))]:
@@ -61,8 +64,10 @@ def inspect(path: Path, progress: Progress) -> Found:
         if path.name.startswith("doc_") and (path.parent / MANIFEST).exists():
             return _store(path.parent, progress, [path])
         return _release(path)
-    if path.is_dir() and list(path.glob("checkpoint-*")):
+    if checkpoints(path):
         return _checkpoints(path)
+    if files := sorted(path.glob("ckpt_l*.pt")):
+        return _layer_files(files)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     raise InputError(f"{path}: neither traces, an indexer, a bundle, a run, results, nor a checkpoint")
@@ -207,7 +212,7 @@ def _checkpoint(folder: Path, progress: Progress) -> Found:
 
 def _checkpoints(folder: Path) -> Found:
     found = Found("training checkpoints")
-    for path in sorted(folder.glob("checkpoint-*"), key=number):
+    for path in checkpoints(folder):
         reason = damage(path)
         found.facts.append((path.name, "half-written" if reason else "whole"))
         if reason:
@@ -232,10 +237,27 @@ def _run(folder: Path, progress: Progress) -> Found:
             ]
     except InputError as error:
         found.damage.append(str(error))
+    for part in sorted(folder.glob("layer-*")):  # of a run with `one_by_one`
+        one = _run(part, progress)
+        own = [(name, value) for name, value in one.facts if name == "indexer" or name.startswith("checkpoint-")]
+        found.facts += [(f"{part.name}: {name}", value) for name, value in own]
+        found.damage += one.damage
     if (folder / "indexer").exists():
         indexer = _indexer(folder / "indexer", progress)
         found.facts += [("indexer", "finished"), *indexer.facts]
         found.damage += indexer.damage
+    return found
+
+
+def _layer_files(paths: list[Path]) -> Found:
+    """Of `lookahead export --format flashmemory-layers`."""
+    found = Found("checkpoints of the FlashMemory release, a layer each")
+    for path in paths:
+        try:
+            one = _release(path)
+            found.facts += [(f"{path.name}: {name}", value) for name, value in one.facts]
+        except InputError as error:
+            found.damage.append(str(error))
     return found
 
 

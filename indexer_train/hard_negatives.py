@@ -6,6 +6,7 @@ STORE/hard_negatives/doc_00000.safetensors      chunks [T, count] int32, hardest
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,7 +49,7 @@ class HardNegatives:
                     found[path] = file.get_tensor("chunks")
                     made_by.add(file.metadata()["made_by"])
             except (SafetensorError, OSError, KeyError, TypeError) as error:
-                raise InputError(f"{sidecar}: damaged hard negatives ({error}); delete it and mine again") from error
+                raise InputError(f"{sidecar}: damaged hard negatives ({error}); mine again") from error
         return cls(found, sorted(made_by))
 
     def of(self, document: TraceDocument, rows: torch.Tensor) -> list[np.ndarray]:
@@ -74,10 +75,9 @@ def mine(
     metadata = {"made_by": json.dumps(made_by)}
     for document in progress(store, "mining"):
         sidecar = _sidecar(document.path)
-        if sidecar.exists():
-            with safe_open(sidecar, framework="pt") as file:
-                if file.metadata() == metadata:
-                    continue
+        with suppress(SafetensorError, OSError), safe_open(sidecar, framework="pt") as file:
+            if file.metadata() == metadata:
+                continue
         sidecar.parent.mkdir(exist_ok=True)
         chunks = mine_document(indexer, document, golden, count)
         write_atomically(sidecar, lambda file, chunks=chunks: save_file({"chunks": chunks}, file, metadata))

@@ -10,9 +10,16 @@ from data_gen.store import TraceStore
 def mix(roots: Iterable[Path]) -> TraceStore:
     """The documents of all stores, in order, under the first one's manifest.
 
-    Raises InputError unless all were traced from one backbone with one set of trace settings.
+    Negatives and the documents held back for validation depend on that order. Raises InputError unless all are
+    different stores of training documents, traced from one backbone with one set of trace settings.
     """
     stores = [TraceStore.open(root) for root in roots]
+    seen: set[Path] = set()
+    for store in stores:
+        store.check_training()
+        if (folder := store.root.resolve()) in seen:
+            raise InputError(f"{store.root}: given twice; its documents would be trained and validated on alike")
+        seen.add(folder)
     first = stores[0].manifest
     for store in stores[1:]:
         for field, own, other in (

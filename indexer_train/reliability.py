@@ -37,11 +37,13 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """rows: what each way of selecting keeps and finds, by length; error: see `calibration_error`; plot: its file."""
+    """rows: what each way of selecting keeps and finds, by length; error: see `calibration_error`; plot: its file;
+    beyond: the asked length past which nothing was measured, so that its score holds for all longer ones."""
 
     rows: list[dict[str, Any]]
     error: float
     plot: Path
+    beyond: int | None
 
 
 def reliability(scored: Sequence[ScoredWindows], golden: float, bins: int = BINS) -> list[Bin]:
@@ -91,7 +93,8 @@ def calibrate_folder(
     write_atomically(folder / "calibration.json", lambda file: file.write_text(json.dumps(content, indent=1)))
     _plot(scored, bins, threshold, golden, folder / "reliability.png")
     indexer.save_spec(folder)
-    return Calibrated(rows, calibration_error(bins), folder / "reliability.png")
+    beyond = max(longest) if len(threshold.cuts) == len(set(longest)) else None
+    return Calibrated(rows, calibration_error(bins), folder / "reliability.png", beyond)
 
 
 def _measure(

@@ -19,7 +19,7 @@ from indexer_train.batches import AllCandidates, DocumentBatchSampler, SampledCa
 from indexer_train.bridge.native import initialise
 from indexer_train.calibration import calibrate, measure, score_windows
 from indexer_train.card import Provenance
-from indexer_train.checkpoints import KeepLoss, newest_whole, restore_loss
+from indexer_train.checkpoints import KeepLoss, newest_whole, over, restore_loss, stay_with_best
 from indexer_train.config import IndexerConfig, TrainConfig
 from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
@@ -56,6 +56,12 @@ def train(
         return load_indexer(out / "indexer")
     checkpoint = newest_whole(out / "checkpoints")
     if checkpoint is not None:
+        state = stay_with_best(checkpoint)
+        trainer.accelerator.wait_for_everyone()
+        if over(state):
+            best = load_indexer(Path(state.best_model_checkpoint or checkpoint))
+            trainer.model.load_state_dict(best.state_dict())
+            return _finish(trainer.model, trainer.evaluator, config, out)
         restore_loss(trainer.loss, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return _finish(trainer.model, trainer.evaluator, config, out)
@@ -107,6 +113,8 @@ def make_trainer(
     keep_freed_memory()
     if config.loss not in LOSSES:
         raise InputError(f"train.loss: unknown loss {config.loss!r}; choose from {', '.join(LOSSES)}")
+    if config.golden > 1 and store.manifest.trace.oracle == "attention":
+        raise InputError(f"train.golden {config.golden:g}: no probability is as high (oracle `attention`)")
     if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
         raise InputError(f"train.candidates.common_weight: {config.loss} weighs no single chunk; leave it out")
     own = store.paths()[processes.rank() :: processes.count()]
@@ -136,7 +144,10 @@ def make_trainer(
     batches = len(DocumentBatchSampler(index, config.windows_per_document))
     if not batches:
         raise InputError(f"{store.root}: fewer documents to train on than the {processes.count()} processes")
-    every = config.eval_epochs * -(-batches // (processes.count() * config.accumulation))
+    steps = -(-batches // (processes.count() * config.accumulation))
+    if config.warmup >= max(1, config.epochs * steps):
+        raise InputError(f"train.warmup {config.warmup:g}: the whole run is only {config.epochs * steps} steps long")
+    every = config.eval_epochs * steps
     cuda = torch.cuda.is_available()
     return SentenceTransformerTrainer(
         model=indexer,
@@ -246,7 +257,7 @@ def _turns(rope: Rope | None) -> Rope | None:
 def _settings(store: TraceStore, shape: IndexerConfig, config: TrainConfig, sources: dict[str, Any]) -> dict[str, Any]:
     """All that a run is made of."""
     settings = {"indexer": shape.model_dump(), "train": config.model_dump(), "traces": store.manifest.model_dump()}
-    settings["traces"]["files"] = [path.name for path in store.paths()]
+    settings["traces"]["files"] = [f"{document.path.name} {document.checksum}" for document in store]
     return settings | {name: value for name, value in sources.items() if value}
 
 

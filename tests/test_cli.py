@@ -384,6 +384,18 @@ def test_select_layers_saves_what_it_found_best(finished, tmp_path, lookahead):
     assert code == 2 and "cannot choose 3" in line
 
 
+def test_what_cannot_be_trained_on_is_refused(finished, recipe, tmp_path, lookahead, monkeypatch):
+    monkeypatch.chdir(finished)
+    for stores, complaint in (
+        (("traces/heldout",), "held-out documents; train on others"),
+        (("traces/train", "traces/train"), "given twice"),
+        (("traces/train", finished / "traces/train"), "given twice"),
+    ):
+        options = [word for store in stores for word in ("--traces", store)]
+        code, _, line = lookahead("train", recipe, *options, "--out", tmp_path / "out")
+        assert code == 2 and complaint in line and not (tmp_path / "out").exists()
+
+
 def test_mine_writes_beside_the_traces_and_training_reads_it(finished, recipe, tmp_path, lookahead):
     pytest.importorskip("faiss")
     traces = tmp_path / "train"
@@ -407,6 +419,8 @@ def test_calibrate_stores_what_is_served_and_says_what_it_costs(finished, recipe
     assert lookahead("export", "--indexer", tmp_path / "indexer", "--out", tmp_path / "bundle")[0] == 0
     (served, *others) = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["spec"]["selections"]
     assert served["target"] == "recall" and len(served["cuts"]) == 2 and len(others) == 2
+    code, out, _ = lookahead(*asked, heldout, "--recall", 0.5, "--longest", 512)
+    assert code == 0 and "no held-out context is longer than 512 tokens" in out
     code, out, _ = lookahead(*asked, heldout, "--by-budget")
     assert code == 0 and "served: the best 10.0% of the chunks" in out
     for more, complaint in (

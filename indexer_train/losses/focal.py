@@ -22,11 +22,11 @@ class FocalLoss(IndexerLoss):
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         gamma, alpha, smoothing = self.options.gamma, self.options.alpha, self.options.smoothing
-        golden = targets.golden(self.golden).to(logits.dtype).expand_as(logits)
-        soft = golden * (1 - 2 * smoothing) + smoothing
-        loss = F.binary_cross_entropy_with_logits(logits, soft, reduction="none")
-        wrong = torch.sigmoid(torch.where(golden > 0, -logits, logits))
-        loss = loss * wrong**gamma
+        golden = targets.golden(self.golden)
+        wrong = torch.where(golden, -logits, logits)  # how far the logit leans to the wrong side
+        loss = F.softplus(wrong)
+        factor = torch.exp(gamma * (wrong - loss))  # sigmoid(wrong)^gamma, whose own slope is infinite for gamma < 1
+        loss = (loss - smoothing * wrong) * factor
         if alpha is not None:
-            loss = loss * torch.where(golden > 0, alpha, 1 - alpha)
+            loss = loss * torch.where(golden, alpha, 1 - alpha)
         return targets.mean(loss)

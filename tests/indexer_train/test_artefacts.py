@@ -43,6 +43,7 @@ def test_a_trace_store_is_counted(stores):
     assert found["layers"].startswith("[0, 2], hidden 32") and "llama" in found["backbone"]
     kind, found = facts(stores[0].paths()[0])
     assert kind == "document of a trace store" and found["documents"].startswith("1 whole")
+    assert facts(stores[0].root / "manifest.json") == facts(stores[0].root)
 
 
 def test_every_damaged_shard_is_named(stores, run, tiny_recipe, tmp_path):
@@ -89,6 +90,9 @@ def test_the_folder_of_both_stores_and_results(stores, tmp_path):
 def test_an_indexer_and_its_bundle_say_the_same(run, name):
     kind, found = facts(run / name)
     assert kind == name and found["layers"] == "[0, 2], joined by sum" and found["shape"].startswith("4 heads, rank 8")
+    if name == "bundle":
+        for file in ("indexer.safetensors", "bundle.json"):
+            assert facts(run / name / file) == (kind, found)
     assert found["trained on"] == "6 documents traced from llama, labels: attention"
     assert found["served"] == "the best 10.0% of the chunks" and "mass_recall" in found["validation"]
 
@@ -104,6 +108,23 @@ def test_a_run_and_its_checkpoints(run, tmp_path):
     (tmp_path / "checkpoint-7" / "optimizer.pt").write_bytes(b"PK")
     for path in (tmp_path, tmp_path / "checkpoint-7"):
         assert "half-written (optimizer.pt is cut short)" in inspect(path, quietly).damage[0]
+    for place, (name, content) in enumerate({"spec.json": "{}", "trainer_state.json": "[]"}.items(), start=8):
+        shutil.copytree(checkpoints[0], tmp_path / f"checkpoint-{place}")
+        next((tmp_path / f"checkpoint-{place}").rglob(name)).write_text(content)
+        assert name in inspect(tmp_path / f"checkpoint-{number}", quietly).damage[0]
+    (tmp_path / "checkpoint-old").mkdir()
+    assert len(inspect(tmp_path, quietly).damage) == 3
+
+
+def test_a_run_of_layers_one_by_one(run, tmp_path):
+    for layer in (0, 2):
+        shutil.copytree(run, tmp_path / f"layer-{layer}")
+    shutil.copy(run / "training.json", tmp_path)
+    _, found = facts(tmp_path)
+    checkpoint = next((run / "checkpoints").glob("checkpoint-*")).name
+    assert found["layer-2: indexer"] == "finished" and found[f"layer-0: {checkpoint}"] == "whole"
+    (tmp_path / "layer-2" / "checkpoints" / checkpoint / "optimizer.pt").unlink()
+    assert "layer-2" in inspect(tmp_path, quietly).damage[0]
 
 
 def edit_spec(content, **changes):
@@ -168,6 +189,16 @@ def test_checkpoints_of_the_release(tmp_path, format):
     assert kind == "checkpoint of the FlashMemory release"
     assert found["layer 12"] == "4 heads, rank 8, hidden 32, key width 16"
     assert found["RoPE"] == ("table for positions below 64" if format.endswith("joint") else "no table")
+
+
+def test_a_folder_of_the_releases_layers(tmp_path):
+    for layer in (10, 12):
+        weights = LayerWeights(torch.randn(8, 32), torch.ones(8), torch.randn(4 * 16, 8), torch.randn(4, 32))
+        write_checkpoint({layer: weights}, Rope(dims=8, theta=1e4, positions=64), tmp_path, "flashmemory-layers")
+    kind, found = facts(tmp_path)
+    assert "release" in kind and found["ckpt_l12.pt: layer 12"] == "4 heads, rank 8, hidden 32, key width 16"
+    (tmp_path / "ckpt_l10.pt").write_bytes(b"PK")
+    assert len(inspect(tmp_path, quietly).damage) == 1
 
 
 def test_weights_that_are_no_numbers_are_damage(run, tmp_path, stores):

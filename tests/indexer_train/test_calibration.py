@@ -141,7 +141,7 @@ def test_what_calibrate_finds_is_stored_and_exported(trained, stores, tmp_path):
     loaded = load_indexer(folder)
     found = calibrate_folder(folder, loaded, stores[1], 0.05, ("recall", 0.8), [440], by_budget=False)
     saved = load_indexer(folder)
-    assert saved.spec == loaded.spec and saved.spec.selection.target == "recall"
+    assert saved.spec == loaded.spec and saved.spec.selection.target == "recall" and found.beyond is None
     assert [cut.longest for cut in saved.spec.selection.cuts] == [440, None]
     assert {row["tokens up to"] for row in found.rows} == {440, "any"}
     assert all(row["mass_recall"] >= 0.8 - 1e-6 for row in found.rows if row["selection"] == str(saved.spec.selection))
@@ -149,6 +149,8 @@ def test_what_calibrate_finds_is_stored_and_exported(trained, stores, tmp_path):
     assert str(saved.spec.selection) in (folder / "README.md").read_text()
     export_bundle(saved, tmp_path)
     assert load_bundle(tmp_path).spec.selection == saved.spec.selection
+    found = calibrate_folder(folder, saved, stores[1], 0.05, ("budget", 0.2), [440, 512], by_budget=False)
+    assert found.beyond == 512 and [cut.longest for cut in saved.spec.selection.cuts] == [440, None]
     calibrate_folder(folder, saved, stores[1], 0.05, ("budget", 0.2), [], by_budget=True)
     again = load_indexer(folder).spec
     assert again.selection == Budget(budget=0.2) and again.thresholds["0.2"] and len(again.selections) == 4

@@ -98,6 +98,13 @@ def test_the_sidecar_is_kept_and_the_trainer_draws_from_it(store, indexer, tiny_
     stamps = [path.stat().st_mtime_ns for path in sidecars]
     mine(indexer, store, GOLDEN, 200, quietly)
     assert [path.stat().st_mtime_ns for path in sidecars] == stamps and len(sidecars) == len(store.paths())
+    content = sidecars[3].read_bytes()
+    sidecars[3].write_bytes(content[:-9])
+    with pytest.raises(InputError, match=f"{sidecars[3].name}: damaged hard negatives .*; mine again"):
+        HardNegatives.beside(store)
+    mine(indexer, store, GOLDEN, 200, quietly)
+    assert sidecars[3].read_bytes() == content
+    assert [path.stat().st_mtime_ns for path in sidecars[:3]] == stamps[:3]
     rows = [row for row in window_index(store) if row["document"] == 2][-9:]
     batch = SampledCandidates(store, indexer.spec.layers, GOLDEN, settings, seed=0)(rows)
     hard, document = HardNegatives.beside(store), list(store)[2]

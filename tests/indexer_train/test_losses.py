@@ -1,5 +1,6 @@
 """Every registered loss passes the same tests."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,26 +12,36 @@ from indexer_train.losses import LOSSES
 from indexer_train.losses.base import Targets
 
 
-def targets(batch=3, chunks=7, dtype=torch.float64):
+def targets(batch=3, chunks=7, dtype=torch.float64, weight=None):
     generator = torch.Generator().manual_seed(2)
     candidate = torch.rand(batch, chunks, generator=generator) > 0.2
     candidate[:, 0] = False
     mass = torch.rand(batch, chunks, generator=generator).to(dtype) * candidate / chunks
     peak = (mass * 3).clamp_max(1)
-    return Targets(mass, peak, candidate, 1 - mass.sum(1))
+    return Targets(mass, peak, candidate, 1 - mass.sum(1), weight)
 
 
 JOINED = ["listwise_mass", "listwise_peak"]
+VARIANTS = [
+    *((name, {}) for name in sorted(LOSSES)),
+    *((name, {"joined": True}) for name in JOINED),
+    ("bce", {"smoothing": 0.1}),
+    ("focal", {"gamma": 0.5}),
+    ("focal", {"gamma": 1.0, "alpha": 0.25, "smoothing": 0.1}),
+    ("margin", {"margin": 0.3}),
+    ("contrastive", {"temperature": 0.1}),
+]
 
 
-@pytest.fixture(params=[*sorted(LOSSES), *(f"{name} joined" for name in JOINED)])
+@pytest.fixture(params=VARIANTS, ids=lambda variant: " ".join([variant[0], *map(str, variant[1].values())]))
 def loss(request):
-    return make(*request.param.split())
+    name, options = request.param
+    return make(name, **options)
 
 
-def make(name, joined="", join="sum"):
+def make(name, join="sum", **options):
     model = SimpleNamespace(spec=SimpleNamespace(shape=SimpleNamespace(join=join)))
-    return LOSSES[name](model, golden=0.1, **({"joined": True} if joined else {}))
+    return LOSSES[name](model, golden=0.1, **options)
 
 
 def test_gradient_equals_finite_differences(loss):
@@ -66,7 +77,7 @@ def test_a_joined_loss_is_that_of_the_joined_score(name, join):
     logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     joined = {"sum": logits.sum(0), "mean": logits.mean(0), "max": logits.amax(0)}[join]
     expected = make(name).compute(joined[None], targets())
-    torch.testing.assert_close(make(name, "joined", join).compute(logits, targets()), expected)
+    torch.testing.assert_close(make(name, join, joined=True).compute(logits, targets()), expected)
     assert not torch.isclose(make(name).compute(logits, targets()), expected)
 
 
@@ -113,6 +124,59 @@ def test_training_on_it_ranks_what_was_needed_first(loss):
         assert logits[0, row, goal.candidate[row]].max() == logits[0, row, best]
 
 
+def bce(p, truth):
+    return -truth * math.log(p) - (1 - truth) * math.log(1 - p)
+
+
+def focal(p, golden, peak):
+    p_truth, alpha = (p, 0.25) if golden else (1 - p, 0.75)
+    return alpha * (1 - p_truth) ** 2 * bce(p, 0.9 if golden else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "value"),
+    [
+        ("bce", {}, lambda p, golden, peak: bce(p, golden)),
+        ("bce", {"smoothing": 0.1}, lambda p, golden, peak: bce(p, 0.9 if golden else 0.1)),
+        ("focal", {"gamma": 2.0, "alpha": 0.25, "smoothing": 0.1}, focal),
+        ("focal", {}, lambda p, golden, peak: (1 - p if golden else p) ** 2 * bce(p, golden)),
+        ("soft_bce", {}, lambda p, golden, peak: bce(p, min(1, peak / 0.2))),
+        ("vote_weighted", {}, lambda p, golden, peak: bce(p, golden) * (peak / 0.1 if golden else 1)),
+    ],
+)
+def test_pointwise_losses_equal_the_loop_over_candidates(name, options, value):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 3, 7, dtype=torch.float64, generator=generator)
+    goal = targets(weight=torch.rand(3, 7, dtype=torch.float64, generator=generator))
+    assert goal.peak.max() > 0.2 and (goal.peak[goal.candidate] < 0.1).any()
+    found = []
+    for layer in logits.tolist():
+        for row, scores in enumerate(layer):
+            for chunk, score in enumerate(scores):
+                if goal.candidate[row, chunk]:
+                    peak, weight = float(goal.peak[row, chunk]), float(goal.weight[row, chunk])
+                    found.append(weight * value(1 / (1 + math.exp(-score)), peak >= 0.1, peak))
+    assert float(make(name, **options).compute(logits, goal)) == pytest.approx(sum(found) / len(found), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_listwise_losses_equal_the_loop_over_candidates(name):
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    goal = targets()
+    found = []
+    for layer in logits.tolist():
+        for row, scores in enumerate(layer):
+            kept = [chunk for chunk in range(7) if goal.candidate[row, chunk]]
+            wanted = [float((goal.mass if name == "listwise_mass" else goal.peak)[row, chunk]) for chunk in kept]
+            exponents = [scores[chunk] for chunk in kept]
+            if name == "listwise_mass":
+                wanted, exponents = [*wanted, float(goal.protected[row])], [*exponents, 0.0]  # the slot
+            total = math.log(sum(map(math.exp, exponents)))
+            parts = [share / sum(wanted) * (total - score) for share, score in zip(wanted, exponents, strict=True)]
+            found.append(sum(parts))
+    assert float(make(name).compute(logits, goal)) == pytest.approx(sum(found) / len(found), rel=1e-9)
+
+
 def pairs(logits, goal, golden, value):
     """Mean of `value(lead)` over all (golden, other) pairs, one at a time."""
     found = []
@@ -147,11 +211,6 @@ def test_contrastive_equals_the_loop_over_positives():
     torch.testing.assert_close(loss.compute(logits, goal), torch.stack(found).mean(), atol=1e-6, rtol=1e-6)
 
 
-def test_focal_without_focus_is_bce_and_unknown_options_are_named():
-    logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plain = LOSSES["bce"](None, 0.1, smoothing=0.1).compute(logits, targets())
-    torch.testing.assert_close(LOSSES["focal"](None, 0.1, gamma=0, smoothing=0.1).compute(logits, targets()), plain)
-    halved = LOSSES["focal"](None, 0.1, gamma=0, alpha=0.5, smoothing=0.1).compute(logits, targets())
-    torch.testing.assert_close(halved, plain / 2)
+def test_unknown_options_are_named():
     with pytest.raises(InputError, match=r"loss_options.gamma.*options: smoothing"):
         LOSSES["bce"](None, 0.1, gamma=2)

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from sentence_transformers.util import batch_to_device
+from transformers import TrainerCallback
 
 from data_gen.checks import require
 from data_gen.chunks import Chunking
 from data_gen.errors import InputError
 from data_gen.key_codec import encode_keys
 from data_gen.rope import Rope
-from indexer_train.config import IndexerConfig
+from indexer_train.config import CandidatesConfig, IndexerConfig
 from indexer_train.losses import LOSSES
 from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.trainer import make_trainer
 
 BATCH, CHUNKS, CANDIDATES, LAYERS, HIDDEN, WIDTH = 5, 40, 12, 2, 24, 16
 
@@ -74,6 +77,45 @@ def test_no_loss_asks_the_device_for_a_value(indexer, name, precision, sampled):
     loss.scoring = precision
     loss(*batch(sampled)).backward()
     assert all(parameter.grad.device.type == "meta" for parameter in loss.parameters())
+
+
+@pytest.mark.parametrize("kind", ["all", "sampled"])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_collated_batch_is_moved_and_its_gradient_clipped_without_a_value(planted, tiny_recipe, tmp_path, name, kind):
+    settings = tiny_recipe.train.model_copy(update={"loss": name, "candidates": CandidatesConfig(kind=kind)})
+    trainer = make_trainer(planted[0], IndexerConfig(heads=4, rank=8), settings, tmp_path)
+    loss, batch = trainer.loss.to("meta"), next(iter(trainer.get_train_dataloader()))
+    features, label = trainer.collect_features(batch_to_device(batch, torch.device("meta")))
+    loss(features, label).backward()
+    torch.nn.utils.clip_grad_norm_(loss.parameters(), settings.clip)
+
+
+class Watch(TrainerCallback):
+    """From the second step on, whatever waits for the GPU raises; the last step logs, evaluates and saves."""
+
+    watched = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        watch = 0 < state.global_step < state.max_steps - 1
+        self.watched += watch
+        torch.cuda.set_sync_debug_mode("error" if watch else "default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["all", "sampled"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_no_step_of_the_trainer_waits_for_the_gpu(planted, tiny_recipe, tmp_path, name, precision, kind):
+    changes = {"loss": name, "precision": precision, "candidates": CandidatesConfig(kind=kind), "epochs": 1}
+    settings = tiny_recipe.train.model_copy(update=changes)
+    trainer, callback = make_trainer(planted[0], IndexerConfig(heads=4, rank=8), settings, tmp_path), Watch()
+    trainer.add_callback(callback)
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert callback.watched == trainer.state.max_steps - 2 > 20
 
 
 def test_this_device_would_notice():

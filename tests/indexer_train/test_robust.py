@@ -12,28 +12,32 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import TrainerCallback
 
 from data_gen.errors import InputError
 from data_gen.store import TraceStore
 from indexer_train import tracking
+from indexer_train import trainer as trainer_module
 from indexer_train.batches import DocumentBatchSampler, window_index
-from indexer_train.checkpoints import newest_whole
+from indexer_train.checkpoints import damage, newest_whole, stay_with_best
 from indexer_train.config import IndexerConfig
 from indexer_train.evaluator import MassRecallEvaluator
+from indexer_train.model import MemoryIndexer
 from indexer_train.trainer import load_indexer, make_trainer, train
 
 ROOT = Path(__file__).parents[2]
 SHAPE = IndexerConfig(heads=16, rank=32)
 SCRIPT = """
-import json, os, signal, sys
+import os, signal, sys
 from pathlib import Path
+import torch
 from transformers import TrainerCallback
-from data_gen.store import TraceStore
+import cli
 from indexer_train import batches, trainer
-from indexer_train.config import IndexerConfig, TrainConfig
 
-traces, out, config, kill = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+out, kill = Path(sys.argv.pop()), int(sys.argv.pop())
+rank = os.environ.get("RANK", 0)
 
 class KillAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -42,30 +46,32 @@ class KillAt(TrainerCallback):
 
 class Diary(batches.AllCandidates):
     def __call__(self, rows):
-        with open(out / f"read-{os.environ.get('RANK', 0)}.txt", "a") as file:
+        with open(out / f"read-{rank}.txt", "a") as file:
             print(int(self.epoch), rows[0]["document"], file=file)
         return super().__call__(rows)
 
 trainer.AllCandidates = Diary
-stock = trainer.SentenceTransformerTrainer
+stock, train = trainer.SentenceTransformerTrainer, trainer.train
 trainer.SentenceTransformerTrainer = lambda *args, callbacks, **more: stock(
     *args, callbacks=[*callbacks, KillAt()], **more
 )
-out.mkdir(exist_ok=True)
-shape = IndexerConfig(heads=16, rank=32)
-indexer = trainer.train(TraceStore.open(traces), shape, TrainConfig.model_validate_json(config), out)
-import torch
-torch.save(indexer.state_dict(), out / f"weights-{os.environ.get('RANK', 0)}.pt")
+trainer.train = lambda *args: torch.save(train(*args).state_dict(), out / f"weights-{rank}.pt")
+cli.main()
 """
 
 
-def call(store, out, config, kill=0, launcher=(), **environment):
-    """Train in a process of its own (or several)."""
-    script = out.parent / "train.py"
+def call(store, out, config, kill=0, launcher=(), environment=os.environ):
+    """`lookahead train` in a process of its own (or several), with a diary of what it reads."""
+    script, recipe = out.parent / "train.py", out.parent / "recipe.yaml"
     script.write_text(SCRIPT)
-    command = [sys.executable, *launcher, str(script), str(store.root), str(out), config.model_dump_json(), str(kill)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out.parent)
+    sections = {"indexer": SHAPE, "train": config, "trace": store.manifest.trace}
+    settings = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    settings |= {"backbone": {"path": "unused"}, "documents": {"tokens": [1, 1], "train": {}, "heldout": {}}}
+    recipe.write_text(yaml.safe_dump(settings))
+    arguments = ["train", recipe, "--traces", store.root, "--out", out, kill, out]
+    command = [sys.executable, *launcher, script, *arguments]
+    environment = {**environment, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=out.parent)
 
 
 @pytest.fixture
@@ -131,11 +137,22 @@ def test_the_rate_rises_through_the_warm_up_and_falls_along_a_cosine(planted, se
 
 
 @pytest.mark.parametrize("kind", ["all", "sampled"])
-def test_bf16_covers_scoring_and_follows_fp32(planted, settings, tmp_path, kind):
+def test_bf16_covers_scoring_and_follows_fp32(planted, settings, tmp_path, monkeypatch, kind):
+    scored_in, layer_logits = set(), MemoryIndexer.layer_logits
+
+    def spy(self, queries, keys, chunks=None, candidates=None, dtype=torch.float32):
+        if torch.is_grad_enabled():  # training; evaluation stays in fp32
+            scored_in.add(dtype)
+        return layer_logits(self, queries, keys, chunks, candidates, dtype)
+
+    monkeypatch.setattr(MemoryIndexer, "layer_logits", spy)
     candidates = settings.candidates.model_copy(update={"kind": kind})
     still = settings.model_copy(update={"epochs": 1, "learning_rate": 1e-30, "candidates": candidates})
     exact = gradients(planted[0], still, tmp_path / "a")
+    assert scored_in == {torch.float32}
+    scored_in.clear()
     rough = gradients(planted[0], still.model_copy(update={"precision": "bfloat16"}), tmp_path / "b")
+    assert scored_in == {torch.bfloat16}
     for one, other in zip(exact, rough, strict=True):
         assert one.dtype == other.dtype == torch.float32
         assert not torch.equal(one, other)
@@ -162,6 +179,30 @@ def test_training_stops_early_and_the_best_checkpoint_is_kept(stores, tiny_recip
         assert MassRecallEvaluator(validation, wild.budget)(kept)["mass_recall"] == pytest.approx(max(history))
 
 
+def test_a_run_that_had_stopped_early_only_finishes_wherever_it_was_moved(stores, tiny_recipe, tmp_path, monkeypatch):
+    wild = tiny_recipe.train.model_copy(update={"epochs": 40, "learning_rate": 0.1, "patience": 2})
+    whole = train(stores[0], tiny_recipe.indexer, wild, tmp_path / "whole")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trainer_module, "_finish", killed)
+        train(stores[0], tiny_recipe.indexer, wild, tmp_path / "killed")
+    shutil.move(tmp_path / "killed", tmp_path / "moved")
+    resumed = train(stores[0], tiny_recipe.indexer, wild, tmp_path / "moved")
+    same(resumed.state_dict(), whole.state_dict())
+    assert resumed.spec == whole.spec
+    folders = [tmp_path / name / "checkpoints" for name in ("whole", "moved")]
+    assert len({tuple(sorted(path.name for path in folder.iterdir())) for folder in folders}) == 1
+    newest = newest_whole(folders[1])
+    best = Path(json.loads((newest / "trainer_state.json").read_text())["best_model_checkpoint"])
+    assert best.parent == folders[1] and best.is_dir() and best != newest
+    shutil.rmtree(best)
+    with pytest.raises(InputError, match=f"{best}: the best checkpoint of the run is missing"):
+        stay_with_best(newest)
+
+
 def test_kill_9_at_a_random_step_and_resume_ends_bit_identical(planted, settings, tmp_path):
     settings = settings.model_copy(update={"loss": "contrastive", "accumulation": 2})  # the loss learns something too
     whole = train(planted[0], SHAPE, settings, tmp_path / "whole")
@@ -169,7 +210,7 @@ def test_kill_9_at_a_random_step_and_resume_ends_bit_identical(planted, settings
     print("killed at step", step)
     done = call(planted[0], tmp_path / "killed", settings, kill=step)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    resumed = train(planted[0], SHAPE, settings, tmp_path / "killed")
+    resumed = train(planted[0], SHAPE, settings, tmp_path / "killed", {planted[0].root: 1.0})
     same(resumed.state_dict(), whole.state_dict())
     assert resumed.spec == whole.spec
 
@@ -186,8 +227,15 @@ def test_half_written_checkpoints_are_skipped(planted, settings, tmp_path):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         assert newest_whole(folder) == good, name
         assert not (folder / f"checkpoint-{newer}").exists()
+    for newer, (name, content) in enumerate({"trainer_state.json": "[]", "spec.json": "{}"}.items(), start=number + 1):
+        shutil.copytree(good, folder / f"checkpoint-{newer}")
+        next((folder / f"checkpoint-{newer}").rglob(name)).write_text(content)
+        assert newest_whole(folder) == good, name
     (folder / "checkpoint-9999").mkdir()
-    assert newest_whole(folder) == good
+    shutil.copytree(good, folder / "checkpoint-old")  # somebody's copy is nobody's business
+    assert newest_whole(folder) == good and (folder / "checkpoint-old").exists()
+    (good / "rng_state.pth").unlink()
+    assert damage(good) == "rng_state.pth is missing"
 
 
 @pytest.mark.parametrize("how", ["cut short", "one bit of it flipped"])
@@ -216,6 +264,9 @@ def test_two_processes_end_with_the_same_weights_from_disjoint_documents(planted
     ]
     assert len(read[0]) == len(read[1]) == 2 * 18
     assert len({*read[0], *read[1]}) == 2 * 36  # (epoch, document), each once
+    checkpoint = newest_whole(tmp_path / "two" / "checkpoints")
+    (checkpoint / "rng_state_1.pth").unlink()
+    assert damage(checkpoint) == "rng_state_1.pth is missing"
     single = settings.model_copy(update={"accumulation": 2})
     alone = train(planted[0], SHAPE, single, tmp_path / "one")
     for name, value in alone.state_dict().items():
@@ -237,14 +288,7 @@ def test_documents_that_do_not_go_round_are_left_out_in_turns(planted, monkeypat
 def test_unconfigured_wandb_is_offline_and_holds_recipe_and_recall(planted, settings, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     (tmp_path / "home").mkdir()
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, script, str(planted[0].root), str(tmp_path / "out"), settings.model_dump_json(), "0"],
-        env=environment | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-    )
+    done = call(planted[0], tmp_path / "out", settings, environment=environment | {"HOME": str(tmp_path / "home")})
     assert done.returncode == 0, done.stderr[-2000:]
     (log,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
     found = log.read_bytes()

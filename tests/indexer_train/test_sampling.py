@@ -1,5 +1,7 @@
 """Sampled candidates against brute force over all chunks."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from pydantic import ValidationError
 
 from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
+from data_gen.errors import InputError
 from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
 from data_gen.trace import BackboneInfo, RawTrace
 from data_gen.votes import GoldenChunks
@@ -275,6 +278,15 @@ def test_weights_say_how_often_a_store_is_read(tmp_path):
     assert len(drawn) == len(sampler) == 16
     assert (counts[:4] == 1).all() and counts[4:8].sum() == 10 and set(counts[4:8]) == {2, 3}
     assert counts[8:].sum() == 2 and counts[8:].max() == 1
+
+
+def test_a_store_is_mixed_once_and_only_to_train_on(tmp_path, monkeypatch, stores):
+    votes_store(tmp_path / "a", documents=2)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path / 'a'}: given twice"):
+        mix([Path("a"), tmp_path / "a"])
+    with pytest.raises(InputError, match="held-out documents; train on others"):
+        mix([stores[1].root])
 
 
 def test_settings_that_mean_nothing_are_refused():

@@ -1,5 +1,6 @@
 """Training end to end on traces of a tiny model: learning, exact resume, no backbone."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -163,6 +164,17 @@ except SystemExit as stop:
     assert (tmp_path / "out" / "indexer").exists()
 
 
+def test_a_run_is_of_the_documents_it_began_with(stores, tiny_recipe, tmp_path):
+    store = TraceStore.open(shutil.copytree(stores[0].root, tmp_path / "store"))
+    train(store, tiny_recipe.indexer, tiny_recipe.train, tmp_path / "run")
+    one, other = store.paths()[:2]
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    with pytest.raises(InputError, match="other settings or traces"):
+        train(store, tiny_recipe.indexer, tiny_recipe.train, tmp_path / "run")
+
+
 def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path):
     train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
     with pytest.raises(InputError, match="other settings or traces"):
@@ -170,6 +182,12 @@ def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path)
     rare = tiny_recipe.train.model_copy(update={"candidates": CandidatesConfig(common_weight=0.5)})
     with pytest.raises(InputError, match="listwise_mass weighs no single chunk"):
         train(stores[0], tiny_recipe.indexer, rare, tmp_path / "b")
+    for field, value, complaint in (
+        ("golden", 2, r"train.golden 2: no probability is as high"),
+        ("warmup", 24, r"train.warmup 24: the whole run is only 24 steps long"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            train(stores[0], tiny_recipe.indexer, tiny_recipe.train.model_copy(update={field: value}), tmp_path / "b")
     with pytest.raises(InputError, match="unknown loss"):
         train(stores[0], tiny_recipe.indexer, tiny_recipe.train.model_copy(update={"loss": "x"}), tmp_path / "b")
     with pytest.raises(InputError, match="no indexer there"):

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from data_gen.documents import build_documents
 from data_gen.errors import InputError
 from recipes import load_recipe
 
@@ -25,6 +27,29 @@ def test_shipped_recipes_are_valid_and_say_what_to_expect(name):
     text = "\n".join(header)
     assert "Hardware: " in text and "PENDING" not in text, text
     assert all(re.search(rf"{word}.*\d", text, re.DOTALL) for word in ("[Tt]ime: ", "Expected")), text
+
+
+class FourCharacters:
+    """A tokenizer of a token every four characters, about what English takes with those of real models."""
+
+    chat_template = None
+    all_special_ids = ()
+
+    def __call__(self, text, **_):
+        pieces = [text] if isinstance(text, str) else text
+        ids = [[0] * -(-len(piece) // 4) for piece in pieces]
+        return SimpleNamespace(input_ids=ids[0] if isinstance(text, str) else ids)
+
+    def decode(self, ids):
+        return "word" * len(ids)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if load_recipe(name).documents.source == "builtin"])
+def test_the_built_in_text_is_enough_for_the_recipe(name):
+    recipe = load_recipe(name)
+    for split in ("train", "heldout"):
+        documents = build_documents(recipe.documents, recipe.trace, FourCharacters(), 1 << 20, split)
+        assert len(documents) == sum(getattr(recipe.documents, split).values())
 
 
 @pytest.mark.parametrize(
