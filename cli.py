@@ -380,7 +380,7 @@ def _evaluate(recipe: Any, paths: dict[str, Path], traces: Path, out: Path, ever
     results = write_results(out, **found)
     plot_recall(found["recall"], out / "recall.png")
     typer.echo(recall_table(found["recall"]))
-    for line in threshold_lines(found):
+    for line in [*threshold_lines(found), *found["evaluated"]["notes"]]:
         typer.echo(line)
     if found["comparison"]:
         typer.echo("\n".join([f"{name}: {path}" for name, path in paths.items()]))

@@ -1,5 +1,5 @@
-"""Matrix products without a gradient. On CPUs with AVX-512 oneDNN's are used: PyTorch's default library leaves it unused
-on AMD processors, and half of their speed with it. On others the default library is a little faster.
+"""Matrix products without a gradient. On CPUs with AVX-512 oneDNN's are used: PyTorch's default library leaves it
+unused on AMD processors, and half of their speed with it. On others the default library is a little faster.
 """
 
 import torch

@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from data_gen.store import write_atomically
 
 STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "A": ("tab:red", "-"), "B": ("tab:cyan", "-"),
-          "native": ("tab:purple", "-"),
+          "native": ("tab:purple", "-"), "exact_attention": ("tab:purple", "-"), "native_votes": ("tab:purple", "-"),
           "mean_pooled": ("tab:blue", "-"), "frequency": ("tab:orange", "-"), "recency": ("tab:green", "-"),
           "random": ("tab:gray", ":"), "protected": ("tab:gray", "-.")}  # fmt: skip
 """Line colour and style of each policy."""
@@ -48,23 +48,29 @@ def recall_table(rows: list[dict[str, Any]]) -> str:
 
 
 def comparison_table(rows: list[dict[str, Any]], one: str, other: str) -> str:
-    """Two indexers at every budget: macro averages of both recalls and the paired difference with its interval."""
+    """Two indexers at every budget and at their thresholds: macro averages, the paired difference and its interval."""
     lines = []
     for row in rows:
-        if row["metric"] in ("mass_recall", "golden_recall") and isinstance(row["budget"], float):
+        if not str(row["budget"]).startswith("top"):
             interval = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
-            lines.append([row["task"], row["metric"], f"{row['budget']:.1%}", row[one], row[other],
+            lines.append([row["task"], row["metric"], cut_name(row["budget"]), row[one], row[other],
                           f"{row['difference']:+.3f}{interval}", row["documents"]])  # fmt: skip
-    return table(["task", "metric (macro)", "kept", one, other, f"{one} - {other}, 95 % interval", "documents"], lines)
+    return table(["task", "metric (macro)", "cut", one, other, f"{one} - {other}, 95 % interval", "documents"], lines)
+
+
+def cut_name(cut: float | str) -> str:
+    """A share as a percentage, "threshold" and "top K" as they are."""
+    return cut if isinstance(cut, str) else f"{cut:.1%}"
 
 
 def threshold_lines(found: dict[str, Any]) -> list[str]:
     """What each indexer's threshold kept of needles and text, and the recall it had."""
     lines = []
     for row in found["recall"]:
-        if row["budget"] == "threshold" and row["task"] in ("needles", "text"):
+        named = row["policy"] in found["evaluated"]["thresholds"]
+        if named and row["budget"] == "threshold" and row["task"] in ("needles", "text"):
             who = "threshold" if row["policy"] == "indexer" else f"threshold of {row['policy']}"
-            kept = f"kept {row['kept']:.1%}, mass recall {row['mass_recall']:.3f}"
+            kept = f"kept {row['kept']:.1%}, macro mass recall {row['mass_recall']:.3f}"
             lines.append(f"{who}, {row['task']}: {found['evaluated']['thresholds'][row['policy']]}: {kept}")
     return lines
 
@@ -96,7 +102,7 @@ def plot_recall(rows: list[dict[str, Any]], path: Path) -> None:
             axis.grid(alpha=0.3)
             axis.set_title(f"{task}: {points[0]['documents'] if points else 0} documents" if line == 0 else "")
             if column == 0:
-                axis.set_ylabel("attention-mass recall" if line == 0 else "golden-chunk recall")
+                axis.set_ylabel(f"{('attention-mass', 'golden-chunk')[line]} recall (macro)")
             if line == 1:
                 axis.set_xlabel("chunks kept, % (protected apart)")
     axes[0][0].legend(fontsize=8)

@@ -69,7 +69,7 @@ def test_run_leaves_results_a_plot_a_bundle_and_one_plain_sentence(finished):
     results = json.loads((finished / "results.json").read_text())
     fields = {"policy", "task", "context", "budget", "golden_recall", "mass_recall", "documents", "windows"}
     assert all(fields <= row.keys() for row in results["recall"])
-    policies = {"oracle", "indexer", "native", "mean_pooled", "frequency", "recency", "random", "protected"}
+    policies = {"oracle", "indexer", "exact_attention", "mean_pooled", "frequency", "recency", "random", "protected"}
     assert {row["policy"] for row in results["recall"]} == policies | {"layer 0", "layer 2"}
     assert {0.02, 0.05, 0.1, 0.135, 0.2, "threshold"} == {row["budget"] for row in results["recall"]}
     assert {row["policy"] for row in results["decode"]} == {"full", "indexer", "mean_pooled", "recency", "random"}

@@ -24,9 +24,10 @@ def meta(length, depth=None):
 
 
 def test_bins_hold_every_document_once():
-    name = length_bins([1000, 1500, 2000])
+    names, name = length_bins([1000, 1500, 2000])
+    assert len(names) == 4
     assert [name(meta(n)) for n in (1000, 1249, 1250, 2000)] == ["1,000-1,250"] * 2 + ["1,250-1,500", "1,750-2,000"]
-    assert length_bins([700, 700])(meta(700)) == "700"
+    assert length_bins([700, 700])[1](meta(700)) == "700"
     assert [depth_bin(meta(1, d)) for d in (0.0, 0.19, 0.2, 1.0)] == ["0%-20%", "0%-20%", "20%-40%", "80%-100%"]
 
 

@@ -45,5 +45,6 @@ def test_an_indexer_trains_and_is_measured_on_the_traces(tmp_path, model, tokeni
     rows = evaluate_recall(indexer, store, config.golden, indexer.spec.thresholds["0.1"])
     best = {row.budget: row.mass_recall for row in rows if row.policy == "oracle"}
     assert all(0 <= row.mass_recall <= best[row.budget] + 1e-6 for row in rows if row.budget != "threshold")
-    untrained = {"oracle", "native", "frequency", "recency", "random", "protected"}  # nothing is pooled
+    native = "native_votes" if oracle == "indexer" else "exact_attention"
+    untrained = {"oracle", native, "frequency", "recency", "random", "protected"}  # nothing is pooled
     assert {row.policy for row in rows} == untrained | {"indexer", "layer 1", "layer 3"}

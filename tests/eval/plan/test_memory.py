@@ -102,6 +102,18 @@ def test_no_gpu_memory_no_requests():
     assert 0 < row["requests_full"] < row["requests_lsa"]
 
 
+@pytest.mark.parametrize("memory", [float("inf"), float("nan")])
+def test_memory_that_is_no_number_is_refused(memory):
+    with pytest.raises(InputError, match="GPU memory of (inf|nan) GiB"):
+        make_plan("deepseek-v4-flash", [2**18], PlanSettings(gpu_memory=None).model_copy(update={"gpu_memory": memory}))
+
+
+def test_lookahead_counts_the_bytes_of_a_chunk_alike():
+    """584 bytes of an entry and 132 of its index key, in 21 layers."""
+    manifest = Manifest(backbone=V4_FLASH, trace=TraceConfig(layers=[10], oracle="indexer"), documents={}, versions={})
+    assert lookahead.chunk_bytes(manifest) == chunk_bytes(FLASH) == 716 * 21
+
+
 def test_traffic_grows_with_churn_and_the_resident_set():
     half = make_plan("deepseek-v4-flash", [2**18], PlanSettings(kept=0.5, churn=0.5)).rows[0]
     assert half["fetch_mb_per_refresh"] * MIB == 0.5 * 2**15 * chunk_bytes(FLASH)
