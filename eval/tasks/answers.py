@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.decode.check import stop_tokens
-from eval.decode.cycle import Keep, Usage, best, steps
+from eval.decode.cycle import Keep, Usage, best, fidelity, steps
 from eval.decode.fallback import Fallback
 from eval.decode.open import open_session
-from eval.decode.policies import decode_policies
+from eval.decode.policies import decode_policies, protected
 from eval.decode.session import Session
 from eval.tasks.capped import Capped, calibrated
 from eval.tasks.config import BenchmarkConfig
@@ -51,7 +51,12 @@ class Runner:
     @property
     def policies(self) -> list[str]:
         """The asked policies that this backbone and bundle have."""
-        known = {*decode_policies(self.indexer), "oracle", *([FALLBACK] if calibrated(self.indexer) else [])}
+        known = {
+            *decode_policies(self.indexer),
+            "protected",
+            "oracle",
+            *([FALLBACK] if calibrated(self.indexer) else []),
+        }
         return [name for name in self.config.policies if name in known]
 
     def run(self, example: Example | TextExample, after: Example | None = None) -> Record:
@@ -80,7 +85,7 @@ class Runner:
         session = self.prefill.read(prompt, following)
         measure = _Fidelity(example.tokens[place + 1 :]) if follows else None
         foresight = Foresight(self.indexer.spec.window)
-        known = {**decode_policies(self.indexer), "oracle": foresight}
+        known = {**decode_policies(self.indexer), "protected": protected, "oracle": foresight}
         ranked = [name for name in self.policies if name != FALLBACK]
         asked = [("full", None), *[(name, budget) for budget in self.config.budgets for name in ranked]]
         asked += [(FALLBACK, self.config.cap)] if FALLBACK in self.policies else []
@@ -102,8 +107,11 @@ class Runner:
             if measure is not None:
                 run |= measure.finish()
             else:
-                response = example.prefix + self.tokenizer.decode(answer, skip_special_tokens=True)
-                run |= {"score": SCORERS[example.scorer](response, example.references), "response": response}
+                said = self.tokenizer.decode(answer, skip_special_tokens=True)
+                response = example.prefix + said
+                # MRCR demands its prefix; elsewhere, as in RULER, what the model was given earns nothing.
+                scored = response if example.scorer == "sequence_ratio" else said
+                run |= {"score": SCORERS[example.scorer](scored, example.references), "response": response}
             record["runs"].append(run)
         return record
 
@@ -140,7 +148,8 @@ class Runner:
 class _Fidelity:
     """Next-token agreement with full attention, KL from it in nats, and loss per token, one policy after the other.
 
-    The first one measured is full attention itself. targets: the text's next tokens.
+    The first one measured is full attention itself. targets: the text's next tokens. Agreement and KL of a token are
+    those of eval/decode/cycle.py `fidelity`.
     """
 
     def __init__(self, targets: list[int]) -> None:
@@ -154,9 +163,8 @@ class _Fidelity:
         if place == len(self._full):
             self._full.append(log_p)
         full = self._full[place]
-        agrees = float(log_p.argmax() == full.argmax())
-        kl = float((full.exp() * (full - log_p)).sum())
-        self._sums.append((agrees, kl, -float(log_p[self._targets[place]])))
+        agrees, kl = fidelity(log_p, full)
+        self._sums.append((float(agrees), float(kl), -float(log_p[self._targets[place]])))
 
     def finish(self) -> dict[str, float]:
         """Means over the text's tokens; ready for the next policy."""

@@ -81,3 +81,14 @@ def test_decay_falls_where_the_future_is_not_foreseen(planted):
 def test_bytes_of_a_chunk_are_those_of_its_keys_and_values(stores):
     per_token = 2 * TINY["num_key_value_heads"] * TINY["head_dim"] * 3 * torch.bfloat16.itemsize
     assert chunk_bytes(stores[1].manifest) == 4 * per_token
+
+
+def test_no_row_of_intervals_longer_than_any_span(found, stores):
+    longest = max(span.last - span.serve for document in stores[1] for span in document.meta.spans)
+    assert {r["interval"] for r in found["rows"]} == {i for i in (8, 16, 32, 64, 128, 256) if i <= longest}
+
+
+def test_the_traces_own_window_has_a_row_and_a_decay(planted):
+    found = analyse_lookahead({"A": planted_indexer(), "B": planted_indexer()}, planted[1], 0.5, 0.1)
+    assert {r["policy"] for r in found["decay"]} >= {"A", "B", "oracle"}  # windows of 2 tokens
+    assert 2 in {r["interval"] for r in found["rows"]}

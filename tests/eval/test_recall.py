@@ -6,7 +6,7 @@ import torch
 from eval.policies import Frequency, Random, mean_pooled, oracle, policies, recency, used_now
 from eval.recall import BUDGETS, as_rows, evaluate_recall, measure, recall_rows
 from eval.report import plot_recall, recall_table
-from indexer_train.metrics import served_windows
+from indexer_train.metrics import layer_scores, served_windows
 from indexer_train.selection import Cut, Threshold
 from tests.eval.conftest import planted_indexer
 
@@ -148,3 +148,35 @@ def test_labels_of_a_long_document_are_read_a_few_windows_at_a_time(stores, monk
             monkeypatch.undo()
             for name in ("mass", "peak", "candidate", "rest"):
                 torch.testing.assert_close(getattr(few, name), getattr(whole, name))
+
+
+def test_recall_at_k_against_a_literal_count(stores, rows):
+    row = next(r for r in rows if (r.policy, r.task, r.budget) == ("mean_pooled", "text", "top 8"))
+    means = []
+    for document in (document for document in stores[1] if document.meta.task == "text"):
+        found = []
+        for served in served_windows([document]):
+            scores = mean_pooled(served)
+            for window, position in enumerate(served.positions.tolist()):
+                first, last = served.chunking.candidates(position)
+                best = sorted(range(first, last), key=lambda c: (-float(scores[window, c]), c))[:8]
+                golden = [c for c in range(first, last) if served.labels.peak[window, c] >= 0.05]
+                found += [sum(c in best for c in golden) / len(golden)] if golden else []
+        means.append(sum(found) / len(found))
+    assert row.golden_recall == pytest.approx(sum(means) / len(means), abs=1e-6)
+
+
+def test_every_cut_is_of_the_same_documents(rows):
+    tops = {row.budget for row in rows if str(row.budget).startswith("top")}
+    assert "top 8" in tops
+    for task in {row.task for row in rows}:
+        assert len({row.documents for row in rows if row.task == task and row.policy == "indexer"}) == 1
+
+
+def test_each_layer_is_counted_at_the_threshold(stores, indexer, rows):
+    row = next(r for r in rows if (r.policy, r.task, r.budget) == ("layer 2", "text", "threshold"))
+    kept = []
+    for served in served_windows(document for document in stores[1] if document.meta.task == "text"):
+        chosen = served.labels.candidate & (layer_scores(indexer, served)[1] >= 0)
+        kept.append(float((chosen.sum(dim=1) / served.visible).mean()))
+    assert row.kept == pytest.approx(sum(kept) / len(kept))

@@ -7,6 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_gen.config import TraceConfig
+from data_gen.errors import InputError
+from data_gen.flashmemory.document import V4_FLASH
+from data_gen.store import Manifest
+from eval import lookahead
 from eval.plan import PlanSettings, make_plan
 from eval.plan.load import load_model
 from eval.plan.memory import Residency, chunk_bytes, requests_that_fit, weight_bytes
@@ -104,7 +109,7 @@ def test_no_gpu_memory_no_requests():
 
 @pytest.mark.parametrize("memory", [float("inf"), float("nan")])
 def test_memory_that_is_no_number_is_refused(memory):
-    with pytest.raises(InputError, match="GPU memory of (inf|nan) GiB"):
+    with pytest.raises(InputError, match=r"GPU memory of (inf|nan) GiB"):
         make_plan("deepseek-v4-flash", [2**18], PlanSettings(gpu_memory=None).model_copy(update={"gpu_memory": memory}))
 
 
