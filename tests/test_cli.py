@@ -257,7 +257,7 @@ def test_benchmark_adds_to_results_and_continues(finished, recipe, tmp_path, loo
     code, printed, line = lookahead(*arguments, "--recipe", recipe, "--examples", 2, "--budget", 0.1)
     assert code == 0 and "| needles single" in printed and "| mrcr" in printed, line
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["benchmark"]
-    policies = {"full", "indexer", "mean_pooled", "recency", "random", "oracle", "indexer+fallback"}
+    policies = {"full", "indexer", "mean_pooled", "recency", "random", "protected", "oracle", "indexer+fallback"}
     assert {row["policy"] for row in rows} == policies and {row["task"] for row in rows} == {"single", "mrcr"}
     assert all((row["policy"] == "indexer+fallback") == ("fallbacks" in row) for row in rows)
     assert '<figure id="benchmark">' in (tmp_path / "out" / "report.html").read_text()

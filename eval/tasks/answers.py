@@ -22,7 +22,7 @@ from eval.tasks.prefill import Prefill
 from eval.tasks.scorers import SCORERS
 from indexer_train.model import MemoryIndexer
 
-FALLBACK = "indexer+fallback"
+FALLBACK, PROTECTED = "indexer+fallback", "protected"
 Record = dict[str, Any]
 """What became of one example: its name, benchmark, task, length, tokens, depth, why it was left out (empty: it was
 not) and its runs, one a policy and budget, full attention first."""
@@ -51,12 +51,8 @@ class Runner:
     @property
     def policies(self) -> list[str]:
         """The asked policies that this backbone and bundle have."""
-        known = {
-            *decode_policies(self.indexer),
-            "protected",
-            "oracle",
-            *([FALLBACK] if calibrated(self.indexer) else []),
-        }
+        served = [FALLBACK] if calibrated(self.indexer) else []
+        known = {*decode_policies(self.indexer), PROTECTED, "oracle", *served}
         return [name for name in self.config.policies if name in known]
 
     def run(self, example: Example | TextExample, after: Example | None = None) -> Record:
@@ -85,9 +81,10 @@ class Runner:
         session = self.prefill.read(prompt, following)
         measure = _Fidelity(example.tokens[place + 1 :]) if follows else None
         foresight = Foresight(self.indexer.spec.window)
-        known = {**decode_policies(self.indexer), "protected": protected, "oracle": foresight}
-        ranked = [name for name in self.policies if name != FALLBACK]
+        known = {**decode_policies(self.indexer), PROTECTED: protected, "oracle": foresight}
+        ranked = [name for name in self.policies if name not in (FALLBACK, PROTECTED)]
         asked = [("full", None), *[(name, budget) for budget in self.config.budgets for name in ranked]]
+        asked += [(PROTECTED, None)] if PROTECTED in self.policies else []  # it is the same under every budget
         asked += [(FALLBACK, self.config.cap)] if FALLBACK in self.policies else []
         for name, budget in asked:
             capped = Capped(self.indexer, calibrated(self.indexer), budget, Fallback()) if name == FALLBACK else None
