@@ -111,7 +111,7 @@ def test_a_run_and_its_checkpoints(run, tmp_path):
     for place, (name, content) in enumerate({"spec.json": "{}", "trainer_state.json": "[]"}.items(), start=8):
         shutil.copytree(checkpoints[0], tmp_path / f"checkpoint-{place}")
         next((tmp_path / f"checkpoint-{place}").rglob(name)).write_text(content)
-        assert name in inspect(tmp_path / f"checkpoint-{number}", quietly).damage[0]
+        assert name in inspect(tmp_path / f"checkpoint-{place}", quietly).damage[0]
     (tmp_path / "checkpoint-old").mkdir()
     assert len(inspect(tmp_path, quietly).damage) == 3
 
