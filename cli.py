@@ -102,7 +102,9 @@ def calibrate(
     share = settings.budget if budget is None else budget
     target = ("budget", share) if recall is None else ("recall", recall)
     found = calibrate_folder(indexer, loaded, store, settings.golden, target, longest or [], by_budget)
-    typer.echo(table(list(found.rows[0]), [list(row.values()) for row in found.rows]))
+    means = {"mass_recall", "golden_recall", "kept"}  # the rest of a row says what was averaged
+    header = [f"{name} (task mean)" if name in means else name for name in found.rows[0]]
+    typer.echo(table(header, [list(row.values()) for row in found.rows]))
     if found.beyond is not None:
         typer.echo(f"no held-out context beyond {found.beyond} tokens: the last score serves longer ones unmeasured")
     typer.echo(f"served: {loaded.spec.selection}\nexpected calibration error {found.error:.3f}: {found.plot}")
@@ -306,7 +308,7 @@ def select_layers(
     loaded = load_indexer(indexer)
     best, *others = choose_layers(loaded, _whole_traces(traces, [loaded]), count, budget)
     rows = [[" ".join(map(str, choice.layers)), choice.join, choice.mass_recall] for choice in (best, *others[:9])]
-    typer.echo(table(["layers", "join", f"mass recall at {budget:.1%} kept"], rows))
+    typer.echo(table(["layers", "join", f"task-mean mass recall at {budget:.1%} kept"], rows))
     if out is not None:
         served_as(loaded, best, budget).save_pretrained(str(out))
         typer.echo(f"indexer: {out}")
@@ -414,7 +416,7 @@ def _evaluate(recipe: Any, paths: dict[str, Path], traces: Path, out: Path, ever
     results = write_results(out, **found)
     plot_recall(found["recall"], out / "recall.png")
     typer.echo(recall_table(found["recall"]))
-    for line in threshold_lines(found):
+    for line in [*threshold_lines(found), *found["evaluated"]["notes"]]:
         typer.echo(line)
     if found["comparison"]:
         typer.echo("\n".join([f"{name}: {path}" for name, path in paths.items()]))
@@ -485,7 +487,7 @@ def _benchmark(bundle: Path, backbone: Any, config: Any, out: Path) -> None:
     from eval.page import write_report
     from eval.report import read_results, write_results
     from eval.tasks.benchmark import benchmark as run_benchmark
-    from eval.tasks.tables import benchmark_table, fidelity_table
+    from eval.tasks.tables import benchmark_table, difference_table, fidelity_table
     from indexer_train.bridge.bundle import load_bundle
 
     read_results(out)
@@ -494,7 +496,7 @@ def _benchmark(bundle: Path, backbone: Any, config: Any, out: Path) -> None:
     found, notes = run_benchmark(adapter(model), tokenizer, indexer, config, out, _progress)
     results = write_results(out, **found)
     page, _ = write_report(out)
-    typer.echo(f"{benchmark_table(found['benchmark'])}\n")
+    typer.echo(f"{benchmark_table(found['benchmark'])}\n\n{difference_table(found['benchmark'])}\n")
     if found["benchmark_text"]:
         typer.echo(f"{fidelity_table(found['benchmark_text'])}\n")
     typer.echo("\n".join([*notes, f"results: {results}", f"report: {page}"]))

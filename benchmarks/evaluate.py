@@ -1,13 +1,14 @@
 """Speed of evaluation over all chunks, beside the FlashMemory release's on the same documents with the same weights.
 
-    python -m benchmarks.evaluate [--release CHECKOUT] [--heads 128 --rank 2048] [--documents 8] [--rounds 1]
+    python -m benchmarks.evaluate [--release CHECKOUT] [--heads 128 --rank 2048] [--documents 8] [--output FILE]
     python -m benchmarks.evaluate --chunks 262144 --documents 1 --tokens 64   # the memory of one long document
 
 Data: as in benchmarks/train.py (512 query tokens, 4,096 chunks, 3 layers, hidden 4096), every chunk visible to every
 token, as the release takes it to be. Every token is scored against every chunk; micro precision, recall and F1 at the
 threshold and recall@128 .. 1024 of every layer and of their maximum. Prints tokens per CPU-second of the whole
 evaluation, files included (one thread), peak resident memory, and how far the metrics are apart. Without --release it
-says so and measures ours alone.
+says so and measures ours alone, and then all that `lookahead evaluate --every-token` does: baselines, budgets,
+lookahead, reliability and timeline.
 """
 
 import argparse
@@ -102,6 +103,16 @@ def measure_ours(folder: Path, heads: int, rank: int) -> tuple[float, Metrics]:
     return seconds, metrics
 
 
+def measure_whole(folder: Path, heads: int, rank: int) -> tuple[float, Metrics]:
+    """(CPU-seconds, nothing) of everything that `lookahead evaluate --every-token` measures."""
+    from eval.evaluation import evaluate
+
+    indexer, store = make_indexer(folder, heads, rank)
+    start = time.process_time()
+    evaluate({"indexer": indexer}, store, GOLDEN, 0.1, every_token=True)
+    return time.process_time() - start, {}
+
+
 def measure_release(folder: Path, checkout: Path, heads: int, rank: int) -> tuple[float, Metrics]:
     """(CPU-seconds, metrics) of its evaluation of one model a layer, joined in three ways."""
     indexer, _ = make_indexer(folder, heads, rank)
@@ -126,6 +137,18 @@ def measure_release(folder: Path, checkout: Path, heads: int, rank: int) -> tupl
     return seconds, {names[key]: value for key, value in found.items() if key in names}
 
 
+def origin() -> dict[str, Any]:
+    """Where figures come from: commit and hardware."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    hardware = {
+        "cpu": cpu[1] if cpu else "",
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+    }
+    return {"commit": commit, "hardware": hardware | {"load": os.getloadavg()[0]}, "torch": torch.__version__}
+
+
 def main() -> None:
     """Write the documents, then measure each side in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,14 +159,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--chunks", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--measure", choices=["ours", "release"], help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help="Write the figures here as JSON.")
+    parser.add_argument("--measure", choices=["ours", "whole", "release"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     shape = (arguments.heads, arguments.rank)
     if arguments.measure:
         torch.set_num_threads(1)
-        before = (arguments.folder,) if arguments.measure == "ours" else (arguments.folder, arguments.release)
-        seconds, metrics = (measure_ours if arguments.measure == "ours" else measure_release)(*before, *shape)
+        if arguments.measure == "release":
+            seconds, metrics = measure_release(arguments.folder, arguments.release, *shape)
+        else:
+            ours = measure_ours if arguments.measure == "ours" else measure_whole
+            seconds, metrics = ours(arguments.folder, *shape)
         found = {"seconds": seconds, "memory": peak_memory(), "metrics": metrics}
         print(f"\nmeasured {json.dumps(found)}")
         return
@@ -159,13 +186,13 @@ def main() -> None:
 
         def run(side: str) -> dict[str, Any]:
             command = [sys.executable, "-m", "benchmarks.evaluate", *sys.argv[1:], "--measure", side, "--folder", name]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", **(HUGE_PAGES if side == "ours" else {})}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **({} if side == "release" else HUGE_PAGES)}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
             return json.loads(re.findall(r"^measured (.*)$", done.stdout, re.M)[-1])
 
-        sides = ["ours"] if arguments.release is None else ["ours", "release"]
+        sides = ["ours", "whole"] if arguments.release is None else ["ours", "release"]
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for _ in range(arguments.rounds):  # in turns: a shared machine is not equally fast all the time
             for side in sides:
@@ -177,13 +204,16 @@ def main() -> None:
         for side, found in runs.items():
             memory = max(each["memory"] for each in found)
             print(f"{side}: {speed[side]:.1f} tokens per CPU-second, peak memory {memory:.2f} GiB")
+        if arguments.output:
+            found = {"command": " ".join(sys.argv[1:]), **origin(), "tokens_per_cpu_second": speed, "runs": runs}
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
         if arguments.release is None:
             print("release: not measured, no checkout was given (--release)")
             return
         print(f"ours is {speed['ours'] / speed['release']:.2f}x")
         ours, theirs = (runs[side][0]["metrics"] for side in ("ours", "release"))
         for what, values in ours.items():
-            apart = max(abs(value - theirs[what][metric]) for metric, value in values.items())
+            apart = max(abs(value - values[metric]) for metric, value in theirs[what].items() if metric in values)
             shown = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
             print(f"{what}: {shown}; the release's at most {apart:.1e} apart")
 

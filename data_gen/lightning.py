@@ -25,14 +25,18 @@ def tiled_scores(query: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor)
     scores = torch.empty(len(query), len(keys), device=keys.device)
     if not scores.numel():
         return scores
-    heads, rows, size = weights.shape[1], len(query), TILE_ELEMENTS
+    heads, rows, matches = query.shape[1], len(query), TILE_ELEMENTS
     if not keys.is_cuda:
-        rows, size = min(rows, max(1, CACHE_ROWS // heads)), CACHE_ELEMENTS
-    step = max(1, size // (rows * heads))
+        rows, matches = min(rows, max(1, CACHE_ROWS // heads)), CACHE_ELEMENTS
+    step = min(len(keys), max(1, matches // (rows * heads)))
+    queries = query.float().flatten(0, 1).contiguous().split(rows * heads)
+    few = list(zip(queries, weights[:, None].float().split(rows), scores[:, None].split(rows), strict=True))
+    memory = torch.empty(rows * heads * step, device=keys.device)
     for first in range(0, len(keys), step):
         tile = keys[first : first + step].float().contiguous()
-        for top in range(0, len(query), rows):
-            few = slice(top, top + rows)
-            match = product(query[few].float().flatten(0, 1), tile, relu=True).unflatten(0, (-1, heads))
-            torch.bmm(weights[few, None].float(), match, out=scores[few, None, first : first + step])
+        size = len(tile)
+        for flat, weight, place in few:
+            out = memory[: len(flat) * size].view(-1, size)
+            match = product(flat, tile, relu=True, out=out).view(-1, heads, size)
+            torch.bmm(weight, match, out=place[..., first : first + step])
     return scores

@@ -1,5 +1,8 @@
 """Everything `lookahead evaluate` measures, as the sections of results.json."""
 
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -8,17 +11,18 @@ import torch
 from data_gen.errors import InputError
 from data_gen.store import DocumentMeta, TraceStore
 from eval.lookahead import analyse_lookahead
-from eval.recall import BUDGETS, DocumentRecall, as_rows, measure, recall_rows, task_groups
+from eval.recall import BUDGETS, DocumentRecall, as_rows, in_pieces, measure, recall_rows, task_groups
 from eval.timeline import timeline
 from indexer_train.intervals import bootstrap_means
-from indexer_train.metrics import indexer_scores, served_windows
+from indexer_train.metrics import DocumentScorer
 from indexer_train.model import MemoryIndexer
+from indexer_train.reliability import reliability
 from indexer_train.selection import Cut, Threshold
 
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+DEPTH_BINS = [f"{low:.0%}-{high:.0%}" for low, high in pairwise(DEPTHS)]
 LENGTHS = 4
 """Bins of document lengths, equally wide."""
-RELIABILITY_BINS = 20
 SAMPLED = 1 << 16
 """Candidates of one document that its scores are judged by, at most."""
 COMPARED = ("mass_recall", "golden_recall", "precision", "f1", "kept")
@@ -33,12 +37,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure one indexer ("indexer"), or two side by side ("A", "B"), on held-out traces.
 
-    Returns recall (rows as in RecallRow), by_length and by_depth (the same at `budget` and the threshold), heat (needle
-    depth x length), documents (what the threshold kept of each), reliability, lookahead and timeline (of the first
-    indexer), and comparison (None of one). Raises InputError on training traces and where no document has a window.
+    Returns recall (rows as in RecallRow), by_length and by_depth (the same at `budget` and the threshold), lookahead,
+    heat (needle depth x length), documents (what the threshold kept of each), reliability and timeline (of the first
+    indexer alone), and comparison (None of one). Raises InputError on training traces and where no document has a
+    window.
     """
-    if store.manifest.documents.get("split") == "train":
-        raise InputError(f"{store.root}: training documents; recall is measured on held-out ones")
+    store.check_held_out()
     thresholds = {name: threshold_for(indexer, budget) for name, indexer in indexers.items()}
     budgets = sorted({*BUDGETS, budget})
     found = list(measure(indexers, store, golden, thresholds, every_token, budgets))
@@ -46,7 +50,7 @@ def evaluate(
         raise InputError(f"{store.root}: no document with a whole lookahead window; nothing to evaluate on")
     first, *_ = indexers
     short = [each for each in found if each.cut in (budget, "threshold")]
-    length_of = length_bins([each.meta.length for each in found])
+    lengths, length_of = length_bins([each.meta.length for each in found])
     needles = [each for each in short if each.meta.depth is not None]
     cells = [each for each in needles if (each.policy, each.cut) == (first, budget)]
     return {
@@ -55,11 +59,12 @@ def evaluate(
         "by_depth": as_rows(recall_rows(needles, lambda meta: [depth_bin(meta)])),
         "heat": as_rows(recall_rows(cells, lambda meta: [f"{depth_bin(meta)} | {length_of(meta)}"])),
         "documents": _documents(found, first),
-        "lookahead": analyse_lookahead(indexers[first], store, golden, budget),
-        "reliability": reliability(indexers[first], store, golden),
+        "lookahead": analyse_lookahead(indexers, store, golden, budget),
+        "reliability": sampled_reliability(indexers[first], store, golden),
         "timeline": timeline(indexers[first], store, golden, budget),
         "comparison": compare(found, *indexers) if len(indexers) == 2 else None,
         "evaluated": {"budget": budget, "golden": golden, "every_token": every_token,
+                      "bins": [DEPTH_BINS, lengths], "notes": unseen_notes(indexers, store),
                       "thresholds": {name: str(threshold) for name, threshold in thresholds.items()}},
     }  # fmt: skip
 
@@ -71,40 +76,50 @@ def threshold_for(indexer: MemoryIndexer, budget: float) -> Threshold:
     return [*meant, *calibrated, Threshold(cuts=[Cut(score=0.0)])][0]
 
 
-def reliability(indexer: MemoryIndexer, store: TraceStore, golden: float) -> list[dict[str, float]]:
-    """Candidates of all serving windows in bins of equal counts, the lowest scores first.
+def unseen_notes(indexers: dict[str, MemoryIndexer], store: TraceStore) -> list[str]:
+    """A line for each indexer that may have been trained on these documents: neither side says which they are."""
+    if "split" in store.manifest.documents:
+        return []
+    makers = {name: indexer.spec.provenance for name, indexer in indexers.items()}
+    return [
+        f"note: {store.root} says nothing of how its documents were split (imported dumps do not), nor do those that "
+        f"{name} was trained on: recall on training documents means nothing"
+        for name, made in makers.items()
+        if made is not None and "split" not in made.documents
+    ]
 
-    Of a long document every n-th candidate, SAMPLED at most. Per bin {predicted: mean sigmoid(score), observed: share
-    that is golden, chunks}.
-    """
+
+def sampled_reliability(indexer: MemoryIndexer, store: TraceStore, golden: float) -> list[dict[str, float]]:
+    """`reliability` of the candidates of all serving windows; of a long document every n-th, SAMPLED at most."""
     scores, truth = [], []
-    for served in served_windows(store):
-        candidate = served.labels.candidate
-        every = -(-int(candidate.sum()) // SAMPLED)
-        scores.append(indexer_scores(indexer, served)[candidate][::every])
-        truth.append(served.labels.golden(golden)[candidate][::every])
-    ranked, order = torch.cat(scores).double().sigmoid().sort()
-    parts = zip(ranked.chunk(RELIABILITY_BINS), torch.cat(truth)[order].double().chunk(RELIABILITY_BINS), strict=True)
-    return [{"predicted": float(p.mean()), "observed": float(t.mean()), "chunks": len(p)} for p, t in parts]
+    for document in store:
+        windows = document.windows(serving=True)
+        scorer, seen = DocumentScorer(indexer, document), 0
+        bounds = [document.trace.chunking.candidates(int(p)) for p in document.positions[windows[:, 0]]]
+        every = max(1, -(-sum(last - first for first, last in bounds) // SAMPLED))
+        for served in in_pieces(document, windows):
+            candidate = served.labels.candidate
+            place = slice(-seen % every, None, every)
+            scores.append(scorer.joined(served)[candidate][place])
+            truth.append(served.labels.golden(golden)[candidate][place])
+            seen += int(candidate.sum())
+    return [asdict(each) for each in reliability(torch.cat(scores), torch.cat(truth))]
 
 
-def length_bins(lengths: list[int]) -> Any:
-    """A function from a document to the name of its bin: up to LENGTHS equally wide ones over all of `lengths`."""
+def length_bins(lengths: list[int]) -> tuple[list[str], Callable[[DocumentMeta], str]]:
+    """Up to LENGTHS equally wide bins over all of `lengths`: their names, and which one a document is in."""
     edges = np.unique(np.linspace(min(lengths), max(lengths), LENGTHS + 1).round().astype(int))
+    names = [f"{low:,}-{high:,}" for low, high in pairwise(edges)] or [f"{edges[0]:,}"]
 
     def name(meta: DocumentMeta) -> str:
-        if len(edges) == 1:
-            return f"{edges[0]:,}"
-        place = min(int(np.searchsorted(edges, meta.length, side="right")) - 1, len(edges) - 2)
-        return f"{edges[place]:,}-{edges[place + 1]:,}"
+        return names[min(int(np.searchsorted(edges, meta.length, side="right")), len(names)) - 1]
 
-    return name
+    return names, name
 
 
 def depth_bin(meta: DocumentMeta) -> str:
     """The fifth of the document that its needle lies in."""
-    place = min(int(np.searchsorted(DEPTHS, meta.depth, side="right")) - 1, len(DEPTHS) - 2)
-    return f"{DEPTHS[place]:.0%}-{DEPTHS[place + 1]:.0%}"
+    return DEPTH_BINS[min(int(np.searchsorted(DEPTHS, meta.depth, side="right")), len(DEPTH_BINS)) - 1]
 
 
 def _documents(found: list[DocumentRecall], policy: str) -> list[dict[str, Any]]:

@@ -40,8 +40,8 @@ def recall_curves(rows: Rows) -> Figure | None:
         documents = next(row["documents"] for row in rows if row["task"] == task)
         axes[0][column].set_title(f"{task}: {documents} documents")
         axes[1][column].set_xlabel("chunks kept, % (protected apart)")
-    axes[0][0].set_ylabel("attention-mass recall")
-    axes[1][0].set_ylabel("golden-chunk recall")
+    axes[0][0].set_ylabel("attention-mass recall (macro)")
+    axes[1][0].set_ylabel("golden-chunk recall (macro)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     return figure
@@ -103,18 +103,20 @@ def threshold_transfer(documents: Rows, budget: float) -> Figure | None:
         axis.grid(alpha=0.3)
     axes[0].axhline(100 * budget, ls="--", color="black", lw=1, label="budget")
     axes[0].set_ylabel("chunks kept by the threshold, %")
-    axes[1].set_ylabel("mass recall at the threshold, %")
+    axes[1].set_ylabel("mass recall at the threshold (document's mean), %")
     axes[0].legend(frameon=False)
     return figure
 
 
-def depth_by_length(rows: Rows) -> Figure | None:
-    """Heat map: mass and golden recall of the indexer by the needle's depth and the document's length."""
+def depth_by_length(rows: Rows, bins: tuple[list[str], list[str]]) -> Figure | None:
+    """Heat map: mass and golden recall of the indexer by the needle's depth and the document's length.
+
+    bins: names of all depths and lengths in order; those between the first and the last with a document are shown.
+    """
     if not rows:
         return None
     cells = {tuple(row["task"].split(" | ")): row for row in rows}
-    depths = sorted({depth for depth, _ in cells}, key=_leading)
-    lengths = sorted({length for _, length in cells}, key=_leading)
+    depths, lengths = (_between([place[axis] for place in cells], bins[axis]) for axis in (0, 1))
     figure, axes = pyplot.subplots(
         1, 2, figsize=(3 + 2.3 * len(lengths), 1.6 + 0.62 * len(depths)), layout="constrained"
     )
@@ -130,13 +132,14 @@ def depth_by_length(rows: Rows) -> Figure | None:
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axis.set_xticks(range(len(lengths)), lengths, fontsize=8)
         axis.set_yticks(range(len(depths)), depths, fontsize=8)
-        axis.set_title(metric.replace("_", " "))
+        axis.set_title(f"{metric.replace('_', ' ')} (macro)")
         axis.set_xlabel("document length, tokens")
         figure.colorbar(image, ax=axis)
     axes[0].set_ylabel("depth of the needle")
     return figure
 
 
-def _leading(name: str) -> float:
-    """The number that a bin's name starts with."""
-    return float(name.split("-")[0].strip("%").replace(",", ""))
+def _between(found: list[str], bins: list[str]) -> list[str]:
+    """The bins from the first to the last that is `found`."""
+    places = [bins.index(name) for name in found]
+    return bins[min(places) : max(places) + 1]

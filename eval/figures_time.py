@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 
 from eval.report import STYLES
 
-SHOWN = ("oracle", "indexer", "native", "mean_pooled", "frequency", "recency", "random")
+SHOWN = [policy for policy in STYLES if policy not in ("native", "protected")]
 KEPT, MISSED = "tab:green", "tab:red"
 
 
@@ -27,6 +27,8 @@ def refreshes(found: dict[str, Any]) -> Figure | None:
         color, style = STYLES[policy]
         rows = [row for row in found["rows"] if (row["policy"], row["task"]) == (policy, task)]
         rows = [row for row in rows if row["mass_recall"] is not None]
+        if not rows:
+            continue
         xs = [row["interval"] for row in rows]
         axes[0].plot(xs, [row["mass_recall"] for row in rows], style, color=color, marker="o", ms=3, label=policy)
         decay = [row for row in found["decay"] if (row["policy"], row["task"]) == (policy, task)]
@@ -36,7 +38,7 @@ def refreshes(found: dict[str, Any]) -> Figure | None:
     axes[0].set_xscale("log", base=2)
     axes[0].xaxis.set_major_formatter("{x:.0f}")
     axes[0].set_xlabel("tokens between refreshes")
-    axes[0].set_ylabel(f"attention-mass recall ({task})")
+    axes[0].set_ylabel(f"attention-mass recall, token-weighted ({task})")
     axes[1].set_xlabel("tokens since the refresh")
     axes[0].set_title("refresh interval")
     axes[1].set_title("decay inside a window")
@@ -54,6 +56,8 @@ def churn(found: dict[str, Any]) -> Figure | None:
     for policy in SHOWN:
         color, style = STYLES[policy]
         some = [row for row in rows if (row["policy"], row["task"]) == (policy, task)]
+        if not some:
+            continue
         xs = [row["interval"] for row in some]
         axes[0].plot(xs, [100 * row["churn"] for row in some], style, color=color, marker="o", ms=3, label=policy)
         moved = [row["bytes_per_token"] / 1e3 or None for row in some]  # recency moves nothing: no place on a log axis

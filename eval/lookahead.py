@@ -2,65 +2,74 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from data_gen.key_codec import SCALE_BYTES
 from data_gen.store import Manifest, TraceDocument, TraceStore
-from eval.policies import policies
+from eval.decode.entries import V4
+from eval.policies import Policy, policies
 from eval.recall import in_pieces, task_groups
 from indexer_train.intervals import bootstrap_means
-from indexer_train.metrics import DocumentScorer, ServedWindows
+from indexer_train.metrics import DocumentScorer, ServedWindows, needed_mass, selected_mass
 from indexer_train.model import MemoryIndexer
-from indexer_train.scoring import join_layers, select
+from indexer_train.scoring import select
 
 INTERVALS = (8, 16, 32, 64, 128, 256)
 """Tokens between two refreshes."""
 DECAY_STEP = 8
 """Tokens of a window that share one value of its decay."""
-CSA_ENTRY_BYTES = 584
-"""One compressed entry of DeepSeek-V4 in a serving engine's cache: 448 fp8 values, 64 in bf16, scales, padding."""
 KV_BYTES = 2
 """A value of a dense model's cache in bf16 or fp16."""
 
 
 @dataclass
 class _Sums:
-    """What one document adds up to. mass, needed: over tokens; fetched, selected: chunks over refreshes."""
+    """What one document adds up to.
+
+    mass, needed: over tokens; fetched, selected: chunks over refreshes; longest: tokens of its longest window.
+    """
 
     mass: float = 0.0
     needed: float = 0.0
     fetched: int = 0
     selected: int = 0
     refreshes: int = 0
+    longest: int = 0
     offsets: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
 
 
 def chunk_bytes(manifest: Manifest) -> int:
-    """Bytes that one chunk holds in the cache, over all layers that see the whole history."""
+    """Bytes that a fetch of one chunk moves, over all layers that see the whole history; as eval/plan/memory.py."""
     backbone = manifest.backbone
     if backbone.key == "fp8_rope_hadamard":
-        return CSA_ENTRY_BYTES * len(backbone.full_layers)
+        return (V4.bytes + backbone.key_width + SCALE_BYTES) * len(backbone.full_layers)  # an entry and its index key
     return 2 * backbone.key_width * KV_BYTES * manifest.trace.chunking.tokens * len(backbone.full_layers)
 
 
-def analyse_lookahead(indexer: MemoryIndexer, store: TraceStore, golden: float, budget: float) -> dict[str, list[dict]]:
-    """Every policy refreshing every 8 to 256 tokens under one budget.
+def analyse_lookahead(
+    indexers: dict[str, MemoryIndexer], store: TraceStore, golden: float, budget: float
+) -> dict[str, list[dict]]:
+    """Every indexer (by name) and policy refreshing every 8 to 256 tokens, and every tau, under one budget.
 
     rows: {policy, task, interval, mass_recall, low, high, churn, fetched_chunks, fetched_bytes, bytes_per_token,
-    documents, refreshes}. mass_recall is the share of all tokens' attention mass that was resident (macro over
-    documents); churn the share of the selected chunks that a refresh has to fetch; both None where nothing is known.
+    documents, refreshes}. mass_recall is the share of a document's attention mass that was resident, its tokens added
+    up before dividing (token-weighted), then the mean over documents; churn the share of the selected chunks that a
+    refresh has to fetch; both None where nothing is known.
     decay: {policy, task, offset, mass_recall, low, high, documents}, the same by distance from the refresh in tokens,
-    at the traces' own window, where that is one of the intervals. What arrives after a refresh stays resident until
-    the next. Text is cut to a multiple of the longest interval that fits: every interval sees the same tokens.
+    at the traces' own window. What arrives after a refresh stays resident until the next. Text is cut to a multiple of
+    the longest interval that fits: every interval sees the same tokens. Groups without a span as long as an interval
+    have no row of it.
     """
     sums: dict[tuple[str, str, int], list[_Sums]] = defaultdict(list)
     for document in store:
-        scorer = DocumentScorer(indexer, document)
-        for interval in INTERVALS:
+        scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
+        for interval in sorted({*INTERVALS, document.trace.window}):
             found: dict[str, _Sums] = defaultdict(_Sums)
-            scored = {"indexer": lambda served, scorer=scorer: _joined(scorer, served)} | policies(document, golden)
+            scored: dict[str, Policy] = {name: scorer.joined for name, scorer in scorers.items()}
+            scored |= policies(document, golden)
             del scored["protected"]  # keeps nothing, fetches nothing
             before: dict[str, torch.Tensor] = {}
             for served in in_pieces(document, refresh_windows(document, interval)):
@@ -74,9 +83,10 @@ def analyse_lookahead(indexer: MemoryIndexer, store: TraceStore, golden: float, 
                 for group in task_groups(document.meta):
                     sums[name, group, interval].append(each)
     size = chunk_bytes(store.manifest)
-    rows = [_row(*key, members, size) for key, members in sums.items()]
+    whole = {key: members for key, members in sums.items() if max(each.longest for each in members) >= key[2]}
+    rows = [_row(*key, members, size) for key, members in whole.items()]
     window = store.manifest.trace.window
-    decay = [row for (name, group, every), members in sums.items() if every == window
+    decay = [row for (name, group, every), members in whole.items() if every == window
              for row in _decay_rows(name, group, members)]  # fmt: skip
     return {"rows": rows, "decay": decay}
 
@@ -95,14 +105,11 @@ def refresh_windows(document: TraceDocument, interval: int) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
 
 
-def _joined(scorer: DocumentScorer, served: ServedWindows) -> torch.Tensor:
-    return join_layers(scorer.layers(served), scorer.indexer.spec.shape.join)
-
-
 def _measure(sums: _Sums, served: ServedWindows, chosen: torch.Tensor) -> None:
     tokens = served.windows.diff(dim=1)[:, 0].double()  # labels are means over a window's tokens
-    sums.mass += float(((served.labels.mass * chosen).sum(dim=1) * tokens).sum())
-    sums.needed += float(((served.labels.mass.sum(dim=1) + served.labels.rest) * tokens).sum())
+    sums.mass += float((selected_mass(chosen, served.labels) * tokens).sum())
+    sums.needed += float((needed_mass(served.labels) * tokens).sum())
+    sums.longest = max(sums.longest, int(tokens.max()))
 
 
 def _churn(sums: _Sums, served: ServedWindows, chosen: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
@@ -131,10 +138,11 @@ def _decay(sums: _Sums, served: ServedWindows, chosen: torch.Tensor) -> None:
         rows = (last > first).nonzero()[:, 0]
         if len(rows):
             part = served.document.labels(torch.stack([first, last], dim=1)[rows])
-            mass = part.mass * served.labels.candidate[rows]  # chunks protected at the refresh stay resident
+            # Chunks protected at the refresh stay resident.
+            part = replace(part, mass=part.mass * served.labels.candidate[rows])
             tokens = (last - first)[rows].double()
-            sums.offsets[offset][0] += float(((mass * chosen[rows]).sum(dim=1) * tokens).sum())
-            sums.offsets[offset][1] += float(((mass.sum(dim=1) + part.rest) * tokens).sum())
+            sums.offsets[offset][0] += float((selected_mass(chosen[rows], part) * tokens).sum())
+            sums.offsets[offset][1] += float((needed_mass(part) * tokens).sum())
 
 
 def _row(policy: str, group: str, interval: int, members: list[_Sums], size: int) -> dict:

@@ -13,8 +13,18 @@ from matplotlib.figure import Figure
 from data_gen.errors import InputError
 from data_gen.store import write_atomically
 from eval import figures, figures_tasks, figures_time
-from eval.report import RESULTS, comparison_table, decode_summary, decode_table, read_results, recall_table, table
-from eval.tasks.tables import benchmark_table, fidelity_table
+from eval.report import (
+    RESULTS,
+    STYLES,
+    comparison_table,
+    cut_name,
+    decode_summary,
+    decode_table,
+    read_results,
+    recall_table,
+    table,
+)
+from eval.tasks.tables import benchmark_table, difference_table, fidelity_table
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -53,8 +63,9 @@ def _recall(results: dict[str, Any]) -> Section | None:
     text = (
         "Every chunk is scored; every policy gets the same budget on top of the same protected chunks, which count for "
         "nobody. Macro averages over documents; bands are 95 % bootstrap intervals over documents. The oracle is a "
-        "bound, for each metric its own. 'native' is what the backbone itself used at the window's first token, "
-        "'frequency' the chunks golden most often so far: both see full attention, which sparse serving would not have."
+        "bound, for each metric its own. 'exact_attention' is what the backbone attended to at the window's first "
+        "token, 'native_votes' how many of its own indexers picked a chunk there, 'frequency' the chunks golden most "
+        "often so far: all of them see full attention, which sparse serving would not have."
     )
     curves = figures.recall_curves(results["recall"])
     return "Recall against budget", text, _named(("recall", curves)), recall_table(results["recall"])
@@ -72,19 +83,54 @@ def _metrics(results: dict[str, Any]) -> Section | None:
                 f"{_number(row[name])} {_bounds(row['interval'][name])}" for name in ("mass_recall", "golden_recall")
             ]
             micro = [row["micro"][name] for name in (*RECALLS, "precision", "f1")]
-            cut = row["budget"] if isinstance(row["budget"], str) else f"{row['budget']:.1%}"
-            lines.append([group, row["policy"], cut, *values, row["precision"], row["f1"], row["kept"],
-                          row["resident_mass"], *micro])  # fmt: skip
+            macro = [row[name] for name in ("precision", "f1", "kept", "resident_mass")]
+            lines.append([group, row["policy"], cut_name(row["budget"]), *values, *macro, *micro])
     if not lines:
         return None
-    header = ["task", "policy", "cut", "mass recall", "golden recall", "precision", "F1", "kept", "resident mass",
-              "micro: mass", "golden", "precision", "F1"]  # fmt: skip
+    names = ["mass recall", "golden recall", "precision", "F1"]
+    header = ["task", "policy", "cut", *(f"macro {name}" for name in [*names, "kept", "resident mass"])]
+    header += [f"micro {name}" for name in names]
     text = (
         "Macro averages with 95 % intervals over documents, then micro averages: windows added up before dividing. "
-        "'layer L' is one of the indexer's layers on its own. 'resident mass' is the share of all attention that is "
-        "not on evicted chunks: there, and only there, protected chunks count."
+        "'layer L' is one of the indexer's layers on its own, at the threshold of the joined score. 'resident mass' is "
+        "the share of all attention that is not on evicted chunks: there, and only there, protected chunks count."
     )
     return "Every metric at the budget and at the threshold", text, [], table(header, lines)
+
+
+def _tops(results: dict[str, Any]) -> Section | None:
+    """recall@K of the indexers, of their layers and of what bounds them."""
+    rows = [row for row in results.get("recall", []) if str(row["budget"]).startswith("top ")]
+    cuts = list(dict.fromkeys(row["budget"] for row in rows))
+    if not cuts:
+        return None
+    text = "Share of the golden chunks among the K best candidates, macro averages over documents."
+    header = ["task", "policy", *(f"@{cut.removeprefix('top ')}" for cut in cuts)]
+    return "Recall@K of golden chunks (macro)", text, [], table(header, _spread(rows, cuts))
+
+
+def _places(results: dict[str, Any]) -> Section | None:
+    """Mass recall by the length of the document and by the depth of the needle."""
+    budget = results.get("evaluated", {}).get("budget")
+    found = [("length", results.get("by_length", [])), ("depth", results.get("by_depth", []))]
+    lines = []
+    for what, rows in found:
+        some = [row for row in rows if row["budget"] == budget and row["policy"] in STYLES]
+        for row in some:
+            recalls = [f"{_number(row[name])} {_bounds(row['interval'][name])}" for name in RECALLS]
+            lines.append([what, row["task"], row["policy"], *recalls, row["documents"]])
+    if not lines:
+        return None
+    text = f"At {budget:.1%} kept; lengths in tokens, depths of the needle from the start of the document."
+    header = ["by", "bin", "policy", "macro mass recall", "macro golden recall", "documents"]
+    return "Recall by length and depth", text, [], table(header, lines)
+
+
+def _spread(rows: list[dict[str, Any]], cuts: list[str]) -> list[list[Any]]:
+    """A line per task and policy, a column per cut: golden recall."""
+    cells = {(row["task"], row["policy"], row["budget"]): row["golden_recall"] for row in rows}
+    places = dict.fromkeys((row["task"], row["policy"]) for row in rows)
+    return [[*place, *(cells.get((*place, cut)) for cut in cuts)] for place in places]
 
 
 def _comparison(results: dict[str, Any]) -> Section | None:
@@ -121,6 +167,18 @@ def _benchmark(results: dict[str, Any]) -> Section | None:
     return "Benchmark: accuracy against KV bytes", text, pictures, benchmark_table(rows)
 
 
+def _beside_full(results: dict[str, Any]) -> Section | None:
+    rows = results.get("benchmark")
+    if not rows:
+        return None
+    text = (
+        "Accuracy less full attention's on the same examples, in points, with the bootstrap interval of the pairs, and "
+        "the share of the tokens that was resident. 'frequency' has no row: counting golden chunks takes the attention "
+        "of every token of the prompt, which one prefill does not give."
+    )
+    return "Benchmark: beside full attention", text, [], difference_table(rows)
+
+
 def _benchmark_text(results: dict[str, Any]) -> Section | None:
     if not results.get("benchmark_text"):
         return None
@@ -138,18 +196,20 @@ def _calibration(results: dict[str, Any]) -> Section | None:
         ("threshold", figures.threshold_transfer(results["documents"], budget)),
     )
     text = (
-        "First: chunks in bins of equal counts, from the lowest scores to the highest; a calibrated probability would "
-        "lie on the observed share. Listwise losses train an order, not probabilities. Then: what the one calibrated "
-        f"threshold ({first}) kept of each held-out document; the line is the budget of the other figures."
+        f"Of {_first(results)}. First: chunks in bins of equal counts, from the lowest scores to the highest; a "
+        "calibrated probability would lie on the observed share. Listwise losses train an order, not probabilities. "
+        f"Then: what the one calibrated threshold ({first}) kept of each held-out document; the line is the budget of "
+        "the other figures."
     )
     return "Calibration", text, pictures, ""
 
 
 def _depth(results: dict[str, Any]) -> Section | None:
-    picture = figures.depth_by_length(results.get("heat", []))
+    picture = figures.depth_by_length(results.get("heat", []), results.get("evaluated", {}).get("bins", ([], [])))
     if picture is None:
         return None
-    text = f"The indexer at {results['evaluated']['budget']:.0%} kept; n: documents of a cell. Few of them mean little."
+    budget = results["evaluated"]["budget"]
+    text = f"Of {_first(results)}, at {budget:.0%} kept; n: documents of a cell. Few of them mean little."
     return "Needle depth and document length", text, [("heat", picture)], ""
 
 
@@ -170,13 +230,20 @@ def _timeline(results: dict[str, Any]) -> Section | None:
     picture = figures_time.score_timeline(results.get("timeline"))
     if picture is None:
         return None
-    text = "Each dot is a chunk that a token attended to (golden), outside the protected ones."
+    text = f"Of {_first(results)}. Each dot is a chunk that a token attended to (golden), outside the protected ones."
     return "One document, token by token", text, [("timeline", picture)], ""
 
 
 SECTIONS: list[Callable[[dict[str, Any]], Section | None]] = [
-    _recall, _decode, _benchmark, _benchmark_text, _comparison, _metrics, _calibration, _depth, _timeline, _time,
+    _recall, _decode, _benchmark, _beside_full, _benchmark_text, _comparison, _metrics, _tops, _places, _calibration,
+    _depth, _timeline, _time,
 ]  # fmt: skip
+
+
+def _first(results: dict[str, Any]) -> str:
+    """The indexer that the sections of one are about: of two, the first."""
+    first, *others = results["evaluated"]["thresholds"]
+    return f"indexer {first} (not {others[0]})" if others else "the indexer"
 
 
 def _named(*pictures: tuple[str, Figure | None]) -> list[tuple[str, Figure]]:

@@ -29,11 +29,12 @@ def mean_pooled(served: ServedWindows) -> torch.Tensor:
     return served.document.mean_pooled[served.windows[:, 0]].float()
 
 
-def native(served: ServedWindows) -> torch.Tensor:
-    """What the backbone itself used at the window's first token, without lookahead.
+def used_now(served: ServedWindows) -> torch.Tensor:
+    """What the backbone itself used at the window's first token, without lookahead; among equals the newer chunk.
 
-    The votes of its own indexers (oracle `indexer`: DeepSeek-V4 as it is) or its exact attention, which costs all keys.
-    Among equals, as votes are, the newer chunk.
+    Its exact attention, which costs all keys ("exact_attention"), or of the oracle `indexer` how many of its own
+    indexers picked the chunk ("native_votes"). A trace does not keep the native logits of every token, so chunks
+    without a vote are ties here; decoding ranks by the logits ("native").
     """
     first = served.windows[:, 0]
     now = torch.stack([first, first + 1], dim=1)
@@ -96,7 +97,7 @@ def policies(document: TraceDocument, golden: float) -> dict[str, Policy]:
     """All policies that `document` allows, by name, in the order of the tables; ask each about windows in order."""
     found: dict[str, Policy] = {
         "oracle": oracle,
-        "native": native,
+        "native_votes" if document.trace.oracle == "indexer" else "exact_attention": used_now,
         "mean_pooled": mean_pooled,
         "frequency": Frequency(document, golden),
         "recency": recency,

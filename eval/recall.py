@@ -16,8 +16,8 @@ from indexer_train.scoring import join_layers
 from indexer_train.selection import Cut, Threshold
 
 BUDGETS = (0.02, 0.05, 0.1, 0.135, 0.2)
-TOP = (128, 256, 512, 1024)
-"""Numbers of chunks K at which recall@K is measured, where some window has more candidates."""
+TOP = (8, 16, 32, 64, 128, 256, 512, 1024)
+"""Numbers of chunks K at which recall@K is measured, where some document of the store has more."""
 PIECE_ELEMENTS = 1 << 21
 """Windows x chunks measured at once: what evaluation holds does not grow with the number of windows."""
 PLAIN_TASKS = ("text", "document", "chat")
@@ -69,7 +69,8 @@ def evaluate_recall(
 
     golden: head-maximum probability (or votes) that makes a chunk golden; threshold: calibrated score of the indexer;
     every_token: a window from every traced token instead of one per refresh.
-    Rows for each task and for all needle tasks together ("needles"); the indexer's layers on their own are "layer L".
+    Rows for each task and for all needle tasks together ("needles"); the indexer's layers on their own are "layer L",
+    at the threshold too: the one of the joined score, as no layer has one of its own.
     """
     given = Threshold(cuts=[Cut(score=threshold)])
     found = measure({"indexer": indexer}, store, golden, {"indexer": given}, every_token)
@@ -89,22 +90,24 @@ def measure(
 
     Documents without a window, or that need nothing in any, are left out.
     """
+    cuts = [*budgets, *_tops(store)]
     for document in store:
         windows = document.windows(serving=not every_token)
         scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
         untrained = policies(document, golden) if baselines else {}
-        cuts = [*budgets, *_tops(document)]
         pieces: dict[tuple[str, Asked], list[Tally]] = defaultdict(list)
         for served in in_pieces(document, windows):
             counts = _counts(served, cuts)
             for name, scorer in scorers.items():
                 layers = scorer.layers(served)
                 joined = join_layers(layers, scorer.indexer.spec.shape.join)
-                selected = thresholds[name].choose(joined, served.labels.candidate, served.positions, served.chunking)
-                pieces[name, "threshold"].append(tally(selected, served.labels, golden, served.visible))
                 alone = zip(scorer.indexer.spec.layers, layers, strict=True) if len(layers) > 1 else ()
                 scored = {name: joined} | {f"{_prefix(name)}layer {layer}": scores for layer, scores in alone}
                 for policy, scores in scored.items():
+                    reached = thresholds[name].choose(
+                        scores, served.labels.candidate, served.positions, served.chunking
+                    )
+                    pieces[policy, "threshold"].append(tally(reached, served.labels, golden, served.visible))
                     _add(pieces, policy, cuts, ranked_tally(scores, served.labels, golden, served.visible, counts))
             for policy, score in untrained.items():
                 asked = torch.zeros_like(counts) if policy == "protected" else counts
@@ -165,9 +168,10 @@ def _prefix(name: str) -> str:
     return "" if name == "indexer" else f"{name} "
 
 
-def _tops(document: TraceDocument) -> list[str]:
-    """The "top K" cuts that leave some chunk of `document` out."""
-    return [f"top {count}" for count in TOP if count < document.chunks]
+def _tops(store: TraceStore) -> list[str]:
+    """The "top K" cuts that leave some chunk of the longest document out: the same documents are in every row."""
+    longest = max(document.chunks for document in store)
+    return [f"top {count}" for count in TOP if count < longest]
 
 
 def _counts(served: ServedWindows, cuts: list[Asked]) -> torch.Tensor:

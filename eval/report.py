@@ -16,7 +16,7 @@ from data_gen.store import write_atomically
 RESULTS = "results.json"
 """What evaluate, decode and benchmark add to."""
 STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "A": ("tab:red", "-"), "B": ("tab:cyan", "-"),
-          "native": ("tab:purple", "-"),
+          "native": ("tab:purple", "-"), "exact_attention": ("tab:purple", "-"), "native_votes": ("tab:purple", "-"),
           "mean_pooled": ("tab:blue", "-"), "frequency": ("tab:orange", "-"), "recency": ("tab:green", "-"),
           "random": ("tab:gray", ":"), "protected": ("tab:gray", "-.")}  # fmt: skip
 """Line colour and style of each policy."""
@@ -51,23 +51,28 @@ def recall_table(rows: list[dict[str, Any]]) -> str:
 
 
 def comparison_table(rows: list[dict[str, Any]], one: str, other: str) -> str:
-    """Two indexers at every budget: macro averages of both recalls and the paired difference with its interval."""
+    """Two indexers at every budget and at their thresholds: macro averages, the paired difference and its interval."""
     lines = []
     for row in rows:
-        if row["metric"] in ("mass_recall", "golden_recall") and isinstance(row["budget"], float):
+        if not str(row["budget"]).startswith("top"):
             interval = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
-            lines.append([row["task"], row["metric"], f"{row['budget']:.1%}", row[one], row[other],
+            lines.append([row["task"], row["metric"], cut_name(row["budget"]), row[one], row[other],
                           f"{row['difference']:+.3f}{interval}", row["documents"]])  # fmt: skip
-    return table(["task", "metric (macro)", "kept", one, other, f"{one} - {other}, 95 % interval", "documents"], lines)
+    return table(["task", "metric (macro)", "cut", one, other, f"{one} - {other}, 95 % interval", "documents"], lines)
+
+
+def cut_name(cut: float | str) -> str:
+    """A share as a percentage, "threshold" and "top K" as they are."""
+    return cut if isinstance(cut, str) else f"{cut:.1%}"
 
 
 def threshold_lines(found: dict[str, Any]) -> list[str]:
     """What each indexer's threshold kept of every group of tasks, and both recalls it had."""
     lines, thresholds = [], found["evaluated"]["thresholds"]
     for row in found["recall"]:
-        if row["budget"] == "threshold":
+        if row["budget"] == "threshold" and row["policy"] in thresholds:
             who = "threshold" if row["policy"] == "indexer" else f"threshold of {row['policy']}"
-            recall = f"mass recall {_share(row['mass_recall'])}, golden recall {_share(row['golden_recall'])}"
+            recall = f"macro mass recall {_share(row['mass_recall'])}, golden recall {_share(row['golden_recall'])}"
             lines.append(f"{who}, {row['task']}: {thresholds[row['policy']]}: kept {row['kept']:.1%}, {recall}")
     return lines
 
@@ -99,7 +104,7 @@ def plot_recall(rows: list[dict[str, Any]], path: Path) -> None:
             axis.grid(alpha=0.3)
             axis.set_title(f"{task}: {points[0]['documents'] if points else 0} documents" if line == 0 else "")
             if column == 0:
-                axis.set_ylabel("attention-mass recall" if line == 0 else "golden-chunk recall")
+                axis.set_ylabel(f"{('attention-mass', 'golden-chunk')[line]} recall (macro)")
             if line == 1:
                 axis.set_xlabel("chunks kept, % (protected apart)")
     axes[0][0].legend(fontsize=8)

@@ -6,7 +6,8 @@ import torch
 
 from data_gen.store import TraceDocument, TraceStore
 from eval.policies import golden_tokens
-from indexer_train.metrics import ServedWindows, indexer_scores, served_windows
+from eval.recall import in_pieces
+from indexer_train.metrics import ServedWindows, indexer_scores
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import ranking, select
 
@@ -23,11 +24,17 @@ def timeline(indexer: MemoryIndexer, store: TraceStore, golden: float, budget: f
     the `kept` ones, and `ranks`: per bin of `bin_chunks` chunks the best rank among candidates, 100 the best, 0 none.
     needed: [position, chunk, kept] of every chunk that a token finds golden, kept 1 or 0; protected ones left out.
     """
-    best = max(served_windows(store), key=lambda s: (len(s.windows), int(s.labels.golden(golden).sum())), default=None)
-    if best is None:
+    documents = [(document, document.windows(serving=True)) for document in store]
+    most = max(len(windows) for _, windows in documents)
+    if not most:
         return None
-    served = ServedWindows.of(best.document, best.windows[:WINDOWS])
-    document, candidate = served.document, served.labels.candidate
+
+    def needs(found: tuple[TraceDocument, torch.Tensor]) -> int:
+        return sum(int(served.labels.golden(golden).sum()) for served in in_pieces(*found))
+
+    document, windows = max((each for each in documents if len(each[1]) == most), key=needs)
+    served = ServedWindows.of(document, windows[:WINDOWS])
+    candidate = served.labels.candidate
     scores = indexer_scores(indexer, served)
     chosen = select(scores, candidate, served.kept(budget))
     bin_chunks = -(-document.chunks // BINS)

@@ -8,7 +8,7 @@ import torch
 
 from data_gen.errors import InputError
 from indexer_train.card import Metric
-from indexer_train.metrics import ServedWindows, golden_recall, indexer_scores, mass_recall
+from indexer_train.metrics import ServedWindows, golden_recall, indexer_scores, mass_recall, needed_mass
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
 
@@ -115,7 +115,7 @@ def _cut(scored: Sequence[ScoredWindows], inside: Sequence[torch.Tensor], target
         if target == "budget":
             gains.append(1 / each.served.visible.double()[:, None].expand_as(labels.mass))
         else:
-            gains.append(labels.mass / (labels.mass.sum(dim=1, dtype=torch.float64) + labels.rest)[:, None])
+            gains.append(labels.mass / needed_mass(labels)[:, None])
     counted = [mask & ~gain[:, 0].isnan() for mask, gain in zip(inside, gains, strict=True)]
     weights = _weights(scored, counted)
     candidates = [each.served.labels.candidate & mask[:, None] for each, mask in zip(scored, counted, strict=True)]

@@ -1,7 +1,10 @@
 """One definition of every metric, for training, calibration, evaluation and decoding.
 
 Protected chunks are resident for every policy and count for nobody: only candidates enter. Averages are named: *macro*
-is the mean over documents of the mean over a document's windows, *micro* adds all windows up before dividing.
+is the mean over documents of the mean over a document's windows, *micro* adds all windows up before dividing. Two more
+are in use: the *task mean* of calibration (indexer_train/calibration.py: macro within each task, then the mean of the
+tasks), and the *token-weighted* mean of lookahead (eval/lookahead.py: a document's tokens added up before dividing, as
+its intervals cut it into windows of different lengths, then the mean over documents).
 """
 
 from collections.abc import Iterable, Iterator
@@ -91,8 +94,8 @@ def tally(selected: torch.Tensor, labels: WindowLabels, golden: float, visible: 
         selected=selected.sum(dim=1).double(),
         golden=truth.sum(dim=1).double(),
         hits=(truth & selected).sum(dim=1).double(),
-        needed=_needed(labels),
-        mass=_mass(selected, labels),
+        needed=needed_mass(labels),
+        mass=selected_mass(selected, labels),
         windows=torch.ones(len(visible), dtype=torch.float64),
     )
 
@@ -120,17 +123,19 @@ def ranked_tally(
         selected=selected.double(),
         golden=truth.sum(dim=1, keepdim=True) * one,
         hits=best(truth),
-        needed=_needed(labels)[:, None] * one,
+        needed=needed_mass(labels)[:, None] * one,
         mass=best(labels.mass),
         windows=one,
     )
 
 
-def _needed(labels: WindowLabels) -> torch.Tensor:
+def needed_mass(labels: WindowLabels) -> torch.Tensor:
+    """Oracle mass of all candidates, what the trace left out included: [W] fp64."""
     return labels.mass.sum(dim=1, dtype=torch.float64) + labels.rest
 
 
-def _mass(selected: torch.Tensor, labels: WindowLabels) -> torch.Tensor:
+def selected_mass(selected: torch.Tensor, labels: WindowLabels) -> torch.Tensor:
+    """Oracle mass of a choice [W, N]: [W] fp64."""
     return (labels.mass * selected).sum(dim=1, dtype=torch.float64)
 
 
@@ -139,7 +144,7 @@ def mass_recall(selected: torch.Tensor, labels: WindowLabels) -> torch.Tensor:
 
     Mass is attention probability or, of the indexer oracle, votes. What the trace did not store counts as missed.
     """
-    return (_mass(selected, labels) / _needed(labels)).float()
+    return (selected_mass(selected, labels) / needed_mass(labels)).float()
 
 
 def golden_recall(selected: torch.Tensor, labels: WindowLabels, threshold: float) -> torch.Tensor:
@@ -205,6 +210,10 @@ class DocumentScorer:
         hidden = torch.stack([self._document.hidden(layer)[rows].float() for layer in self.indexer.spec.layers], dim=1)
         return self.indexer.layer_logits(self.indexer.packed_queries(hidden, served.positions), self._keys).cpu()
 
+    def joined(self, served: ServedWindows) -> torch.Tensor:
+        """[W, N] scores that serving ranks by at each window's first token."""
+        return join_layers(self.layers(served), self.indexer.spec.shape.join)
+
 
 def layer_scores(indexer: MemoryIndexer, served: ServedWindows) -> torch.Tensor:
     """[L, W, N] scores of the indexer's layers at each window's first token."""
@@ -213,4 +222,4 @@ def layer_scores(indexer: MemoryIndexer, served: ServedWindows) -> torch.Tensor:
 
 def indexer_scores(indexer: MemoryIndexer, served: ServedWindows) -> torch.Tensor:
     """[W, N] scores that serving ranks by at each window's first token."""
-    return join_layers(layer_scores(indexer, served), indexer.spec.shape.join)
+    return DocumentScorer(indexer, served.document).joined(served)

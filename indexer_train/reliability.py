@@ -23,7 +23,7 @@ from indexer_train.metrics import served_windows
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Threshold, served_first
 
-BINS = 15
+BINS = 20
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,10 @@ class Calibrated:
     beyond: int | None
 
 
-def reliability(scored: Sequence[ScoredWindows], golden: float, bins: int = BINS) -> list[Bin]:
-    """All candidates in bins of equal counts, from the lowest scores to the highest; golden: as in `WindowLabels`."""
-    masks = [each.served.labels.candidate for each in scored]
-    score = torch.cat([each.scores[mask] for each, mask in zip(scored, masks, strict=True)])
-    truth = torch.cat([each.served.labels.golden(golden)[mask] for each, mask in zip(scored, masks, strict=True)])
-    order = score.argsort()
-    parts = zip(score[order].sigmoid().double().chunk(bins), truth[order].double().chunk(bins), strict=True)
+def reliability(scores: torch.Tensor, golden: torch.Tensor) -> list[Bin]:
+    """Candidates in bins of equal counts, from the lowest scores to the highest. scores: [M]; golden: [M] bool."""
+    order = scores.argsort()
+    parts = zip(scores[order].double().sigmoid().chunk(BINS), golden[order].double().chunk(BINS), strict=True)
     return [Bin(float(p.mean()), float(t.mean()), len(p)) for p, t in parts]
 
 
@@ -84,7 +81,11 @@ def calibrate_folder(
     if by_budget:
         selections = served_first(Budget(budget=target[1]), selections)
     indexer.spec.selections = selections
-    bins = reliability(scored, golden)
+    masks = [each.served.labels.candidate for each in scored]
+    bins = reliability(
+        torch.cat([each.scores[mask] for each, mask in zip(scored, masks, strict=True)]),
+        torch.cat([each.served.labels.golden(golden)[mask] for each, mask in zip(scored, masks, strict=True)]),
+    )
     rows = [row for each in selections for row in _measure(scored, each, longest, golden)]
     content = {"traces": store.manifest.documents, "rows": rows, "reliability": [asdict(each) for each in bins]}
     if indexer.spec.provenance is not None:

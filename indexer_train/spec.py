@@ -68,14 +68,15 @@ class IndexerSpec(BaseModel):
     def turn(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Queries [B, H, key_width] at `positions` ([B]) -> the same turned the way the keys are.
 
-        Without a gradient the CPU turns a few at a time, in its cache. Raises InputError at positions beyond the
-        backbone's range.
+        Without a gradient the CPU turns a few at a time, in its cache and in the memory of `query`. Raises InputError
+        at positions beyond the backbone's range.
         """
         if query.requires_grad or not query.is_cpu:
             return self._turn(query, positions)
         few = max(1, TILE_ELEMENTS // max(1, query[:1].numel()))
-        parts = zip(query.split(few), positions.split(few), strict=True)
-        return torch.cat([self._turn(part, place) for part, place in parts])
+        for part, place in zip(query.split(few), positions.split(few), strict=True):
+            part.copy_(self._turn(part, place))
+        return query
 
     def _turn(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self.rope is not None:

@@ -69,7 +69,7 @@ def test_run_leaves_results_a_plot_a_bundle_and_one_plain_sentence(finished):
     results = json.loads((finished / "results.json").read_text())
     fields = {"policy", "task", "context", "budget", "golden_recall", "mass_recall", "documents", "windows"}
     assert all(fields <= row.keys() for row in results["recall"])
-    policies = {"oracle", "indexer", "native", "mean_pooled", "frequency", "recency", "random", "protected"}
+    policies = {"oracle", "indexer", "exact_attention", "mean_pooled", "frequency", "recency", "random", "protected"}
     assert {row["policy"] for row in results["recall"]} == policies | {"layer 0", "layer 2"}
     assert {0.02, 0.05, 0.1, 0.135, 0.2, "threshold"} == {row["budget"] for row in results["recall"]}
     assert {row["policy"] for row in results["decode"]} == {"full", "indexer", "mean_pooled", "recency", "random"}
@@ -354,7 +354,7 @@ def test_benchmark_adds_to_results_and_continues(finished, recipe, tmp_path, loo
     code, printed, line = lookahead(*arguments, "--recipe", recipe, "--examples", 2, "--budget", 0.1)
     assert code == 0 and "| needles single" in printed and "| mrcr" in printed, line
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["benchmark"]
-    policies = {"full", "indexer", "mean_pooled", "recency", "random", "oracle", "indexer+fallback"}
+    policies = {"full", "indexer", "mean_pooled", "recency", "random", "protected", "oracle", "indexer+fallback"}
     assert {row["policy"] for row in rows} == policies and {row["task"] for row in rows} == {"single", "mrcr"}
     assert all((row["policy"] == "indexer+fallback") == ("fallbacks" in row) for row in rows)
     assert '<figure id="benchmark">' in (tmp_path / "out" / "report.html").read_text()

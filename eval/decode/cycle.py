@@ -32,6 +32,12 @@ class Usage:
         return self.bytes / self.steps
 
 
+def fidelity(log_p: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1 where the likeliest next token is full attention's, KL(full || policy) in nats), of log-probs [..., V]."""
+    agrees = (log_p.argmax(dim=-1) == full.argmax(dim=-1)).float()
+    return agrees, (full.exp() * (full - log_p)).sum(dim=-1)
+
+
 def best(policy: DecodePolicy | None, budget: float) -> Keep | None:
     """Keeps the best chunks under `budget` by the policy's scores; None keeps everything."""
     return None if policy is None else lambda session: session.keep(policy(session), budget)

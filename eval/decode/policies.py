@@ -45,6 +45,11 @@ def random(session: Session) -> torch.Tensor:
     return torch.rand(session.chunking.visible(session.position), generator=generator)
 
 
+def protected(session: Session) -> torch.Tensor:
+    """Nothing beside the sink and the newest chunks, whatever the budget."""
+    return torch.full((session.chunking.visible(session.position),), -torch.inf)
+
+
 def decode_policies(indexer: MemoryIndexer) -> dict[str, DecodePolicy | None]:
     """All policies by name; None keeps everything."""
     learned = indexer.spec.key == "fp8_rope_hadamard"  # DeepSeek-V4 has indexers of its own, and no keys to pool

@@ -7,9 +7,10 @@ from transformers import PreTrainedModel
 
 from data_gen.backbones.observe import AttentionCall, attention_modules, observe
 from data_gen.chunks import Chunking
-from data_gen.oracle import pooled_attention
+from data_gen.oracle import candidates, pooled_attention
 from eval.decode.hosts.dense import DenseHost
 from eval.decode.hosts.dense_cache import ResidentCache
+from indexer_train.scoring import select
 
 
 class Session:
@@ -77,14 +78,12 @@ class Session:
     def keep(self, scores: torch.Tensor, budget: float) -> None:
         """Fix the resident set: the best unprotected chunks under `budget`, the protected ones, the unfinished one.
 
-        scores: [N] of the complete chunks at the newest position.
+        scores: [N] of the complete chunks at the newest position; those of -inf are not kept, whatever the budget.
         """
-        first, last = self.chunking.candidates(self.position)
-        count = min(self.chunking.kept(budget, self.position), last - first)
-        resident = torch.ones(self.chunking.visible(self.position), dtype=torch.bool)
-        resident[first:last] = False
-        resident[scores[first:last].argsort(descending=True, stable=True)[:count] + first] = True
-        self.keep_chunks(resident.nonzero().flatten())
+        candidate = candidates(torch.tensor([self.position]), self.chunking, len(scores))
+        count = torch.tensor([self.chunking.kept(budget, self.position)])
+        chosen = select(scores[None], candidate & (scores > -torch.inf), count)
+        self.keep_chunks((chosen | ~candidate)[0].nonzero().flatten())
 
     def keep_chunks(self, chunks: torch.Tensor) -> None:
         """Make exactly these complete chunks ([R], ascending) resident, beside the unfinished one."""

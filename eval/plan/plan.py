@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from data_gen.errors import InputError
@@ -38,6 +39,8 @@ class Plan:
 def make_plan(name: str, contexts: Sequence[int] = CONTEXTS, settings: PlanSettings | None = None) -> Plan:
     """Plan a model by shipped name, folder or config.json. Raises InputError on a bad one, or a context below 1."""
     settings = settings or PlanSettings()
+    if settings.gpu_memory is not None and not isfinite(settings.gpu_memory):
+        raise InputError(f"plan {name}: GPU memory of {settings.gpu_memory} GiB; give a number")
     model = load_model(name, settings.chunk_tokens)
     if low := [context for context in contexts if context < 1]:
         raise InputError(f"plan {name}: a context of {low[0]} tokens; it needs at least one")

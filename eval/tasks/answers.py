@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.decode.check import stop_tokens
-from eval.decode.cycle import Keep, Usage, best, steps
+from eval.decode.cycle import Keep, Usage, best, fidelity, steps
 from eval.decode.fallback import Fallback
 from eval.decode.open import open_session
-from eval.decode.policies import decode_policies
+from eval.decode.policies import decode_policies, protected
 from eval.decode.session import Session
 from eval.tasks.capped import Capped, calibrated
 from eval.tasks.config import BenchmarkConfig
@@ -22,7 +22,7 @@ from eval.tasks.prefill import Prefill
 from eval.tasks.scorers import SCORERS
 from indexer_train.model import MemoryIndexer
 
-FALLBACK = "indexer+fallback"
+FALLBACK, PROTECTED = "indexer+fallback", "protected"
 Record = dict[str, Any]
 """What became of one example: its name, benchmark, task, length, tokens, depth, why it was left out (empty: it was
 not) and its runs, one a policy and budget, full attention first."""
@@ -51,7 +51,8 @@ class Runner:
     @property
     def policies(self) -> list[str]:
         """The asked policies that this backbone and bundle have."""
-        known = {*decode_policies(self.indexer), "oracle", *([FALLBACK] if calibrated(self.indexer) else [])}
+        served = [FALLBACK] if calibrated(self.indexer) else []
+        known = {*decode_policies(self.indexer), PROTECTED, "oracle", *served}
         return [name for name in self.config.policies if name in known]
 
     def run(self, example: Example | TextExample, after: Example | None = None) -> Record:
@@ -80,9 +81,10 @@ class Runner:
         session = self.prefill.read(prompt, following)
         measure = _Fidelity(example.tokens[place + 1 :]) if follows else None
         foresight = Foresight(self.indexer.spec.window)
-        known = {**decode_policies(self.indexer), "oracle": foresight}
-        ranked = [name for name in self.policies if name != FALLBACK]
+        known = {**decode_policies(self.indexer), PROTECTED: protected, "oracle": foresight}
+        ranked = [name for name in self.policies if name not in (FALLBACK, PROTECTED)]
         asked = [("full", None), *[(name, budget) for budget in self.config.budgets for name in ranked]]
+        asked += [(PROTECTED, None)] if PROTECTED in self.policies else []  # it is the same under every budget
         asked += [(FALLBACK, self.config.cap)] if FALLBACK in self.policies else []
         for name, budget in asked:
             capped = Capped(self.indexer, calibrated(self.indexer), budget, Fallback()) if name == FALLBACK else None
@@ -102,8 +104,11 @@ class Runner:
             if measure is not None:
                 run |= measure.finish()
             else:
-                response = example.prefix + self.tokenizer.decode(answer, skip_special_tokens=True)
-                run |= {"score": SCORERS[example.scorer](response, example.references), "response": response}
+                said = self.tokenizer.decode(answer, skip_special_tokens=True)
+                response = example.prefix + said
+                # MRCR demands its prefix; elsewhere, as in RULER, what the model was given earns nothing.
+                scored = response if example.scorer == "sequence_ratio" else said
+                run |= {"score": SCORERS[example.scorer](scored, example.references), "response": response}
             record["runs"].append(run)
         return record
 
@@ -140,7 +145,8 @@ class Runner:
 class _Fidelity:
     """Next-token agreement with full attention, KL from it in nats, and loss per token, one policy after the other.
 
-    The first one measured is full attention itself. targets: the text's next tokens.
+    The first one measured is full attention itself. targets: the text's next tokens. Agreement and KL of a token are
+    those of eval/decode/cycle.py `fidelity`.
     """
 
     def __init__(self, targets: list[int]) -> None:
@@ -154,9 +160,8 @@ class _Fidelity:
         if place == len(self._full):
             self._full.append(log_p)
         full = self._full[place]
-        agrees = float(log_p.argmax() == full.argmax())
-        kl = float((full.exp() * (full - log_p)).sum())
-        self._sums.append((agrees, kl, -float(log_p[self._targets[place]])))
+        agrees, kl = fidelity(log_p, full)
+        self._sums.append((float(agrees), float(kl), -float(log_p[self._targets[place]])))
 
     def finish(self) -> dict[str, float]:
         """Means over the text's tokens; ready for the next policy."""

@@ -47,11 +47,18 @@ def benchmark(
     thinking = documents is not None and documents.thinking
     runner = Runner(backbone.model, tokenizer, indexer, config, thinking, backbone.info.context)
     generated: dict[str, Callable[[], Example | TextExample]] = {}
-    haystack = None
+    haystack, notes = None, []
     if config.tasks or not config.files:
-        lengths = _lengths(config, trained, backbone.info.context)
-        haystack = _haystack(config, documents, tokenizer, max(lengths))
-        generated |= generate_examples(config, lengths, haystack, tokenizer, thinking)
+        try:
+            lengths, notes = _lengths(config, trained, backbone.info.context)
+            haystack = _haystack(config, documents, tokenizer, max(lengths))
+            generated |= generate_examples(config, lengths, haystack, tokenizer, thinking)
+        except InputError as error:  # files are asked all the same where nothing was said of what to generate
+            if not config.files or config.tasks != ["mrcr"] or config.lengths or config.haystack:
+                raise
+            haystack, notes = None, [f"mrcr not asked: {error}"]
+    else:
+        notes = ["mrcr not asked: files only (tasks: [])"]
     read = [example for file in config.files for example in read_benchmark(file, tokenizer)]
     asked: dict[str, Callable[[], tuple[Example | TextExample, Example | None]]] = {
         name: lambda build=build: (build(), None) for name, build in generated.items()
@@ -61,7 +68,7 @@ def benchmark(
     for name in progress([name for name in asked if name not in journal.records], "asking"):
         journal.add(runner.run(*asked[name]()))
     records = [journal.records[name] for name in [*generated, *(example.name for example in read)]]
-    notes = left_out_lines(records)
+    notes += left_out_lines(records)
     if missing := [name for name in config.policies if name not in runner.policies]:
         notes.append(f"not run: {', '.join(missing)} (this backbone or bundle has none)")
     sections = {
@@ -100,14 +107,24 @@ def _documents(indexer: MemoryIndexer) -> DocumentsConfig | None:
         return None
 
 
-def _lengths(config: BenchmarkConfig, trained: int | None, context: int) -> list[int]:
-    if config.lengths is not None:
-        if too_long := [length for length in config.lengths if length > context]:
-            raise InputError(f"benchmark.lengths: {too_long[0]}, but the backbone's context is {context} tokens")
-        return sorted(set(config.lengths))
+def _lengths(config: BenchmarkConfig, trained: int | None, context: int) -> tuple[list[int], list[str]]:
+    """Lengths to ask, one beyond training among them where there is room, and a line where there is none or less."""
+    if too_long := [length for length in config.lengths or [] if length > context]:
+        raise InputError(f"benchmark.lengths: {too_long[0]}, but the backbone's context is {context} tokens")
     if trained is None:
-        raise InputError("the bundle does not say on which lengths it was trained: give the lengths to ask (--length)")
-    return sorted({trained, min(2 * trained, context)})
+        if config.lengths is None:
+            raise InputError(
+                "the bundle does not say on which lengths it was trained: give the lengths to ask (--length)"
+            )
+        return sorted(set(config.lengths)), ["the bundle does not say on which lengths it was trained: none is beyond"]
+    lengths = set(config.lengths or [trained])
+    if max(lengths) > trained:
+        return sorted(lengths), []
+    beyond = min(2 * trained, context)
+    if beyond <= trained:
+        return sorted(lengths), [f"no length beyond training: the backbone's context is {context} tokens"]
+    short = f"beyond training only {beyond} tokens, the backbone's context, not twice the {trained} of training"
+    return sorted({*lengths, beyond}), [] if beyond == 2 * trained else [short]
 
 
 def _haystack(

@@ -7,12 +7,18 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from data_gen.config import Strict
 from data_gen.errors import InputError
 
-GeneratedTask = Literal["single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text"]
-TASKS: list[GeneratedTask] = [
-    "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text",
+GeneratedTask = Literal[
+    "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text", "mrcr"
 ]  # fmt: skip
-PolicyName = Literal["indexer", "mean_pooled", "native", "recency", "random", "oracle", "indexer+fallback"]
-POLICIES: list[PolicyName] = ["indexer", "mean_pooled", "native", "recency", "random", "oracle", "indexer+fallback"]
+TASKS: list[GeneratedTask] = [
+    "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text", "mrcr",
+]  # fmt: skip
+PolicyName = Literal[
+    "indexer", "mean_pooled", "native", "recency", "random", "protected", "oracle", "indexer+fallback"
+]  # fmt: skip
+POLICIES: list[PolicyName] = [
+    "indexer", "mean_pooled", "native", "recency", "random", "protected", "oracle", "indexer+fallback",
+]  # fmt: skip
 """Beside full attention, which is always run. `indexer+fallback`: the bundle's threshold under a cap (capped.py)."""
 Format = Literal["ruler", "longbench-v2", "longmemeval", "mrcr"]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -34,14 +40,15 @@ class BenchmarkFile(Strict):
 class BenchmarkConfig(Strict):
     """What `lookahead benchmark` asks.
 
-    lengths: of generated examples in tokens; None: the longest that the indexer was trained on, and twice that;
-    tasks: generated ones beside `mrcr`, the dense demand where sparse attention is known to fail, which is always
-    asked with them; none beside files: the files only; `text` is plain text to follow; examples: of each task and
-    length; texts: of each length; text_tokens: followed of each text; budgets: shares of chunks kept on top of the
-    protected ones; policies: beside full attention; cap: as budgets, for `indexer+fallback`: windows that ask for more
-    are read with full attention; keys, values, queries, hops: sizes of the needle tasks; common: words to find by
-    `aggregation`; haystack: plain text that training has not seen, a source as documents.source is; None: what the
-    indexer's training held out; files: published benchmarks.
+    lengths: of generated examples in tokens; None: the longest that the indexer was trained on; twice that is asked
+    too where no given one is longer than trained and the context allows it; tasks: generated ones; `mrcr`, the dense
+    demand where sparse attention is known to fail, is asked with them in any case; none beside files: the files only,
+    for models that read no text of ours (a line says that mrcr was not asked); `text` is plain text to follow;
+    examples: of each task and length; texts: of each length; text_tokens: followed of each text; budgets: shares of
+    chunks kept on top of the protected ones; policies: beside full attention; cap: as budgets, for `indexer+fallback`:
+    windows that ask for more are read with full attention; keys, values, queries, hops: sizes of the needle tasks;
+    common: words to find by `aggregation`; haystack: plain text that training has not seen, a source as
+    documents.source is; None: what the indexer's training held out; files: published benchmarks.
     """
 
     lengths: list[PositiveInt] | None = None
@@ -64,12 +71,13 @@ class BenchmarkConfig(Strict):
     def changed(self, files: list[str], **given: Any) -> Self:
         """A copy with what was `given` (None and [] were not) and more files, FORMAT=SOURCE each.
 
-        Files without tasks beside them are asked alone. Raises InputError for what does not fit.
+        Files without tasks beside them are asked with mrcr alone, unless there were no tasks before. Raises InputError
+        for what does not fit.
         """
         given = {name: value for name, value in given.items() if value}
         if files:
             more = [dict(zip(("format", "source"), file.split("=", 1), strict=False)) for file in files]
-            given = {"tasks": []} | given | {"files": [*self.model_dump()["files"], *more]}
+            given = {"tasks": self.tasks and ["mrcr"]} | given | {"files": [*self.model_dump()["files"], *more]}
         try:
             return type(self).model_validate(self.model_dump() | given)
         except ValidationError as error:

@@ -32,6 +32,8 @@ def read_benchmark(file: BenchmarkFile, tokenizer: PreTrainedTokenizerBase) -> l
     }
     read = readers[file.format]
     examples = [read(row, f"{name}-{_digest(row)}-{index:05d}") for index, row in enumerate(read_rows(file))]
+    if file.format == "mrcr":
+        return examples  # each in the bin of its own length
     longest = max((example.length or 0 for example in examples), default=0)
     return [replace(example, length=longest or None) for example in examples]
 
@@ -88,6 +90,8 @@ def _longbench(row: Row, name: str) -> Example:
 def _longmemeval(row: Row, name: str) -> Example:
     """LongMemEval with its whole history; its tasks are its question types, `abstention` for ids that end in _abs.
 
+    Names end in `:` and the question's id, so that answers.jsonl gives the official judge its question_id, hypothesis.
+
     Questions about preferences are left out: their answers are rubrics, which only a judge can apply.
     """
     kind, abstains = row.text("question_type"), row.text("question_id").endswith("_abs")
@@ -108,7 +112,7 @@ def _longmemeval(row: Row, name: str) -> Example:
     ]
     rubric = kind.endswith("preference") and not abstains
     return Example(
-        name=name,
+        name=f"{name}:{row.text('question_id')}",
         benchmark="longmemeval",
         task="abstention" if abstains else kind,
         length=None,
@@ -122,7 +126,10 @@ def _longmemeval(row: Row, name: str) -> Example:
 
 
 def _mrcr(row: Row, name: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """OpenAI MRCR as it is: the model itself must write the random string first. Its tasks: how many needles."""
+    """OpenAI MRCR as it is: the model itself must write the random string first. Its tasks: how many needles.
+
+    Lengths are the release's bins of prompt and answer, up to 8,192 tokens and doubling, in the backbone's tokens.
+    """
     try:
         messages = json.loads(row.text("prompt"))
     except json.JSONDecodeError as error:
@@ -134,13 +141,19 @@ def _mrcr(row: Row, name: str, tokenizer: PreTrainedTokenizerBase) -> Example:
         name=name,
         benchmark="mrcr",
         task=f"{row.number('n_needles')} needles",
-        length=None,
+        length=_mrcr_bin([*(message["content"] for message in messages), answer], tokenizer),
         messages=messages,
         references=[answer, row.text("random_string_to_prepend")],
         scorer="sequence_ratio",
         answer_tokens=len(tokenizer(answer, add_special_tokens=False, verbose=False).input_ids) + 16,
         depth=row.number("desired_msg_index") / len(messages) if row.has("desired_msg_index") else None,
     )
+
+
+def _mrcr_bin(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> int:
+    """The upper end of the bin that the texts' tokens are in."""
+    tokens = sum(map(len, tokenizer(texts, add_special_tokens=False, verbose=False).input_ids))
+    return max(8192, 1 << (tokens - 1).bit_length())
 
 
 def _digest(row: Row) -> str:

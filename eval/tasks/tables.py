@@ -23,6 +23,19 @@ def benchmark_table(rows: Rows) -> str:
     return table(["accuracy % [95 % interval] / KV MB", "tokens", "n", *columns], lines)
 
 
+def difference_table(rows: Rows) -> str:
+    """A line per task and length, a column per policy: accuracy less full attention's, and the share kept."""
+    rows = [row for row in rows if row["policy"] != "full"]
+    columns = list(dict.fromkeys(map(column_name, rows)))
+    cells = {(*_place(row), column_name(row)): row for row in rows}
+    lines = []
+    for place in dict.fromkeys(map(_place, rows)):
+        found = [cells.get((*place, column)) for column in columns]
+        first = next(row for row in found if row is not None)
+        lines.append([" ".join(dict.fromkeys(place[:2])), _length(first), *map(_beside_full, found)])
+    return table(["points from full [95 % interval] / kept", "tokens", *columns], lines)
+
+
 def fidelity_table(rows: Rows) -> str:
     """A line per length and policy: agreement with full attention, KL from it and perplexity."""
     lines = [
@@ -62,6 +75,14 @@ def _cell(row: dict[str, Any] | None) -> str:
     interval = "" if row["low"] is None else f" [{100 * row['low']:.0f}-{100 * row['high']:.0f}]"
     full = f", {row['fallbacks']} of {row['windows']} full" if "windows" in row else ""
     return f"{100 * row['accuracy']:.0f}{interval} / {row['kv_mb']:.1f}{full}"
+
+
+def _beside_full(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    bounds = (row["difference_low"], row["difference_high"])
+    interval = "" if bounds[0] is None else f" [{100 * bounds[0]:+.0f}, {100 * bounds[1]:+.0f}]"
+    return f"{100 * row['difference']:+.0f}{interval} / {row['kept']:.1%}"
 
 
 def _averages(rows: Rows, columns: list[str]) -> list[list[str]]:

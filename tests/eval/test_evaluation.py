@@ -1,13 +1,17 @@
 """All sections of an evaluation: bins, comparison, one document's timeline, and what it refuses."""
 
 import shutil
+from collections import Counter
 
 import pytest
+from matplotlib import pyplot
 
 from data_gen.errors import InputError
 from data_gen.store import DocumentMeta, TraceStore
-from eval.evaluation import depth_bin, evaluate, length_bins
+from eval.evaluation import depth_bin, evaluate, length_bins, sampled_reliability, unseen_notes
+from eval.figures import depth_by_length
 from eval.timeline import timeline
+from indexer_train.card import Provenance
 from indexer_train.metrics import indexer_scores, served_windows
 from tests.eval.conftest import planted_indexer
 
@@ -24,9 +28,10 @@ def meta(length, depth=None):
 
 
 def test_bins_hold_every_document_once():
-    name = length_bins([1000, 1500, 2000])
+    names, name = length_bins([1000, 1500, 2000])
+    assert len(names) == 4
     assert [name(meta(n)) for n in (1000, 1249, 1250, 2000)] == ["1,000-1,250"] * 2 + ["1,250-1,500", "1,750-2,000"]
-    assert length_bins([700, 700])(meta(700)) == "700"
+    assert length_bins([700, 700])[1](meta(700)) == "700"
     assert [depth_bin(meta(1, d)) for d in (0.0, 0.19, 0.2, 1.0)] == ["0%-20%", "0%-20%", "20%-40%", "80%-100%"]
 
 
@@ -91,3 +96,50 @@ def test_training_traces_and_traces_without_a_window_are_refused(stores, planted
     spec = planted_indexer()
     with pytest.raises(InputError, match="no document with a whole lookahead window"):
         evaluate({"indexer": spec}, TraceStore.open(folder), GOLDEN, 0.1)
+
+
+def test_rows_by_depth_are_those_of_the_documents_there(stores, compared):
+    needles = [document.meta for document in stores[1] if document.meta.depth is not None]
+    rows = [row for row in compared["by_depth"] if (row["policy"], row["budget"]) == ("A", "threshold")]
+    assert {row["task"]: row["documents"] for row in rows} == Counter(depth_bin(each) for each in needles)
+    for row in rows:
+        there = [each.name for each in needles if depth_bin(each) == row["task"]]
+        kept = [each["kept"] for each in compared["documents"] if each["name"] in there]
+        assert row["kept"] == pytest.approx(sum(kept) / len(kept))
+
+
+def test_the_heat_map_leaves_empty_cells_between_blank():
+    def row(depth, length):
+        return {"task": f"{depth} | {length}", "mass_recall": 0.4, "golden_recall": None, "documents": 1}
+
+    bins = (["0%-20%", "20%-40%", "40%-60%", "60%-80%"], ["1-2", "2-3", "3-4"])
+    figure = depth_by_length([row("0%-20%", "1-2"), row("40%-60%", "3-4")], bins)
+    axis = figure.axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == bins[0][:3]
+    assert [label.get_text() for label in axis.get_xticklabels()] == bins[1]
+    assert axis.images[0].get_array().count() == 2 and len(axis.texts) == 2
+    pyplot.close(figure)
+
+
+def test_pieces_change_neither_reliability_nor_timeline(stores, indexer, monkeypatch):
+    whole = sampled_reliability(indexer, stores[1], GOLDEN), timeline(indexer, stores[1], GOLDEN, 0.1)
+    monkeypatch.setattr("eval.recall.PIECE_ELEMENTS", 1)
+    bins, shown = sampled_reliability(indexer, stores[1], GOLDEN), timeline(indexer, stores[1], GOLDEN, 0.1)
+    assert shown == whole[1]
+    for one, other in zip(bins, whole[0], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    monkeypatch.setattr("eval.evaluation.SAMPLED", 50)
+    assert 4 * 40 < sum(each["chunks"] for each in sampled_reliability(indexer, stores[1], GOLDEN)) <= 4 * 51
+
+
+def test_traces_that_do_not_say_how_they_were_split_are_noted(planted):
+    indexer = planted_indexer()
+    assert unseen_notes({"indexer": indexer}, planted[1]) == []
+    indexer.spec.provenance = Provenance(
+        backbone="", oracle="attention", documents={}, training=1, validation=0, train={}
+    )
+    (note,) = unseen_notes({"indexer": indexer}, planted[1])
+    assert "says nothing of how its documents were split" in note
+    planted[1].manifest.documents["split"] = "heldout"
+    assert unseen_notes({"indexer": indexer}, planted[1]) == []
+    del planted[1].manifest.documents["split"]

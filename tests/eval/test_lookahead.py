@@ -12,7 +12,7 @@ GOLDEN, BUDGET = 0.05, 0.1
 
 @pytest.fixture(scope="module")
 def found(stores, indexer):
-    return analyse_lookahead(indexer, stores[1], GOLDEN, BUDGET)
+    return analyse_lookahead({"indexer": indexer}, stores[1], GOLDEN, BUDGET)
 
 
 def brute_force(document, interval):
@@ -45,7 +45,7 @@ def test_recall_and_churn_of_recency_token_by_token(stores, found, interval):
 
 
 def test_churn_of_chunks_that_never_stay(planted):
-    found = analyse_lookahead(planted_indexer(), planted[1], 0.5, 0.03)  # one chunk of 32
+    found = analyse_lookahead({"indexer": planted_indexer()}, planted[1], 0.5, 0.03)  # one chunk of 32
     row = next(r for r in found["rows"] if (r["policy"], r["task"], r["interval"]) == ("oracle", "needles", 8))
     assert row["churn"] > 0.8  # every token reads a chunk of its own
     assert row["fetched_bytes"] == row["fetched_chunks"] * chunk_bytes(planted[1].manifest)
@@ -73,11 +73,22 @@ def test_decay_adds_up_to_the_window(stores, found):
 def test_decay_falls_where_the_future_is_not_foreseen(planted):
     """A chunk is read once: what the native scores find at the first token is worth nothing later."""
     store = planted[1]
-    found = analyse_lookahead(planted_indexer(), store, 0.5, 0.1)
+    found = analyse_lookahead({"indexer": planted_indexer()}, store, 0.5, 0.1)
     at_8 = {r["policy"]: r["mass_recall"] for r in found["rows"] if r["interval"] == 8 and r["task"] == "needles"}
-    assert at_8["oracle"] > 1.5 * at_8["native"] and at_8["indexer"] > at_8["native"]
+    assert at_8["oracle"] > 1.5 * at_8["exact_attention"] and at_8["indexer"] > at_8["exact_attention"]
 
 
 def test_bytes_of_a_chunk_are_those_of_its_keys_and_values(stores):
     per_token = 2 * TINY["num_key_value_heads"] * TINY["head_dim"] * 3 * torch.bfloat16.itemsize
     assert chunk_bytes(stores[1].manifest) == 4 * per_token
+
+
+def test_no_row_of_intervals_longer_than_any_span(found, stores):
+    longest = max(span.last - span.serve for document in stores[1] for span in document.meta.spans)
+    assert {r["interval"] for r in found["rows"]} == {i for i in (8, 16, 32, 64, 128, 256) if i <= longest}
+
+
+def test_the_traces_own_window_has_a_row_and_a_decay(planted):
+    found = analyse_lookahead({"A": planted_indexer(), "B": planted_indexer()}, planted[1], 0.5, 0.1)
+    assert {r["policy"] for r in found["decay"]} >= {"A", "B", "oracle"}  # windows of 2 tokens
+    assert 2 in {r["interval"] for r in found["rows"]}

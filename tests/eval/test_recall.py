@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from eval.policies import Frequency, Random, mean_pooled, native, oracle, policies, recency
+from eval.policies import Frequency, Random, mean_pooled, oracle, policies, recency, used_now
 from eval.recall import BUDGETS, as_rows, evaluate_recall, measure, recall_rows
 from eval.report import plot_recall, recall_table
-from indexer_train.metrics import served_windows
+from indexer_train.metrics import layer_scores, served_windows
 from indexer_train.selection import Cut, Threshold
 from tests.eval.conftest import planted_indexer
 
-POLICIES = {"oracle", "indexer", "native", "mean_pooled", "frequency", "recency", "random", "protected"}
+POLICIES = {"oracle", "indexer", "exact_attention", "mean_pooled", "frequency", "recency", "random", "protected"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def literal(served, scores, window, budget):
 
 def test_rows_are_means_over_documents_of_means_over_windows(stores, rows):
     found = {(r.policy, r.task, r.budget): r for r in rows}
-    for name in ("oracle", "mean_pooled", "recency", "random", "native", "frequency"):
+    for name in ("oracle", "mean_pooled", "recency", "random", "exact_attention", "frequency"):
         for budget in BUDGETS:
             cells = {"text": [], "multi_value": []}
             for document in stores[1]:
@@ -104,18 +104,18 @@ def test_a_trained_secret_beats_what_needs_no_training(planted):
     found = recall_rows(measured, lambda _: ["all"])
     recall = {row.policy: row.golden_recall for row in found if row.budget == 0.1}
     assert recall["oracle"] == recall["indexer"] == 1.0
-    assert recall["native"] < 0.75 and recall["random"] < 0.3  # half of a window is its first token
+    assert recall["exact_attention"] < 0.75 and recall["random"] < 0.3  # half of a window is its first token
 
 
 def test_baselines_see_the_past_only(stores):
     for document in stores[1]:
         for served in served_windows([document]):
             seen = document.attention.dense(document.chunks)
-            for policy in (native, Frequency(document, 0.05)):
+            for policy in (used_now, Frequency(document, 0.05)):
                 scores = policy(served)
                 for window, row in enumerate(served.windows[:, 0].tolist()):
                     candidate = served.labels.candidate[window]
-                    now = seen[0][row] if policy is native else (seen[1][: row + 1] >= 0.05).sum(dim=0).float()
+                    now = seen[0][row] if policy is used_now else (seen[1][: row + 1] >= 0.05).sum(dim=0).float()
                     order = scores[window][candidate].argsort()
                     assert (now[candidate][order].diff() >= 0).all()  # the ranks are those of what was seen
                     ties = now[candidate][order].diff() == 0
@@ -148,3 +148,35 @@ def test_labels_of_a_long_document_are_read_a_few_windows_at_a_time(stores, monk
             monkeypatch.undo()
             for name in ("mass", "peak", "candidate", "rest"):
                 torch.testing.assert_close(getattr(few, name), getattr(whole, name))
+
+
+def test_recall_at_k_against_a_literal_count(stores, rows):
+    row = next(r for r in rows if (r.policy, r.task, r.budget) == ("mean_pooled", "text", "top 8"))
+    means = []
+    for document in (document for document in stores[1] if document.meta.task == "text"):
+        found = []
+        for served in served_windows([document]):
+            scores = mean_pooled(served)
+            for window, position in enumerate(served.positions.tolist()):
+                first, last = served.chunking.candidates(position)
+                best = sorted(range(first, last), key=lambda c: (-float(scores[window, c]), c))[:8]
+                golden = [c for c in range(first, last) if served.labels.peak[window, c] >= 0.05]
+                found += [sum(c in best for c in golden) / len(golden)] if golden else []
+        means.append(sum(found) / len(found))
+    assert row.golden_recall == pytest.approx(sum(means) / len(means), abs=1e-6)
+
+
+def test_every_cut_is_of_the_same_documents(rows):
+    tops = {row.budget for row in rows if str(row.budget).startswith("top")}
+    assert "top 8" in tops
+    for task in {row.task for row in rows}:
+        assert len({row.documents for row in rows if row.task == task and row.policy == "indexer"}) == 1
+
+
+def test_each_layer_is_counted_at_the_threshold(stores, indexer, rows):
+    row = next(r for r in rows if (r.policy, r.task, r.budget) == ("layer 2", "text", "threshold"))
+    kept = []
+    for served in served_windows(document for document in stores[1] if document.meta.task == "text"):
+        chosen = served.labels.candidate & (layer_scores(indexer, served)[1] >= 0)
+        kept.append(float((chosen.sum(dim=1) / served.visible).mean()))
+    assert row.kept == pytest.approx(sum(kept) / len(kept))

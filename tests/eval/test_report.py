@@ -1,6 +1,7 @@
 """The report: looked at in a browser, readable without one, and complete from whatever results there are."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,19 +14,43 @@ from data_gen.errors import InputError
 from eval.evaluation import evaluate
 from eval.page import write_report
 from eval.report import threshold_lines, write_results
+from eval.tasks.summary import accuracy_rows, depth_rows
 
-PICTURES = ["recall", "accuracy", "reliability", "threshold", "heat", "timeline", "lookahead", "churn"]
+PICTURES = [
+    "recall",
+    "accuracy",
+    "benchmark",
+    "depth",
+    "reliability",
+    "threshold",
+    "heat",
+    "timeline",
+    "lookahead",
+    "churn",
+]
 DECODE = [
     {"policy": policy, "correct": correct, "examples": 10, "low": correct / 10 - 0.1, "high": correct / 10 + 0.1,
      "agreement": 0.9, "kl": 0.1, "chunks": 20.0, "kv_share": share, "kv_mb": 60 * share, "refreshes": 3}
     for policy, correct, share in (("full", 8, 1.0), ("indexer", 7, 0.2), ("random", 2, 0.2))
 ]  # fmt: skip
 
+RUNS = [
+    {"policy": policy, "budget": budget, "kept": kept, "kv_bytes": 1e7 * kept, "chunks": 9.0, "refreshes": 1,
+     "score": score}
+    for policy, budget, kept, score in (("full", None, 1.0, 1.0), ("indexer", 0.1, 0.15, 0.5), ("random", 0.1, 0.2, 0))
+]  # fmt: skip
+RECORDS = [
+    {"name": f"{depth}-{length}", "benchmark": "needles", "task": "single", "length": length, "tokens": length,
+     "depth": depth, "left_out": "", "runs": RUNS}
+    for depth in (0.1, 0.5, 0.9) for length in (500, 1000)
+]  # fmt: skip
+BENCHMARK = {"benchmark": accuracy_rows(RECORDS, 500), "benchmark_depth": depth_rows(RECORDS)}
+
 
 @pytest.fixture(scope="module")
 def folder(stores, indexer, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
-    write_results(out, **evaluate({"indexer": indexer}, stores[1], 0.05, 0.1), decode=DECODE)
+    write_results(out, **evaluate({"indexer": indexer}, stores[1], 0.05, 0.1), **BENCHMARK, decode=DECODE)
     write_report(out)
     return out
 
@@ -47,6 +72,13 @@ def test_the_summary_holds_every_table(folder):
     low, high = row["interval"]["mass_recall"]
     assert f"{row['mass_recall']:.3f} [{low:.3f}, {high:.3f}]" in summary
     assert f"{row['micro']['f1']:.3f}" in summary
+    assert "macro precision | macro F1" in summary and "micro precision | micro F1" in summary
+    assert "-50 [-50, -50] / 15.0%" in summary  # beside full attention, and the share kept
+    top = next(r for r in results["recall"] if (r["policy"], r["task"], r["budget"]) == ("indexer", "text", "top 8"))
+    line = next(line for line in summary.splitlines() if re.match(r"\| text +\| indexer +\| [01]\.\d{3} +\|", line))
+    assert f" {top['golden_recall']:.3f} " in line
+    depth = next(r for r in results["by_depth"] if (r["policy"], r["budget"]) == ("indexer", 0.1))
+    assert re.search(rf"\| depth +\| {depth['task']} +\| indexer +\| {depth['mass_recall']:.3f}", summary)
 
 
 def test_every_group_says_what_its_threshold_kept(folder):
@@ -66,7 +98,9 @@ def test_every_group_says_what_its_threshold_kept(folder):
 def test_a_browser_shows_every_plot(folder, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+        (pytest.fail if "CI" in os.environ else pytest.skip)(
+            "no Chromium on this machine (Debian: apt-get install chromium)"
+        )
     script = (
         "<script>onload = () => { document.title = JSON.stringify([...document.images].map(i => "
         "[i.alt, i.naturalWidth, Math.round(i.getBoundingClientRect().top), Math.round(i.width), Math.round(i.height)]"
@@ -82,7 +116,7 @@ def test_a_browser_shows_every_plot(folder, tmp_path):
         "--hide-scrollbars",
         f"--user-data-dir={tmp_path}/u",
     ]
-    common += ["--window-size=1200,9000", "--virtual-time-budget=5000"]
+    common += ["--window-size=1200,12000", "--virtual-time-budget=5000"]
     dom = subprocess.run([*common, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120)
     found = json.loads(re.search(r"<title>(\[.*?\])</title>", dom.stdout)[1].replace("&quot;", '"'))
     assert [alt for alt, *_ in found] == PICTURES

@@ -447,7 +447,7 @@ def test_an_indexer_trains_and_is_measured_on_imported_traces(tmp_path):
     config = TrainConfig(loss="focal", epochs=1, windows_per_document=4, validation_every=2, eval_epochs=1)
     indexer = train(store, shape, config, tmp_path / "run")
     rows = evaluate_recall(indexer, store, config.golden, indexer.spec.thresholds["0.1"])
-    untrained = {"oracle", "native", "frequency", "recency", "random", "protected"}
+    untrained = {"oracle", "native_votes", "frequency", "recency", "random", "protected"}
     assert {row.policy for row in rows} == untrained | {"indexer", "layer 10", "layer 12"}
     full = [row.mass_recall for row in rows if row.policy == "oracle" and row.budget == 0.2]
     assert full and 0 < full[0] <= 1

@@ -7,6 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_gen.config import TraceConfig
+from data_gen.errors import InputError
+from data_gen.flashmemory.document import V4_FLASH
+from data_gen.store import Manifest
+from eval import lookahead
 from eval.plan import PlanSettings, make_plan
 from eval.plan.load import load_model
 from eval.plan.memory import Residency, chunk_bytes, requests_that_fit, weight_bytes
@@ -100,6 +105,18 @@ def test_no_gpu_memory_no_requests():
     assert row["requests_full"] is None and row["requests_lsa"] is None
     row = make_plan("deepseek-v4-flash", [2**18], PlanSettings(gpu_memory=141, gpus=2)).rows[0]
     assert 0 < row["requests_full"] < row["requests_lsa"]
+
+
+@pytest.mark.parametrize("memory", [float("inf"), float("nan")])
+def test_memory_that_is_no_number_is_refused(memory):
+    with pytest.raises(InputError, match=r"GPU memory of (inf|nan) GiB"):
+        make_plan("deepseek-v4-flash", [2**18], PlanSettings(gpu_memory=None).model_copy(update={"gpu_memory": memory}))
+
+
+def test_lookahead_counts_the_bytes_of_a_chunk_alike():
+    """584 bytes of an entry and 132 of its index key, in 21 layers."""
+    manifest = Manifest(backbone=V4_FLASH, trace=TraceConfig(layers=[10], oracle="indexer"), documents={}, versions={})
+    assert lookahead.chunk_bytes(manifest) == chunk_bytes(FLASH) == 716 * 21
 
 
 def test_traffic_grows_with_churn_and_the_resident_set():

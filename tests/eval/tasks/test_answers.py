@@ -1,5 +1,7 @@
 """Answers, fidelity and foresight against the stock model; nothing here knows how the runner works."""
 
+import re
+
 import pytest
 import torch
 
@@ -46,7 +48,9 @@ def test_full_attention_answers_as_generate_does(run, tokenizer):
     assert runs["full", None]["response"] == expected and runs["full", None]["kept"] == 1
     assert record["tokens"] == len(ids) + 40 and not record["left_out"]
     names = ("indexer", "mean_pooled", "recency", "random", "oracle")
-    assert list(runs) == [("full", None), *[(name, budget) for budget in (0.1, 1.0) for name in names]]
+    ranked = [(name, budget) for budget in (0.1, 1.0) for name in names]
+    assert list(runs) == [("full", None), *ranked, ("protected", None)]
+    assert 0 < runs["protected", None]["kept"] < min(runs[name, 0.1]["kept"] for name in names)
     for name in names:  # all chunks kept: nothing is lost
         assert runs[name, 1.0]["response"] == expected
         assert runs[name, 0.1]["kept"] < 0.45 and runs[name, 0.1]["kv_bytes"] < runs["full", None]["kv_bytes"]
@@ -78,13 +82,17 @@ def test_fallback_reads_windows_that_ask_for_more_than_the_cap_in_full(tokenizer
 
 def test_answers_are_scored(run):
     runs = run(question(references=["it is", "no such thing"]))["runs"]
-    assert all(each["score"] == 0.5 and each["response"].startswith("It is") for each in runs)
+    assert all(each["score"] == 0 for each in runs), "what the model was given earns nothing"
+    assert all(each["response"].startswith("It is") for each in runs)
+    (said,) = re.findall(r"[!-~]", runs[0]["response"].removeprefix("It is"))[:1]
+    assert run(question(references=[said, "no such thing"]))["runs"][0]["score"] == 0.5
 
 
 def test_text_fidelity_is_that_of_the_stock_model(run, tokenizer):
     tokens = tokenizer(TEXT).input_ids
     record = run(TextExample("t", len(tokens), tokens, 50))
-    full, *others = record["runs"]
+    full, *others, protected = record["runs"]
+    assert protected["kl"] > 1e-4
     log_p = stock(tokens).log_softmax(-1)[-51:-1]
     loss = -log_p[torch.arange(50), torch.tensor(tokens[-50:])].mean()
     assert full["loss"] == pytest.approx(float(loss), rel=1e-4)

@@ -6,7 +6,7 @@ import pytest
 
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.errors import InputError
-from eval.tasks.benchmark import benchmark
+from eval.tasks.benchmark import _lengths, benchmark
 from eval.tasks.config import BenchmarkConfig
 from indexer_train.card import Provenance
 from indexer_train.model import MemoryIndexer
@@ -99,7 +99,8 @@ def test_a_finished_run_can_be_extended_but_not_mixed(finished, trained, tokeniz
 def test_policies_that_the_backbone_lacks_are_named(trained, tokenizer, tmp_path):
     config = CONFIG.model_copy(update={"policies": ["native", "indexer"], "tasks": [], "lengths": [500], "examples": 1})
     sections, notes = ask(trained, tokenizer, tmp_path, config)
-    assert [row["policy"] for row in sections["benchmark"]] == ["full", "indexer"]  # mrcr is asked in any case
+    found = [(row["task"], row["length"], row["policy"]) for row in sections["benchmark"]]  # mrcr, and beyond training
+    assert found == [("mrcr", length, policy) for length in (500, 1000) for policy in ("full", "indexer")]
     assert notes == ["not run: native (this backbone or bundle has none)"]
 
 
@@ -123,11 +124,45 @@ def test_what_cannot_be_asked_is_refused_first(trained, indexer, tokenizer, tmp_
 def test_files_alone_need_no_text_and_no_lengths(indexer, tokenizer, tmp_path):
     path = write(tmp_path / "niah_single_1.jsonl", RULER)
     config = CONFIG.changed([f"ruler={path}"], budgets=[0.3])
-    assert config.tasks == [] and config.budgets == [0.3] and CONFIG.changed([f"ruler={path}"], tasks=["text"]).tasks
-    sections, _ = ask(indexer, tokenizer, tmp_path / "out", config)
+    assert config.tasks == ["mrcr"] and config.budgets == [0.3]
+    assert CONFIG.changed([f"ruler={path}"], tasks=["text"]).tasks == ["text"]
+    sections, (note,) = ask(indexer, tokenizer, tmp_path / "out", config)
     assert {(row["benchmark"], row["task"], row["examples"]) for row in sections["benchmark"]} == {
         ("ruler", "niah_single_1", 1)
     }
+    assert note.startswith("mrcr not asked: the bundle does not say on which lengths")
+    alone = config.model_copy(update={"tasks": []}).changed([])  # as a recipe says it
+    assert alone.tasks == [] and alone.changed([f"ruler={path}"]).tasks == []
+    again, notes = ask(indexer, tokenizer, tmp_path / "out", alone)
+    assert again == sections and notes == ["mrcr not asked: files only (tasks: [])"]
+    with pytest.raises(InputError, match="text its training held out"):  # asked for in so many words
+        ask(indexer, tokenizer, tmp_path / "other", config.model_copy(update={"lengths": [500]}))
+
+
+def test_files_are_asked_with_dense_demand_beyond_training(trained, tokenizer, tmp_path):
+    path = write(tmp_path / "niah_single_1.jsonl", RULER)
+    config = CONFIG.changed([f"ruler={path}"], examples=1).model_copy(update={"policies": ["protected"]})
+    sections, notes = ask(trained, tokenizer, tmp_path / "out", config)
+    rows = sections["benchmark"]
+    assert [(r["task"], r["length"]) for r in rows if r["policy"] == "full"] == [
+        ("mrcr", 500), ("mrcr", 1000), ("niah_single_1", rows[-1]["length"])
+    ]  # fmt: skip
+    kept = {row["policy"]: row["chunks"] for row in rows}
+    assert kept["protected"] < 0.2 * kept["full"] and notes == []
+
+
+@pytest.mark.parametrize(
+    ("given", "context", "lengths", "note"),
+    [
+        (None, 900, [500, 900], "beyond training only 900 tokens"),
+        ([400], 1200, [400, 1000], None),
+        ([400, 600], 1200, [400, 600], None),
+        ([400], 500, [400], "no length beyond training"),
+    ],
+)
+def test_a_length_beyond_training_is_asked_where_there_is_room(given, context, lengths, note):
+    found, notes = _lengths(CONFIG.model_copy(update={"lengths": given}), 500, context)
+    assert found == lengths and [each[: len(note)] for each in notes] == ([note] if note else [])
 
 
 def test_unseen_text_may_be_named(indexer, tokenizer, tmp_path):

@@ -120,11 +120,17 @@ def test_longmemeval(tmp_path, tokenizer):
     assert first.depth == pytest.approx(text.index("Conversation of 2023/05/22") / len(text), abs=0.03)
     assert first.task == "single-session-user" and second.references == ["3"] and not first.left_out
     assert (third.task, third.scorer) == ("abstention", "refusal") and not third.left_out
-    assert "rubric" in fourth.left_out
+    assert "rubric" in fourth.left_out and second.name.endswith(":x")
 
 
 def test_mrcr(tmp_path, tokenizer):
     (found,) = read(write(tmp_path / "2needle.parquet", MRCR), "mrcr", tokenizer)
+    prompt = json.loads(MRCR["prompt"])
+    long = MRCR | {"prompt": json.dumps([*prompt, {"role": "user", "content": "x" * 9000}])}  # one token a character
+    assert [each.length for each in read(write(tmp_path / "two.parquet", MRCR, long), "mrcr", tokenizer)] == [
+        8192,
+        16384,
+    ]
     assert found.messages == CHAT and found.prefix == "" and found.task == "2 needles" and found.depth == 3 / 5
     assert found.answer_tokens == len(MRCR["answer"]) + 16  # one token a character
     assert SCORERS[found.scorer](MRCR["answer"], found.references) == 1
