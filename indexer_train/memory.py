@@ -22,6 +22,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def return_freed_memory() -> None:
+    """Let glibc give blocks of 8 MiB and more back at once, as it does not when such blocks came and went before: heaps
+    of large blocks in changing sizes grow by gigabytes. Elsewhere do nothing."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 8 << 20)
+
+
 class SteadyLinear(nn.Linear):
     """nn.Linear without bias whose weight's gradient lies in the same memory in every step (in fp32 on the CPU).
 

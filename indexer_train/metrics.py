@@ -22,6 +22,8 @@ from indexer_train.scoring import join_layers, ranking
 
 RATIOS = ("mass_recall", "golden_recall", "precision", "f1", "kept", "resident_mass")
 """The metrics that a Tally gives."""
+DECODED_CHUNKS = 1 << 14
+"""Chunks whose keys are decoded at once: that needs a few times the memory of their keys."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,10 @@ class DocumentScorer:
         self._document = document
         layers, width = indexer.spec.layers, indexer.spec.key_width
         self._keys = torch.empty(document.chunks, len(layers) * width, device=indexer.device)
-        for place, layer in enumerate(layers):  # one by one: decoding needs a few times a layer's keys
-            self._keys[:, place * width : (place + 1) * width] = key_vectors(document.keys(layer), indexer.device)
+        for place, layer in enumerate(layers):
+            into = self._keys[:, place * width : (place + 1) * width].split(DECODED_CHUNKS)
+            for part, stored in zip(into, document.keys(layer).split(DECODED_CHUNKS), strict=True):
+                part.copy_(key_vectors(stored, indexer.device))
 
     @torch.no_grad()
     def layers(self, served: ServedWindows) -> torch.Tensor:
