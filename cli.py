@@ -93,12 +93,12 @@ def calibrate(
     """Choose how chunks are selected when served: writes calibration.json and reliability.png into the indexer."""
     from eval.report import table
     from indexer_train.reliability import calibrate_folder
-    from indexer_train.trainer import load_indexer
+    from indexer_train.trainer import load_indexer, open_traces
 
     if recall is not None and (budget is not None or by_budget):
         raise InputError("--recall finds a threshold: leave --budget and --by-budget out")
     loaded, settings = load_indexer(indexer), _recipe(recipe).train
-    store = _whole_traces(traces, [loaded])
+    store = open_traces(traces, [loaded])
     share = settings.budget if budget is None else budget
     target = ("budget", share) if recall is None else ("recall", recall)
     found = calibrate_folder(indexer, loaded, store, settings.golden, target, longest or [], by_budget)
@@ -120,10 +120,10 @@ def mine(
     """Find hard negatives for `candidates: {source: hard}`: writes TRACES/hard_negatives. A stopped run continues."""
     from indexer_train.hard_negatives import FOLDER
     from indexer_train.hard_negatives import mine as mine_hard_negatives
-    from indexer_train.trainer import load_indexer
+    from indexer_train.trainer import load_indexer, open_traces
 
     loaded = load_indexer(indexer)
-    mine_hard_negatives(loaded, _whole_traces(traces, [loaded]), _recipe(recipe).train.golden, count, _progress)
+    mine_hard_negatives(loaded, open_traces(traces, [loaded]), _recipe(recipe).train.golden, count, _progress)
     typer.echo(f"hard negatives: {traces / FOLDER}")
 
 
@@ -137,10 +137,12 @@ def evaluate(
     every_token: Annotated[bool, typer.Option(help="A window from every token, not one a refresh.")] = False,
 ) -> None:
     """Recall on held-out traces beside baselines and oracle: adds to OUT/results.json, writes report.html and .md."""
+    from eval.verbs import evaluate_traces
+
     if (indexer is None) == (compare is None):
         raise InputError("evaluate needs one indexer (--indexer A) or two (--compare A B)")
     indexers = {"indexer": indexer} if indexer is not None else dict(zip("AB", compare, strict=True))
-    _evaluate(_recipe(recipe), indexers, traces, out, every_token)
+    evaluate_traces(_recipe(recipe), indexers, traces, out, every_token, typer.echo)
 
 
 @app.command()
@@ -240,6 +242,8 @@ def decode(
     budget: Annotated[float | None, typer.Option(min=0.001, max=1, help="Share kept; else the bundle's rule.")] = None,
 ) -> None:
     """Decode held-out documents with full attention and under every policy: adds to OUT/results.json."""
+    from eval.verbs import continue_text, decode_documents
+
     if prompt is None and (cap is not None or fallback or budget is not None):
         raise InputError("--cap, --fallback and --budget say how a --prompt is continued; add one or leave them out")
     if prompt is not None and documents is not None:
@@ -247,9 +251,10 @@ def decode(
     if fallback and cap is None:
         raise InputError("--fallback needs --cap: without one no window asks for too much")
     if prompt is None:
-        _decode(_recipe(recipe, backbone, documents), bundle, out)
+        decode_documents(_recipe(recipe, backbone, documents), bundle, out, None, typer.echo, _progress)
     else:
-        _continue(_recipe(recipe, backbone), bundle, prompt, new_tokens, out, cap, fallback, budget)
+        model = _recipe(recipe, backbone).backbone
+        continue_text(model, bundle, prompt, new_tokens, out, cap, fallback, budget, typer.echo)
 
 
 @app.command()
@@ -268,6 +273,7 @@ def benchmark(
     """Long-context tasks under every policy: adds to OUT/results.json and the report. A stopped run continues."""
     from data_gen.config import BackboneConfig
     from eval.tasks.config import BenchmarkConfig
+    from eval.verbs import benchmark_bundle
 
     if recipe is None and backbone is None:
         raise InputError("benchmark needs the bundle's model: --backbone PATH, or --recipe NAME that says it")
@@ -275,21 +281,23 @@ def benchmark(
     config = (settings.benchmark if settings else BenchmarkConfig()).changed(
         file or [], lengths=length, tasks=task, examples=examples, budgets=budget, haystack=documents
     )
-    _benchmark(bundle, settings.backbone if settings else BackboneConfig(path=backbone), config, out)
+    model = settings.backbone if settings else BackboneConfig(path=backbone)
+    benchmark_bundle(bundle, model, config, out, typer.echo, _progress)
 
 
 @app.command()
 def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Documents = None) -> None:
     """All verbs in a row: generate, train, evaluate, export, decode. A stopped run continues."""
     from eval.report import read_results
+    from eval.verbs import decode_documents, evaluate_traces
 
     read_results(out)
     settings = _recipe(recipe, backbone, documents)
     loaded = _generate(settings, out / "traces")
     _train(settings, {out / "traces" / "train": 1.0}, out)
-    _evaluate(settings, {"indexer": out / "indexer"}, out / "traces" / "heldout", out)
+    evaluate_traces(settings, {"indexer": out / "indexer"}, out / "traces" / "heldout", out, False, typer.echo)
     export(out / "indexer", out / "bundle")
-    _decode(settings, out / "bundle", out, loaded)
+    decode_documents(settings, out / "bundle", out, loaded, typer.echo, _progress)
 
 
 @app.command("select-layers")
@@ -303,10 +311,10 @@ def select_layers(
     """Find the layers to serve and the rule that joins them, by mass recall on held-out traces."""
     from eval.report import table
     from indexer_train.layer_choice import choose_layers, served_as
-    from indexer_train.trainer import load_indexer
+    from indexer_train.trainer import load_indexer, open_traces
 
     loaded = load_indexer(indexer)
-    best, *others = choose_layers(loaded, _whole_traces(traces, [loaded]), count, budget)
+    best, *others = choose_layers(loaded, open_traces(traces, [loaded]), count, budget)
     rows = [[" ".join(map(str, choice.layers)), choice.join, choice.mass_recall] for choice in (best, *others[:9])]
     typer.echo(table(["layers", "join", f"task-mean mass recall at {budget:.1%} kept"], rows))
     if out is not None:
@@ -358,38 +366,16 @@ def _recipe(name: str, backbone: str | None = None, documents: str | None = None
     return recipe
 
 
-def _whole_traces(path: Path, indexers: Iterable[Any]) -> Any:
-    """A trace store that these indexers can read, every byte of it checked."""
-    from data_gen.shards import check_store
-    from data_gen.store import TraceStore
-    from indexer_train.trainer import check_traces
-
-    store = TraceStore.open(path)
-    for indexer in indexers:
-        check_traces(indexer, store)
-    check_store(store)
-    return store
-
-
 def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
+    """Trace both sides; returns the backbone and its tokenizer."""
     from data_gen.backbones.load import adapter, load_backbone
-    from data_gen.generate import generate as generate_traces
-    from data_gen.generate import prepare
-    from data_gen.overlap import measure_overlap
+    from data_gen.generate import generate_sides
 
     out.mkdir(parents=True, exist_ok=True)  # an unwritable folder is found before the model is loaded
     model, tokenizer = load_backbone(recipe.backbone)
     backbone = adapter(model)
-    splits = ("train", "heldout")
-    for split in splits:  # what is wrong with either side is found before hours of tracing
-        prepare(backbone, tokenizer, recipe.documents, recipe.trace, split)
-    if (overlap := measure_overlap(recipe.documents)).sharing:
-        _complain(f"warning: {overlap}; recall there is not of unseen text alone")
-    for split in splits:
-        store = generate_traces(backbone, tokenizer, recipe.documents, recipe.trace, split, out / split, _progress)
-        typer.echo(f"{split}: {len(store.paths())} documents in {store.root}")
-        if ties := sum(document.meta.near_ties for document in store):
-            typer.echo(f"{split}: {ties} times the backbone's top-k was cut between near-ties (tokens x layers)")
+    for line in generate_sides(backbone, tokenizer, recipe.documents, recipe.trace, out, _progress):
+        typer.echo(line)
     return backbone, tokenizer
 
 
@@ -401,105 +387,6 @@ def _train(recipe: Any, traces: dict[Path, float], out: Path) -> None:
     store.check_settings(recipe.trace)
     train_indexer(store, recipe.indexer, recipe.train, out, traces)
     typer.echo(f"indexer: {out / 'indexer'}")
-
-
-def _evaluate(recipe: Any, paths: dict[str, Path], traces: Path, out: Path, every_token: bool = False) -> None:
-    from eval.evaluation import evaluate as evaluate_indexers
-    from eval.page import write_report
-    from eval.report import comparison_table, plot_recall, read_results, recall_table, threshold_lines, write_results
-    from indexer_train.trainer import load_indexer
-
-    read_results(out)  # what cannot be added to is found before the work
-    indexers = {name: load_indexer(path) for name, path in paths.items()}
-    store = _whole_traces(traces, indexers.values())
-    found = evaluate_indexers(indexers, store, recipe.train.golden, recipe.train.budget, every_token)
-    results = write_results(out, **found)
-    plot_recall(found["recall"], out / "recall.png")
-    typer.echo(recall_table(found["recall"]))
-    for line in [*threshold_lines(found), *found["evaluated"]["notes"]]:
-        typer.echo(line)
-    if found["comparison"]:
-        typer.echo("\n".join([f"{name}: {path}" for name, path in paths.items()]))
-        typer.echo(comparison_table(found["comparison"], *paths))
-    page, _ = write_report(out)
-    typer.echo(f"results: {results}\nplot: {out / 'recall.png'}\nreport: {page}")
-
-
-def _decode(recipe: Any, bundle: Path, out: Path, loaded: tuple[Any, Any] | None = None) -> None:
-    from data_gen.backbones.load import adapter, load_backbone
-    from data_gen.documents import build_documents
-    from eval.decode.check import as_rows, check_backbone, decode_check
-    from eval.page import write_report
-    from eval.report import decode_summary, decode_table, read_results, write_results
-    from indexer_train.bridge.bundle import load_bundle
-
-    read_results(out)
-    indexer = load_bundle(bundle)
-    if loaded is None:
-        model, tokenizer = load_backbone(recipe.backbone)
-        loaded = adapter(model), tokenizer
-    backbone, tokenizer = loaded
-    check_backbone(indexer, backbone)
-    documents = build_documents(recipe.documents, recipe.trace, tokenizer, backbone.info.context, "heldout")
-    rows, answers = decode_check(backbone.model, tokenizer, indexer, documents, recipe.decode, _progress)
-    found = as_rows(rows)
-    results = write_results(out, decode=found, answers=answers)
-    page, _ = write_report(out)
-    plot = f"plot: {out / 'recall.png'}\n" if (out / "recall.png").exists() else ""
-    typer.echo(f"{decode_table(found)}\nresults: {results}\n{plot}report: {page}\n{decode_summary(found)}")
-
-
-def _continue(
-    recipe: Any, bundle: Path, prompt: Path, new_tokens: int, out: Path, cap: int | None, fallback: bool,
-    budget: float | None,
-) -> None:  # fmt: skip
-    from data_gen.backbones.load import load_backbone
-    from eval.decode.fallback import Fallback
-    from eval.decode.runtime import LSARuntime
-    from eval.decode.select import Limits
-    from indexer_train.bridge.bundle import load_bundle
-    from indexer_train.selection import Budget
-
-    try:
-        text = prompt.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompt {prompt}: not a text file that can be read ({error})") from error
-    indexer = load_bundle(bundle)
-    model, tokenizer = load_backbone(recipe.backbone)
-    runtime = LSARuntime(
-        indexer,
-        model,
-        limits=None if cap is None else Limits(cap=cap),
-        selection=None if budget is None else Budget(budget=budget),
-        fallback=Fallback() if fallback else None,
-    )
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids.to(model.device)
-    answer = runtime.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
-    out.mkdir(parents=True, exist_ok=True)
-    runtime.save_trace(out / "trace.json")
-    typer.echo(
-        f"{tokenizer.decode(answer, skip_special_tokens=True)}\n\n{runtime.summary()}\ntrace: {out / 'trace.json'}"
-    )
-
-
-def _benchmark(bundle: Path, backbone: Any, config: Any, out: Path) -> None:
-    from data_gen.backbones.load import adapter, load_backbone
-    from eval.page import write_report
-    from eval.report import read_results, write_results
-    from eval.tasks.benchmark import benchmark as run_benchmark
-    from eval.tasks.tables import benchmark_table, difference_table, fidelity_table
-    from indexer_train.bridge.bundle import load_bundle
-
-    read_results(out)
-    indexer = load_bundle(bundle)
-    model, tokenizer = load_backbone(backbone)
-    found, notes = run_benchmark(adapter(model), tokenizer, indexer, config, out, _progress)
-    results = write_results(out, **found)
-    page, _ = write_report(out)
-    typer.echo(f"{benchmark_table(found['benchmark'])}\n\n{difference_table(found['benchmark'])}\n")
-    if found["benchmark_text"]:
-        typer.echo(f"{fidelity_table(found['benchmark_text'])}\n")
-    typer.echo("\n".join([*notes, f"results: {results}", f"report: {page}"]))
 
 
 def main() -> None:

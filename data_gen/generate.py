@@ -1,8 +1,9 @@
 """Documents through a backbone into a trace store, continuing where an earlier run stopped."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from data_gen.backbones.base import Backbone
 from data_gen.config import DocumentsConfig, TraceConfig
 from data_gen.documents import Document, build_documents
 from data_gen.errors import InputError
+from data_gen.overlap import measure_overlap
 from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
 from data_gen.tasks import Split
 from data_gen.trace import RawTrace
@@ -31,6 +33,29 @@ def prepare(
     if not built:
         raise InputError(f"documents.{split}: the recipe asks for no {split} document")
     return built
+
+
+def generate_sides(
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: DocumentsConfig,
+    trace: TraceConfig,
+    out: Path,
+    progress: Progress,
+) -> Iterator[str]:
+    """Trace both sides into `out`/train and `out`/heldout, and say what came of them, line by line.
+
+    What is wrong with either side is found before the first document is traced, see `prepare`.
+    """
+    for split in get_args(Split):
+        prepare(backbone, tokenizer, documents, trace, split)
+    if (overlap := measure_overlap(documents)).sharing:
+        yield f"warning: {overlap}; recall there is not of unseen text alone"
+    for split in get_args(Split):
+        store = generate(backbone, tokenizer, documents, trace, split, out / split, progress)
+        yield f"{split}: {len(store.paths())} documents in {store.root}"
+        if ties := sum(document.meta.near_ties for document in store):
+            yield f"{split}: {ties} times the backbone's top-k was cut between near-ties (tokens x layers)"
 
 
 def generate(

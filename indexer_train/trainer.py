@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,15 @@ def check_traces(indexer: MemoryIndexer, store: TraceStore) -> None:
 def _turns(rope: Rope | None) -> Rope | None:
     """How it turns, wherever it ends: a converted indexer may end before the backbone."""
     return rope and rope.model_copy(update={"positions": 1})
+
+
+def open_traces(path: Path, indexers: Iterable[MemoryIndexer]) -> TraceStore:
+    """A trace store that these indexers can read, every byte of it checked."""
+    store = TraceStore.open(path)
+    for indexer in indexers:
+        check_traces(indexer, store)
+    check_store(store)
+    return store
 
 
 def _settings(store: TraceStore, shape: IndexerConfig, config: TrainConfig, sources: dict[str, Any]) -> dict[str, Any]:

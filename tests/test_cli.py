@@ -335,19 +335,16 @@ def test_ctrl_c_while_still_starting_is_clean_too(tmp_path):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_text_on_both_sides_is_warned_of(recipe, tmp_path, monkeypatch, lookahead, shared):
-    said = []
-    monkeypatch.setattr(cli, "_complain", said.append)
+def test_text_on_both_sides_is_warned_of(recipe, tmp_path, lookahead, shared):
     licence = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. "
     for number in range(2):
         text = f"Text number {number} is about something of its own. " * 8
         (tmp_path / f"{number}.txt").write_text(f"{licence}\n\n{text}" if shared else text)
     one = {"document": 1}
     changed = edited(recipe, tmp_path, "documents", source=str(tmp_path), train=one, heldout=one)
-    assert lookahead("generate", changed, "--out", tmp_path / "out")[0] == 0
-    assert len(said) == shared
-    if shared:
-        assert said[0].startswith("warning: 1 of 1 held-out documents share paragraphs with training ones (20.8%")
+    code, printed, _ = lookahead("generate", changed, "--out", tmp_path / "out")
+    warning = "warning: 1 of 1 held-out documents share paragraphs with training ones (20.8%"
+    assert code == 0 and (warning in printed) == shared
 
 
 def test_benchmark_adds_to_results_and_continues(finished, recipe, tmp_path, lookahead):

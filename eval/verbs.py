@@ -1,0 +1,136 @@
+"""What `lookahead evaluate`, `decode` and `benchmark` do: open, measure, write results, say what was found."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from data_gen.backbones.base import Backbone
+from data_gen.backbones.load import adapter, load_backbone
+from data_gen.config import BackboneConfig
+from data_gen.documents import build_documents
+from data_gen.errors import InputError
+from eval.decode.check import as_rows, check_backbone, decode_check
+from eval.decode.fallback import Fallback
+from eval.decode.runtime import LSARuntime
+from eval.decode.select import Limits
+from eval.evaluation import evaluate
+from eval.page import write_report
+from eval.report import (
+    comparison_table,
+    decode_summary,
+    decode_table,
+    plot_recall,
+    read_results,
+    recall_table,
+    threshold_lines,
+    write_results,
+)
+from eval.tasks.benchmark import benchmark
+from eval.tasks.config import BenchmarkConfig
+from eval.tasks.tables import benchmark_table, difference_table, fidelity_table
+from indexer_train.bridge.bundle import load_bundle
+from indexer_train.selection import Budget
+from indexer_train.trainer import load_indexer, open_traces
+from recipes import Recipe
+
+Say = Callable[[str], None]
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def evaluate_traces(
+    recipe: Recipe, paths: dict[str, Path], traces: Path, out: Path, every_token: bool, say: Say
+) -> None:
+    """Recall of the indexers in `paths`, by name, on held-out traces: adds to `out`/results.json and the report."""
+    read_results(out)  # what cannot be added to is found before the work
+    indexers = {name: load_indexer(path) for name, path in paths.items()}
+    store = open_traces(traces, indexers.values())
+    found = evaluate(indexers, store, recipe.train.golden, recipe.train.budget, every_token)
+    results = write_results(out, **found)
+    plot_recall(found["recall"], out / "recall.png")
+    say("\n".join([recall_table(found["recall"]), *threshold_lines(found), *found["evaluated"]["notes"]]))
+    if found["comparison"]:
+        say(
+            "\n".join(
+                [*(f"{name}: {path}" for name, path in paths.items()), comparison_table(found["comparison"], *paths)]
+            )
+        )
+    page, _ = write_report(out)
+    say(f"results: {results}\nplot: {out / 'recall.png'}\nreport: {page}")
+
+
+def decode_documents(
+    recipe: Recipe,
+    bundle: Path,
+    out: Path,
+    loaded: tuple[Backbone, PreTrainedTokenizerBase] | None,
+    say: Say,
+    progress: Progress,
+) -> None:
+    """Held-out documents under every policy: adds to `out`/results.json and the report.
+
+    loaded: the recipe's backbone, where it is at hand.
+    """
+    read_results(out)
+    indexer = load_bundle(bundle)
+    if loaded is None:
+        model, tokenizer = load_backbone(recipe.backbone)
+        loaded = adapter(model), tokenizer
+    backbone, tokenizer = loaded
+    check_backbone(indexer, backbone)
+    documents = build_documents(recipe.documents, recipe.trace, tokenizer, backbone.info.context, "heldout")
+    rows, answers = decode_check(backbone.model, tokenizer, indexer, documents, recipe.decode, progress)
+    found = as_rows(rows)
+    results = write_results(out, decode=found, answers=answers)
+    page, _ = write_report(out)
+    plot = f"plot: {out / 'recall.png'}\n" if (out / "recall.png").exists() else ""
+    say(f"{decode_table(found)}\nresults: {results}\n{plot}report: {page}\n{decode_summary(found)}")
+
+
+def continue_text(
+    config: BackboneConfig,
+    bundle: Path,
+    prompt: Path,
+    new_tokens: int,
+    out: Path,
+    cap: int | None,
+    fallback: bool,
+    budget: float | None,
+    say: Say,
+) -> None:
+    """Write on from a text file, greedily, as the bundle or `budget` says; every window goes to `out`/trace.json."""
+    try:
+        text = prompt.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompt {prompt}: not a text file that can be read ({error})") from error
+    indexer = load_bundle(bundle)
+    model, tokenizer = load_backbone(config)
+    runtime = LSARuntime(
+        indexer,
+        model,
+        limits=None if cap is None else Limits(cap=cap),
+        selection=None if budget is None else Budget(budget=budget),
+        fallback=Fallback() if fallback else None,
+    )
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids.to(model.device)
+    answer = runtime.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
+    out.mkdir(parents=True, exist_ok=True)
+    runtime.save_trace(out / "trace.json")
+    say(f"{tokenizer.decode(answer, skip_special_tokens=True)}\n\n{runtime.summary()}\ntrace: {out / 'trace.json'}")
+
+
+def benchmark_bundle(
+    bundle: Path, backbone: BackboneConfig, config: BenchmarkConfig, out: Path, say: Say, progress: Progress
+) -> None:
+    """Long-context tasks under every policy: adds to `out`/results.json and the report."""
+    read_results(out)
+    indexer = load_bundle(bundle)
+    model, tokenizer = load_backbone(backbone)
+    found, notes = benchmark(adapter(model), tokenizer, indexer, config, out, progress)
+    results = write_results(out, **found)
+    page, _ = write_report(out)
+    say(f"{benchmark_table(found['benchmark'])}\n\n{difference_table(found['benchmark'])}\n")
+    if found["benchmark_text"]:
+        say(f"{fidelity_table(found['benchmark_text'])}\n")
+    say("\n".join([*notes, f"results: {results}", f"report: {page}"]))
