@@ -160,13 +160,12 @@ def test_training_traces_are_no_ground_for_a_threshold(trained, stores):
 
 
 def test_reliability_of_a_score_that_is_the_truth(scored):
-    sure = [ScoredWindows(each.served, torch.where(each.served.labels.golden(0.05), 40.0, -40.0)) for each in scored]
-    assert calibration_error(reliability(sure, 0.05)) < 1e-6
-    wrong = [ScoredWindows(each.served, -each.scores) for each in sure]
-    assert calibration_error(reliability(wrong, 0.05)) > 0.9
-    assert sum(each.chunks for each in reliability(sure, 0.05)) == sum(
-        int(each.served.labels.candidate.sum()) for each in scored
-    )
+    labels = [each.served.labels for each in scored]
+    truth = torch.cat([each.golden(0.05)[each.candidate] for each in labels])
+    sure = torch.where(truth, 40.0, -40.0)
+    assert calibration_error(reliability(sure, truth)) < 1e-6
+    assert calibration_error(reliability(-sure, truth)) > 0.9
+    assert sum(each.chunks for each in reliability(sure, truth)) == len(truth)
 
 
 def test_indexers_without_any_are_served_as_in_the_paper(trained):
