@@ -14,7 +14,6 @@ from eval.lookahead import analyse_lookahead
 from eval.recall import BUDGETS, DocumentRecall, as_rows, in_pieces, measure, recall_rows, task_groups
 from eval.timeline import timeline
 from indexer_train.intervals import bootstrap_means
-from indexer_train.memory import return_freed_memory
 from indexer_train.metrics import DocumentScorer
 from indexer_train.model import MemoryIndexer
 from indexer_train.reliability import reliability
@@ -26,8 +25,6 @@ LENGTHS = 4
 """Bins of document lengths, equally wide."""
 SAMPLED = 1 << 16
 """Candidates of one document that its scores are judged by, at most."""
-LONG = 1 << 16
-"""Chunks of a document from which on memory is worth more than the 2 % of the time that giving it back takes."""
 COMPARED = ("mass_recall", "golden_recall", "precision", "f1", "kept")
 
 
@@ -46,8 +43,6 @@ def evaluate(
     window.
     """
     store.check_held_out()
-    if max(document.chunks for document in store) > LONG:
-        return_freed_memory()
     thresholds = {name: threshold_for(indexer, budget) for name, indexer in indexers.items()}
     budgets = sorted({*BUDGETS, budget})
     found = list(measure(indexers, store, golden, thresholds, every_token, budgets))

@@ -10,6 +10,7 @@ import torch
 from data_gen.store import DocumentMeta, TraceDocument, TraceStore
 from eval.policies import golden_oracle, policies
 from indexer_train.intervals import bootstrap_means
+from indexer_train.memory import return_freed_memory
 from indexer_train.metrics import RATIOS, DocumentScorer, ServedWindows, Tally, ranked_tally, tally
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import join_layers
@@ -20,6 +21,8 @@ TOP = (8, 16, 32, 64, 128, 256, 512, 1024)
 """Numbers of chunks K at which recall@K is measured, where some document of the store has more."""
 PIECE_ELEMENTS = 1 << 21
 """Windows x chunks measured at once: what evaluation holds does not grow with the number of windows."""
+LONG = 1 << 16
+"""Chunks of a document from which on memory is worth more than the 2 % of the time that giving it back takes."""
 PLAIN_TASKS = ("text", "document", "chat")
 Asked = float | str
 """A share of the chunks, "threshold", or "top K"."""
@@ -90,7 +93,10 @@ def measure(
 
     Documents without a window, or that need nothing in any, are left out.
     """
-    cuts = [*budgets, *_tops(store)]
+    longest = max(document.chunks for document in store)
+    if longest > LONG:
+        return_freed_memory()
+    cuts = [*budgets, *(f"top {count}" for count in TOP if count < longest)]
     for document in store:
         windows = document.windows(serving=not every_token)
         scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
@@ -166,12 +172,6 @@ def as_rows(rows: list[RecallRow]) -> list[dict]:
 
 def _prefix(name: str) -> str:
     return "" if name == "indexer" else f"{name} "
-
-
-def _tops(store: TraceStore) -> list[str]:
-    """The "top K" cuts that leave some chunk of the longest document out: the same documents are in every row."""
-    longest = max(document.chunks for document in store)
-    return [f"top {count}" for count in TOP if count < longest]
 
 
 def _counts(served: ServedWindows, cuts: list[Asked]) -> torch.Tensor:
