@@ -136,8 +136,8 @@ def decode_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         [
             row["policy"],
-            f"{row['correct']} of {row['examples']}",
-            f"{row['low']:.2f}-{row['high']:.2f}",
+            f"{row['correct']} of {row['examples']}" if row["examples"] else None,
+            f"{row['low']:.2f}-{row['high']:.2f}" if row["examples"] else None,
             row["agreement"],
             row["kl"],
             f"{row['chunks']:.1f}",
@@ -152,11 +152,11 @@ def decode_table(rows: list[dict[str, Any]]) -> str:
 def decode_summary(rows: list[dict[str, Any]]) -> str:
     """One plain sentence: what was kept and what it cost."""
     full, kept = (next(row for row in rows if row["policy"] == name) for name in ("full", "indexer"))
-    sentence = (
-        f"With {kept['kv_share']:.0%} of the KV cache resident ({kept['kv_mb']:.1f} of {full['kv_mb']:.1f} MB), "
-        f"the model answered {kept['correct']} of {kept['examples']} needle questions; "
-        f"with all of it, {full['correct']}"
-    )
+    said = []
+    if kept["examples"]:
+        answered = f"the model answered {kept['correct']} of {kept['examples']} needle questions"
+        said.append(f"{answered}; with all of it, {full['correct']}")
     if kept["agreement"] is not None:
-        sentence += f"; its next token on plain text agreed {kept['agreement']:.0%} of the time"
-    return sentence + "."
+        said.append(f"its next token on text agreed with full attention's {kept['agreement']:.0%} of the time")
+    resident = f"{kept['kv_share']:.0%} of the KV cache resident ({kept['kv_mb']:.1f} of {full['kv_mb']:.1f} MB)"
+    return f"With {resident}, {'; '.join(said)}."

@@ -13,7 +13,7 @@ from matplotlib import image
 from data_gen.errors import InputError
 from eval.evaluation import evaluate
 from eval.page import write_report
-from eval.report import threshold_lines, write_results
+from eval.report import decode_summary, decode_table, threshold_lines, write_results
 from eval.tasks.summary import accuracy_rows, depth_rows
 
 PICTURES = [
@@ -141,3 +141,18 @@ def test_parts_of_the_results_make_a_report_of_their_own(folder, tmp_path):
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(InputError, match="damaged results"):
         write_report(tmp_path)
+
+
+def test_the_plain_sentence_says_nothing_of_what_was_not_asked():
+    row = {"examples": 0, "correct": 0, "low": 0.0, "high": 1.0, "kl": 0.1, "chunks": 9.0, "refreshes": 3}
+    rows = [
+        row | {"policy": "full", "kv_share": 1.0, "kv_mb": 8.0, "agreement": 1.0},
+        row | {"policy": "indexer", "kv_share": 0.25, "kv_mb": 2.0, "agreement": 0.875},
+    ]
+    assert decode_summary(rows) == (
+        "With 25% of the KV cache resident (2.0 of 8.0 MB), its next token on text agreed with full attention's 88% of the "
+        "time."
+    )
+    assert "0 of 0" not in decode_table(rows)
+    asked = [each | {"examples": 4, "correct": 3, "agreement": None} for each in rows]
+    assert decode_summary(asked).endswith("the model answered 3 of 4 needle questions; with all of it, 3.")
