@@ -150,8 +150,8 @@ def test_the_plain_sentence_says_nothing_of_what_was_not_asked():
         row | {"policy": "indexer", "kv_share": 0.25, "kv_mb": 2.0, "agreement": 0.875},
     ]
     assert decode_summary(rows) == (
-        "With 25% of the KV cache resident (2.0 of 8.0 MB), its next token on text agreed with full attention's 88% of the "
-        "time."
+        "With 25% of the KV cache resident (2.0 of 8.0 MB), "
+        "its next token on text agreed with full attention's 88% of the time."
     )
     assert "0 of 0" not in decode_table(rows)
     asked = [each | {"examples": 4, "correct": 3, "agreement": None} for each in rows]
