@@ -22,7 +22,8 @@ import torch
 
 from benchmarks.decode_levels import attention_rows, level1_rows, level2_rows, make_indexer, projection_rows
 from benchmarks.decode_move import fetch_rows, planner_rows
-from benchmarks.timing import Hardware, Row, check_output, hardware, origin
+from benchmarks.machine import origin
+from benchmarks.timing import Hardware, Row, check_output, hardware
 
 
 @dataclass(frozen=True)

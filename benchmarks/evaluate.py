@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.documents import GOLDEN, HIDDEN, LAYERS, TOKENS, WINDOW, write_dumps
+from benchmarks.machine import origin
 from benchmarks.train import HUGE_PAGES, peak_memory
 from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
@@ -137,18 +138,6 @@ def measure_release(folder: Path, checkout: Path, heads: int, rank: int) -> tupl
     return seconds, {names[key]: value for key, value in found.items() if key in names}
 
 
-def origin() -> dict[str, Any]:
-    """Where figures come from: commit and hardware."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    hardware = {
-        "cpu": cpu[1] if cpu else "",
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-    }
-    return {"commit": commit, "hardware": hardware | {"load": os.getloadavg()[0]}, "torch": torch.__version__}
-
-
 def main() -> None:
     """Write the documents, then measure each side in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,7 +194,7 @@ def main() -> None:
             memory = max(each["memory"] for each in found)
             print(f"{side}: {speed[side]:.1f} tokens per CPU-second, peak memory {memory:.2f} GiB")
         if arguments.output:
-            found = {"command": " ".join(sys.argv[1:]), **origin(), "tokens_per_cpu_second": speed, "runs": runs}
+            found = {**origin(), "tokens_per_cpu_second": speed, "runs": runs}
             arguments.output.write_text(json.dumps(found, indent=1) + "\n")
         if arguments.release is None:
             print("release: not measured, no checkout was given (--release)")

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.timing import origin
+from benchmarks.machine import origin
 from data_gen.backbones.load import load_backbone, resolve
 from data_gen.config import BackboneConfig
 from data_gen.store import write_atomically

@@ -4,19 +4,40 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-def machine() -> str:
-    """Commit (with -dirty where files were changed), processor, cores and threads at hand, PyTorch: one line."""
+def origin(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Command, commit (-dirty: files were changed; None: no checkout), device, cores, threads and PyTorch."""
     call = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(call, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit or None,
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def machine() -> str:
+    """`origin` in one line."""
+    found = origin()
+    parts = [f"commit {found['commit'] or 'unknown'}", found["device"], f"{found['cores']} cores"]
+    return ", ".join([*parts, f"{found['threads']} threads", f"PyTorch {found['torch']}"])
+
+
+def _processor() -> str:
+    """The name of the CPU, and the widest vectors that it has of those that matter to matrix products."""
     information = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (
-        f"commit {commit or 'unknown'}, {named[1] if named else platform.machine()}, {cores} cores, "
-        f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}"
-    )
+    if not information.exists():
+        return platform.machine()
+    text = information.read_text()
+    named = re.search(r"model name\s*:\s*(.+)", text)
+    vectors = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in text), "")
+    return " ".join(filter(None, [named[1] if named else platform.machine(), vectors]))

@@ -1,13 +1,10 @@
 """Times on the device at hand, what that device could do at best, and where figures come from."""
 
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -54,17 +51,6 @@ def require(right: bool, what: str) -> None:
     """Raise WrongResultError unless `right`."""
     if not right:
         raise WrongResultError(what)
-
-
-def origin(device: torch.device) -> dict[str, Any]:
-    """What tells one file of figures from another: command, commit, device."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": found.stdout.strip() if found.returncode == 0 else None,  # None: no checkout
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-    }
 
 
 def check_output(path: Path) -> None:

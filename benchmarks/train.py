@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.documents import GOLDEN, LAYERS, TOKENS, WINDOW, write_store
+from benchmarks.machine import origin
 
 BATCH, NEGATIVES = 64, 3
 WARM_UP = 3
@@ -229,7 +229,7 @@ def main() -> None:
         results = [compare(arguments, shape, data, long) for shape in arguments.shapes]
     if arguments.output:
         settings = {name: getattr(arguments, name) for name in ("steps", "rounds", "documents", "chunks")}
-        content = environment() | {"settings": settings, "results": results}
+        content = origin() | {"settings": settings, "results": results}
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -276,14 +276,6 @@ def compare(arguments: argparse.Namespace, shape: str, data: Path, long: Path | 
     print(f"loss on one batch: ours {losses['ours']:.7f}, release {losses['release']:.7f}, apart {gap:.1e}")
     ratios = {side: speed["ours"] / speed[side] for side in speed if side.startswith("release")}
     return result | {"ratios": ratios, "losses": losses}
-
-
-def environment() -> dict[str, str]:
-    """What the figures were measured on."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    hardware = f"one thread of {processor[1] if processor else platform.processor()}"
-    return {"commit": commit, "hardware": hardware, "torch": torch.__version__}
 
 
 if __name__ == "__main__":

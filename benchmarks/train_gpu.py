@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-from benchmarks.train import BATCH, GOLDEN, LEARNING_RATE, NEGATIVES, write_store
+from benchmarks.documents import GOLDEN, write_store
+from benchmarks.train import BATCH, LEARNING_RATE, NEGATIVES
 from data_gen.store import TraceStore
 from indexer_train.config import CandidatesConfig, IndexerConfig, TrainConfig
 from indexer_train.trainer import make_trainer

@@ -14,7 +14,7 @@ def test_every_stage_is_right_and_has_its_figures(tmp_path, capsys):
     assert measure(torch.device("cpu"), TINY, output) == []
     report = json.loads(output.read_text())
     stages = [row["stage"].split(",")[0].split(" score")[0] for row in report["rows"]]
-    assert report["device"] == "CPU" and report["commit"] and report["command"] and report["wall_seconds"] > 0
+    assert report["device"] and report["commit"] and report["command"] and report["wall_seconds"] > 0
     assert set(stages) >= {"Level-1 queries", "Level-1", "Level-2", "sparse MQA"}
     assert sum(stage.startswith("fetch") for stage in stages) == 4
     assert all(row["us"] > 0 and (row["bytes"] is None or row["limit_us"] > 0) for row in report["rows"])
