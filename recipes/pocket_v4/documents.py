@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--chats", type=int, default=92)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--tests", type=int, nargs="+", default=[12, 8, 6, 4, 4], help="texts of each length")
+    parser.add_argument("--tests", type=int, nargs="+", default=[12, 6, 5, 3, 3], help="texts of each length")
     args = parser.parse_args()
     config = load_config(args.config)
     write_chats(config, args.out / "chats.jsonl", args.chats, (512, 4096))
