@@ -89,7 +89,7 @@ def test_every_group_says_what_its_threshold_kept(folder):
     for line, (task, row) in zip(lines, rows.items(), strict=True):
         assert line.startswith(f"threshold, {task}: {results['evaluated']['thresholds']['indexer']}: kept ")
         figures = (f"{row['kept']:.1%}", f"{row['mass_recall']:.3f}", f"{row['golden_recall']:.3f}")
-        assert line.endswith("kept {}, mass recall {}, golden recall {}".format(*figures))
+        assert line.endswith("kept {}, macro mass recall {}, golden recall {}".format(*figures))
     chat = dict(next(iter(rows.values())), task="chat", golden_recall=None)
     (line,) = threshold_lines({"recall": [chat], "evaluated": results["evaluated"]})
     assert line.startswith("threshold, chat: ") and line.endswith("golden recall -")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import indexer_train.model
+import indexer_train.spec
 from cli import app
 from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
@@ -105,7 +106,8 @@ def test_a_wrong_score_fails(pocket_traces, monkeypatch, broken):
         wrong = {"hadamard": lambda x: x,
                  "key_vectors": lambda x, device: x[..., :-4].view(torch.float8_e4m3fn).float(),
                  "join_layers": lambda logits, join: logits.amax(0)}[broken]  # fmt: skip
-        monkeypatch.setattr(indexer_train.model, broken, wrong)
+        used_by = indexer_train.spec if broken == "hadamard" else indexer_train.model
+        monkeypatch.setattr(used_by, broken, wrong)
     assert verify_indexer(indexer, pocket_traces).failures
 
 

@@ -164,4 +164,4 @@ def test_bad_requests_are_one_clear_line(tokenizer, haystack, tmp_path):
         Haystack(str(few), "text", 1.0, tokenizer, 100)
     with pytest.raises(ValueError, match="extra"):
         BenchmarkConfig.model_validate({"length": [1]})
-    assert set(TASKS) == {*NEEDLES, "aggregation", "text"}
+    assert set(TASKS) == {*NEEDLES, "aggregation", "text", "mrcr"}
