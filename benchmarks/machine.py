@@ -16,7 +16,7 @@ def origin(device: str | torch.device = "cpu") -> dict[str, Any]:
     call = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(call, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "commit": commit or None,
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
