@@ -1,4 +1,4 @@
-"""The Triton backend of Level 1: two launches, nothing read back by the host, outputs allocated once."""
+"""The Triton backend of Level 1: two launches, or three, nothing read back by the host, outputs allocated once."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,19 @@ import triton
 from data_gen.errors import InputError
 from data_gen.key_codec import PAGE
 from eval.decode.kernels.device import check_fp8
-from eval.decode.kernels.level1 import score_kernel
+from eval.decode.kernels.level1 import round_kernel, score_kernel
 from eval.decode.kernels.limits import SCRATCH, STEPS, limit_kernel
 from eval.decode.level1 import Indexer, Level1, PagedKeys, check_keys
 from eval.decode.select import Limits, Resident
 from indexer_train.selection import Budget, Threshold
 from indexer_train.spec import IndexerSpec
 
-PROGRAMS_AN_SM = {False: 3, True: 2}
-"""What fits, without and with fp8 queries, which take more registers: all share an SM's 65,536 (`registers`)."""
+PROGRAMS_AN_SM = 3
+"""What fits: all share an SM's 65,536 registers."""
+REGISTERS = 65536 // (128 * PROGRAMS_AN_SM) // 8 * 8
+"""What a thread may use so that they fit, 128 threads each; the hardware's steps are of 8."""
+ROUNDED = 16
+"""Heads that a program rounds to fp8."""
 STAGES = 6
 """Depth of the pipeline that gives two pages in flight: a page's address is loaded first."""
 LIMIT_PROGRAMS = 128
@@ -29,6 +33,8 @@ FOREVER = 2**31 - 1
 class Buffers:
     """What a call writes, for B sequences of T pages; status is zero between calls."""
 
+    operands: torch.Tensor
+    weights: torch.Tensor
     logits: torch.Tensor
     scores: torch.Tensor
     status: torch.Tensor
@@ -99,10 +105,17 @@ class TritonLevel1(Level1):
         buffers = self._allocated(sequences, width)
         runs = buffers.status.shape[1] // layers
         values, scales = pages.view(torch.float8_e4m3fn), pages.view(torch.float32)
+        if self.fp8:
+            shape = (spec.shape.heads, spec.key_width)
+            round_kernel[(layers * shape[0] // ROUNDED, sequences)](
+                queries, queries.stride(0), buffers.operands, buffers.weights,
+                queries.shape[1] // layers, *shape, ROUNDED, num_warps=4,
+            )  # fmt: skip
         score_kernel[(runs * layers, sequences)](
-            queries, queries.stride(0), values, *values.stride()[:2], scales, *scales.stride()[:2], table, width,
+            queries, queries.stride(0), buffers.operands, buffers.weights,
+            values, *values.stride()[:2], scales, *scales.stride()[:2], table, width,
             self.cut_ends, self.cut_scores, buffers.logits, buffers.scores, buffers.status, buffers.scratch,
-            buffers.ids, buffers.found, self.cap, num_warps=4, maxnreg=registers(self.fp8),
+            buffers.ids, buffers.found, self.cap, num_warps=4, maxnreg=REGISTERS,
             **score_constants(spec, len(self.cut_ends), runs, self.fp8),
         )  # fmt: skip
         parts = buffers.shares.shape[1]
@@ -121,9 +134,13 @@ class TritonLevel1(Level1):
         if (sequences, width) not in self._buffers:
             device, layers = self.indexer.device, len(self.indexer.spec.layers)
             processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 12
-            runs = max(1, min(width, PROGRAMS_AN_SM[self.fp8] * processors // (layers * sequences)))
+            runs = max(1, min(width, PROGRAMS_AN_SM * processors // (layers * sequences)))
             parts = limit_programs(processors, sequences, width * PAGE)
+            heads, key_width = self.indexer.spec.shape.heads, self.indexer.spec.key_width
+            queries = torch.empty(sequences, layers, heads, key_width, dtype=torch.float8_e4m3fn, device=device)
             self._buffers[sequences, width] = Buffers(
+                operands=queries,
+                weights=torch.empty(sequences, layers, heads, device=device),
                 logits=torch.empty(sequences, layers, width * PAGE, device=device),
                 scores=torch.empty(sequences, width * PAGE, device=device),
                 status=torch.zeros(sequences, runs * layers, dtype=torch.int32, device=device),
@@ -149,11 +166,6 @@ def check_terms(spec: IndexerSpec) -> None:
             f"heads, key_width: {heads} x {width}; the Triton backend takes powers of two from 16 heads and 32 values "
             f"up to {1 << 15} in all; use the torch backend"
         )
-
-
-def registers(fp8: bool) -> int:
-    """What a thread may use so that PROGRAMS_AN_SM programs of 128 threads fit; the hardware's steps are of 8."""
-    return min(255, 65536 // (128 * PROGRAMS_AN_SM[fp8]) // 8 * 8)
 
 
 def score_constants(spec: IndexerSpec, cuts: int, runs: int, fp8: bool) -> dict[str, object]:

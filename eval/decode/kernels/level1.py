@@ -15,9 +15,35 @@ PAGE = tl.constexpr(64)
 
 
 @triton.jit
+def round_kernel(
+    queries,  # [B, L * SIZE + 1] fp32, packed
+    query_stride,
+    operands,  # [B, L, HEADS, WIDTH] fp8
+    weights,  # [B, L, HEADS] fp32, times each head's unit
+    SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOME: tl.constexpr,  # heads a program
+):
+    """Round the queries to fp8, each head with a unit of its own that uses fp8's whole range. Grid (L * parts, B)."""
+    parts: tl.constexpr = HEADS // SOME
+    layer, sequence = tl.program_id(0) // parts, tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % parts * SOME + tl.arange(0, SOME)
+    packed = queries + sequence * query_stride + layer * SIZE
+    query = tl.load(packed + head[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
+    unit = tl.maximum(tl.max(tl.abs(query), 1) / 448.0, 1e-20)
+    at = sequence * (tl.num_programs(0) // parts) * HEADS + layer * HEADS + head
+    tl.store(weights + at, tl.load(packed + HEADS * WIDTH + head) * unit)
+    rounded = (query * (1 / unit)[:, None]).to(tl.float8e4nv)
+    tl.store(operands + at[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], rounded)
+
+
+@triton.jit
 def score_kernel(
     queries,  # [B, L * SIZE + 1] fp32, packed; the last column is the position
     query_stride,
+    operands,  # of round_kernel; read with FP8 only
+    weights,
     values,  # pages [P, L, 64 * WIDTH + 256 bytes] as fp8
     page_stride,
     layer_stride,
@@ -65,6 +91,7 @@ def score_kernel(
     last = ((run + 1) * pages) // runs
     row = logits + (sequence * LAYERS + layer) * table_width * PAGE
     score_run(
+        operands + (sequence * LAYERS + layer) * HEADS * WIDTH, weights + (sequence * LAYERS + layer) * HEADS,
         packed + layer * (HEADS * WIDTH + HEADS + BUMPS + SCALE + SLOT + BIAS),
         values + layer * layer_stride, page_stride, scales + layer * scale_layer_stride, scale_page_stride,
         table + sequence * table_width, row, position, first, last, visible,
@@ -96,21 +123,18 @@ def score_kernel(
 
 @triton.jit
 def score_run(
-    packed, values, page_stride, scales, scale_page_stride, table, row, position, first, last, visible,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, BUMPS: tl.constexpr, SCALE: tl.constexpr, SLOT: tl.constexpr,
+    operands, weights, packed, values, page_stride, scales, scale_page_stride, table, row, position, first, last,
+    visible, HEADS: tl.constexpr, WIDTH: tl.constexpr, BUMPS: tl.constexpr, SCALE: tl.constexpr, SLOT: tl.constexpr,
     BIAS: tl.constexpr, TOKENS: tl.constexpr, BUMP_TILE: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One layer's logits of the pages [first, last), all terms (indexer_train/scoring.py PackedQuery.score)."""
     chunk, dim, head = tl.arange(0, PAGE), tl.arange(0, WIDTH), tl.arange(0, HEADS)
-    weight = tl.load(packed + HEADS * WIDTH + head)
-    unit = tl.full([HEADS], 1e-20, tl.float32)
-    if FP8:  # each head uses fp8's whole range; a slice at a time, because all of it would not fit in registers twice
-        for start in range(0, WIDTH, 32):
-            some = tl.load(packed + head[:, None] * WIDTH + start + tl.arange(0, 32)[None, :])
-            unit = tl.maximum(unit, tl.max(tl.abs(some), 1) / 448.0)
-        weight = weight * unit
-    query = tl.load(packed + head[:, None] * WIDTH + dim[None, :])
-    operand = tl.trans((query * (1 / unit)[:, None]).to(tl.float8e4nv) if FP8 else query.to(tl.float16))
+    if FP8:
+        weight = tl.load(weights + head)
+        operand = tl.trans(tl.load(operands + head[:, None] * WIDTH + dim[None, :]))
+    else:
+        weight = tl.load(packed + HEADS * WIDTH + head)
+        operand = tl.trans(tl.load(packed + head[:, None] * WIDTH + dim[None, :]).to(tl.float16))
     extra = packed + HEADS * WIDTH + HEADS
     bump = tl.arange(0, BUMP_TILE)
     factor, offset = 1.0, 0.0

@@ -1,9 +1,8 @@
 """Level 2's attention in Triton: one token a sequence over the chosen entries and the window, in two kernels.
 
-An output row of 512 values for 64 heads does not fit into registers beside a running softmax. So a program takes one
-tile of entries, all heads, and makes its whole softmax at once. The tile is read and dequantised once, in pieces of
-256, 128 and 64 values and the rotated ones: each gives its part of the logits, and then, as values, its part of the
-output, which is stored before the next part is made. A second kernel joins the tiles and the sinks.
+An output row of 512 values for 64 heads fills half of a program's registers. So a program keeps it in pieces of 128
+values or fewer, and runs along its share of the entries with a running softmax: a tile of them at a time is read once,
+dequantised once, and serves as keys and as values. A second kernel joins the shares and the sinks.
 """
 
 import math
@@ -21,9 +20,9 @@ from eval.decode.kernels.score import check_pages
 HEADS = 64
 """Heads a program: the rows of one tensor-core instruction of four warps."""
 PROGRAMS = 132
-"""Programs that there should be, one a multiprocessor: below it, tiles get smaller."""
+"""Programs at once, one a multiprocessor, which they fill; so many share the entries of all sequences."""
 TILES = (64, 32)
-"""Entries a program, the most first."""
+"""Entries read at once: the fewer where that keeps more than half of the multiprocessors busy."""
 LOG2_E = math.log2(math.e)
 
 
@@ -50,23 +49,25 @@ def attend(
     check_pages(entry_pages, page * shape.bytes, start=8)
     check_pages(window_pages, shape.page_bytes, start=8)
     rows = batch * triton.cdiv(heads, HEADS)
-    tile = next((size for size in TILES if rows * _splits(chosen, window, size) >= PROGRAMS), TILES[-1])
-    far, splits = triton.cdiv(chosen.shape[1], tile), _splits(chosen, window, tile)
+    wide, narrow = ((size, _tiles(chosen, window, size)) for size in TILES)
+    tile, tiles = wide if rows * wide[1] > PROGRAMS // 2 else narrow
+    splits = max(1, min(tiles, PROGRAMS // rows))
     partial = torch.empty(batch, splits, heads, width, dtype=torch.float16, device=query.device)
     weight = torch.empty(batch, splits, heads, device=query.device)
     query = query.contiguous()
-    _attend_tile[(splits, triton.cdiv(heads, HEADS), batch)](
+    # without maxnreg the compiler saves registers, and spills
+    _attend_share[(splits, triton.cdiv(heads, HEADS), batch)](
         query,
         *_views(entry_pages[:, : page * shape.bytes]), chosen, chosen.shape[1], entry_pages.stride(0),
         *_views(window_pages[:, : shape.page_bytes]), window, window.shape[1], window_pages.stride(0),
-        partial, weight, far, heads, scale * LOG2_E,
+        partial, weight, heads, scale * LOG2_E,
         HEADS=HEADS, STILL=shape.still, ROPE=shape.rope,
-        FAR_PAGE=page, NEAR_PAGE=PAGE, TILE=tile, num_warps=4,
+        FAR_PAGE=page, NEAR_PAGE=PAGE, TILE=tile, num_warps=8, maxnreg=255,
     )  # fmt: skip
     out = torch.empty_like(query)
     _join[(heads, batch)](
         partial, weight, sinks, out, splits, heads, LOG2_E,
-        SPLITS=triton.next_power_of_2(splits), WIDTH=width, num_warps=4,
+        SPLITS=triton.next_power_of_2(splits), WIDTH=width, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -76,7 +77,7 @@ def _views(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return pages, pages.view(torch.bfloat16), pages.view(torch.int64)
 
 
-def _splits(chosen: torch.Tensor, window: torch.Tensor, tile: int) -> int:
+def _tiles(chosen: torch.Tensor, window: torch.Tensor, tile: int) -> int:
     return triton.cdiv(chosen.shape[1], tile) + triton.cdiv(window.shape[1], tile)
 
 
@@ -93,7 +94,7 @@ def _check(query: torch.Tensor, chosen: torch.Tensor, window: torch.Tensor, shap
 
 
 @triton.jit
-def _attend_tile(
+def _attend_share(
     query,  # [B, heads, STILL + ROPE]
     far_pages,  # uint8, pages of chosen entries, `far_stride` bytes apart
     far_rope,  # the same memory as bf16
@@ -107,9 +108,8 @@ def _attend_tile(
     near_slots,
     near_count,
     near_stride,
-    partial,  # [B, splits, heads, STILL + ROPE] fp16: attention over this tile alone
+    partial,  # [B, splits, heads, STILL + ROPE] fp16: attention over this share alone
     weight,  # [B, splits, heads] fp32: log2 of its softmax's denominator
-    far_splits,
     heads,
     scale,  # of logits in bits
     HEADS: tl.constexpr,
@@ -119,74 +119,108 @@ def _attend_tile(
     NEAR_PAGE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = STILL + ROPE
+    """Grid (splits, blocks of heads, B)."""
     ROW: tl.constexpr = STILL + 2 * ROPE
-    split, sequence = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    BLOCKS: tl.constexpr = STILL // 128  # of values; an odd 64 behind them
+    split, splits, sequence = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     real = (head < heads)[:, None]
-    first, count, size = split, far_count, FAR_PAGE
-    pages, rope, scales, slots, stride = far_pages, far_rope, far_scales, far_slots, far_stride
-    if (
-        split >= far_splits
-    ):  # numbers and pointers alone: a tensor out of a branch is more than some compilers can lay out
-        first, count, size = split - far_splits, near_count, NEAR_PAGE
-        pages, rope, scales, slots, stride = near_pages, near_rope, near_scales, near_slots, near_stride
-    place = first * TILE + tl.arange(0, TILE)
-    slot = tl.load(slots + sequence * count + place, mask=place < count, other=-1)
-    there = slot >= 0
-    page, row = (slot // size).to(tl.int64), slot % size
-    start = tl.multiple_of(page * stride + row * ROW, 16)
-    scale_bytes = tl.load(scales + page * (stride // 8) + size * (ROW // 8) + row, mask=there, other=0)
-    turned = rope + tl.multiple_of((start + STILL) // 2, 8)[:, None] + tl.arange(0, ROPE)[None, :]
-    values = pages + start[:, None]
-    if STILL & 256:
-        wide = _entries(values, scale_bytes, there, 256, 0)
-    if STILL & 128:
-        middle = _entries(values, scale_bytes, there, 128, STILL & 256)
+    vectors = query + ((sequence * heads + head) * (STILL + ROPE))[:, None]
+    if BLOCKS > 0:
+        query_0 = _part(vectors, real, 0, 128)
+    if BLOCKS > 1:
+        query_1 = _part(vectors, real, 128, 128)
+    if BLOCKS > 2:
+        query_2 = _part(vectors, real, 256, 128)
     if STILL & 64:
-        narrow = _entries(values, scale_bytes, there, 64, STILL & 384)
-    rotated = tl.load(turned, mask=there[:, None], other=0.0).to(tl.float32).to(tl.float16)
+        query_odd = _part(vectors, real, STILL - 64, 64)
+    query_rope = _part(vectors, real, STILL, ROPE)
+    out_0 = tl.zeros([HEADS, 128], tl.float32)
+    out_1 = tl.zeros([HEADS, 128], tl.float32)
+    out_2 = tl.zeros([HEADS, 128], tl.float32)
+    out_odd = tl.zeros([HEADS, 64], tl.float32)
+    out_rope = tl.zeros([HEADS, ROPE], tl.float32)
+    top = tl.full([HEADS], -1e30, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
 
-    vectors = query + ((sequence * heads + head) * WIDTH)[:, None]
-    logits = _match(tl.zeros([HEADS, TILE], tl.float32), vectors, real, rotated, ROPE, STILL)
-    if STILL & 256:
-        logits = _match(logits, vectors, real, wide, 256, 0)
-    if STILL & 128:
-        logits = _match(logits, vectors, real, middle, 128, STILL & 256)
-    if STILL & 64:
-        logits = _match(logits, vectors, real, narrow, 64, STILL & 384)
+    far_tiles = tl.cdiv(far_count, TILE)
+    tiles = far_tiles + tl.cdiv(near_count, TILE)
+    for tile in tl.range(split * tiles // splits, (split + 1) * tiles // splits, num_stages=1):
+        first, count, size = tile, far_count, FAR_PAGE
+        pages, rope, scales, slots, stride = far_pages, far_rope, far_scales, far_slots, far_stride
+        if tile >= far_tiles:  # numbers and pointers alone: a tensor out of a branch is more than some compilers can do
+            first, count, size = tile - far_tiles, near_count, NEAR_PAGE
+            pages, rope, scales, slots, stride = near_pages, near_rope, near_scales, near_slots, near_stride
+        place = first * TILE + tl.arange(0, TILE)
+        slot = tl.load(slots + sequence * count + place, mask=place < count, other=-1)
+        there = slot >= 0
+        page, row = (slot // size).to(tl.int64), slot % size
+        start = tl.multiple_of(page * stride + row * ROW, 16)
+        scale_bytes = tl.load(scales + page * (stride // 8) + size * (ROW // 8) + row, mask=there, other=0)
+        turned = rope + tl.multiple_of((start + STILL) // 2, 8)[:, None] + tl.arange(0, ROPE)[None, :]
+        values = pages + start[:, None]
 
-    logits = tl.where(there[None, :], logits * scale, -float("inf"))
-    top = tl.max(logits, axis=1)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    shares = tl.exp2(logits - top[:, None])
-    total = tl.sum(shares, axis=1)
-    shares = (shares / tl.maximum(total, 1e-30)[:, None]).to(tl.float16)
+        if BLOCKS > 0:
+            entries_0 = _entries(values, scale_bytes, there, 128, 0)
+        if BLOCKS > 1:
+            entries_1 = _entries(values, scale_bytes, there, 128, 128)
+        if BLOCKS > 2:
+            entries_2 = _entries(values, scale_bytes, there, 128, 256)
+        if STILL & 64:
+            entries_odd = _entries(values, scale_bytes, there, 64, STILL - 64)
+        rotated = tl.load(turned, mask=there[:, None], other=0.0).to(tl.float32).to(tl.float16)
 
-    at = (sequence * tl.num_programs(0) + split) * heads + head
-    out = partial + (at * WIDTH)[:, None]
-    _bring(out, real, shares, rotated, ROPE, STILL)
-    if STILL & 64:
-        _bring(out, real, shares, narrow, 64, STILL & 384)
-    if STILL & 128:
-        _bring(out, real, shares, middle, 128, STILL & 256)
-    if STILL & 256:
-        _bring(out, real, shares, wide, 256, 0)
+        logits = tl.dot(query_rope, tl.trans(rotated))
+        if BLOCKS > 0:
+            logits = tl.dot(query_0, tl.trans(entries_0), logits)
+        if BLOCKS > 1:
+            logits = tl.dot(query_1, tl.trans(entries_1), logits)
+        if BLOCKS > 2:
+            logits = tl.dot(query_2, tl.trans(entries_2), logits)
+        if STILL & 64:
+            logits = tl.dot(query_odd, tl.trans(entries_odd), logits)
+        logits = tl.where(there[None, :], logits * scale, -float("inf"))
+        best = tl.maximum(top, tl.max(logits, axis=1))
+        fade = tl.exp2(top - best)
+        shares = tl.exp2(logits - best[:, None])
+        total = total * fade + tl.sum(shares, axis=1)
+        top = best
+        shares = shares.to(tl.float16)
+        if BLOCKS > 0:
+            out_0 = tl.dot(shares, entries_0, out_0 * fade[:, None])
+        if BLOCKS > 1:
+            out_1 = tl.dot(shares, entries_1, out_1 * fade[:, None])
+        if BLOCKS > 2:
+            out_2 = tl.dot(shares, entries_2, out_2 * fade[:, None])
+        if STILL & 64:
+            out_odd = tl.dot(shares, entries_odd, out_odd * fade[:, None])
+        out_rope = tl.dot(shares, rotated, out_rope * fade[:, None])
+
+    at = (sequence * splits + split) * heads + head
     tl.store(weight + at, top + tl.log2(total), mask=head < heads)
+    out = partial + (at * (STILL + ROPE))[:, None]
+    norm = (1 / tl.maximum(total, 1e-30))[:, None]
+    _bring(out, real, out_rope * norm, STILL)
+    if BLOCKS > 0:
+        _bring(out, real, out_0 * norm, 0)
+    if BLOCKS > 1:
+        _bring(out, real, out_1 * norm, 128)
+    if BLOCKS > 2:
+        _bring(out, real, out_2 * norm, 256)
+    if STILL & 64:
+        _bring(out, real, out_odd * norm, STILL - 64)
 
 
 @triton.jit
-def _match(logits, vectors, real, entries, WIDTH: tl.constexpr, FIRST: tl.constexpr):
-    """Logits [HEADS, TILE] with those of WIDTH more values, from the FIRST on."""
-    q = tl.load(vectors + FIRST + tl.arange(0, WIDTH)[None, :], mask=real, other=0.0).to(tl.float16)
-    return tl.dot(q, tl.trans(entries), logits)
+def _part(vectors, real, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """WIDTH values of the queries, from the FIRST on."""
+    return tl.load(vectors + FIRST + tl.arange(0, WIDTH)[None, :], mask=real, other=0.0).to(tl.float16)
 
 
 @triton.jit
-def _bring(out, real, shares, entries, WIDTH: tl.constexpr, FIRST: tl.constexpr):
-    """Store WIDTH values of the output, from the FIRST on."""
-    brought = tl.dot(shares, entries).to(tl.float16)
-    tl.store(out + FIRST + tl.arange(0, WIDTH)[None, :], brought, mask=real)
+def _bring(out, real, values, FIRST: tl.constexpr):
+    """Store values of the output, from the FIRST on."""
+    tl.store(out + FIRST + tl.arange(0, values.shape[1])[None, :], values.to(tl.float16), mask=real)
 
 
 @triton.jit

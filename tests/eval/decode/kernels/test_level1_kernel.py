@@ -17,10 +17,10 @@ from eval.decode.kernels.limits import limit_kernel
 from eval.decode.level1 import Level1, PagedKeys, open_level1
 from eval.decode.level1_triton import (
     PROGRAMS_AN_SM,
+    REGISTERS,
     TritonLevel1,
     limit_constants,
     limit_programs,
-    registers,
     score_constants,
 )
 from eval.decode.select import Limits
@@ -176,7 +176,8 @@ def test_refusals_name_what_is_lacking():
 
 
 SCORE_ARGUMENTS = {
-    "queries": "*fp32:16", "query_stride": "i32", "values": "*fp8e4nv:16", "page_stride": "i32:16",
+    "queries": "*fp32:16", "query_stride": "i32", "operands": "*fp8e4nv:16", "weights": "*fp32:16",
+    "values": "*fp8e4nv:16", "page_stride": "i32:16",
     "layer_stride": "i32:16", "scales": "*fp32:16", "scale_page_stride": "i32:16", "scale_layer_stride": "i32:16",
     "table": "*i32:16", "table_width": "i32:16", "cut_ends": "*i32:16", "cut_scores": "*fp32:16",
     "logits": "*fp32:16", "scores": "*fp32:16", "status": "*i32:16", "scratch": "*i32:16", "ids": "*i32:16",
@@ -193,13 +194,13 @@ LIMIT_ARGUMENTS = {
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("bumps", [0, 12])
 def test_scores_on_tensor_cores_without_spills(fp8, bumps):
-    """The release's shape: three programs an SM (two with fp8) must fit, as the grid assumes."""
+    """The release's shape: three programs an SM must fit, as the grid assumes."""
     spec = make_indexer(bumps=bumps, terms=bumps > 0, heads=128, width=128).spec
     found = compile_sm90(
-        score_kernel, SCORE_ARGUMENTS, score_constants(spec, 2, 132, fp8), num_warps=4, maxnreg=registers(fp8)
+        score_kernel, SCORE_ARGUMENTS, score_constants(spec, 2, 132, fp8), num_warps=4, maxnreg=REGISTERS
     )
-    assert found.spilled == 0 and found.registers <= registers(fp8)
-    assert PROGRAMS_AN_SM[fp8] * (found.shared + 1024) <= 228 * 1024
+    assert found.spilled == 0 and found.registers <= REGISTERS
+    assert PROGRAMS_AN_SM * (found.shared + 1024) <= 228 * 1024
     assert found.tensor_core["wgmma"] == (4 if fp8 else 8) and not found.tensor_core["mma"]  # steps of 32 or 16 bytes
     assert not {1, 2} & set(found.load_bytes) and found.load_bytes[16 if fp8 else 8] >= 8  # keys
     assert ("QGMMA" if fp8 else "HGMMA") in found.sass

@@ -66,6 +66,7 @@ def test_in_the_interpreter():
         (2, 16, 30, 20, NARROW, torch.bfloat16, 16, 1),
         (30, 2, 160, 20, NARROW, torch.float16, 0, 64),
         (1, 3, 0, 20, NARROW, torch.float16, 0, 64),
+        (70, 2, 200, 20, NARROW, torch.float16, 0, 64),  # a program a sequence, five tiles each
     ],
 )
 def test_interpreted_against_torch(batch, heads, chosen, window, shape, dtype, offset, page):
@@ -106,7 +107,7 @@ def test_compiled_for_sm_90(tile, dtype):
     for side in ("far", "near"):
         signature |= {f"{side}_pages": "*u8:16", f"{side}_rope": "*bf16:16", f"{side}_scales": "*i64:16"}
         signature |= {f"{side}_slots": "*i32:16", f"{side}_count": "i32:16", f"{side}_stride": "i32:16"}
-    signature |= {"partial": "*fp16:16", "weight": "*fp32:16", "far_splits": "i32", "heads": "i32:16", "scale": "fp32"}
+    signature |= {"partial": "*fp16:16", "weight": "*fp32:16", "heads": "i32:16", "scale": "fp32"}
     constants = {
         "HEADS": kernel.HEADS,
         "STILL": V4.still,
@@ -115,11 +116,12 @@ def test_compiled_for_sm_90(tile, dtype):
         "NEAR_PAGE": 64,
         "TILE": tile,
     }
-    found = compile_sm90(kernel._attend_tile, signature, constants, num_warps=4)
-    assert found.spilled == 0 and found.tensor_core["wgmma"] and not found.tensor_core["mma"]
-    # values and queries come 16 bytes a load, scales and rotated values 8, slots 4; two programs a multiprocessor
+    found = compile_sm90(kernel._attend_share, signature, constants, num_warps=8, maxnreg=255)
+    # four registers may be set aside, once, before the entries are read
+    assert found.spilled <= 16 and found.tensor_core["wgmma"] and not found.tensor_core["mma"]
+    # values and queries come 16 bytes a load, scales and rotated values 8, slots 4; a program fits a multiprocessor
     assert min(found.load_bytes) >= 4 and found.load_bytes[16] >= 9
-    assert found.registers * 128 * 2 <= 65536 and found.shared * 2 <= 227 * 1024
+    assert found.registers * 256 <= 65536 and found.shared <= 227 * 1024
 
 
 @compiled_only
@@ -127,7 +129,7 @@ def test_compiled_for_sm_90(tile, dtype):
 def test_joining_compiled_for_sm_90(splits):
     signature = {"partial": "*fp16:16", "weight": "*fp32:16", "sinks": "*fp32:16", "out": "*fp16:16"}
     signature |= {"splits": "i32", "heads": "i32:16", "log2_e": "fp32"}
-    found = compile_sm90(kernel._join, signature, {"SPLITS": splits, "WIDTH": V4.width}, num_warps=4)
+    found = compile_sm90(kernel._join, signature, {"SPLITS": splits, "WIDTH": V4.width}, num_warps=2)
     assert found.spilled == 0 and min(found.load_bytes) >= 4 and found.load_bytes[16]
 
 
