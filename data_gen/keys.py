@@ -34,8 +34,9 @@ class KeyPooler:
             self.pooled = self._unfinished = keys[..., :0, :]
         keys = torch.cat([self._unfinished, keys], dim=-2)
         whole = keys.shape[-2] // self.chunk_tokens * self.chunk_tokens
-        means = keys[..., :whole, :].unflatten(-2, (-1, self.chunk_tokens)).mean(dim=-2)
-        self.pooled = torch.cat([self.pooled, means], dim=-2)
+        if whole:
+            means = keys[..., :whole, :].unflatten(-2, (-1, self.chunk_tokens)).mean(dim=-2)
+            self.pooled = torch.cat([self.pooled, means], dim=-2)
         self._unfinished = keys[..., whole:, :]
 
     def reorder(self, sequences: torch.Tensor) -> None:

@@ -101,12 +101,13 @@ class _Recorder:
         probability = pooled_attention(query, call.key[0], rows, chunk_tokens, call.scaling, call.softcap, call.sinks)[
             ..., :chunks
         ]
-        _check(call, int(rows[-1]))
+        keys = call.new_keys()[0]
+        _check(call, keys, int(rows[-1]))
         self.mean.append(probability.mean(dim=0).cpu())
         self.peak.append(probability.amax(dim=0).cpu())
         pooler = KeyPooler(chunk_tokens)
-        pooler.append(call.new_keys()[0])
-        content = call.unrotated(call.query)[0, :, rows]
+        pooler.append(keys)
+        content = call.unrotated(call.query[:, :, rows], rows)[0]
         self.mean_pooled.append(mean_pooled_scores(content, pooler.pooled, call.scaling, self.visible).cpu())
         if call.layer in self.config.layers:
             self.hidden[call.layer] = call.hidden[0, rows].to("cpu", torch.bfloat16)
@@ -124,7 +125,7 @@ class _Recorder:
         )
 
 
-def _check(call: AttentionCall, row: int) -> None:
+def _check(call: AttentionCall, keys: torch.Tensor, row: int) -> None:
     """Raise unless attention and key recomputed from what the layer reported are the layer's own at `row`."""
     query = call.query[0, :, row : row + 1]
     position = torch.tensor([row], device=query.device)
@@ -147,7 +148,7 @@ def _check(call: AttentionCall, row: int) -> None:
         per_head = norm.weight.shape[-1] == heads[1]
         key = norm(key.unflatten(-1, heads)) if per_head else norm(key)
     own = key.reshape(*heads).float()
-    error = (call.new_keys()[0, :, row] - own).norm() / own.norm().clamp_min(1e-6)
+    error = (keys[:, row] - own).norm() / own.norm().clamp_min(1e-6)
     if not error <= limit:
         raise InputError(
             f"layer {call.layer}: keys before RoPE differ from the projection's by {error:.1e} (limit {limit:.0e}); "

@@ -1,7 +1,8 @@
 """Watch a Hugging Face decoder's full-attention layers at work, without copying model code.
 
 Decoders look their attention function up in a registry on every call. While `observe` is active the registry hands out
-a function that runs the original and reports what went in and out; results stay bit for bit the stock model's.
+a function that runs the original and reports what went in and out; results stay bit for bit the stock model's. Where
+the cache answers with a list, one entry a sequence (eval/decode/hosts/together.py), the original runs for each.
 """
 
 import sys
@@ -22,7 +23,8 @@ class AttentionCall:
     """One call of one full-attention layer: S new tokens, T keys attended (past and new).
 
     hidden: [B, S, hidden], entering the attention block; query: [B, H, S, d] and key, value: [B, KV, T, d] after RoPE;
-    cos, sin: rotary tables of the new tokens; output: [B, S, H, d], before the output projection.
+    cos, sin: rotary tables of the new tokens; output: [B, S, H, d], before the output projection; sequence: which one
+    this is, where several with keys of their own are read at once (then B is 1).
     """
 
     layer: int
@@ -37,16 +39,17 @@ class AttentionCall:
     softcap: float | None
     sinks: torch.Tensor | None
     output: torch.Tensor
+    sequence: int = 0
 
-    def unrotated(self, states: torch.Tensor) -> torch.Tensor:
-        """Undo RoPE on states [B, heads, S, d] of the new tokens, with the model's own rotation run backwards."""
+    def unrotated(self, states: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Undo RoPE on states [B, heads, R, d] of `rows` of the new tokens: the model's own rotation run backwards."""
         rotate = getattr(sys.modules[type(self.module).__module__], "apply_rotary_pos_emb", None)
         if rotate is None:
             raise InputError(f"{type(self.module).__name__} does not rotate with apply_rotary_pos_emb: not supported")
-        squared = self.cos.float() ** 2 + self.sin.float() ** 2  # above one where RoPE also scales (YaRN)
-        cos, sin = self.cos.float() / squared, self.sin.float() / squared
+        cos, sin = self.cos[:, rows].float(), self.sin[:, rows].float()
+        squared = cos**2 + sin**2  # above one where RoPE also scales (YaRN)
         states = states.float()
-        content, _ = rotate(states, states, cos, -sin)
+        content, _ = rotate(states, states[:, :0], cos / squared, -sin / squared)
         return content
 
     def new_keys(self) -> torch.Tensor:
@@ -91,21 +94,25 @@ def observe(model: PreTrainedModel, observer: Callable[[AttentionCall], None]) -
     def attention(
         module: nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | list[torch.Tensor],
+        value: torch.Tensor | list[torch.Tensor],
         attention_mask: torch.Tensor | None,
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         forward = earlier or sys.modules[type(module).__module__].eager_attention_forward
-        output, weights = forward(module, query, key, value, attention_mask, **kwargs)
+        several = isinstance(key, list)
+        parts = list(zip(query.split(1), key, value, strict=True)) if several else [(query, key, value)]
+        results = [forward(module, *part, None if several else attention_mask, **kwargs) for part in parts]
         if module in layers:
             hidden, (cos, sin) = inputs.pop(module)
-            call = AttentionCall(
-                layers[module], module, hidden, query, key, value, cos, sin,
-                kwargs.get("scaling") or module.head_dim**-0.5, kwargs.get("softcap"), kwargs.get("s_aux"), output,
-            )  # fmt: skip
-            observer(call)
-        return output, weights
+            states = hidden.split(1) if several else [hidden]
+            for sequence, (state, part, (output, _)) in enumerate(zip(states, parts, results, strict=True)):
+                call = AttentionCall(
+                    layers[module], module, state, *part, cos, sin, kwargs.get("scaling") or module.head_dim**-0.5,
+                    kwargs.get("softcap"), kwargs.get("s_aux"), output, sequence,
+                )  # fmt: skip
+                observer(call)
+        return (torch.cat([output for output, _ in results]), None) if several else results[0]
 
     hooks = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in layers]
     overridden = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_gen.backbones.base import Backbone
@@ -64,8 +63,9 @@ def decode_check(
 ) -> tuple[list[DecodeRow], list[dict[str, Any]]]:
     """Answer every needle document and follow some text under every policy, from one prefill a document.
 
-    Returns a row per policy and, for each needle document, what every policy answered. Raises InputError when there is
-    nothing to decode, or a text has no prompt left before its last `config.text_tokens` tokens.
+    An answer ends when it is right, at a stop token, or after `config.answer_tokens`. Returns a row per policy and, for
+    each needle document, what every policy answered. Raises InputError when there is nothing to decode, or a text has
+    no prompt left before its last `config.text_tokens` tokens.
     """
     policies = decode_policies(indexer)
     needles = [document for document in documents if document.values]
@@ -80,31 +80,36 @@ def decode_check(
     kl: dict[str, list[float]] = {name: [] for name in policies}
     answers = []
     stop = stop_tokens(model, tokenizer)
+
+    def said(answer: list[int]) -> str:
+        return tokenizer.decode(answer, skip_special_tokens=True)
+
     tau = indexer.spec.window
     for document in progress([*needles, *texts], "decoding"):
         asked = bool(document.values)
         prompt = prompts[document.name]
         session = open_session(model, indexer.spec)
         session.read(document.tokens[:prompt])
-        full: torch.Tensor | None = None
-        record: dict[str, Any] = {"document": document.name, "task": document.task, "values": document.values}
-        for name, policy in policies.items():
-            if asked:
-                first = document.tokens[prompt]
-                tokens, usage = generate(session.fork(), policy, config.budget, tau, first, config.answer_tokens, stop)
-                record[name] = tokenizer.decode(tokens, skip_special_tokens=True)
-                correct[name] += all(value in record[name] for value in document.values)
-                usages[name].append(usage)
-                continue
-            logits, usage = follow_text(session.fork(), policy, config.budget, tau, document.tokens[prompt:-1])
-            log_p = logits.float().log_softmax(dim=-1)
-            full = log_p if full is None else full
-            agrees, apart = fidelity(log_p, full)
+        if asked:
+            first, values = document.tokens[prompt], document.values
+            given = generate(
+                session, policies, config.budget, tau, first, config.answer_tokens,
+                lambda answer, values=values: answer[-1] in stop or right(said(answer), values),
+            )  # fmt: skip
+            record: dict[str, Any] = {"document": document.name, "task": document.task, "values": values}
+            for name, (tokens, run) in given.items():
+                record[name] = said(tokens)
+                correct[name] += right(record[name], values)
+                usages[name].append(run.usage)
+            answers.append(record)
+            continue
+        followed = follow_text(session, policies, config.budget, tau, document.tokens[prompt:-1])
+        full = followed["full"][0].float().log_softmax(dim=-1)
+        for name, (logits, run) in followed.items():
+            agrees, apart = fidelity(logits.float().log_softmax(dim=-1), full)
             agreement[name].append(float(agrees.mean()))
             kl[name].append(float(apart.mean()))
-            text_usages[name].append(usage)
-        if asked:
-            answers.append(record)
+            text_usages[name].append(run.usage)
     rows = []
     for name in policies:
         used = usages[name] or text_usages[name]
@@ -138,6 +143,11 @@ def _prompt(document: Document, config: DecodeConfig) -> int:
             "lower decode.text_tokens, or take longer documents"
         )
     return prompt
+
+
+def right(answer: str, values: list[str]) -> bool:
+    """Whether every value is in the answer: what is written after it changes nothing."""
+    return all(value in answer for value in values)
 
 
 def as_rows(rows: list[DecodeRow]) -> list[dict[str, Any]]:

@@ -1,7 +1,11 @@
-"""The decode cycle: fix the resident set every tau tokens, read one token at a time in between."""
+"""The decode cycle: fix the resident set every tau tokens, read one token at a time in between.
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+Policies go in step: they continue the same history, so one forward pass reads a token of each.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -43,56 +47,81 @@ def best(policy: DecodePolicy | None, budget: float) -> Keep | None:
     return None if policy is None else lambda session: session.keep(policy(session), budget)
 
 
-def steps(
-    session: Session,
-    keep: Keep | None,
-    tau: int,
-    first: int,
-    follow: Callable[[torch.Tensor], int | None],
-    usage: Usage,
-) -> Iterator[torch.Tensor]:
-    """Logits after each token, the resident set fixed by `keep` every `tau` tokens.
+@dataclass
+class Run:
+    """A session that goes on under one policy.
 
-    first: the token to read first; follow: logits -> the next token to read, None to stop. The set in force for a
-    token was fixed before it was read: every predicted token, the first included, comes from sparse attention.
+    keep: fixes the resident set, None keeps everything; follow: logits -> the next token to read, None to stop.
     """
-    token: int | None = first
-    while token is not None:
-        if keep is not None and usage.steps % tau == 0:
-            keep(session)
-            usage.refreshes += 1
-        logits = session.read([token])
-        usage.steps += 1
-        usage.resident += session.resident_tokens
-        usage.total += session.position + 1
-        usage.bytes += session.cache.resident_bytes()
-        yield logits
-        token = follow(logits)
+
+    session: Session
+    keep: Keep | None
+    follow: Callable[[torch.Tensor], int | None]
+    usage: Usage = field(default_factory=Usage)
+
+    def refresh(self, tau: int) -> None:
+        """Fix the resident set where a window of `tau` tokens starts."""
+        if self.keep is not None and self.usage.steps % tau == 0:
+            self.keep(self.session)
+            self.usage.refreshes += 1
+
+    def after(self, logits: torch.Tensor) -> int | None:
+        """Count the token just read; the next one, None to stop."""
+        self.usage.steps += 1
+        self.usage.resident += self.session.resident_tokens
+        self.usage.total += self.session.position + 1
+        self.usage.bytes += self.session.cache.resident_bytes()
+        return self.follow(logits)
+
+
+def go_on(runs: Sequence[Run], tau: int, first: int) -> None:
+    """Read `first` and what follows it, until every run has stopped; all start at the same position.
+
+    The set in force for a token was fixed before it was read, every `tau` tokens: every predicted token, the first
+    included, comes from sparse attention.
+    """
+    going = [(run, first) for run in runs]
+    while going:
+        for run, _ in going:
+            run.refresh(tau)
+        sessions, tokens = [run.session for run, _ in going], [token for _, token in going]
+        logits = sessions[0].read_each(sessions, tokens)
+        following = [(run, run.after(row)) for (run, _), row in zip(going, logits, strict=True)]
+        going = [(run, token) for run, token in following if token is not None]
 
 
 def generate(
-    session: Session, policy: DecodePolicy | None, budget: float, tau: int, first: int, most: int, stop: set[int]
-) -> tuple[list[int], Usage]:
-    """Greedy answer of at most `most` tokens, ended by a token of `stop`."""
-    answer: list[int] = []
-    usage = Usage()
+    session: Session,
+    policies: Mapping[str, DecodePolicy | None],
+    budget: float,
+    tau: int,
+    first: int,
+    most: int,
+    ended: Callable[[list[int]], bool],
+) -> dict[str, tuple[list[int], Run]]:
+    """Greedy answer under each policy, of at most `most` tokens, the last one being that which made `ended` true."""
+    answers: dict[str, list[int]] = {name: [] for name in policies}
 
-    def follow(logits: torch.Tensor) -> int | None:
-        token = int(logits.argmax())
-        answer.append(token)
-        return None if token in stop or len(answer) == most else token
+    def follow(name: str, logits: torch.Tensor) -> int | None:
+        answer = answers[name]
+        answer.append(int(logits.argmax()))
+        return None if len(answer) == most or ended(answer) else answer[-1]
 
-    for _ in steps(session, best(policy, budget), tau, first, follow, usage):
-        pass
-    return answer, usage
+    runs = {name: Run(session.fork(), best(policy, budget), partial(follow, name)) for name, policy in policies.items()}
+    go_on(list(runs.values()), tau, first)
+    return {name: (answers[name], run) for name, run in runs.items()}
 
 
 def follow_text(
-    session: Session, policy: DecodePolicy | None, budget: float, tau: int, tokens: list[int]
-) -> tuple[torch.Tensor, Usage]:
-    """Logits [len(tokens), vocabulary] while reading a given continuation."""
-    usage = Usage()
-    rest = iter(tokens[1:])
-    keep = best(policy, budget)
-    logits = list(steps(session, keep, tau, tokens[0], lambda _: next(rest, None), usage))
-    return torch.stack(logits), usage
+    session: Session, policies: Mapping[str, DecodePolicy | None], budget: float, tau: int, tokens: list[int]
+) -> dict[str, tuple[torch.Tensor, Run]]:
+    """Logits [len(tokens), vocabulary] under each policy while reading a given continuation."""
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in policies}
+
+    def follow(name: str, logits: torch.Tensor) -> int | None:
+        seen[name].append(logits)
+        return tokens[len(seen[name])] if len(seen[name]) < len(tokens) else None
+
+    runs = {name: Run(session.fork(), best(policy, budget), partial(follow, name)) for name, policy in policies.items()}
+    go_on(list(runs.values()), tau, tokens[0])
+    return {name: (torch.stack(seen[name]), run) for name, run in runs.items()}

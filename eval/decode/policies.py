@@ -29,7 +29,7 @@ def mean_pooled(session: Session) -> torch.Tensor:
     for layer, call in session.newest.items():
         pooled = session.cache.pooled[layer].pooled[0]
         visible = torch.tensor([pooled.shape[1]], device=pooled.device)
-        query = call.unrotated(call.query)[0, :, -1:]
+        query = call.unrotated(call.query[:, :, -1:], slice(-1, None))[0]
         scores.append(mean_pooled_scores(query, pooled, call.scaling, visible)[0])
     return torch.stack(scores).mean(dim=0).cpu()
 

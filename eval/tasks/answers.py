@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.decode.check import stop_tokens
-from eval.decode.cycle import Keep, Usage, best, fidelity, steps
+from eval.decode.cycle import Keep, Run, Usage, best, fidelity, go_on
 from eval.decode.fallback import Fallback
 from eval.decode.open import open_session
 from eval.decode.policies import decode_policies, protected
@@ -123,7 +123,7 @@ class Runner:
     ) -> tuple[list[int], Usage]:
         """Read `given`, then write at most `most` tokens greedily. Returns what was written and what was kept."""
         answer: list[int] = []
-        usage, rest = Usage(), iter(given[1:])
+        rest = iter(given[1:])
         stop = stop_tokens(self.model, self.tokenizer)
 
         def follow(logits: torch.Tensor) -> int | None:
@@ -137,9 +137,9 @@ class Runner:
             answer.append(int(logits.argmax()))
             return None if answer[-1] in stop or len(answer) == most else answer[-1]
 
-        for _ in steps(session, keep, self.indexer.spec.window, given[0], follow, usage):
-            pass
-        return answer, usage
+        run = Run(session, keep, follow)
+        go_on([run], self.indexer.spec.window, given[0])
+        return answer, run.usage
 
 
 class _Fidelity:

@@ -50,6 +50,10 @@ class CsaSession(Session):
                 stack.callback(attention.register_forward_hook(partial(self._attends, layer)).remove)
             return self.host.read(torch.tensor([tokens]))[0]
 
+    @staticmethod
+    def read_each(sessions: Sequence[Session], tokens: Sequence[int]) -> torch.Tensor:
+        return torch.stack([session.read([token]) for session, token in zip(sessions, tokens, strict=True)])
+
     def _asks(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = arguments(module, args, kwargs)
         query = given["q"][:, -1].float()

@@ -16,11 +16,15 @@ from eval.decode.hosts.resident import PAD, Move, ResidentTable
 TILE = 64
 """Chunks that go to the cold side at once."""
 
+ROOM = 64
+"""Rows for tokens to come: a layer is copied once in so many, not with every token."""
+
 
 class ResidentLayer(DynamicLayer):
     """One full-attention layer. keys, values: [B, KV, rows, d], the kept chunks, then all tokens read since.
 
-    What is not resident takes no part in attention and no memory beside the model.
+    What is not resident takes no part in attention and no memory beside the model. New tokens are written behind the
+    others where the memory has room, which only one of those that share it may do: `leave_room` gives that up.
     """
 
     _layer_type = None  # or it would replace the stock class in every cache of the process
@@ -28,6 +32,11 @@ class ResidentLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
+        self.leave_room()
+
+    def leave_room(self) -> None:
+        """Let the next tokens go to memory of their own."""
+        self._roomy: dict[str, torch.Tensor] = {}
 
     @property
     def rows(self) -> int:
@@ -37,8 +46,21 @@ class ResidentLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        first = not self.is_initialized
         self.length += key_states.shape[-2]
-        return super().update(key_states, value_states)
+        if first:
+            return super().update(key_states, value_states)
+        self.keys, self.values = self._append("keys", key_states), self._append("values", value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        held, roomy = getattr(self, name), self._roomy.get(name)
+        rows, new = held.shape[2], states.shape[2]
+        if roomy is None or roomy.data_ptr() != held.data_ptr() or roomy.shape[2] < rows + new:
+            roomy = self._roomy[name] = held.new_empty(*held.shape[:2], rows + new + ROOM, held.shape[3])
+            roomy[:, :, :rows] = held
+        roomy[:, :, rows : rows + new] = states
+        return roomy[:, :, : rows + new]
 
     def get_seq_length(self) -> int:
         return self.length
@@ -50,6 +72,7 @@ class ResidentLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.length = 0
+        self.leave_room()
 
 
 class ResidentCache(DynamicCache):
@@ -160,8 +183,12 @@ class ResidentCache(DynamicCache):
     def fork(self) -> "ResidentCache":
         """An independent continuation of the same history; tensors are shared until either side goes on."""
         self.stage()
+        for layer in self.full:
+            layer.leave_room()
         twin = copy.copy(self)
         twin.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in twin.full:
+            layer.leave_room()
         twin.table, twin.cold, twin.newest = copy.copy(self.table), self.cold.fork(), dict(self.newest)
         twin.pooled = {layer: copy.copy(pooler) for layer, pooler in self.pooled.items()}
         return twin

@@ -1,11 +1,14 @@
-"""The end-to-end check refuses what it could only measure wrongly."""
+"""The end-to-end check: what it refuses to measure, and when an answer is long enough."""
 
 import pytest
 
 from data_gen.documents import Document
 from data_gen.errors import InputError
-from eval.decode.check import decode_check
+from eval.decode.check import decode_check, stop_tokens
 from eval.decode.config import DecodeConfig
+from eval.decode.cycle import generate
+from eval.decode.open import open_session
+from eval.decode.policies import decode_policies
 from tests.conftest import tiny_model
 
 
@@ -19,3 +22,23 @@ def test_a_followed_document_keeps_a_prompt(indexer, tokenizer, length, fits):
         return
     with pytest.raises(InputError, match=f"0000: {length} tokens leave no prompt before the last 64; lower"):
         decode_check(*arguments, lambda items, _: items)
+
+
+def test_an_answer_that_ends_when_it_is_right_is_judged_as_the_whole_one(indexer, tokenizer):
+    """The value asked for is one that some policies write in the middle of their answer, and others never."""
+    model, config = tiny_model("llama"), DecodeConfig(answer_tokens=24)
+    ids = [65 + n * n % 26 for n in range(80)]
+    session = open_session(model, indexer.spec)
+    session.read(ids[:69])
+    policies, window = decode_policies(indexer), indexer.spec.window
+    stop = stop_tokens(model, tokenizer)
+    whole = generate(session, policies, config.budget, window, ids[69], 24, lambda answer: answer[-1] in stop)
+    texts = {name: tokenizer.decode(answer, skip_special_tokens=True) for name, (answer, _) in whole.items()}
+    middle = max(texts.values(), key=len)[8:11]
+    document = Document("heldout-single-0000", "single", ids, 70, [], [], values=[middle])
+    rows, (answers,) = decode_check(model, tokenizer, indexer, [document], config, lambda items, _: items)
+    for row in rows:
+        assert row.correct == (middle in texts[row.policy])
+        answer, text = answers[row.policy], texts[row.policy]
+        assert answer == (text[: text.index(middle) + len(middle)] if row.correct else text)
+    assert 0 < sum(row.correct for row in rows) < len(rows)

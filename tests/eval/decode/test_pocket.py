@@ -109,11 +109,12 @@ def test_with_everything_resident_it_is_the_stock_model(pocket, pocket_indexer):
     prompt, rest = ids[:180], ids[180:]  # the prompt is one piece
     session = open_session(model, pocket_indexer.spec)
     session.read(prompt)
-    logits, usage = follow_text(session, decode_policies(pocket_indexer)["indexer"], 1.0, 16, rest)
+    policy = {"indexer": decode_policies(pocket_indexer)["indexer"]}
+    logits, run = follow_text(session, policy, 1.0, 16, rest)["indexer"]
     cache, expected = DynamicCache(config=model.config), []
     with torch.no_grad():
         model(torch.tensor([prompt]), past_key_values=cache)
         for token in rest:
             expected.append(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1])
-    assert usage.refreshes == 3 and usage.kept_share == 1
+    assert run.usage.refreshes == 3 and run.usage.kept_share == 1
     assert torch.equal(logits, torch.stack(expected))

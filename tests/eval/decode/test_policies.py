@@ -50,7 +50,8 @@ def test_the_cycle_refreshes_every_window_and_before_the_first_token(tiny_recipe
         asked.append(state.position)
         return torch.arange(state.chunking.visible(state.position)).float().neg()  # oldest first
 
-    logits, usage = follow_text(session.fork(), policy, 0.1, 8, ids[80:100])
+    (logits, run), (full, whole) = follow_text(session, {"oldest": policy, "full": None}, 0.1, 8, ids[80:100]).values()
+    usage = run.usage
     assert asked == [79, 87, 95] and usage.refreshes == 3 and usage.steps == len(logits) == 20
     expected = 0
     for position, reads in ((79, 8), (87, 8), (95, 4)):
@@ -58,16 +59,15 @@ def test_the_cycle_refreshes_every_window_and_before_the_first_token(tiny_recipe
         fixed = 4 * (1 + 2 + visible // 10) + unfinished  # sink, recent, a tenth of what is visible
         expected += sum(fixed + 1 + step for step in range(reads))
     assert usage.resident == expected
-    full, all_kept = follow_text(session.fork(), None, 0.1, 8, ids[80:100])
-    assert all_kept.kept_share == 1 and not torch.equal(full[0], logits[0])  # the first token is sparse already
+    assert whole.usage.kept_share == 1 and not torch.equal(full[0], logits[0])  # the first token is sparse already
 
 
 def test_generation_stops_at_a_stop_token_or_at_its_length():
     session = Session(tiny_model("llama"), Chunking(tokens=4, sink=1, recent=2))
     session.read([5, 6, 7] * 20)
-    answer, _ = generate(session.fork(), None, 0.1, 8, 5, 6, set())
+    answer, _ = generate(session, {"full": None}, 0.1, 8, 5, 6, lambda _: False)["full"]
     assert len(answer) == 6
-    stopped, _ = generate(session.fork(), None, 0.1, 8, 5, 6, {answer[2]})
+    stopped, _ = generate(session, {"full": None}, 0.1, 8, 5, 6, lambda written: written[-1] == answer[2])["full"]
     assert stopped == answer[: answer.index(answer[2]) + 1]
 
 

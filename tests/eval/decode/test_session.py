@@ -128,3 +128,48 @@ def test_chunk_keys_are_those_of_the_trace(model):
     raw = backbone.trace(ids, torch.tensor([89]), config)
     ours = session.cache.chunk_keys([first])[0, :, 0].float()
     torch.testing.assert_close(ours, raw.keys[first].float(), atol=2e-3, rtol=2e-3)
+
+
+def test_reading_together_is_reading_alone(model):
+    """Different resident sets in one forward pass: what each saw, noted and holds is as if it were alone."""
+    ids = tokens(80)
+    session = Session(model, CHUNKING)
+    session.read(ids[:70])
+    kept = [torch.arange(17), torch.tensor([0, 2, 10, 15, 16]), torch.tensor([0, 15, 16])]
+    alone, together = ([session.fork() for _ in kept] for _ in range(2))
+    for sessions in (alone, together):
+        for one, chunks in zip(sessions, kept, strict=True):
+            one.keep_chunks(chunks)
+    for token in ids[70:]:
+        expected = torch.stack([one.read([token]) for one in alone])
+        torch.testing.assert_close(Session.read_each(together, [token] * 3), expected, atol=1e-4, rtol=1e-4)
+    for one, other in zip(alone, together, strict=True):
+        assert one.position == other.position == 79 and one.resident_tokens == other.resident_tokens
+        layers = one.cache.full_layers
+        torch.testing.assert_close(one.cache.chunk_keys(layers), other.cache.chunk_keys(layers), atol=1e-2, rtol=1e-2)
+        for layer in layers:
+            torch.testing.assert_close(one.newest[layer].query, other.newest[layer].query, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(one.newest[layer].output, other.newest[layer].output, atol=1e-4, rtol=1e-4)
+
+
+def test_only_sessions_at_one_position_are_read_together(model):
+    session = Session(model, CHUNKING)
+    session.read(tokens(70))
+    ahead = session.fork()
+    ahead.read([1])
+    with pytest.raises(ValueError, match=r"\[70, 71\] tokens"):
+        Session.read_each([session, ahead], [1, 2])
+
+
+def test_forks_write_behind_their_history_not_into_each_other(model):
+    ids = tokens(73)
+    session = Session(model, CHUNKING)
+    session.read(ids[:70])
+    for token in ids[70:]:
+        session.read([token])  # from here on there is room behind the last token
+    twin = session.fork()
+    logits = session.read([1])
+    twin.read([2])
+    again = session.read([3])
+    for ours, stock in zip([logits, again], stock_logits(model, [*ids, 1, 3], 70)[-2:], strict=True):
+        assert torch.equal(ours, stock)

@@ -79,23 +79,22 @@ def test_scores_while_decoding_are_those_of_the_trace(pocket, pocket_indexer):
 def test_the_cycle_keeps_what_the_policy_chose(model, indexer):
     session = open_session(model, indexer.spec)
     session.read(IDS[:120])
-    twin = session.fork()
-    logits, usage = follow_text(session, decode_policies(indexer)["recency"], 0.2, 16, IDS[120:160])
-    resident = session.cache.resident()[0].tolist()
+    policy = {"recency": decode_policies(indexer)["recency"]}
+    logits, run = follow_text(session, policy, 0.2, 16, IDS[120:160])["recency"]
+    resident = run.session.cache.resident()[0].tolist()
     # At position 151 there were 38 chunks: the sink, 7 (a fifth) recent ones, 2 protected, and 2 made since.
     assert resident == [0, *range(29, 40)]
-    assert usage.refreshes == 3 and session.resident_tokens == 4 * 12
-    full, _ = follow_text(twin.fork(), None, 1.0, 16, IDS[120:160])
-    everything, _ = follow_text(twin, decode_policies(indexer)["recency"], 1.0, 16, IDS[120:160])
+    assert run.usage.refreshes == 3 and run.session.resident_tokens == 4 * 12
+    both = follow_text(session, {"full": None, **policy}, 1.0, 16, IDS[120:160])
+    full, everything = both["full"][0], both["recency"][0]
     assert torch.equal(full, everything) and float((full - logits).abs().max()) > 0.1
 
 
 def test_before_the_first_chunk_there_is_nothing_to_choose(model, indexer):
-    for policy in decode_policies(indexer).values():
-        session = open_session(model, indexer.spec)
-        session.read(IDS[:2])
-        logits, usage = follow_text(session, policy, 0.2, 16, IDS[2:9])
-        assert session.cache.total == 2 and session.resident_tokens == 9 and usage.kept_share == 1
+    session = open_session(model, indexer.spec)
+    session.read(IDS[:2])
+    for logits, run in follow_text(session, decode_policies(indexer), 0.2, 16, IDS[2:9]).values():
+        assert run.session.cache.total == 2 and run.session.resident_tokens == 9 and run.usage.kept_share == 1
         expected = model(torch.tensor([IDS[:9]])).logits[0, 2:]
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
