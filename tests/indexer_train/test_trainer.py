@@ -36,10 +36,11 @@ class KillAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("step", "kind"), [(3, "all"), (8, "sampled"), (13, "sampled")])
-def test_a_killed_run_resumes_to_the_same_bits(stores, tiny_recipe, tmp_path, monkeypatch, step, kind):
+@pytest.mark.parametrize(("step", "kind", "workers"), [(3, "all", 0), (8, "sampled", 2), (13, "sampled", 0)])
+def test_a_killed_run_resumes_to_the_same_bits(stores, tiny_recipe, tmp_path, monkeypatch, step, kind, workers):
     settings = tiny_recipe.train.model_copy(update={"candidates": CandidatesConfig(kind=kind)})
     whole = train(stores[0], tiny_recipe.indexer, settings, tmp_path / "whole")
+    settings = settings.model_copy(update={"workers": workers})
     stock = trainer_module.SentenceTransformerTrainer
 
     def killed(*args, callbacks, **kwargs):
