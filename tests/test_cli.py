@@ -315,7 +315,7 @@ def test_damaged_and_foreign_bundles_are_refused(finished, recipe, tmp_path, tok
 
 def test_ctrl_c_ends_with_130_and_the_same_command_continues(recipe, tmp_path, lookahead):
     out = tmp_path / "traces"
-    many = edited(recipe, tmp_path, "documents", train={"single": 250}, heldout={"single": 2})
+    many = edited(recipe, tmp_path, "documents", train={"single": 100}, heldout={"single": 2})
     command = [sys.executable, "-m", "cli", "generate", str(many), "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(cli.__file__).parent)
     deadline = time.monotonic() + 120
@@ -326,9 +326,9 @@ def test_ctrl_c_ends_with_130_and_the_same_command_continues(recipe, tmp_path, l
     assert process.returncode == 130 and "Traceback" not in error
     assert error.splitlines()[-1] == "lookahead: stopped; the same command continues"
     early = {path: path.stat().st_mtime_ns for path in out.rglob("doc_*")}
-    assert 0 < len(early) < 252 and not list(out.rglob(".unfinished*"))
+    assert 0 < len(early) < 102 and not list(out.rglob(".unfinished*"))
     assert lookahead("generate", many, "--out", out)[0] == 0
-    assert len(list(out.rglob("doc_*"))) == 252
+    assert len(list(out.rglob("doc_*"))) == 102
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in early.items())
 
 
