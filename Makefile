@@ -27,6 +27,6 @@ pocket: $(VENV)/ready  ## the same on a small DeepSeek-V4, with its own sparse a
 	  --traces runs/pocket/votes/traces/heldout --out runs/pocket/votes
 	$(BIN)/lookahead benchmark runs/pocket/bundle --recipe pocket-v4 --out runs/pocket
 
-test: $(VENV)/ready  ## the whole suite
+test: $(VENV)/ready  ## the whole suite, in two processes of one thread each: in one of two, threads wait for each other
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

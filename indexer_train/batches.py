@@ -17,7 +17,7 @@ from data_gen.store import TraceDocument, TraceStore
 from indexer_train import processes
 from indexer_train.config import CandidatesConfig
 from indexer_train.hard_negatives import HardNegatives
-from indexer_train.sampling import SparseOracle, WindowOracle, as_tensor, draw, generator, uniform, without
+from indexer_train.sampling import SparseOracle, WindowOracle, as_tensor, distinct, draw, generator, uniform, without
 
 OPEN_DOCUMENTS = 32
 """Documents that stay open, each with its oracle unpacked (up to 256 MiB): memory must not grow with the store."""
@@ -92,7 +92,7 @@ class Collator(ABC):
     query_input_features [B, L, hidden]; query_positions [B]; query_most_golden: golden chunks of the window that has
     the most; document_input_values [N, L, ...] as stored;
     label [B, 5, N]: window mass, window peak, candidate mask, (in its first entry) the mass on protected chunks, and
-    weight. epoch: the trainer's, see `TellEpoch`.
+    weight. epoch: the trainer's, see `TellEpoch`; processes that make batches ahead share it.
     """
 
     valid_label_columns = ("label",)
@@ -101,10 +101,18 @@ class Collator(ABC):
         self.store, self.trace = store, store.manifest.trace
         self.paths = store.paths()
         self.layers, self.golden, self.settings = layers, golden, settings
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.document = lru_cache(maxsize=OPEN_DOCUMENTS)(self._open)
         self.oracle = lru_cache(maxsize=len(self.paths))(lambda number: SparseOracle.of(self.document(number)))
         self.common = lru_cache(maxsize=len(self.paths))(lambda number: self.oracle(number).common(golden))
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def _open(self, number: int) -> TraceDocument:
         return self.store.document(self.paths[number])
@@ -113,10 +121,11 @@ class Collator(ABC):
         number = rows[0]["document"]
         windows = torch.tensor([[row["first"], row["last"]] for row in rows])
         document, first = self.document(number), windows[:, 0]
+        hidden = [document.hidden(layer).index_select(0, first) for layer in self.layers]
         candidates = self.candidates(number, windows)
         _, peak, candidate, _, _ = candidates["label"].unbind(dim=1)
         return {
-            "query_input_features": torch.stack([document.hidden(layer)[first] for layer in self.layers], dim=1),
+            "query_input_features": torch.stack(hidden, dim=1),
             "query_positions": document.positions[first],
             "query_most_golden": int((candidate.bool() & (peak >= self.golden)).sum(dim=1).max()),
             "query_task": "query",
@@ -165,32 +174,31 @@ class SampledCandidates(Collator):
     def candidates(self, number: int, windows: torch.Tensor) -> dict[str, torch.Tensor]:
         document, oracle = self.document(number), self.oracle(number)
         rng = generator(self.seed, self.epoch, number, *windows.flatten().tolist())
-        bounds = [self.trace.chunking.candidates(int(position)) for position in document.positions[windows[:, 0]]]
-        needed = [
-            oracle.window(first, last, limits) for (first, last), limits in zip(windows.tolist(), bounds, strict=True)
-        ]
+        bounds = [self.trace.chunking.candidates(place) for place in document.positions[windows[:, 0]].tolist()]
+        needed = oracle.windows(windows.numpy(), bounds)
         golden = [window.golden(self.golden) for window in needed]
         offered = self._offered(document, windows, golden)
         chosen = [self._choose(rng, *each) for each in zip(needed, golden, offered, strict=True)]
-        values = [window.at(chunks) for window, chunks in zip(needed, chosen, strict=True)]
-        weights = [np.ones(len(chunks), np.float32) for chunks in chosen]
-        if self.settings.common_weight != 1:
-            for weight, chunks, gold in zip(weights, chosen, golden, strict=True):
-                weight[np.isin(chunks, np.intersect1d(gold, self.common(number)))] = self.settings.common_weight
-        used, place = np.unique(np.concatenate(chosen), return_inverse=True)
+        table = np.zeros(document.chunks, np.int32)
+        values = [window.at(chunks, table) for window, chunks in zip(needed, chosen, strict=True)]
+        used, place = distinct(np.concatenate(chosen))
         used = used if len(used) else np.zeros(1, np.int64)  # no candidate anywhere: one key that the mask hides
-        ends = np.cumsum([len(chunks) for chunks in chosen])[:-1]
-        candidates = as_tensor(np.split(place, ends), torch.int64)
-        mask = as_tensor([np.ones(len(chunks), np.float32) for chunks in chosen], torch.float32)
+        candidates = as_tensor(np.split(place, np.cumsum([len(chunks) for chunks in chosen])[:-1]))
+        mass, peak = (as_tensor(list(column)) for column in zip(*values, strict=True))
+        weights = as_tensor([np.ones(len(chunks), np.float32) for chunks in chosen])
+        mask = weights.clone()
+        if self.settings.common_weight != 1 and len(common := self.common(number)):
+            everywhere = torch.from_numpy(np.isin(used, common))[candidates]
+            weights[(peak >= self.golden) & everywhere] = self.settings.common_weight
         protected = torch.zeros_like(mask)
         protected[:, 0] = torch.tensor([window.protected for window in needed])
-        mass, peak = (as_tensor(list(column), torch.float32) for column in zip(*values, strict=True))
         rows = torch.from_numpy(used)
+        keys = [document.keys(layer).index_select(0, rows) for layer in self.layers]
         return {
             "query_candidates": candidates,
-            "document_input_values": torch.stack([document.keys(layer)[rows] for layer in self.layers], dim=1),
+            "document_input_values": torch.stack(keys, dim=1),
             "document_chunks": rows,
-            "label": torch.stack([mass, peak, mask, protected, as_tensor(weights, torch.float32)], dim=1),
+            "label": torch.stack([mass, peak, mask, protected, weights], dim=1),
         }
 
     def _offered(self, document: TraceDocument, windows: torch.Tensor, golden: list[np.ndarray]) -> list[np.ndarray]:
@@ -210,7 +218,7 @@ class SampledCandidates(Collator):
         count = self.settings.negatives * max(1, len(positives))
         pool = without(offered[(offered >= first) & (offered < last)], golden)
         negatives = draw(rng, pool, count)
-        taken = np.union1d(golden, negatives)
+        taken = np.union1d(golden, negatives) if len(negatives) else golden
         return np.concatenate([positives, negatives, uniform(rng, window.bounds, taken, count - len(negatives))])
 
 

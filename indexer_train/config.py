@@ -81,6 +81,8 @@ class TrainConfig(Strict):
     validation_every: every n-th document is held back from training to select the checkpoint, by its mass recall when
     `budget` of the chunks are kept; select: how they are chosen, then and when served: the best of each window
     (`budget`), or all that reach one `threshold`;
+    workers: processes that make batches while the device computes; without a number two beside a GPU that shares enough
+    memory with them (indexer_train/processes.py), and none elsewhere; no result depends on it;
     eval_epochs: epochs between two such checks, which are checkpoints too; patience: checks without a better one before
     training stops; the best one is kept;
     seed: of the first weights, the order of documents and the negatives;
@@ -109,5 +111,6 @@ class TrainConfig(Strict):
     validation_every: PositiveInt = 6
     eval_epochs: PositiveInt = 2
     patience: PositiveInt = 5
+    workers: NonNegativeInt | None = None
     seed: int = 0
     init: str | None = None

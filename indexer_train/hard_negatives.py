@@ -115,7 +115,7 @@ def mine_document(indexer: MemoryIndexer, document: TraceDocument, golden: float
             without(chunks[(chunks >= first) & (chunks < last)], gold)[: OVERSAMPLE * count]
             for chunks, gold, (first, last) in zip(near, needed, limits, strict=True)
         ]
-        candidates = as_tensor(pools, torch.int64)
+        candidates = as_tensor(pools)
         missing = torch.arange(candidates.shape[1]) >= torch.tensor([len(pool) for pool in pools])[:, None]
         logits = indexer.layer_logits(queries, keys, candidates=candidates.to(indexer.device))
         scores = join_layers(logits, spec.shape.join).cpu().masked_fill(missing, -torch.inf)

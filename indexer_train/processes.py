@@ -1,9 +1,18 @@
-"""Training on several processes, as `torchrun` starts them."""
+"""Training on several processes, as `torchrun` starts them, and those that make batches for each of them."""
 
+import logging
 import os
+import shutil
 
 import torch
 import torch.distributed as dist
+
+WORKERS = 2
+"""Processes that make batches for one GPU."""
+SHARED_MEMORY = 4 << 30
+"""Bytes that must be free for their batches: Docker grants 64 MiB unless asked, and too few end the run."""
+
+logger = logging.getLogger(__name__)
 
 
 def rank() -> int:
@@ -22,3 +31,17 @@ def average(gradient: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(gradient)
         gradient /= count()
     return gradient
+
+
+def workers(asked: int | None, cuda: bool) -> int:
+    """How many processes make batches ahead: `asked`, or what suits the device and the memory to share."""
+    if asked is not None or not cuda:
+        return asked or 0
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return 0
+    if free < SHARED_MEMORY:
+        logger.warning("/dev/shm has %d MiB: the GPU will wait for its batches; train.workers: 2 insists", free >> 20)
+        return 0
+    return WORKERS

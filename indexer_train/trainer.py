@@ -150,6 +150,7 @@ def make_trainer(
         raise InputError(f"train.warmup {config.warmup:g}: the whole run is only {config.epochs * steps} steps long")
     every = config.eval_epochs * steps
     cuda = torch.cuda.is_available()
+    workers = processes.workers(config.workers, cuda)
     return SentenceTransformerTrainer(
         model=indexer,
         args=SentenceTransformerTrainingArguments(
@@ -179,6 +180,8 @@ def make_trainer(
             logging_nan_inf_filter=False,  # it would wait for the GPU in every step
             restore_callback_states_from_checkpoint=True,
             dataloader_pin_memory=cuda,
+            dataloader_num_workers=workers,
+            dataloader_persistent_workers=workers > 0,
             accelerator_config={"non_blocking": cuda},
             report_to=tracking.report_to(out),
             remove_unused_columns=False,
@@ -216,7 +219,7 @@ def _spec(traces: TraceStore, validation: int, shape: IndexerConfig, config: Tra
             documents=traces.manifest.documents,
             training=len(traces.paths()),
             validation=validation,
-            train=config.model_dump(),
+            train=config.model_dump(exclude={"workers"}),
         ),
     )
 
@@ -266,7 +269,8 @@ def open_traces(path: Path, indexers: Iterable[MemoryIndexer]) -> TraceStore:
 
 def _settings(store: TraceStore, shape: IndexerConfig, config: TrainConfig, sources: dict[str, Any]) -> dict[str, Any]:
     """All that a run is made of."""
-    settings = {"indexer": shape.model_dump(), "train": config.model_dump(), "traces": store.manifest.model_dump()}
+    train = config.model_dump(exclude={"workers"})
+    settings = {"indexer": shape.model_dump(), "train": train, "traces": store.manifest.model_dump()}
     settings["traces"]["files"] = [f"{document.path.name} {document.checksum}" for document in store]
     return settings | {name: value for name, value in sources.items() if value}
 

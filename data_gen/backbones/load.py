@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib.util
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -33,6 +35,19 @@ def resolve(path: str) -> str:
     return str(Path(spec.submodule_search_locations[0]) / file)
 
 
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads a GGUF file three times and makes its table of names for every module: most of the loading."""
+    import gguf
+
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(lru_cache, own)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = own
+
+
 def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in eval mode on the best device, tokenizer). Raises InputError when there is nothing to load."""
     if config.path == TINY:
@@ -42,16 +57,18 @@ def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTo
     looks_local = path.startswith((".", "/", "~")) or path.endswith(".gguf") or local.exists()
     if looks_local and not local.exists():
         raise InputError(f"backbone {path}: no such file or folder")
-    folder, extra = path, {}
+    folder, extra, reading = path, {}, contextlib.nullcontext()
     if path.endswith(".gguf"):
         if importlib.util.find_spec("gguf") is None:
             raise InputError("reading a GGUF file needs the package gguf: pip install 'lookahead-indexer[gguf]'")
         folder, extra = str(local.parent), {"gguf_file": local.name}
+        reading = _read_once()
     dtype = getattr(torch, config.dtype)
     spread = {"device_map": "auto"} if config.spread else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra, **spread)
+        with reading:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra, **spread)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"backbone {config.path} cannot be loaded as a causal LM: {first_line}") from error

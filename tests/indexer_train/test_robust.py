@@ -288,6 +288,7 @@ def test_documents_that_do_not_go_round_are_left_out_in_turns(planted, monkeypat
 def test_unconfigured_wandb_is_offline_and_holds_recipe_and_recall(planted, settings, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     (tmp_path / "home").mkdir()
+    settings = settings.model_copy(update={"epochs": 1})
     done = call(planted[0], tmp_path / "out", settings, environment=environment | {"HOME": str(tmp_path / "home")})
     assert done.returncode == 0, done.stderr[-2000:]
     (log,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")

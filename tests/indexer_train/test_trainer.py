@@ -36,10 +36,11 @@ class KillAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("step", "kind"), [(3, "all"), (8, "sampled"), (13, "sampled")])
-def test_a_killed_run_resumes_to_the_same_bits(stores, tiny_recipe, tmp_path, monkeypatch, step, kind):
+@pytest.mark.parametrize(("step", "kind", "workers"), [(3, "all", 0), (8, "sampled", 2), (13, "sampled", 0)])
+def test_a_killed_run_resumes_to_the_same_bits(stores, tiny_recipe, tmp_path, monkeypatch, step, kind, workers):
     settings = tiny_recipe.train.model_copy(update={"candidates": CandidatesConfig(kind=kind)})
     whole = train(stores[0], tiny_recipe.indexer, settings, tmp_path / "whole")
+    settings = settings.model_copy(update={"workers": workers})
     stock = trainer_module.SentenceTransformerTrainer
 
     def killed(*args, callbacks, **kwargs):
@@ -134,32 +135,20 @@ assert set(loaded) <= {auto}, loaded
 """Run where training was; no model family's own code may be there."""
 
 
-@pytest.mark.parametrize("how", ["the package", "the command line"])
-def test_no_backbone_is_ever_loaded(stores, tiny_recipe, tmp_path, how):
+def test_no_backbone_is_ever_loaded(stores, tiny_recipe, tmp_path):
+    """By the command line, which loads all that the packages of training and of bundles do."""
     recipe, traces, out = tmp_path / "recipe.yaml", str(stores[0].root), str(tmp_path / "out")
     recipe.write_text(tiny_recipe.model_dump_json())  # JSON is YAML
-    script = {
-        "the package": f"""
-import sys
-from pathlib import Path
-from data_gen.store import TraceStore
-from indexer_train.config import IndexerConfig, TrainConfig
-from indexer_train.trainer import train
-import indexer_train.bridge.bundle
-train(TraceStore.open(Path({traces!r})),
-      IndexerConfig.model_validate_json({tiny_recipe.indexer.model_dump_json()!r}),
-      TrainConfig.model_validate_json({tiny_recipe.train.model_dump_json()!r}), Path({out!r}))
-""",
-        "the command line": f"""
+    script = f"""
 import sys
 import cli
+import indexer_train.bridge.bundle
 sys.argv = ["lookahead", "train", {str(recipe)!r}, "--traces", {traces!r}, "--out", {out!r}]
 try:
     cli.main()
 except SystemExit as stop:
     assert not stop.code, stop.code
-""",
-    }[how]
+"""
     subprocess.run([sys.executable, "-c", script + LOADED], check=True)
     assert (tmp_path / "out" / "indexer").exists()
 

@@ -67,12 +67,14 @@ def test_a_killed_run_continues_and_gives_the_same(finished, trained, tokenizer,
 
     with pytest.raises(KeyboardInterrupt):
         ask(trained, tokenizer, tmp_path, progress=killed)
-    with open(tmp_path / "answers.jsonl", "a") as file:
-        file.write('{"name": "half')
+    whole = (finished[0] / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    assert (tmp_path / "answers.jsonl").read_bytes() == b"".join(whole[:6])
+    with open(tmp_path / "answers.jsonl", "ab") as file:
+        file.write(b"".join(whole[6:-8]) + b'{"name": "half')  # as if it had been killed later
     asked = []
     sections, _ = ask(trained, tokenizer, tmp_path, progress=lambda names, _: asked.extend(names) or names)
     assert sections == finished[1]
-    assert len(asked) == 30 - 5  # 7 tasks x 2 and 1 text, at 2 lengths
+    assert len(whole) == 1 + 30 and len(asked) == 8  # 7 tasks x 2 and 1 text, at 2 lengths
     read = (tmp_path / "answers.jsonl").read_bytes()
     assert read == (finished[0] / "answers.jsonl").read_bytes()
     again, _ = ask(trained, tokenizer, tmp_path, progress=lambda names, _: [] if not names else 1 / 0)

@@ -15,7 +15,7 @@ from recipes.pocket_v4.words import build_lexicon, build_tokenizer
 from .conftest import RECIPE
 
 FOLDER = RECIPE / "model"
-LENGTH, DOCUMENTS = 1024, 4
+LENGTH, DOCUMENTS = 1024, 3
 
 
 @pytest.fixture(scope="module")

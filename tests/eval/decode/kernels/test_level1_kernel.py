@@ -118,11 +118,11 @@ def many_programs(monkeypatch):
 @in_interpreter
 @pytest.mark.parametrize(
     ("floor", "cap", "score"),
-    [(0, 400, -99.0), (0, 40, -99.0), (0, 9, None), (0, 40, None), (330, 400, None), (0, 400, 99.0), (60, 80, 99.0)],
+    [(0, 300, -99.0), (0, 40, -99.0), (0, 9, None), (0, 40, None), (210, 300, None), (0, 300, 99.0), (60, 80, 99.0)],
 )
 def test_floor_and_cap(floor, cap, score, many_programs):
     indexer = make_indexer(layers=1)
-    queries, keys = inputs(indexer, 330, 77)
+    queries, keys = inputs(indexer, 210, 77)
     rule = middle(indexer, queries, keys) if score is None else Threshold(cuts=[Cut(score=score)])
     check_against_torch(indexer, queries, keys, Limits(floor=floor, cap=cap), rule)
 
