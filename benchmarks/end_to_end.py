@@ -109,7 +109,7 @@ def tables(found: list[dict[str, Any]]) -> str:
     tail = ["KV kept", "KV MB"]
     answers = table([*head, "right", "right of solved", "indexer's lead", "lead of solved", *tail],
                     lines(False, "score", "score_of_solved", "score_lead", "lead_of_solved"))  # fmt: skip
-    text = table([*head, "KL", "agreement", "indexer's KL less", *tail], lines(True, "kl", "agreement", "kl_lead"))
+    text = table([*head, "KL", "agreement", "indexer's KL minus its", *tail], lines(True, "kl", "agreement", "kl_lead"))
     return f"{answers}\n\n{text}"
 
 

@@ -100,7 +100,7 @@ def main() -> None:
     for length, store in traced(recipe, arguments.length, arguments.out).items():
         check_traces(indexer, store)
         found += rows(indexer, store, length, recipe.train.golden)
-        churn[length] = analyse_lookahead(indexer, store, recipe.train.golden, recipe.train.budget)
+        churn[length] = analyse_lookahead({"indexer": indexer}, store, recipe.train.golden, recipe.train.budget)
     print(share_table(found))
     (arguments.out / "lengths.json").write_text(json.dumps({"rows": found, "lookahead": churn}, indent=1))
 
