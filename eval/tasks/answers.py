@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.decode.check import stop_tokens
-from eval.decode.cycle import Keep, Run, Usage, best, fidelity, go_on
+from eval.decode.cycle import Keep, Run, best, fidelity, go_on
 from eval.decode.fallback import Fallback
 from eval.decode.open import open_session
 from eval.decode.policies import decode_policies, protected
@@ -79,92 +79,120 @@ class Runner:
             return record
         following = None if after is None else after.prompt(self.tokenizer, self.thinking)[:-1]
         session = self.prefill.read(prompt, following)
-        measure = _Fidelity(example.tokens[place + 1 :]) if follows else None
+        targets = example.tokens[place + 1 :] if follows else None
+        courses = self._courses(session, given, most, targets)
+        record["runs"] = [self._told(example, course) for course in courses]
+        return record
+
+    def _courses(self, session: Session, given: list[int], most: int, targets: list[int] | None) -> list["_Course"]:
+        """Go on behind the prompt under every policy: full attention by itself, which the oracle watches, then all
+        others in step."""
         foresight = Foresight(self.indexer.spec.window)
         known = {**decode_policies(self.indexer), PROTECTED: protected, "oracle": foresight}
         ranked = [name for name in self.policies if name not in (FALLBACK, PROTECTED)]
-        asked = [("full", None), *[(name, budget) for budget in self.config.budgets for name in ranked]]
+        asked = [(name, budget) for budget in self.config.budgets for name in ranked]
         asked += [(PROTECTED, None)] if PROTECTED in self.policies else []  # it is the same under every budget
         asked += [(FALLBACK, self.config.cap)] if FALLBACK in self.policies else []
-        for name, budget in asked:
-            capped = Capped(self.indexer, calibrated(self.indexer), budget, Fallback()) if name == FALLBACK else None
-            keep = capped or best(known[name], budget or 1.0)
-            watch = foresight.watch if name == "full" and "oracle" in self.policies else None
-            answer, usage = self._go_on(session.fork(), keep, given, most, measure, watch)
-            run = {
-                "policy": name,
-                "budget": budget,
-                "kept": usage.kept_share,
-                "kv_bytes": usage.mean_bytes,
-                "chunks": usage.resident / usage.steps / session.chunking.tokens,
-                "refreshes": usage.refreshes,
-            }
-            if capped is not None:
-                run |= {"fallbacks": capped.served.count("full"), "windows": len(capped.served)}
-            if measure is not None:
-                run |= measure.finish()
-            else:
-                said = self.tokenizer.decode(answer, skip_special_tokens=True)
-                response = example.prefix + said
-                # MRCR demands its prefix; elsewhere, as in RULER, what the model was given earns nothing.
-                scored = response if example.scorer == "sequence_ratio" else said
-                run |= {"score": SCORERS[example.scorer](scored, example.references), "response": response}
-            record["runs"].append(run)
-        return record
+        stop = stop_tokens(self.model, self.tokenizer)
 
-    def _go_on(
+        def course(name: str, budget: float | None, keep: Keep | None, full: "_Course | None") -> _Course:
+            measure = None if targets is None else _Fidelity(targets, full and full.measure)
+            return _Course(name, budget, session.fork(), keep, given, most, stop, measure)
+
+        full = course("full", None, None, None)
+        if "oracle" in self.policies:
+            full.watch = foresight.watch
+        others = []
+        for name, budget in asked:
+            if name == FALLBACK:
+                keep = Capped(self.indexer, calibrated(self.indexer), budget, Fallback())
+            else:
+                keep = best(known[name], budget or 1.0)
+            others.append(course(name, budget, keep, full))
+        for together in ([full], others):
+            go_on([each.run for each in together], self.indexer.spec.window, given[0])
+        return [full, *others]
+
+    def _told(self, example: Example | TextExample, course: "_Course") -> dict[str, Any]:
+        """A run as the record holds it."""
+        usage = course.run.usage
+        told = {
+            "policy": course.policy,
+            "budget": course.budget,
+            "kept": usage.kept_share,
+            "kv_bytes": usage.mean_bytes,
+            "chunks": usage.resident / usage.steps / self.indexer.spec.chunking.tokens,
+            "refreshes": usage.refreshes,
+        }
+        if isinstance(course.run.keep, Capped):
+            served = course.run.keep.served
+            told |= {"fallbacks": served.count("full"), "windows": len(served)}
+        if isinstance(example, TextExample):
+            return told | course.measure.means()
+        said = self.tokenizer.decode(course.answer, skip_special_tokens=True)
+        response = example.prefix + said
+        # MRCR demands its prefix; elsewhere, as in RULER, what the model was given earns nothing.
+        scored = response if example.scorer == "sequence_ratio" else said
+        return told | {"score": SCORERS[example.scorer](scored, example.references), "response": response}
+
+
+class _Course:
+    """How one policy goes on behind the prompt: it reads `given`, then writes at most `most` tokens greedily.
+
+    answer: what it wrote; watch: called with the session after every token read; measure: of a text that is followed.
+    """
+
+    def __init__(
         self,
+        policy: str,
+        budget: float | None,
         session: Session,
         keep: Keep | None,
         given: list[int],
         most: int,
+        stop: set[int],
         measure: "_Fidelity | None",
-        watch: Callable[[Session], None] | None,
-    ) -> tuple[list[int], Usage]:
-        """Read `given`, then write at most `most` tokens greedily. Returns what was written and what was kept."""
-        answer: list[int] = []
-        rest = iter(given[1:])
-        stop = stop_tokens(self.model, self.tokenizer)
+    ) -> None:
+        self.policy, self.budget, self.measure = policy, budget, measure
+        self.run = Run(session, keep, self._follow)
+        self.watch: Callable[[Session], None] | None = None
+        self.answer: list[int] = []
+        self._rest, self._most, self._stop = iter(given[1:]), most, stop
 
-        def follow(logits: torch.Tensor) -> int | None:
-            if watch is not None:
-                watch(session)
-            if measure is not None:
-                measure.add(logits)
-            token = next(rest, None)
-            if token is not None or len(answer) == most:
-                return token
-            answer.append(int(logits.argmax()))
-            return None if answer[-1] in stop or len(answer) == most else answer[-1]
-
-        run = Run(session, keep, follow)
-        go_on([run], self.indexer.spec.window, given[0])
-        return answer, run.usage
+    def _follow(self, logits: torch.Tensor) -> int | None:
+        if self.watch is not None:
+            self.watch(self.run.session)
+        if self.measure is not None:
+            self.measure.add(logits)
+        token = next(self._rest, None)
+        if token is not None or len(self.answer) == self._most:
+            return token
+        self.answer.append(int(logits.argmax()))
+        return None if self.answer[-1] in self._stop or len(self.answer) == self._most else self.answer[-1]
 
 
 class _Fidelity:
-    """Next-token agreement with full attention, KL from it in nats, and loss per token, one policy after the other.
+    """Next-token agreement with full attention, KL from it in nats, and loss per token.
 
-    The first one measured is full attention itself. targets: the text's next tokens. Agreement and KL of a token are
-    those of eval/decode/cycle.py `fidelity`.
+    targets: the text's next tokens; full: what measured full attention itself, None for that one. Agreement and KL of a
+    token are those of eval/decode/cycle.py `fidelity`.
     """
 
-    def __init__(self, targets: list[int]) -> None:
+    def __init__(self, targets: list[int], full: "_Fidelity | None") -> None:
         self._targets = targets
-        self._full: list[torch.Tensor] = []
+        self._log_p: list[torch.Tensor] = []
+        self._full = self._log_p if full is None else full._log_p
         self._sums: list[tuple[float, float, float]] = []
 
     def add(self, logits: torch.Tensor) -> None:
         place = len(self._sums)
         log_p = logits.float().log_softmax(dim=-1)
-        if place == len(self._full):
-            self._full.append(log_p)
-        full = self._full[place]
-        agrees, kl = fidelity(log_p, full)
+        if self._full is self._log_p:
+            self._log_p.append(log_p)
+        agrees, kl = fidelity(log_p, self._full[place])
         self._sums.append((float(agrees), float(kl), -float(log_p[self._targets[place]])))
 
-    def finish(self) -> dict[str, float]:
-        """Means over the text's tokens; ready for the next policy."""
+    def means(self) -> dict[str, float]:
+        """Over the text's tokens."""
         agreement, kl, loss = (sum(values) / len(values) for values in zip(*self._sums, strict=True))
-        self._sums = []
         return {"agreement": agreement, "kl": kl, "loss": loss}
