@@ -1,6 +1,7 @@
 """Softmax cross-entropy to the window's attention mass, with a slot for what the protected chunks hold."""
 
 import torch
+from pydantic import Field
 
 from indexer_train.losses.base import Targets
 from indexer_train.losses.listwise import ListwiseLoss, cross_entropy
@@ -13,8 +14,18 @@ class ListwiseMassLoss(ListwiseLoss):
     on protected chunks. The best attention-mass recall among the losses tried.
     """
 
+    class Options(ListwiseLoss.Options):
+        """peaks: share of the candidates' mass that is dealt out among them by their peaks instead, as ListwisePeakLoss
+        counts them: between the two losses there is one for mass recall and text fidelity alike."""
+
+        peaks: float = Field(0.0, ge=0, le=1)
+
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         logits = self.scores(logits, targets)
         slot = torch.zeros_like(logits[..., :1])
-        target = torch.cat([targets.protected[:, None], targets.mass], dim=-1)
+        mass = targets.mass
+        if self.options.peaks:
+            peak = targets.peak / targets.peak.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+            mass = torch.lerp(mass, peak * mass.sum(dim=-1, keepdim=True), self.options.peaks)
+        target = torch.cat([targets.protected[:, None], mass], dim=-1)
         return cross_entropy(target, torch.cat([slot, logits], dim=-1).log_softmax(dim=-1))
