@@ -29,7 +29,7 @@ class DocumentsConfig(Strict):
     """Where text comes from and what documents are made of it.
 
     source: `builtin` (CPython's language reference, then its library's docstrings), `stdlib` (the source code of its
-    library), a folder, a .jsonl or .parquet file, or a `datasets` name.
+    library), `package:NAME` (that of an installed package), a folder, a .jsonl or .parquet file, or a `datasets` name.
     tokens: shortest and longest document; lengths are drawn between them.
     train, heldout: how many documents of each task (see data_gen/tasks.py; `text` is plain text).
     keys: needles with other keys beside the asked one (multi_key); values: values of one key (multi_value).

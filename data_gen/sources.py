@@ -1,4 +1,4 @@
-"""Raw text from a folder, a JSONL or Parquet file, a `datasets` name, or the interpreter itself."""
+"""Raw text from a folder, a JSONL or Parquet file, a `datasets` name, the interpreter or an installed package."""
 
 import ast
 import hashlib
@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from data_gen.errors import InputError
+from data_gen.packages import package_folder
 
 RawDocument = str | list[dict[str, str]]
 """Plain text, or the messages of a chat ({role, content} each)."""
@@ -23,7 +24,9 @@ def read_source(source: str, text_field: str) -> Iterator[RawDocument]:
     if source == "builtin":
         documents: Iterable[RawDocument] = _builtin()
     elif source == "stdlib":
-        documents = _stdlib()
+        documents = _code(Path(sysconfig.get_path("stdlib")))
+    elif source.startswith("package:"):
+        documents = _code(package_folder(source.removeprefix("package:"), f"documents {source}"))
     elif path.is_dir():
         documents = _folder(path)
     elif path.suffix == ".jsonl":
@@ -69,13 +72,15 @@ def _docstrings(file: Path) -> str:
     return "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, documented))))
 
 
-def _stdlib() -> Iterator[str]:
-    """The source code of the interpreter's standard library, about 3 million tokens; its tests are left out."""
-    root = Path(sysconfig.get_path("stdlib"))
+def _code(root: Path) -> Iterator[str]:
+    """The Python files of a library, its tests left out; the interpreter's own has about 3 million tokens."""
     for file in sorted(root.rglob("*.py")):
         if not {"test", "tests", "site-packages", "dist-packages"} & set(file.relative_to(root).parts):
-            with tokenize.open(file) as code:
-                text = code.read()
+            try:
+                with tokenize.open(file) as code:
+                    text = code.read()
+            except (SyntaxError, UnicodeDecodeError) as error:
+                raise InputError(f"documents {file}: not Python in an encoding that it names") from error
             if text.strip():  # many packages begin with an empty __init__.py
                 yield text
 

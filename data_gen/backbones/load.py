@@ -16,6 +16,7 @@ from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.tiny import tiny_backbone
 from data_gen.config import BackboneConfig
 from data_gen.errors import InputError
+from data_gen.packages import package_folder
 
 TINY = "tiny"
 """The path that stands for data_gen/backbones/tiny.py."""
@@ -26,13 +27,7 @@ def resolve(path: str) -> str:
     if not path.startswith("package:"):
         return str(Path(path).expanduser()) if path.startswith("~") else path
     package, _, file = path.removeprefix("package:").partition("/")
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):  # of a package that the name would lie in; no name at all
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"backbone {path}: the package {package} is not installed")
-    return str(Path(spec.submodule_search_locations[0]) / file)
+    return str(package_folder(package, f"backbone {path}") / file)
 
 
 @contextlib.contextmanager

@@ -76,6 +76,20 @@ def test_the_standard_library_is_a_source_without_its_tests():
     assert not any("class TestCommandLineArgs" in text for text in texts)  # test/test_unittest
 
 
+def test_the_code_of_an_installed_package_is_a_source(tmp_path, monkeypatch):
+    for name, text in {"a.py": "x = 1\n", "sub/b.py": "# -*- coding: latin-1 -*-\ny = '\xe9'\n", "c.txt": "no code",
+                       "sub/tests/test_b.py": "z = 3\n", "empty.py": "\n"}.items():  # fmt: skip
+        (tmp_path / "lib_of_mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib_of_mine" / name).write_bytes(text.encode("latin-1"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(read_source("package:lib_of_mine", "text")) == ["x = 1\n", "# -*- coding: latin-1 -*-\ny = '\xe9'\n"]
+    (tmp_path / "lib_of_mine" / "d.py").write_bytes(b"x = '\xe9'\n")
+    with pytest.raises(InputError, match=r"d\.py: not Python in an encoding"):
+        list(read_source("package:lib_of_mine", "text"))
+    with pytest.raises(InputError, match="documents package:nothing_here: the package nothing_here is not installed"):
+        list(read_source("package:nothing_here", "text"))
+
+
 def test_thinking_is_up_to_the_recipe(tokenizer, tmp_path):
     """A template like Qwen3's: answers carry an empty thought, and prompts too when thinking is off."""
     thinker = copy.deepcopy(tokenizer)
