@@ -1,108 +1,125 @@
 """Answers and text at length under every policy, each cell of task and length with its differences by pairs.
 
     python -m benchmarks.end_to_end gemma-3-270m-long --bundle runs/long/bundle --out runs/long/answers \\
-        --length 4096 --length 8192 --length 16384 --length 32768
+        --length 4096 --length 8192 --length 16384 --length 32768 [--task single ...]
 
-Asks what the recipe's `benchmark:` section says, its tasks alone. Every cell keeps its answers in OUT/TASK-LENGTH, so a
-stopped run continues, and several processes may each be given cells of their own (--task, --length); a last call with
-all of them prints the tables and writes OUT/end_to_end.json. Accuracy is over all examples, and over those that full
-attention answers; the indexer's lead over another policy is the mean difference on the same examples with a 95 %
-bootstrap interval.
+Asks what the recipe's `benchmark:` section says, its tasks alone, about text that the bundle's training held out. Every
+cell keeps its answers in OUT/TASK-LENGTH, so a stopped run continues, and several processes may each be given cells of
+their own; a last call with all of them prints the tables and writes OUT/end_to_end.json, with where the answers were
+made. Accuracy is over all examples, and over those that full attention answers; the indexer's lead over another policy
+under the same budget is the mean difference on the same examples with a 95 % bootstrap interval.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from benchmarks.machine import origin
 from data_gen.backbones.load import adapter, load_backbone
-from data_gen.documents import heldout_share
+from data_gen.errors import InputError
+from data_gen.store import write_atomically
 from eval.decode.check import check_backbone
 from eval.report import table
 from eval.tasks.answers import Record, Runner
+from eval.tasks.benchmark import answer_settings, trained_documents, unseen_text
 from eval.tasks.config import BenchmarkConfig
 from eval.tasks.generated import generate_examples
-from eval.tasks.haystack import Haystack
 from eval.tasks.journal import Journal
 from indexer_train.bridge.bundle import load_bundle
 from indexer_train.intervals import bootstrap_means
 from recipes import Recipe, load_recipe
 
+Cell = tuple[str, int]
+"""Task and length."""
+NONE: list[float | None] = [None, None, None]
 
-def answer(recipe: Recipe, bundle: Path, lengths: list[int], config: BenchmarkConfig, out: Path) -> None:
-    """Ask what is not answered yet."""
-    wanted = {(task, length): config.texts if task == "text" else config.examples
-              for length in lengths for task in config.tasks}  # fmt: skip
-    if all(len(journal(out, bundle, *cell).records) >= count for cell, count in wanted.items()):
-        return
+
+def answer(
+    recipe: Recipe, bundle: Path, lengths: list[int], config: BenchmarkConfig, out: Path
+) -> dict[Cell, list[Record]]:
+    """Ask what is not answered yet; the records of each cell. Raises InputError for lengths beyond the context."""
     indexer = load_bundle(bundle)
     model, tokenizer = load_backbone(recipe.backbone)
-    backbone, documents = adapter(model), recipe.documents
+    backbone, documents = adapter(model), trained_documents(indexer)
     check_backbone(indexer, backbone)
-    haystack = Haystack(documents.source, documents.text_field, heldout_share(documents), tokenizer, max(lengths))
-    runner = Runner(model, tokenizer, indexer, config, documents.thinking, backbone.info.context)
-    examples = generate_examples(config, lengths, haystack, tokenizer, documents.thinking)
-    for (task, length), count in wanted.items():
-        kept = journal(out, bundle, task, length)
-        names = [f"{task}-{length}-{index:04d}" for index in range(count)]
-        for name in tqdm([name for name in names if name not in kept.records], f"{task} {length}"):
-            kept.add(runner.run(examples[name]()))
+    context = backbone.info.context
+    if max(lengths) > context:
+        raise InputError(f"--length {max(lengths)}: the backbone's context is {context} tokens")
+    haystack = unseen_text(config, documents, tokenizer, context)  # whatever is asked, the same examples
+    thinking = documents is not None and documents.thinking
+    runner = Runner(model, tokenizer, indexer, config, thinking, context)
+    examples = generate_examples(config, lengths, haystack, tokenizer, thinking)
+    settings, made = answer_settings(runner, haystack), origin(model.device)
+    found = {}
+    for length in lengths:
+        for task in config.tasks:
+            count = config.texts if task == "text" else config.examples
+            names = [f"{task}-{length}-{index:04d}" for index in range(count)]
+            journal = Journal(out / f"{task}-{length}" / "answers.jsonl", settings)
+            for name in tqdm([name for name in names if name not in journal.records], f"{task} {length}"):
+                journal.add(runner.run(examples[name]()) | {"origin": made})
+            found[task, length] = [journal.records[name] for name in names]
+    return found
 
 
-def journal(out: Path, bundle: Path, task: str, length: int) -> Journal:
-    """The answers of one cell; those of another bundle are refused."""
-    return Journal(
-        out / f"{task}-{length}" / "answers.jsonl", {"bundle": json.loads((bundle / "bundle.json").read_text())}
-    )
+def rows(records: Sequence[Record], task: str, length: int) -> list[dict[str, Any]]:
+    """A row per policy and budget: [mean, low, high] over the records of each metric and of the indexer's lead.
 
-
-def rows(records: list[Record], cell: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per policy and budget: means over the records with intervals, and the indexer's lead."""
-    metrics = ("kl", "agreement") if cell["task"] == "text" else ("score",)
-    solved = np.array([record["runs"][0].get("score", 1.0) >= 1 for record in records])
+    A lead is None where the indexer has no run of that budget, as over policies that know none. left_out: records
+    without an answer, which no figure counts; solved: those that full attention answers.
+    """
+    metrics = ("kl", "agreement") if task == "text" else ("score",)
+    answered = [record for record in records if record["runs"]]
     runs: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
-    for record in records:
+    for record in answered:
         for run in record["runs"]:
             runs.setdefault((run["policy"], run["budget"]), []).append(run)
+    solved = np.array([record["runs"][0].get("score", 1.0) >= 1 for record in answered])
     found = []
     for (policy, budget), members in runs.items():
-        row = cell | {"policy": policy, "budget": budget, "examples": len(members), "solved": int(solved.sum())}
+        row = {"task": task, "length": length, "policy": policy, "budget": budget, "examples": len(members)}
+        row |= {"left_out": len(records) - len(answered), "solved": int(solved.sum())}
         row |= {name: float(np.mean([run[name] for run in members])) for name in ("kept", "chunks")}
         row["kv_mb"] = float(np.mean([run["kv_bytes"] for run in members])) / 1e6
-        ours = runs.get(("indexer", budget), members)
+        ours = None if policy == "indexer" else runs.get(("indexer", budget))
         for metric in metrics:
-            own, lead = (np.array([run[metric] for run in each], float) for each in (members, ours))
-            row[metric] = interval(own)
-            row[f"{metric}_lead"] = interval(lead - own)
+            own = np.array([run[metric] for run in members], float)
+            lead = None if ours is None else np.array([run[metric] for run in ours], float) - own
+            row |= {metric: interval(own), f"{metric}_lead": NONE if lead is None else interval(lead)}
             if metric == "score":
-                row |= {"score_of_solved": interval(own[solved]), "lead_of_solved": interval((lead - own)[solved])}
+                row["score_of_solved"] = interval(own[solved])
+                row["lead_of_solved"] = NONE if lead is None else interval(lead[solved])
         found.append(row)
     return found
 
 
 def interval(values: np.ndarray) -> list[float | None]:
-    """[mean, low, high]; None where there is none."""
-    bounds = [float(each[0]) for each in bootstrap_means(values[:, None])] if len(values) else [np.nan] * 3
+    """[mean, low, high] by a bootstrap over `values`; None where there is none."""
+    if not len(values):
+        return NONE
+    bounds = [float(each[0]) for each in bootstrap_means(values[:, None])]
     return [None if np.isnan(bound) else bound for bound in bounds]
 
 
 def tables(found: list[dict[str, Any]]) -> str:
     """What is printed: answers, then text."""
 
-    def cells(row: dict[str, Any], *names: str) -> list[str]:
-        return ["-" if row[name][0] is None else f"{row[name][0]:.3f} [{row[name][1]:+.3f}, {row[name][2]:+.3f}]"
-                if row[name][1] is not None else f"{row[name][0]:.3f}" for name in names]  # fmt: skip
+    def cell(value: list[float | None]) -> str:
+        mean, low, high = value
+        if mean is None:
+            return "-"
+        return f"{mean:.3f}" if low is None else f"{mean:.3f} [{low:+.3f}, {high:+.3f}]"
 
-    def lines(kind: bool, *names: str) -> list[list[Any]]:
+    def lines(text: bool, *names: str) -> list[list[Any]]:
         return [
             [f"{row['length']:,}", row["task"], row["policy"], row["budget"], row["examples"], row["solved"],
-             *cells(row, *names), f"{row['kept']:.1%}", row["kv_mb"]]
-            for row in found if (row["task"] == "text") == kind
+             *(cell(row[name]) for name in names), f"{row['kept']:.1%}", row["kv_mb"]]
+            for row in found if (row["task"] == "text") == text
         ]  # fmt: skip
 
     head = ["tokens", "task", "policy", "budget", "n", "solved"]
@@ -122,17 +139,17 @@ def main() -> None:
     parser.add_argument("--length", type=int, action="append", required=True)
     parser.add_argument("--task", action="append", help="of the recipe's, all of them by default")
     arguments = parser.parse_args()
-    recipe = load_recipe(arguments.recipe)
-    config = recipe.benchmark.changed([], tasks=arguments.task)
-    answer(recipe, arguments.bundle, arguments.length, config, arguments.out)
-    found = []
-    for length in arguments.length:
-        for task in config.tasks:
-            records = list(journal(arguments.out, arguments.bundle, task, length).records.values())
-            found += rows(records, {"task": task, "length": length}) if records else []
+    try:
+        recipe = load_recipe(arguments.recipe)
+        config = recipe.benchmark.changed([], tasks=arguments.task)
+        cells = answer(recipe, arguments.bundle, arguments.length, config, arguments.out)
+    except InputError as error:
+        parser.error(str(error))
+    found = [row for (task, length), records in cells.items() for row in rows(records, task, length)]
     print(tables(found))
-    report = {"origin": origin("cuda" if torch.cuda.is_available() else "cpu"), "rows": found}
-    (arguments.out / "end_to_end.json").write_text(json.dumps(report, indent=1))
+    made = {json.dumps(record["origin"]): record["origin"] for records in cells.values() for record in records}
+    report = json.dumps({"origins": list(made.values()), "rows": found}, indent=1)
+    write_atomically(arguments.out / "end_to_end.json", lambda path: path.write_text(report + "\n"))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def benchmark(
     answers of other settings.
     """
     check_backbone(indexer, backbone)
-    documents = _documents(indexer)
+    documents = trained_documents(indexer)
     trained = None if documents is None else documents.tokens[1]
     thinking = documents is not None and documents.thinking
     runner = Runner(backbone.model, tokenizer, indexer, config, thinking, backbone.info.context)
@@ -51,7 +51,7 @@ def benchmark(
     if config.tasks or not config.files:
         try:
             lengths, notes = _lengths(config, trained, backbone.info.context)
-            haystack = _haystack(config, documents, tokenizer, max(lengths))
+            haystack = unseen_text(config, documents, tokenizer, max(lengths))
             generated |= generate_examples(config, lengths, haystack, tokenizer, thinking)
         except InputError as error:  # files are asked all the same where nothing was said of what to generate
             if not config.files or config.tasks != ["mrcr"] or config.lengths or config.haystack:
@@ -64,7 +64,7 @@ def benchmark(
         name: lambda build=build: (build(), None) for name, build in generated.items()
     }
     asked |= {example.name: lambda pair=(example, after): pair for example, after in in_order(read)}
-    journal = Journal(out / JOURNAL, _settings(runner, haystack))
+    journal = Journal(out / JOURNAL, answer_settings(runner, haystack))
     for name in progress([name for name in asked if name not in journal.records], "asking"):
         journal.add(runner.run(*asked[name]()))
     records = [journal.records[name] for name in [*generated, *(example.name for example in read)]]
@@ -79,7 +79,7 @@ def benchmark(
     return sections, notes
 
 
-def _settings(runner: Runner, haystack: Haystack | None) -> dict[str, Any]:
+def answer_settings(runner: Runner, haystack: Haystack | None) -> dict[str, Any]:
     """What the answer to an example depends on; how many are asked, and which, is not part of it."""
     weights = hashlib.sha256()
     for name, value in sorted(runner.indexer.query_encoder.state_dict().items()):
@@ -95,7 +95,7 @@ def _settings(runner: Runner, haystack: Haystack | None) -> dict[str, Any]:
     }
 
 
-def _documents(indexer: MemoryIndexer) -> DocumentsConfig | None:
+def trained_documents(indexer: MemoryIndexer) -> DocumentsConfig | None:
     """The settings of the documents that trained the indexer, None where it does not say them."""
     made = indexer.spec.provenance
     if made is None:
@@ -127,9 +127,11 @@ def _lengths(config: BenchmarkConfig, trained: int | None, context: int) -> tupl
     return sorted({*lengths, beyond}), [] if beyond == 2 * trained else [short]
 
 
-def _haystack(
+def unseen_text(
     config: BenchmarkConfig, documents: DocumentsConfig | None, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> Haystack:
+    """What examples of up to `longest` tokens are made of. Raises InputError where the bundle does not say what its
+    training held out, and no other text is named."""
     if config.haystack is not None:
         return Haystack(config.haystack, "text", 1.0, tokenizer, longest)
     if documents is None or not (share := heldout_share(documents)):
