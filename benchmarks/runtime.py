@@ -1,33 +1,72 @@
 """A model decoding through the runtime: tokens per second, memory and fetches, full attention beside LSA.
 
     python -m benchmarks.runtime --bundle runs/pocket/bundle --model recipes/pocket_v4/model --prompt PROMPT.jsonl
+    python -m benchmarks.runtime --bundle runs/long/bundle --model FILE.gguf --recipe gemma-3-270m-long --length 32768
 
-The prompt is the first `input` of a RULER file. Every row reads what full attention wrote behind it, so that resident
-sets can be compared: `windows_as_torch` counts those that equal the torch backend's. Time is that of decoding alone.
+--model is what a recipe's `backbone.path` may be. The prompt is the first `input` of a RULER file, or text that the
+recipe holds out, of as many tokens as make up --length with those behind it. Rows: everything resident; LSA with the
+torch backend at lag 0 and 1; the same with Triton, where it computes the bundle. All read what full attention wrote
+behind the prompt, and time is that of decoding alone, from the first window to the last token's logits.
+
+`windows_as_cpu` counts windows whose set equals that of the torch backend on the CPU, from the same hidden states and
+keys; `windows_as_torch` those that equal the torch row's of the same lag, whose hidden states may differ once a set
+did; `times_full`: tokens a second over those with everything resident; `peak_mb`: GPU memory while decoding, the model
+included; `resident_mb`: the largest window's; `fetched_mb_a_window`: without the first, which follows a full prompt.
 """
 
 import argparse
 import json
+import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.machine import origin
+from data_gen.backbones.load import load_backbone
+from data_gen.config import BackboneConfig
+from data_gen.documents import heldout_share
+from data_gen.errors import InputError
+from eval.decode.hosts.moving import Prepared
+from eval.decode.level1 import Level1
 from eval.decode.runtime import LSARuntime
+from eval.tasks.haystack import Haystack
 from indexer_train.bridge.bundle import load_bundle
 from indexer_train.selection import Budget
+from recipes import load_recipe
+
+SLACK = 1.1
+"""Times the tokens wanted that are drawn: paragraphs may take fewer tokens together than one by one."""
 
 
-def decode(runtime: LSARuntime, ids: torch.Tensor, follow: torch.Tensor) -> dict[str, Any]:
-    """Read the prompt, then time reading `follow` [1, T]. Returns figures and the resident chunks of every window."""
+@dataclass(frozen=True)
+class Windows:
+    """What a run chose. asked: hidden states [1, L, hidden] and position [1] of each choice; chosen: [R] chunks of each
+    window; keys: [N, L, width] of all chunks, at the end."""
+
+    asked: list[tuple[torch.Tensor, torch.Tensor]]
+    chosen: list[torch.Tensor]
+    keys: torch.Tensor
+
+
+def decode(runtime: LSARuntime, ids: torch.Tensor, follow: torch.Tensor) -> tuple[dict[str, Any], Windows]:
+    """Read the prompt ids [1, S], then time reading `follow` [1, T]. Returns figures, and what every window kept."""
     runtime.reset()
-    runtime.generate(
-        ids, max_new_tokens=1, do_sample=False, eos_token_id=None
-    )  # prefill, and what is compiled on the way
-    chosen, keep = [], runtime.host.keep
-    runtime.host.keep = lambda resident: chosen.append(resident[0].clone()) or keep(resident)
+    runtime.generate(ids, max_new_tokens=1, do_sample=False, eos_token_id=None)  # and what is compiled on the way
+    asked, chosen, keep, queries = [], [], runtime.host.keep, runtime.level1.queries
+
+    def note_keep(wanted: list[torch.Tensor] | Prepared) -> Any:
+        chosen.append((wanted.resident if isinstance(wanted, Prepared) else wanted)[0].clone())
+        return keep(wanted)
+
+    def note_queries(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        asked.append((hidden.clone(), positions))
+        return queries(hidden, positions)
+
+    runtime.host.keep, runtime.level1.queries = note_keep, note_queries
     if ids.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -35,61 +74,109 @@ def decode(runtime: LSARuntime, ids: torch.Tensor, follow: torch.Tensor) -> dict
     runtime.refresh()
     with runtime.host.attached(), torch.no_grad():
         for step, token in enumerate(follow.split(1, dim=1)):
-            if step and step % runtime.spec.window == 0:
-                runtime.refresh()
+            if step:
+                runtime.advance()
             logits = runtime.host.read(token)
     logits.cpu()
     seconds = time.perf_counter() - started
-    del runtime.host.keep
+    peak = torch.cuda.max_memory_allocated() / 1e6 if ids.is_cuda else None
+    del runtime.host.keep, runtime.level1.queries
     done = runtime.windows[windows:]
-    return {
+    figures = {
+        "prompt_tokens": ids.shape[1],
+        "tokens": follow.shape[1],
         "tokens_per_second": follow.shape[1] / seconds,
+        "peak_mb": peak,
         "resident_share": sum(w.resident for w in done) / sum(w.chunks for w in done),
         "resident_mb": max(w.bytes for w in done) / 1e6,
         "fetched_mb_a_window": sum(w.fetched_bytes for w in done[1:]) / max(1, len(done) - 1) / 1e6,
-        "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if ids.is_cuda else None,
-        "chosen": chosen,
     }
+    return figures, Windows(asked, chosen, runtime.host.keys()[0].cpu())
+
+
+def as_cpu(runtime: LSARuntime, reference: Level1, windows: Windows) -> str:
+    """How many windows kept what `reference`, on the CPU, asks for."""
+    right = 0
+    for (hidden, positions), chosen in zip(windows.asked, windows.chosen, strict=False):
+        seen = windows.keys[: runtime.spec.chunking.visible(int(positions))]
+        wanted = reference.resident(reference.queries(hidden.cpu(), positions.cpu()), seen)
+        right += torch.equal(wanted.row(0).long(), chosen.long().cpu())
+    return f"{right} of {len(windows.chosen)}"
 
 
 def measure(
     model: PreTrainedModel, bundle: Path, ids: torch.Tensor, tokens: int, budget: float
 ) -> list[dict[str, Any]]:
-    """A row each for everything resident, and for `budget` with every backend that the machine has."""
-    rows, indexer = [], load_bundle(bundle)
+    """A row for everything resident, and one for `budget` with every backend that computes the bundle, at each lag."""
+    rows: list[dict[str, Any]] = []
+    by_torch: dict[int, list[torch.Tensor]] = {}
     written = model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None)[:, ids.shape[1] :]
-    for share, backend in [(1.0, "torch"), (budget, "torch"), *([(budget, "triton")] if ids.is_cuda else [])]:
-        runtime = LSARuntime(indexer, model, selection=Budget(budget=share), backend=backend)
-        rows.append({"budget": share, "backend": backend, **decode(runtime, ids, written)})
+    kinds = [(1.0, "torch", 0), *((budget, backend, lag) for backend in ("torch", "triton") for lag in (0, 1))]
+    for share, backend, lag in kinds:
+        selection = Budget(budget=share)
+        try:
+            runtime = LSARuntime(load_bundle(bundle), model, selection=selection, backend=backend, lag=lag)
+        except InputError as error:
+            if backend == "torch":
+                raise
+            print(f"no row for Triton at lag {lag}: {error}")
+            continue
+        found, windows = decode(runtime, ids, written)
+        row = {"budget": share, "backend": backend, "lag": lag, **found}
+        row["times_full"] = found["tokens_per_second"] / (rows[0] if rows else found)["tokens_per_second"]
+        row["windows_as_cpu"] = as_cpu(
+            runtime, Level1(load_bundle(bundle).to("cpu"), runtime.limits, selection), windows
+        )
+        if backend == "triton":
+            pairs = list(zip(by_torch[lag], windows.chosen, strict=True))
+            row["windows_as_torch"] = f"{sum(torch.equal(a, b) for a, b in pairs)} of {len(pairs)}"
+        elif rows:
+            by_torch[lag] = windows.chosen
+        rows.append(row)
+        print(json.dumps(row))
     return rows
 
 
+def heldout_text(recipe: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> torch.Tensor:
+    """Ids [1, tokens] of text that the recipe holds out. Raises InputError when it has less."""
+    documents = load_recipe(recipe).documents
+    wanted = int(tokens * SLACK)
+    haystack = Haystack(documents.source, documents.text_field, heldout_share(documents), tokenizer, wanted)
+    text = "\n\n".join(haystack.draw(random.Random(0), wanted))
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
+    if ids.shape[1] < tokens:
+        raise InputError(f"--length: the text drawn has {ids.shape[1]} tokens, not {tokens}; ask for another length")
+    return ids
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print a row for each way to decode; --output: the same with its origin, as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompt", type=Path, required=True, help="a RULER file")
-    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--model", required=True, help="a folder, a hub id, a .gguf file, package:NAME/FILE or tiny")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", type=Path, help="a RULER file")
+    prompt.add_argument("--length", type=int, help="tokens of held-out text, with --recipe; those decoded are counted")
+    parser.add_argument("--recipe", help="whose held-out text is read")
+    parser.add_argument("--tokens", type=int, default=192, help="tokens decoded")
     parser.add_argument("--budget", type=float, default=0.13)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).to(device).eval()
-    with open(arguments.prompt) as file:
-        text = json.loads(file.readline())["input"]
-    ids = AutoTokenizer.from_pretrained(arguments.model)(text, return_tensors="pt").input_ids.to(device)
-    rows = measure(model, arguments.bundle, ids, arguments.tokens, arguments.budget)
-    reference = rows[1].pop("chosen")
-    rows[0].pop("chosen")
-    name = torch.cuda.get_device_name() if ids.is_cuda else "CPU"
-    print(f"{name}; {ids.shape[1]} tokens read, {arguments.tokens} behind them, what full attention wrote")
-    for row in rows:
-        if (chosen := row.pop("chosen", None)) is not None:
-            pairs = list(zip(reference, chosen, strict=True))
-            row["windows_as_torch"] = f"{sum(torch.equal(a, b) for a, b in pairs)} of {len(pairs)}"
-        print(json.dumps(row))
+    if (arguments.length is None) != (arguments.recipe is None):
+        parser.error("--length and --recipe go together")
+    if arguments.length is not None and arguments.length < arguments.tokens + 2:
+        parser.error(f"--length: of {arguments.length} tokens {arguments.tokens} are decoded; two must be left to read")
+    model, tokenizer = load_backbone(BackboneConfig(path=arguments.model))
+    if arguments.prompt:
+        with open(arguments.prompt) as file:
+            ids = tokenizer(json.loads(file.readline())["input"], return_tensors="pt").input_ids
+    else:
+        ids = heldout_text(arguments.recipe, tokenizer, arguments.length - arguments.tokens)
+    where = origin(model.device)
+    print(f"{where['device']}; {ids.shape[1]} tokens read, {arguments.tokens} behind them, what full attention wrote")
+    rows = measure(model, arguments.bundle, ids.to(model.device), arguments.tokens, arguments.budget)
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.output.write_text(json.dumps({"origin": where, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

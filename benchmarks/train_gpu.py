@@ -5,7 +5,8 @@
 Data as benchmarks/train.py writes it, of 16,384 chunks, in bf16: steps of the stock trainer as `lookahead train` runs
 them, in wall time between two waits for the device. Operations are counted by torch on one step (matrix products of
 forward and backward). Device time is the sum of its kernels over profiled steps; the rest of those steps' wall time is
-the host's. A CPU runs it too, in fp32 and without the device columns: that shows only that it works.
+the host's. --output writes the figures, their settings and their origin as JSON. A CPU runs it too, in fp32 and without
+the device columns: that shows only that it works.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from benchmarks.documents import GOLDEN, write_store
+from benchmarks.machine import origin
 from benchmarks.train import BATCH, LEARNING_RATE, NEGATIVES
 from data_gen.store import TraceStore
 from indexer_train.config import CandidatesConfig, IndexerConfig, TrainConfig
@@ -112,15 +114,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
+    where = origin("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as name:
         data = write_store(Path(name) / "data", arguments.documents, arguments.chunks)
         found = measure(data, arguments.heads, arguments.rank, arguments.steps)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}, torch {torch.__version__}, H {arguments.heads}, R {arguments.rank}, N {arguments.chunks}")
+    print(f"{where['device']}, torch {where['torch']}, H {arguments.heads}, R {arguments.rank}, N {arguments.chunks}")
     for figure, value in found.items():
         print(f"{figure}: {value:.4g}")
     if arguments.output:
-        arguments.output.write_text(json.dumps({"device": device, **vars(arguments), **found}, indent=1, default=str))
+        settings = {name: value for name, value in vars(arguments).items() if name != "output"}
+        arguments.output.write_text(json.dumps({"origin": where, **settings, **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

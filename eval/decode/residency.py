@@ -21,7 +21,7 @@ from eval.decode.table import Table
 
 
 class Ticket(Protocol):
-    """Work under way. `result` makes what follows come after it, and raises what it raised."""
+    """Work under way. `result` is what it returned, or raises what it raised; what follows comes after the work."""
 
     def done(self) -> bool: ...
 
@@ -31,20 +31,24 @@ class Ticket(Protocol):
 class Lane(Protocol):
     """Runs work beside the decoding: a SideStream on a device, a ThreadPoolExecutor on a CPU."""
 
-    def submit(self, work: Callable[..., None], /, *args: Any) -> Ticket: ...
+    def submit(self, work: Callable[..., Any], /, *args: Any) -> Ticket: ...
 
 
 class SideStream:
-    """A CUDA stream beside the current one; its work starts after everything that was queued before it."""
+    """A CUDA stream beside the current one; its work starts after everything that was queued before it.
+
+    Memory that the work allocates is the side stream's: it may be dropped at any time, for it is given out again only
+    to later work, which waits for whatever the current stream still reads.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
-    def submit(self, work: Callable[..., None], /, *args: Any) -> "StreamTicket":
+    def submit(self, work: Callable[..., Any], /, *args: Any) -> "StreamTicket":
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            work(*args)
-        return StreamTicket(self._stream.record_event())
+            value = work(*args)
+        return StreamTicket(self._stream.record_event(), self._stream.device, value)
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,15 @@ class StreamTicket:
     """Done when the device has passed `event`."""
 
     event: torch.cuda.Event
+    device: torch.device
+    value: Any
 
     def done(self) -> bool:
         return self.event.query()
 
-    def result(self) -> None:
-        torch.cuda.current_stream().wait_event(self.event)
+    def result(self) -> Any:
+        torch.cuda.current_stream(self.device).wait_event(self.event)
+        return self.value
 
 
 def side_lane(device: torch.device) -> Lane:

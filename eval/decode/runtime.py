@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -17,9 +17,11 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from data_gen.errors import InputError
 from data_gen.store import write_atomically
 from eval.decode.fallback import Fallback, Served, serve
+from eval.decode.hosts.moving import Prepared
 from eval.decode.hosts.resident import Move
 from eval.decode.level1 import Backend, PagedKeys, open_level1
 from eval.decode.open import open_host
+from eval.decode.options import check_call
 from eval.decode.select import Limits
 from indexer_train.bridge.bundle import load_bundle
 from indexer_train.model import MemoryIndexer
@@ -27,34 +29,15 @@ from indexer_train.selection import Budget, Threshold
 
 NOTHING = torch.empty(0, 0, dtype=torch.int64)
 """No sequence, no token."""
-PLAIN: dict[str, tuple] = {
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "use_cache": (True,),
-    "cache_implementation": ("hybrid",),  # in checkpoints of Gemma; transformers takes no notice of it
-    "guidance_scale": (1,),
-    "penalty_alpha": (0,),
-    "token_healing": (False,),
-    "use_mtp": (False,),
-    "past_key_values": (),
-    "inputs_embeds": (),
-    "custom_generate": (),
-    "assistant_model": (),
-    "assistant_early_exit": (),
-    "prompt_lookup_num_tokens": (),
-    "dola_layers": (),
-    "constraints": (),
-    "force_words_ids": (),
-}
-"""Options of `generate`, and the values beside None that they may have here."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """One refresh. position: the newest token read; chunks: made so far; resident, fetched, evicted: chunks, summed
-    over sequences, since the window before: what a new turn brought back is counted with its first window; bytes: of
-    the resident chunks beside the model; fetched_bytes: brought from the cold side; demand:
-    what the rule asked for beside the protected chunks; served: how, one word a sequence."""
+    """One refresh. position: the newest token read when the set was chosen; chunks: made by then; resident, fetched,
+    evicted: chunks, summed over sequences, since the window before: what a new turn brought back is counted with its
+    first window; bytes: of the resident chunks beside the model when the set came into force; fetched_bytes: brought
+    from the cold side; demand: what the rule asked for beside the protected chunks; served: how, one word a
+    sequence."""
 
     position: int
     chunks: int
@@ -67,13 +50,26 @@ class Window:
     served: list[Served]
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """A resident set [R] a sequence that is not in force yet; the rest as `Window` says."""
+
+    position: int
+    chunks: int
+    resident: list[torch.Tensor]
+    demand: list[int]
+    served: list[Served]
+
+
 class LSARuntime:
     """A model, its memory indexer, and the batch of sequences in their cache.
 
     limits: floor and cap of the resident set, by default no cap; selection: instead of the bundle's; fallback: what to
     do with windows that ask for more than the cap; backend: of Level 1 (open_level1); pageable: True keeps the cold
-    side in pageable memory, for machines that cannot pin as much, and fetches get slower. Raises InputError for a
-    bundle of another model, a cap below the protected chunks, a fallback without a threshold.
+    side in pageable memory, for machines that cannot pin as much, and fetches get slower; lag: tokens that are read
+    with the old set after a new one was chosen. With 1 the fetch runs beside that token and needs memory of its own;
+    with 0 it is waited for. The set chosen at the end of a prompt has no lag, for nothing is missing there. Raises
+    InputError for a bundle of another model, a cap below the protected chunks, a fallback without a threshold.
     """
 
     def __init__(
@@ -85,7 +81,10 @@ class LSARuntime:
         fallback: Fallback | None = None,
         backend: Backend = "auto",
         pageable: bool | None = None,
+        lag: Literal[0, 1] = 0,
     ) -> None:
+        if lag not in (0, 1):
+            raise InputError(f"lag: {lag}, but a fetch is waited for (0) or runs beside one token (1)")
         self.indexer, self.model, self.spec = indexer.to(model.device), model, indexer.spec
         self.host = open_host(model, self.spec, pageable)
         if self.spec.backbone != self.host.info.fingerprint:
@@ -99,10 +98,9 @@ class LSARuntime:
         self.level1 = open_level1(self.indexer, self.limits, selection, backend)
         if fallback is not None:
             fallback.check(self.spec, self.level1.selection)
-        self.fallback = fallback
+        self.fallback, self.lag = fallback, lag
         self.windows: list[Window] = []
-        self._moves: list[Move] = []  # since the newest window
-        self._read = NOTHING
+        self._forget()
 
     @classmethod
     def from_bundle(cls, bundle: str | Path, model: PreTrainedModel, **options: Any) -> Self:
@@ -112,7 +110,12 @@ class LSARuntime:
     def reset(self) -> None:
         """Forget all sequences and statistics."""
         self.host.cache.reset()
-        self.windows, self._moves = [], []
+        self.windows = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self._moves: list[Move] = []  # since the newest window
+        self._coming: tuple[_Choice, Prepared] | None = None
         self._read = NOTHING
 
     @torch.no_grad()
@@ -124,9 +127,9 @@ class LSARuntime:
         input_ids: [B, S], sequences of equal length. A call whose ids go on from what was read before, as a second turn
         does, reads only the new ones; any other starts anew. The prompt is read with full attention but for its last
         token, so that every new token comes from sparse attention. Raises InputError for what it does not do: padding,
-        beams, assisted decoding, another cache (`PLAIN`), more tokens than the model's context.
+        beams, assisted decoding, another cache (eval/decode/options.py), more tokens than the model's context.
         """
-        self._check(input_ids, attention_mask, options)
+        check_call(self.model, self.host.info.context, input_ids, attention_mask, options)
         read, self._read = self._read, NOTHING  # a turn that is broken off leaves nothing to go on from
         have = self.host.position + 1
         # Where all was read there is no token left to read sparsely, and none can be taken back.
@@ -147,12 +150,34 @@ class LSARuntime:
                 stopping_criteria=criteria,
                 **options,
             )
+        self._arrive()
         ids = output if isinstance(output, torch.Tensor) else output.sequences
         self._read = ids[:, : self.host.position + 1].cpu()
         return output
 
     def refresh(self) -> Window:
-        """Fix the resident set of the next tau tokens from the newest token read. Raises InputError before any is."""
+        """Choose the resident set of the next tau tokens from the newest token read, and put it in force at once.
+
+        Raises InputError before any is read.
+        """
+        self._arrive()
+        choice = self._choose()
+        return self._enforce(choice, choice.resident)
+
+    def advance(self) -> None:
+        """To be called after every token read: puts a set in force that was on its way, and begins the next window
+        when one is over."""
+        self._arrive()
+        if self.host.position - self.windows[-1].position < self.spec.window:
+            return
+        if self.lag:
+            choice = self._choose()
+            self._coming = choice, self.host.prepare(choice.resident)
+        else:
+            self.refresh()
+
+    def _choose(self) -> _Choice:
+        """What should be resident behind the newest token."""
         if self.host.position < 0:
             raise InputError("refresh: nothing was read yet; generate first")
         position, cap = self.host.position, self.limits.cap
@@ -169,12 +194,23 @@ class LSARuntime:
             kept.append(chunks)
             served.append(how)
             demand.append(int(resident.demand[0]))
-        self._moves.append(self.host.keep(kept))
+        return _Choice(position, total, kept, demand, served)
+
+    def _arrive(self) -> None:
+        """Put the set in force that is on its way, if one is."""
+        if self._coming is not None:
+            coming, self._coming = self._coming, None
+            self._enforce(*coming)
+
+    def _enforce(self, choice: _Choice, wanted: list[torch.Tensor] | Prepared) -> Window:
+        self._moves.append(self.host.keep(wanted))
         fetched, evicted = (sum(getattr(move, name) for move in self._moves) for name in ("fetched", "evicted"))
         self._moves = []
-        resident, held = sum(map(len, kept)), self.host.resident_bytes().tensors
+        resident, held = sum(map(len, choice.resident)), self.host.resident_bytes().tensors
         brought = fetched * self.host.chunk_bytes
-        window = Window(position, total, resident, fetched, evicted, held, brought, demand, served)
+        window = Window(
+            choice.position, choice.chunks, resident, fetched, evicted, held, brought, choice.demand, choice.served
+        )
         self.windows.append(window)
         return window
 
@@ -187,6 +223,7 @@ class LSARuntime:
         }
         trace = {
             "tau": self.spec.window,
+            "lag": self.lag,
             "layers": self.spec.layers,
             "selection": str(self.level1.selection),
             "cap": self.limits.cap,
@@ -206,37 +243,6 @@ class LSARuntime:
             f"{fetched / 1e6:.2f} MB fetched, {full} windows under full attention"
         )
 
-    def _check(self, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> None:
-        """Raise InputError, by name, for what would come out wrong or fail on the way."""
-        if ids.ndim != 2 or not len(ids):
-            raise InputError(f"input_ids: {list(ids.shape)} is no [sequences, tokens]; give one row a sequence")
-        if ids.shape[1] < 2:
-            raise InputError("the prompt must have at least two tokens: the resident set is fixed before its last one")
-        if mask is not None and mask.shape != ids.shape:
-            raise InputError(f"attention_mask: {list(mask.shape)}, but input_ids are {list(ids.shape)}; leave it out")
-        if mask is not None and not bool(mask.all()):
-            raise InputError("padding: sequences of a batch must be of equal length; generate the others apart")
-
-        def setting(name: str) -> Any:
-            configs = (options.get("generation_config"), self.model.generation_config)
-            found = (options.get(name), *(getattr(config, name, None) for config in configs))
-            return next((value for value in found if value is not None), None)
-
-        for name, allowed in PLAIN.items():
-            if (value := setting(name)) is not None and value not in allowed:
-                raise InputError(
-                    f"{name}: lookahead sparse attention writes one answer a prompt, greedy or sampled, from its own "
-                    f"cache; leave {name} out of the options and of the generation config"
-                )
-        new, longest = setting("max_new_tokens"), setting("max_length")
-        # Unasked it stops at the context by itself.
-        longest = ids.shape[1] + new if new is not None else longest or ids.shape[1]
-        if longest > self.host.info.context:
-            raise InputError(
-                f"{ids.shape[1]} tokens and the new ones make up to {longest}, but the backbone's context is "
-                f"{self.host.info.context}; ask for fewer (max_new_tokens) or shorten the prompt"
-            )
-
     def _keep_everything(self, sequences: int) -> None:
         """Bring back all chunks: what the user says next is read with full attention."""
         if self.host.position >= 0:
@@ -252,13 +258,11 @@ def _paged(rows: torch.Tensor) -> PagedKeys:
 
 
 class _Refresh(StoppingCriteria):
-    """Never stops; looks after each new token whether a window is over."""
+    """Never stops; lets the runtime see to the resident set after each new token."""
 
     def __init__(self, runtime: LSARuntime) -> None:
         self.runtime = runtime
 
     def __call__(self, input_ids: torch.Tensor, scores: Sequence[torch.Tensor], **kwargs: Any) -> torch.Tensor:
-        runtime = self.runtime
-        if runtime.host.position - runtime.windows[-1].position >= runtime.spec.window:
-            runtime.refresh()
+        self.runtime.advance()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from data_gen.trace import BackboneInfo
+from eval.decode.hosts.moving import Prepared
 from eval.decode.hosts.resident import Move
 
 
@@ -55,8 +56,13 @@ class Host(Protocol):
         """Keys of all complete chunks as a trace holds them: [B, N, layers, width], fp16 or uint8."""
         ...
 
-    def keep(self, resident: Sequence[torch.Tensor]) -> Move:
-        """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them."""
+    def prepare(self, resident: Sequence[torch.Tensor]) -> Prepared:
+        """Start fetching what is missing of a resident set, beside what is read next with the old one."""
+        ...
+
+    def keep(self, resident: Sequence[torch.Tensor] | Prepared) -> Move:
+        """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them, and
+        those made since it was prepared."""
         ...
 
     @property

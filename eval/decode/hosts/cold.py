@@ -1,12 +1,14 @@
 """The cold side of a host: all chunks of a batch of sequences, in host memory."""
 
 import copy
+from concurrent.futures import Future
 
 import numpy as np
 import torch
 
 from eval.decode.fetch import best_move
 from eval.decode.pools import ColdPool, HotPool
+from eval.decode.residency import Lane, Ticket, side_lane
 
 
 class ColdEntries:
@@ -20,6 +22,7 @@ class ColdEntries:
         self._pageable = pageable
         self.pools: list[ColdPool] = []
         self._shared: list[bool] = []
+        self._lane: Lane | None = None
 
     @property
     def count(self) -> int:
@@ -42,16 +45,24 @@ class ColdEntries:
                 self._shared[sequence] = False
             self.pools[sequence].append(new)
 
-    def fetch(self, sequences: torch.Tensor, chunks: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Units of (sequence, chunk) pairs, sequences ascending: [n] each -> [n, *shape] on `device`."""
-        parts = []
-        for sequence, pool in enumerate(self.pools):
-            units = chunks[sequences == sequence].numpy().astype(np.int32)
-            if len(units):
-                landing = HotPool(len(units), pool.layout.shape, pool.layout.dtype, device)
-                best_move(pool, landing)(pool, units, landing, np.arange(len(units), dtype=np.int32))
-                parts.append(landing.slots)
-        return torch.cat(parts)
+    def fetch(
+        self, sequences: torch.Tensor, chunks: torch.Tensor, device: torch.device, beside: bool = False
+    ) -> Ticket:
+        """Units of (sequence, chunk) pairs, sequences ascending: [n] each -> [n, *shape] on `device`, as `result`.
+
+        beside: in a lane of its own, while decoding goes on (from pageable memory to a GPU it waits all the same).
+        """
+        asked = [
+            (pool, units)
+            for sequence, pool in enumerate(self.pools)
+            if len(units := chunks[sequences == sequence].numpy().astype(np.int32))
+        ]
+        if beside:
+            self._lane = self._lane or side_lane(device)
+            return self._lane.submit(_land, asked, device)
+        ticket: Future[torch.Tensor] = Future()
+        ticket.set_result(_land(asked, device))
+        return ticket
 
     def units(self, sequence: int) -> torch.Tensor:
         """All chunks of a sequence, [N, *shape] on the CPU."""
@@ -70,6 +81,16 @@ class ColdEntries:
         if self.pools:
             self.pools = [self.pools[sequence] for sequence in sequences]
             self._shared = [True] * len(sequences)
+
+
+def _land(asked: list[tuple[ColdPool, np.ndarray]], device: torch.device) -> torch.Tensor:
+    """Units of several pools, one behind the other, in new memory of the device: [n, *shape]."""
+    parts = []
+    for pool, units in asked:
+        landing = HotPool(len(units), pool.layout.shape, pool.layout.dtype, device)
+        best_move(pool, landing)(pool, units, landing, np.arange(len(units), dtype=np.int32))
+        parts.append(landing.slots)
+    return torch.cat(parts)
 
 
 def _segments(pool: ColdPool) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from eval.decode.entries import EntryShape
 from eval.decode.hosts.base import ResidentBytes
 from eval.decode.hosts.deepseek_v4_cache import ResidentCsaCache
 from eval.decode.hosts.deepseek_v4_masks import resident_masks
+from eval.decode.hosts.moving import Prepared
 from eval.decode.hosts.resident import Move
 
 
@@ -83,7 +84,11 @@ class DeepseekV4Host:
         """Keys of all chunks made so far, as a trace holds them: [B, N, layers, d + 4] uint8."""
         return self.cache.keys().to(self.model.device)
 
-    def keep(self, resident: Sequence[torch.Tensor]) -> Move:
+    def prepare(self, resident: Sequence[torch.Tensor]) -> Prepared:
+        """Start fetching what is missing of a resident set, beside what is read next with the old one."""
+        return self.cache.prepare(resident)
+
+    def keep(self, resident: Sequence[torch.Tensor] | Prepared) -> Move:
         """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them."""
         return self.cache.keep(resident)
 

@@ -9,10 +9,9 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache
 
 from data_gen.backbones.deepseek_v4_hooks import CSA
-from data_gen.errors import InputError
 from data_gen.key_codec import encode_keys, hadamard
-from eval.decode.hosts.cold import ColdEntries
-from eval.decode.hosts.resident import PAD, Move, ResidentTable
+from eval.decode.hosts.moving import MovingChunks
+from eval.decode.hosts.resident import Move
 
 NAMES = ("compressor", "indexer")
 """What a chunk is made of in each CSA layer: its attention entry, then its native index key."""
@@ -20,7 +19,7 @@ TILE = 1024
 """Chunks that go to the cold side at once."""
 
 
-class ResidentCsaCache(DynamicCache):
+class ResidentCsaCache(MovingChunks, DynamicCache):
     """The stock cache, whose CSA layers hold the entries of the resident chunks alone; one table for all layers.
 
     Stock CSA layers append what they make to what they hold and count apart from it, so that fewer entries, in the
@@ -32,13 +31,13 @@ class ResidentCsaCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig, observed: Sequence[int] = (), pageable: bool | None = None) -> None:
         super().__init__(config=config)
+        self.pageable = pageable
         self.csa = [layer for layer, kind in enumerate(config.layer_types) if kind == CSA]
-        self.observed, self._pageable = list(observed), pageable
+        self.observed = list(observed)
         self._forget()
 
     def _forget(self) -> None:
-        self.table = ResidentTable()
-        self.cold = ColdEntries(self._pageable)
+        super()._forget()
         self.newest: dict[int, torch.Tensor] = {}
         self._keys: list[torch.Tensor] = []
 
@@ -57,19 +56,18 @@ class ResidentCsaCache(DynamicCache):
         hot = self._csa_layers[0].compressed_kv["compressor"]
         return 0 if hot is None else len(hot)
 
-    def resident(self) -> list[torch.Tensor]:
-        """The resident chunks of each sequence, ascending."""
-        return [row[row != PAD] for row in self.table.chunks(self.total, self.batch)]
+    @property
+    def device(self) -> torch.device:
+        return self._csa_layers[0].device
 
     def stage(self) -> None:
         """Copy the chunks made since the last time to the cold side, and encode their keys."""
-        device = self._csa_layers[0].device
         while (first := self.cold.count) < self.total or not self.cold.pools:  # no chunks yet: pools all the same
             held = self._csa_layers[0].compressed_kv["compressor"].shape[1]
             rows = slice(held - self.total + first, held - self.total + min(first + TILE, self.total))
             units = torch.stack(
                 [
-                    torch.cat([layer.compressed_kv[name][:, rows].to(device) for name in NAMES], dim=-1)
+                    torch.cat([layer.compressed_kv[name][:, rows].to(self.device) for name in NAMES], dim=-1)
                     for layer in self._csa_layers
                 ],
                 dim=2,
@@ -90,17 +88,9 @@ class ResidentCsaCache(DynamicCache):
         width = self._csa_layers[0].compressed_kv["indexer"].shape[-1]
         return self.cold.units(sequence)[..., -width:]
 
-    def keep(self, resident: Sequence[torch.Tensor]) -> Move:
-        """Make exactly these chunks resident, one [R] of ascending ids a sequence; later ones join on their own.
-
-        Raises InputError for another number of sequences, and for ids that are not ascending chunks made so far.
-        """
-        if len(resident) != self.batch:
-            raise InputError(f"{len(resident)} resident sets, but the cache holds {self.batch} sequences: one for each")
-        self.stage()
-        move = self.table.move_to(resident, self.total)
-        fetched = self.cold.fetch(*move.fetch, self._csa_layers[0].device) if move.fetched else None
-        for ordinal, layer in enumerate(self._csa_layers if self.total else []):
+    def _rewrite(self, move: Move, fetched: torch.Tensor | None) -> None:
+        """fetched: [n, CSA layers, entry and key], or None."""
+        for ordinal, layer in enumerate(self._csa_layers):
             first = 0
             for name in NAMES:
                 hot = layer.compressed_kv[name]
@@ -111,7 +101,6 @@ class ResidentCsaCache(DynamicCache):
                     rows[_on(hot, move.fetch_to)] = part.to(hot.device)
                 layer.compressed_kv[name] = rows
                 first += hot.shape[-1]
-        return move
 
     def resident_bytes(self) -> int:
         """Bytes of the resident entries and native index keys of all CSA layers, as they lie."""
@@ -132,15 +121,8 @@ class ResidentCsaCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        if len(self.table.kept) > 1:
-            self.table.kept = self.table.kept[beam_idx.cpu()]
-        self.cold.reorder(beam_idx.tolist())
         self._keys = [keys[beam_idx.to(keys.device)] for keys in self._keys]
         self.newest = {ordinal: state[beam_idx.to(state.device)] for ordinal, state in self.newest.items()}
-
-    def reset(self) -> None:
-        super().reset()
-        self._forget()
 
 
 def _fork_layer(layer: CacheLayerMixin) -> CacheLayerMixin:

@@ -13,6 +13,7 @@ from data_gen.backbones.observe import observe
 from data_gen.errors import InputError
 from eval.decode.hosts.base import ResidentBytes
 from eval.decode.hosts.dense_cache import ResidentCache
+from eval.decode.hosts.moving import Prepared
 from eval.decode.hosts.resident import PAD, Move
 
 PIECE_TOKENS = 4096
@@ -87,7 +88,11 @@ class DenseHost:
         """Mean keys of all complete chunks, as a trace holds them: [B, N, layers, KV * d] fp16."""
         return self.cache.chunk_keys(self.layers).to(self.model.device)
 
-    def keep(self, resident: Sequence[torch.Tensor]) -> Move:
+    def prepare(self, resident: Sequence[torch.Tensor]) -> Prepared:
+        """Start fetching what is missing of a resident set, beside what is read next with the old one."""
+        return self.cache.prepare(resident)
+
+    def keep(self, resident: Sequence[torch.Tensor] | Prepared) -> Move:
         """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them."""
         return self.cache.keep(resident)
 

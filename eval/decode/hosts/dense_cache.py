@@ -8,10 +8,9 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from data_gen.backbones.observe import AttentionCall
-from data_gen.errors import InputError
 from data_gen.keys import KeyPooler, flatten_heads
-from eval.decode.hosts.cold import ColdEntries
-from eval.decode.hosts.resident import PAD, Move, ResidentTable
+from eval.decode.hosts.moving import MovingChunks
+from eval.decode.hosts.resident import Move
 
 TILE = 64
 """Chunks that go to the cold side at once."""
@@ -75,7 +74,7 @@ class ResidentLayer(DynamicLayer):
         self.leave_room()
 
 
-class ResidentCache(DynamicCache):
+class ResidentCache(MovingChunks, DynamicCache):
     """A ResidentLayer for every full-attention layer, one resident set for all; sliding-window layers stay stock.
 
     Chunks are of `chunk_tokens` tokens. New tokens are resident until the next `keep`; then complete chunks go cold.
@@ -95,12 +94,11 @@ class ResidentCache(DynamicCache):
         for layer in full_layers:
             self.layers[layer] = ResidentLayer()
         self.full_layers, self.chunk_tokens, self.observed = list(full_layers), chunk_tokens, list(observed)
-        self._pageable = pageable
+        self.pageable = pageable
         self._forget()
 
     def _forget(self) -> None:
-        self.table = ResidentTable()
-        self.cold = ColdEntries(self._pageable)
+        super()._forget()
         self.pooled = {layer: KeyPooler(self.chunk_tokens) for layer in self.observed}
         self.newest: dict[int, torch.Tensor] = {}
 
@@ -118,9 +116,9 @@ class ResidentCache(DynamicCache):
         """Sequences read, 0 before any."""
         return len(self.full[0].keys) if self.full[0].is_initialized else 0
 
-    def resident(self) -> list[torch.Tensor]:
-        """The resident chunks of each sequence, ascending."""
-        return [row[row != PAD] for row in self.table.chunks(self.total, self.batch)]
+    @property
+    def device(self) -> torch.device:
+        return self.full[0].device
 
     def remember(self, call: AttentionCall) -> None:
         """Note what an observed layer was asked, and the keys of the new tokens."""
@@ -130,8 +128,7 @@ class ResidentCache(DynamicCache):
 
     def chunk_keys(self, layers: Sequence[int]) -> torch.Tensor:
         """Chunk keys of observed layers as traces store them: [B, N, layers, KV * d] fp16."""
-        device = self.full[0].device
-        return torch.stack([flatten_heads(self.pooled[layer].pooled).half().to(device) for layer in layers], dim=2)
+        return torch.stack([flatten_heads(self.pooled[layer].pooled).half().to(self.device) for layer in layers], dim=2)
 
     def stage(self) -> None:
         """Copy the chunks completed since the last time to the cold side: a unit is a chunk in all layers."""
@@ -140,25 +137,15 @@ class ResidentCache(DynamicCache):
             last = min(first + TILE, self.total)
             columns = slice((first + behind) * size, (last + behind) * size)
             parts = [
-                _by_chunk(side[:, :, columns], size).transpose(1, 2).flatten(2).to(self.full[0].device)
+                _by_chunk(side[:, :, columns], size).transpose(1, 2).flatten(2).to(self.device)
                 for layer in self.full
                 for side in (layer.keys, layer.values)
             ]
             self.cold.append(torch.cat(parts, dim=-1))
 
-    def keep(self, resident: Sequence[torch.Tensor]) -> Move:
-        """Make exactly these complete chunks resident, one [R] of ascending ids a sequence, beside the unfinished one.
-
-        Raises InputError for another number of sequences, and for ids that are not ascending complete chunks.
-        """
-        if len(resident) != self.batch:
-            raise InputError(f"{len(resident)} resident sets, but the cache holds {self.batch} sequences: one for each")
-        self.stage()
+    def _rewrite(self, move: Move, fetched: torch.Tensor | None) -> None:
+        """Beside the unfinished chunk, which stays. fetched: [n, keys and values of all layers], or None."""
         width = self.table.kept.shape[1] + self.total - self.table.fresh
-        move = self.table.move_to(resident, self.total)
-        if not move.fetched and not move.evicted:  # the same chunks in the same order
-            return move
-        fetched = self.cold.fetch(*move.fetch, self.full[0].device) if move.fetched else None
         first = 0
         for layer in self.full:
             for name in ("keys", "values"):
@@ -174,7 +161,6 @@ class ResidentCache(DynamicCache):
                 first += size
                 unfinished = held[:, :, width * self.chunk_tokens :]
                 setattr(layer, name, torch.cat([rows.flatten(2, 3), unfinished], dim=2))
-        return move
 
     def resident_bytes(self) -> int:
         """Bytes of resident keys and values of the full-attention layers, as they lie."""
@@ -198,16 +184,9 @@ class ResidentCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        if len(self.table.kept) > 1:
-            self.table.kept = self.table.kept[beam_idx.cpu()]
-        self.cold.reorder(beam_idx.tolist())
         for pooler in self.pooled.values():
             pooler.reorder(beam_idx)
         self.newest = {layer: state[beam_idx.to(state.device)] for layer, state in self.newest.items()}
-
-    def reset(self) -> None:
-        super().reset()
-        self._forget()
 
 
 def _by_chunk(states: torch.Tensor, size: int) -> torch.Tensor:

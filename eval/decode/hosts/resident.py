@@ -20,16 +20,20 @@ PAD = -1
 class Move:
     """How one resident set becomes another; index pairs (sequence, row or chunk).
 
-    shape: (B, R) of the new set; stay: rows of the old set, stay_to: where they go; fetch: chunks of the cold side,
-    fetch_to: where they go; evicted: chunks that leave.
+    kept: the new set, [B, R] as the table keeps it; stay: rows of the old set, stay_to: where they go; fetch: chunks of
+    the cold side, fetch_to: where they go; evicted: chunks that leave.
     """
 
-    shape: tuple[int, int]
+    kept: torch.Tensor
     stay: tuple[torch.Tensor, torch.Tensor]
     stay_to: tuple[torch.Tensor, torch.Tensor]
     fetch: tuple[torch.Tensor, torch.Tensor]
     fetch_to: tuple[torch.Tensor, torch.Tensor]
     evicted: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.kept.shape)
 
     @property
     def fetched(self) -> int:
@@ -62,8 +66,15 @@ class ResidentTable:
         """Whether sequences keep different numbers of chunks."""
         return bool((self.kept == PAD).any())
 
-    def move_to(self, resident: Sequence[torch.Tensor], total: int) -> Move:
-        """Fix the resident chunks of each sequence ([R] ascending ids below `total`) and say what must move."""
+    def reorder(self, sequences: torch.Tensor) -> None:
+        """Sequence i becomes what sequences[i] was; a new tensor, so that what was planned before is known as stale."""
+        self.kept = self.kept[sequences.cpu()] if len(self.kept) > 1 else self.kept.clone()
+
+    def plan(self, resident: Sequence[torch.Tensor], total: int) -> Move:
+        """What must move to make these the resident chunks of each sequence, [R] ascending ids below `total`.
+
+        Raises InputError for ids that are none.
+        """
         old = self.chunks(total, len(resident))
         for sequence, chunks in enumerate(resident):
             inside = not len(chunks) or (int(chunks[0]) >= 0 and int(chunks[-1]) < total)
@@ -76,12 +87,15 @@ class ResidentTable:
         row = torch.searchsorted(old, new).clamp_max(max(old.shape[1] - 1, 0))
         held = (old.gather(1, row) == new) & (new != PAD) if old.shape[1] else torch.zeros_like(new, dtype=torch.bool)
         stay_to, fetch_to = held.nonzero(as_tuple=True), (~held & (new != PAD)).nonzero(as_tuple=True)
-        self.kept, self.fresh = new, total
         return Move(
-            shape=(len(new), longest),
+            kept=new,
             stay=(stay_to[0], row[stay_to]),
             stay_to=stay_to,
             fetch=(fetch_to[0], new[fetch_to]),
             fetch_to=fetch_to,
             evicted=int((old != PAD).sum()) - len(stay_to[0]),
         )
+
+    def fix(self, move: Move, total: int) -> None:
+        """The rows now lie as `move`, planned for `total` chunks, says."""
+        self.kept, self.fresh = move.kept, total

@@ -117,16 +117,21 @@ def test_decoding_under_an_indexer_is_the_masked_stock_model(model, indexer, bat
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_runtime_is_the_masked_stock_model(model, indexer, batch, monkeypatch):
-    runtime, sets = LSARuntime(indexer, model, selection=Budget(budget=0.2)), {}
-    keep = runtime.host.keep
+def test_the_runtime_is_the_masked_stock_model(model, indexer, batch, lag, monkeypatch):
+    runtime, sets = LSARuntime(indexer, model, selection=Budget(budget=0.2), lag=lag), {}
 
-    def watched(resident):
-        sets[runtime.host.position] = runtime.host.cache.total, [set(chunks.tolist()) for chunks in resident]
-        return keep(resident)
+    def watched(step):
+        def watching(resident):
+            if isinstance(resident, list):
+                sets[runtime.host.position] = runtime.host.cache.total, [set(chunks.tolist()) for chunks in resident]
+            return step(resident)
 
-    monkeypatch.setattr(runtime.host, "keep", watched)
+        return watching
+
+    for name in ("keep", "prepare"):
+        monkeypatch.setattr(runtime.host, name, watched(getattr(runtime.host, name)))
     ids = IDS[:batch, :120]
     found = runtime.generate(
         ids,
@@ -140,7 +145,7 @@ def test_the_runtime_is_the_masked_stock_model(model, indexer, batch, monkeypatc
     stock = DynamicCache(config=model.config)
     model(ids[:, :-1], past_key_values=stock)
     for place, logits in enumerate(found.logits, start=119):
-        total, resident = sets[118 + (place - 119) // TAU * TAU]
+        total, resident = sets[118 + max(0, place - 119 - lag) // TAU * TAU]
         with masked(model, [sorted(set(range(total)) - chunks) for chunks in resident]):
             expected = model(found.sequences[:, place : place + 1], past_key_values=stock).logits[:, 0]
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

@@ -35,10 +35,11 @@ def test_rows_hold_what_the_table_says(history):
         rows = torch.cat([rows, torch.tensor(fresh, dtype=torch.int64).reshape(batch, made)], dim=1)
         total += made
         before = [chunks | set(range(total - made, total)) for chunks in before]
-        move = table.move_to([torch.tensor(chunks, dtype=torch.int64) for chunks in resident], total)
+        move = table.plan([torch.tensor(chunks, dtype=torch.int64) for chunks in resident], total)
         after = [set(chunks) for chunks in resident]
         assert move.fetched == sum(len(new - old) for new, old in zip(after, before, strict=True))
         assert move.evicted == sum(len(old - new) for new, old in zip(after, before, strict=True))
+        table.fix(move, total)
         moved = torch.full(move.shape, PAD)
         moved[move.stay_to] = rows[move.stay]
         moved[move.fetch_to] = entry(*move.fetch)
