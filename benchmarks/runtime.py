@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.machine import origin
-from data_gen.backbones.load import load_backbone
+from data_gen.backbones.load import adapter, load_backbone
 from data_gen.config import BackboneConfig
 from data_gen.documents import heldout_share
 from data_gen.errors import InputError
@@ -172,6 +172,8 @@ def main() -> None:
             ids = tokenizer(json.loads(file.readline())["input"], return_tensors="pt").input_ids
     else:
         ids = heldout_text(arguments.recipe, tokenizer, arguments.length - arguments.tokens)
+    if (longest := ids.shape[1] + arguments.tokens) > (context := adapter(model).info.context):
+        parser.error(f"{longest} tokens with those decoded, but the backbone's context is {context}; ask for fewer")
     where = origin(model.device)
     print(f"{where['device']}; {ids.shape[1]} tokens read, {arguments.tokens} behind them, what full attention wrote")
     rows = measure(model, arguments.bundle, ids.to(model.device), arguments.tokens, arguments.budget)
