@@ -1,5 +1,6 @@
 """Sampled candidates against brute force over all chunks."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch.utils.data import DataLoader
 
 from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
@@ -192,6 +194,31 @@ def test_what_is_drawn_depends_on_seed_epoch_document_and_tokens_alone(voted):
     assert first == drawn()
     for changed in ({"seed": 8}, {"epoch": 1}, {"document": 1}, {"count": 11}):
         assert drawn(**changed) != first
+
+
+def test_batches_made_by_another_process_are_the_same(voted):
+    """One that shares no memory but the epoch's, as every process does where none can be forked."""
+    settings = CandidatesConfig(kind="sampled", common_weight=0.5)
+    collator, index = SampledCandidates(voted, [0, 1], 3, settings, seed=7), window_index(voted)
+    batches = [[3, 5, 8], [len(index) - 2, len(index) - 1]]
+    rows = [[index[place] for place in batch] for batch in batches]
+    collator(rows[0])  # now documents are open, which do not travel
+    loader = DataLoader(
+        index,
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=1,
+        persistent_workers=True,
+        multiprocessing_context="spawn",
+    )
+    for collator.epoch in (0, 1):
+        twin = pickle.loads(pickle.dumps(collator))
+        for each, *others in zip(rows, loader, map(twin, rows), strict=True):
+            expected = collator(each)
+            for batch in others:
+                assert batch.keys() == expected.keys()
+                for name, value in expected.items():
+                    assert torch.equal(batch[name], value) if torch.is_tensor(value) else batch[name] == value
 
 
 def test_at_most_so_many_positives_and_windows_without_any(voted):
