@@ -161,6 +161,7 @@ class ResidentCache(DynamicCache):
         fetched = self.cold.fetch(*move.fetch, self.full[0].device) if move.fetched else None
         first = 0
         for layer in self.full:
+            layer.leave_room()  # or it would hold the old rows until the next token
             for name in ("keys", "values"):
                 held = getattr(layer, name)
                 heads, _, head = held.shape[1:]
