@@ -23,7 +23,7 @@ from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.mixture import mix
 from indexer_train.model import IndexerSpec, MemoryIndexer
-from indexer_train.sampling import SparseOracle, generator, uniform
+from indexer_train.sampling import SparseOracle, distinct, generator, ranked, uniform
 from indexer_train.trainer import train
 
 
@@ -76,6 +76,20 @@ def spec_of(store, **shape):
 
 def rows_of(store, document=0, count=12):
     return [row for row in window_index(store) if row["document"] == document][-count:]
+
+
+DIGITS = st.sampled_from([0, 1, (1 << 16) - 1])
+WIDE = st.builds(lambda *digits: sum(digit << 16 * place for place, digit in enumerate(digits)), DIGITS, DIGITS, DIGITS)
+
+
+@given(st.lists(WIDE | st.integers(0, 1 << 40)))  # of three digits, often the same but for one of them
+def test_sorting_by_digits_is_numpys_sort(numbers):
+    values = np.array(numbers, np.int64)
+    order, new = ranked(values)
+    assert np.array_equal(order, np.argsort(values, kind="stable"))
+    assert np.array_equal(values[order[new]], np.unique(values)) and len(new) == len(values)
+    for ours, numpys in zip(distinct(values), np.unique(values, return_inverse=True), strict=True):
+        assert np.array_equal(ours, numpys)
 
 
 @given(st.data())
