@@ -2,8 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,25 @@ class Collator(ABC):
         self.paths = store.paths()
         self.layers, self.golden, self.settings = layers, golden, settings
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.document = lru_cache(maxsize=OPEN_DOCUMENTS)(self._open)
-        self.oracle = lru_cache(maxsize=len(self.paths))(lambda number: SparseOracle.of(self.document(number)))
-        self.common = lru_cache(maxsize=len(self.paths))(lambda number: self.oracle(number).common(golden))
+
+    @cached_property
+    def document(self) -> Callable[[int], TraceDocument]:
+        """A document by its number."""
+        return lru_cache(maxsize=OPEN_DOCUMENTS)(lambda number: self.store.document(self.paths[number]))
+
+    @cached_property
+    def oracle(self) -> Callable[[int], SparseOracle]:
+        """A document's oracle by its number."""
+        return lru_cache(maxsize=len(self.paths))(lambda number: SparseOracle.of(self.document(number)))
+
+    @cached_property
+    def common(self) -> Callable[[int], np.ndarray]:
+        """A document's chunks that are golden nearly everywhere, by its number."""
+        return lru_cache(maxsize=len(self.paths))(lambda number: self.oracle(number).common(self.golden))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what has been opened: the processes that make batches open documents of their own."""
+        return {name: value for name, value in vars(self).items() if name not in ("document", "oracle", "common")}
 
     @property
     def epoch(self) -> int:
@@ -113,9 +129,6 @@ class Collator(ABC):
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
-
-    def _open(self, number: int) -> TraceDocument:
-        return self.store.document(self.paths[number])
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
         number = rows[0]["document"]

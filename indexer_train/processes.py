@@ -10,7 +10,7 @@ import torch.distributed as dist
 WORKERS = 2
 """Processes that make batches for one GPU."""
 SHARED_MEMORY = 4 << 30
-"""Bytes that must be free for their batches: Docker grants 64 MiB unless asked, and too few end the run."""
+"""Bytes that must be free for the batches of one GPU: Docker grants 64 MiB unless asked, and too few end the run."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,14 @@ def workers(asked: int | None, cuda: bool) -> int:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:
         return 0
-    if free < SHARED_MEMORY:
-        logger.warning("/dev/shm has %d MiB: the GPU will wait for its batches; train.workers: 2 insists", free >> 20)
+    needed = SHARED_MEMORY * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # one memory for all ranks of this machine
+    if free < needed:
+        logger.warning(
+            "/dev/shm has %d MiB free of the %d that batches made ahead need: the GPU will wait for its batches; "
+            "train.workers: %d insists",
+            free >> 20,
+            needed >> 20,
+            WORKERS,
+        )
         return 0
     return WORKERS

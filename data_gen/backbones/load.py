@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -30,17 +31,22 @@ def resolve(path: str) -> str:
     return str(package_folder(package, f"backbone {path}") / file)
 
 
+_READING = threading.Lock()
+"""One load at a time changes the package gguf: the last of two at once would leave the other's change behind."""
+
+
 @contextlib.contextmanager
 def _read_once() -> Iterator[None]:
     """transformers reads a GGUF file three times and makes its table of names for every module: most of the loading."""
     import gguf
 
-    own = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(lru_cache, own)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = own
+    with _READING:
+        own = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader, gguf.get_tensor_name_map = map(lru_cache, own)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = own
 
 
 def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

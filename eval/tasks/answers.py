@@ -86,7 +86,11 @@ class Runner:
 
     def _courses(self, session: Session, given: list[int], most: int, targets: list[int] | None) -> list["_Course"]:
         """Go on behind the prompt under every policy: full attention by itself, which the oracle watches, then all
-        others in step."""
+        others in step.
+
+        Reading one token rounds otherwise than reading one of each in a single pass: KL from full attention contains
+        that rounding, which shows in bf16.
+        """
         foresight = Foresight(self.indexer.spec.window)
         known = {**decode_policies(self.indexer), PROTECTED: protected, "oracle": foresight}
         ranked = [name for name in self.policies if name not in (FALLBACK, PROTECTED)]

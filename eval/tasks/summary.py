@@ -21,8 +21,8 @@ def accuracy_rows(records: list[Record], trained: int | None) -> Rows:
     accuracy: mean score with its 95 % interval [low, high], Wilson's where scores are 0 or 1, else a bootstrap over
     examples; difference: from full attention on the same examples, bootstrap of the pairs; tokens: mean length;
     beyond: tokens / the longest training document; kept: resident tokens / all tokens; kv_mb: resident keys and
-    values in 10^6 bytes; left_out: examples that could not be asked or scored; of `indexer+fallback` also windows, and
-    fallbacks, those of them under full attention.
+    values in 10^6 bytes, both over the tokens of each policy's own answer; left_out: examples that could not be asked
+    or scored; of `indexer+fallback` also windows, and fallbacks, those of them under full attention.
     """
     rows = []
     for group, examples in _groups([record for record in records if record["benchmark"] != "text"]):

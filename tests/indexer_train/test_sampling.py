@@ -1,5 +1,6 @@
 """Sampled candidates against brute force over all chunks."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch.utils.data import DataLoader
 
 from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
@@ -21,7 +23,7 @@ from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.mixture import mix
 from indexer_train.model import IndexerSpec, MemoryIndexer
-from indexer_train.sampling import SparseOracle, generator, uniform
+from indexer_train.sampling import SparseOracle, distinct, generator, ranked, uniform
 from indexer_train.trainer import train
 
 
@@ -74,6 +76,20 @@ def spec_of(store, **shape):
 
 def rows_of(store, document=0, count=12):
     return [row for row in window_index(store) if row["document"] == document][-count:]
+
+
+DIGITS = st.sampled_from([0, 1, (1 << 16) - 1])
+WIDE = st.builds(lambda *digits: sum(digit << 16 * place for place, digit in enumerate(digits)), DIGITS, DIGITS, DIGITS)
+
+
+@given(st.lists(WIDE | st.integers(0, 1 << 40)))  # of three digits, often the same but for one of them
+def test_sorting_by_digits_is_numpys_sort(numbers):
+    values = np.array(numbers, np.int64)
+    order, new = ranked(values)
+    assert np.array_equal(order, np.argsort(values, kind="stable"))
+    assert np.array_equal(values[order[new]], np.unique(values)) and len(new) == len(values)
+    for ours, numpys in zip(distinct(values), np.unique(values, return_inverse=True), strict=True):
+        assert np.array_equal(ours, numpys)
 
 
 @given(st.data())
@@ -192,6 +208,31 @@ def test_what_is_drawn_depends_on_seed_epoch_document_and_tokens_alone(voted):
     assert first == drawn()
     for changed in ({"seed": 8}, {"epoch": 1}, {"document": 1}, {"count": 11}):
         assert drawn(**changed) != first
+
+
+def test_batches_made_by_another_process_are_the_same(voted):
+    """One that shares no memory but the epoch's, as every process does where none can be forked."""
+    settings = CandidatesConfig(kind="sampled", common_weight=0.5)
+    collator, index = SampledCandidates(voted, [0, 1], 3, settings, seed=7), window_index(voted)
+    batches = [[3, 5, 8], [len(index) - 2, len(index) - 1]]
+    rows = [[index[place] for place in batch] for batch in batches]
+    collator(rows[0])  # now documents are open, which do not travel
+    loader = DataLoader(
+        index,
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=1,
+        persistent_workers=True,
+        multiprocessing_context="spawn",
+    )
+    for collator.epoch in (0, 1):
+        twin = pickle.loads(pickle.dumps(collator))
+        for each, *others in zip(rows, loader, map(twin, rows), strict=True):
+            expected = collator(each)
+            for batch in others:
+                assert batch.keys() == expected.keys()
+                for name, value in expected.items():
+                    assert torch.equal(batch[name], value) if torch.is_tensor(value) else batch[name] == value
 
 
 def test_at_most_so_many_positives_and_windows_without_any(voted):

@@ -148,6 +148,7 @@ class ResidentCache(MovingChunks, DynamicCache):
         width = self.table.kept.shape[1] + self.total - self.table.fresh
         first = 0
         for layer in self.full:
+            layer.leave_room()  # or it would hold the old rows until the next token
             for name in ("keys", "values"):
                 held = getattr(layer, name)
                 heads, _, head = held.shape[1:]

@@ -1,8 +1,10 @@
 """Where models come from; the families' own tests load theirs."""
 
+import threading
+
 import pytest
 
-from data_gen.backbones.load import load_backbone, resolve
+from data_gen.backbones.load import _read_once, load_backbone, resolve
 from data_gen.config import BackboneConfig
 from data_gen.errors import InputError
 from tests.conftest import tiny_model
@@ -19,3 +21,22 @@ def test_only_deepseek_v4_is_laid_over_several_gpus(tmp_path, tokenizer):
 def test_a_package_that_is_not_there_is_named(package):
     with pytest.raises(InputError, match=f"backbone package:{package}/x: the package {package} is not installed"):
         resolve(f"package:{package}/x")
+
+
+def test_loads_at_once_leave_the_gguf_package_as_it_was():
+    gguf = pytest.importorskip("gguf")
+    own, inside, leave = (gguf.GGUFReader, gguf.get_tensor_name_map), threading.Event(), threading.Event()
+
+    def load():
+        with _read_once():
+            inside.set()
+            leave.wait()
+
+    other = threading.Thread(target=load, daemon=True)
+    with _read_once():
+        other.start()
+        assert not inside.wait(0.2)
+    assert inside.wait(10)
+    leave.set()
+    other.join()
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own

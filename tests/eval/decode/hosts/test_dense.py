@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from data_gen.backbones.observe import attention_modules
 from data_gen.errors import InputError
 from eval.decode.hosts.dense import DenseHost
+from eval.decode.hosts.dense_cache import ROOM
 from tests.conftest import tiny_model
 
 SIZE, PROMPT = 4, 90  # 22 chunks, and two tokens of the next
@@ -148,6 +149,21 @@ def test_what_comes_back_is_exact_and_what_left_is_gone(model):
     hosts[1].keep(some)
     hosts[0].keep(some)
     assert torch.equal(hosts[0].read(IDS[:2, PROMPT:]), hosts[1].read(IDS[:2, PROMPT:]))
+
+
+@torch.no_grad()
+def test_what_left_takes_no_memory(model):
+    """Neither at once nor after more tokens; the prompt's own rows would be more than all that is allowed here."""
+    host = open_host(model)
+    host.read(IDS[:2, :PROMPT])
+    host.read(IDS[:2, PROMPT : PROMPT + 1])  # lays the layers out anew, with room behind
+    host.keep([torch.tensor([0]), torch.tensor([21])])
+    for rows in (SIZE + 3, SIZE + 4):  # a chunk and what is unfinished
+        for layer in host.cache.full:
+            assert layer.keys.shape[2] == rows
+            held = [layer.keys, layer.values, *layer._roomy.values()]
+            assert not [t.shape for t in held if t.untyped_storage().nbytes() > 2 * 2 * (rows + ROOM) * 16 * 4]
+        host.read(IDS[:2, host.position + 1 : host.position + 2])
 
 
 @torch.no_grad()
