@@ -2,12 +2,14 @@
 
     python -m benchmarks.end_to_end gemma-3-270m-long --bundle runs/long/bundle --out runs/long/answers \\
         --length 4096 --length 8192 --length 16384 --length 32768 [--task single ...]
+    python -m benchmarks.end_to_end --out runs/long/answers
 
 Asks what the recipe's `benchmark:` section says, its tasks alone, about text that the bundle's training held out. Every
 cell keeps its answers in OUT/TASK-LENGTH, so a stopped run continues, and several processes may each be given cells of
-their own; a last call with all of them prints the tables and writes OUT/end_to_end.json, with where the answers were
-made. Accuracy is over all examples, and over those that full attention answers; the indexer's lead over another policy
-under the same budget is the mean difference on the same examples with a 95 % bootstrap interval.
+their own. Then, or at once where no recipe is given, prints the tables of all answers in OUT and writes
+OUT/end_to_end.json, with where the answers were made. Accuracy is over all examples, and over those that full attention
+answers; the indexer's lead over another policy under the same budget is the mean difference on the same examples with a
+95 % bootstrap interval.
 """
 
 import argparse
@@ -34,15 +36,12 @@ from indexer_train.bridge.bundle import load_bundle
 from indexer_train.intervals import bootstrap_means
 from recipes import Recipe, load_recipe
 
-Cell = tuple[str, int]
-"""Task and length."""
+ANSWERS = "answers.jsonl"
 NONE: list[float | None] = [None, None, None]
 
 
-def answer(
-    recipe: Recipe, bundle: Path, lengths: list[int], config: BenchmarkConfig, out: Path
-) -> dict[Cell, list[Record]]:
-    """Ask what is not answered yet; the records of each cell. Raises InputError for lengths beyond the context."""
+def answer(recipe: Recipe, bundle: Path, lengths: list[int], config: BenchmarkConfig, out: Path) -> None:
+    """Ask what is not answered yet. Raises InputError for lengths beyond the context."""
     indexer = load_bundle(bundle)
     model, tokenizer = load_backbone(recipe.backbone)
     backbone, documents = adapter(model), trained_documents(indexer)
@@ -55,16 +54,31 @@ def answer(
     runner = Runner(model, tokenizer, indexer, config, thinking, context)
     examples = generate_examples(config, lengths, haystack, tokenizer, thinking)
     settings, made = answer_settings(runner, haystack), origin(model.device)
-    found = {}
     for length in lengths:
         for task in config.tasks:
             count = config.texts if task == "text" else config.examples
             names = [f"{task}-{length}-{index:04d}" for index in range(count)]
-            journal = Journal(out / f"{task}-{length}" / "answers.jsonl", settings)
+            journal = Journal(out / f"{task}-{length}" / ANSWERS, settings)
             for name in tqdm([name for name in names if name not in journal.records], f"{task} {length}"):
                 journal.add(runner.run(examples[name]()) | {"origin": made})
-            found[task, length] = [journal.records[name] for name in names]
-    return found
+
+
+def answered(out: Path) -> dict[tuple[str, int], list[Record]]:
+    """The records of every (task, length) in `out`. Raises InputError where there is none, or of different settings."""
+    found: dict[tuple[str, int], list[Record]] = {}
+    headers: dict[str, Path] = {}
+    for path in sorted(out.glob(f"*/{ANSWERS}")):
+        header, *lines = path.read_text().splitlines()
+        headers.setdefault(header, path)
+        for record in map(json.loads, lines):
+            found.setdefault((record["task"], record["length"]), []).append(record)
+    if len(headers) > 1:
+        raise InputError(
+            f"{' and '.join(str(path) for path in headers.values())} hold answers under different settings"
+        )
+    if not found:
+        raise InputError(f"{out}: no answers there; ask with a recipe and --bundle")
+    return dict(sorted(found.items(), key=lambda cell: cell[0][::-1]))
 
 
 def rows(records: Sequence[Record], task: str, length: int) -> list[dict[str, Any]]:
@@ -74,16 +88,16 @@ def rows(records: Sequence[Record], task: str, length: int) -> list[dict[str, An
     without an answer, which no figure counts; solved: those that full attention answers.
     """
     metrics = ("kl", "agreement") if task == "text" else ("score",)
-    answered = [record for record in records if record["runs"]]
+    answers = [record for record in records if record["runs"]]
     runs: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
-    for record in answered:
+    for record in answers:
         for run in record["runs"]:
             runs.setdefault((run["policy"], run["budget"]), []).append(run)
-    solved = np.array([record["runs"][0].get("score", 1.0) >= 1 for record in answered])
+    solved = np.array([record["runs"][0].get("score", 1.0) >= 1 for record in answers])
     found = []
     for (policy, budget), members in runs.items():
         row = {"task": task, "length": length, "policy": policy, "budget": budget, "examples": len(members)}
-        row |= {"left_out": len(records) - len(answered), "solved": int(solved.sum())}
+        row |= {"left_out": len(records) - len(answers), "solved": int(solved.sum())}
         row |= {name: float(np.mean([run[name] for run in members])) for name in ("kept", "chunks")}
         row["kv_mb"] = float(np.mean([run["kv_bytes"] for run in members])) / 1e6
         ours = None if policy == "indexer" else runs.get(("indexer", budget))
@@ -133,16 +147,20 @@ def tables(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Answer what is missing, print the tables; OUT/end_to_end.json holds every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("recipe", nargs="?", help="without one nothing is asked")
+    parser.add_argument("--bundle", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--length", type=int, action="append", required=True)
+    parser.add_argument("--length", type=int, action="append")
     parser.add_argument("--task", action="append", help="of the recipe's, all of them by default")
     arguments = parser.parse_args()
+    if arguments.recipe and not (arguments.bundle and arguments.length):
+        parser.error("a recipe needs --bundle and --length")
     try:
-        recipe = load_recipe(arguments.recipe)
-        config = recipe.benchmark.changed([], tasks=arguments.task)
-        cells = answer(recipe, arguments.bundle, arguments.length, config, arguments.out)
+        if arguments.recipe:
+            recipe = load_recipe(arguments.recipe)
+            config = recipe.benchmark.changed([], tasks=arguments.task)
+            answer(recipe, arguments.bundle, arguments.length, config, arguments.out)
+        cells = answered(arguments.out)
     except InputError as error:
         parser.error(str(error))
     found = [row for (task, length), records in cells.items() for row in rows(records, task, length)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import end_to_end
-from benchmarks.end_to_end import answer, rows, tables
+from benchmarks.end_to_end import answer, answered, rows, tables
 from data_gen.errors import InputError
 from eval.tasks.config import BenchmarkConfig
 from tests.eval.conftest import indexer  # noqa: F401 - a fixture
@@ -17,15 +17,15 @@ def run(policy, budget, **values):
     return {"policy": policy, "budget": budget, "kept": 0.5, "chunks": 4.0, "kv_bytes": 2e6, **values}
 
 
-def record(full, indexer, recency, protected):
-    runs = [run("full", None, score=full), run("indexer", 0.1, score=indexer), run("recency", 0.1, score=recency),
+def record(full, ours, recency, protected):
+    runs = [run("full", None, score=full), run("indexer", 0.1, score=ours), run("recency", 0.1, score=recency),
             run("protected", None, score=protected)]  # fmt: skip
     return {"runs": runs}
 
 
 def test_a_lead_is_over_the_same_examples_and_only_where_the_indexer_ran():
-    answered = [record(1, 1, 0, 0), record(1, 0, 0, 0), record(0, 1, 1, 0), record(1, 1, 0, 0)]
-    found = {row["policy"]: row for row in rows([*answered, {"runs": []}], "single", 512)}
+    answers = [record(1, 1, 0, 0), record(1, 0, 0, 0), record(0, 1, 1, 0), record(1, 1, 0, 0)]
+    found = {row["policy"]: row for row in rows([*answers, {"runs": []}], "single", 512)}
     assert {(row["examples"], row["left_out"], row["solved"]) for row in found.values()} == {(4, 1, 3)}
     recency = found["recency"]
     assert recency["score"][0] == 0.25 and recency["score_lead"][0] == 0.5
@@ -59,20 +59,21 @@ def asked(tokenizer, trained, tiny_recipe, monkeypatch):  # noqa: F811 - the fix
     def ask(out, lengths=(500,), **changes):
         settings = {"tasks": ["single", "text"], "examples": 2, "texts": 1, "text_tokens": 20, "policies": ["recency"]}
         config = BenchmarkConfig(**settings | changes)
-        return answer(tiny_recipe, out, list(lengths), config, out)
+        answer(tiny_recipe, out, list(lengths), config, out)
+        return answered(out)
 
     return ask
 
 
 def test_cells_asked_one_by_one_hold_the_same_examples(asked, tmp_path):
     together = asked(tmp_path / "together", (500, 600))
+    assert list(together) == [("single", 500), ("text", 500), ("single", 600), ("text", 600)]
     for length in (500, 600):
         for task in ("single", "text"):
-            (records,) = asked(tmp_path / "apart", (length,), tasks=[task]).values()
-            assert records == together[task, length]
+            apart = asked(tmp_path / "apart", (length,), tasks=[task])
+    assert apart == together
     kept = (tmp_path / "apart" / "single-500" / "answers.jsonl").read_bytes()
-    fewer = asked(tmp_path / "apart", examples=1)  # no more than is asked for counts
-    assert len(fewer["single", 500]) == 1
+    asked(tmp_path / "apart")
     assert (tmp_path / "apart" / "single-500" / "answers.jsonl").read_bytes() == kept
 
 
@@ -82,5 +83,9 @@ def test_answers_of_other_settings_are_not_mixed_in(asked, tmp_path):
         asked(tmp_path, budgets=[0.3])
     with pytest.raises(InputError, match="--length 40000: the backbone's context is 1200 tokens"):
         asked(tmp_path, (40_000,))
+    with pytest.raises(InputError, match=r"single-500.* and .*single-600.* different settings"):
+        asked(tmp_path, (600,), seed=1)
+    with pytest.raises(InputError, match="no answers there"):
+        answered(tmp_path / "nothing")
     header, first, *_ = (tmp_path / "single-500" / "answers.jsonl").read_text().splitlines()
     assert "seed" in json.loads(header) and json.loads(first)["origin"]["torch"]
