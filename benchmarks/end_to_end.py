@@ -68,7 +68,11 @@ def answered(out: Path) -> dict[tuple[str, int], list[Record]]:
     found: dict[tuple[str, int], list[Record]] = {}
     headers: dict[str, Path] = {}
     for path in sorted(out.glob(f"*/{ANSWERS}")):
-        header, *lines = path.read_text().splitlines()
+        whole = path.read_text()
+        lines = whole[: whole.rfind("\n") + 1].splitlines()  # another process may be writing
+        if not lines:
+            continue
+        header, *lines = lines
         headers.setdefault(header, path)
         for record in map(json.loads, lines):
             found.setdefault((record["task"], record["length"]), []).append(record)

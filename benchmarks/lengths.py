@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from benchmarks.machine import origin
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.generate import generate
 from data_gen.store import TraceStore
@@ -102,7 +104,9 @@ def main() -> None:
         found += rows(indexer, store, length, recipe.train.golden)
         churn[length] = analyse_lookahead({"indexer": indexer}, store, recipe.train.golden, recipe.train.budget)
     print(share_table(found))
-    (arguments.out / "lengths.json").write_text(json.dumps({"rows": found, "lookahead": churn}, indent=1))
+    made = origin("cuda" if torch.cuda.is_available() else "cpu")
+    report = {"origin": made, "rows": found, "lookahead": churn}
+    (arguments.out / "lengths.json").write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

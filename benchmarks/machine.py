@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 
 def origin(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Command, commit (-dirty: files were changed; None: no checkout), device, cores, threads and PyTorch."""
+    """Command, commit (-dirty: files were changed; None: no checkout), device, cores, threads and versions."""
     call = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(call, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
     return {
@@ -22,6 +23,7 @@ def origin(device: str | torch.device = "cpu") -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "transformers": version("transformers"),
     }
 
 

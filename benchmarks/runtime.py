@@ -6,7 +6,8 @@
 --model is what a recipe's `backbone.path` may be. The prompt is the first `input` of a RULER file, or text that the
 recipe holds out, of as many tokens as make up --length with those behind it. Rows: everything resident; LSA with the
 torch backend at lag 0 and 1; the same with Triton, where it computes the bundle. All read what full attention wrote
-behind the prompt, and time is that of decoding alone, from the first window to the last token's logits.
+behind the prompt, and time is that of decoding alone, from the first window to the last token's logits,
+with notes of what each window asked and chose taken on the way.
 
 `windows_as_cpu` counts windows whose set equals that of the torch backend on the CPU, from the same hidden states and
 keys; `windows_as_torch` those that equal the torch row's of the same lag, whose hidden states may differ once a set

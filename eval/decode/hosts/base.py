@@ -57,12 +57,14 @@ class Host(Protocol):
         ...
 
     def prepare(self, resident: Sequence[torch.Tensor]) -> Prepared:
-        """Start fetching what is missing of a resident set, beside what is read next with the old one."""
+        """Start fetching what is missing of a resident set, beside what is read next with the old one. InputError for
+        another number of sequences, or ids that are not ascending complete chunks."""
         ...
 
     def keep(self, resident: Sequence[torch.Tensor] | Prepared) -> Move:
         """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them, and
-        those made since it was prepared."""
+        those made since it was prepared. InputError as `prepare`; ValueError for a set prepared for rows that are
+        gone."""
         ...
 
     @property

@@ -15,14 +15,14 @@ class ColdEntries:
     """A pool a sequence; a unit is one chunk in all layers, of any shape: one copy brings all of it.
 
     Forks and reordered sequences share pools until one of them gets new chunks, and full segments of pools for good.
-    pageable: as ColdPool's.
+    pageable: as ColdPool's; lane: of fetches beside reading, made when first asked for.
     """
 
     def __init__(self, pageable: bool | None = None) -> None:
         self._pageable = pageable
         self.pools: list[ColdPool] = []
         self._shared: list[bool] = []
-        self._lane: Lane | None = None
+        self.lane: Lane | None = None
 
     @property
     def count(self) -> int:
@@ -58,8 +58,8 @@ class ColdEntries:
             if len(units := chunks[sequences == sequence].numpy().astype(np.int32))
         ]
         if beside:
-            self._lane = self._lane or side_lane(device)
-            return self._lane.submit(_land, asked, device)
+            self.lane = self.lane or side_lane(device)
+            return self.lane.submit(_land, asked, device)
         ticket: Future[torch.Tensor] = Future()
         ticket.set_result(_land(asked, device))
         return ticket
@@ -78,6 +78,7 @@ class ColdEntries:
         return twin
 
     def reorder(self, sequences: list[int]) -> None:
+        """Sequence i becomes what sequences[i] was."""
         if self.pools:
             self.pools = [self.pools[sequence] for sequence in sequences]
             self._shared = [True] * len(sequences)

@@ -4,7 +4,7 @@ Tokens may be read between the two (lag 1): they see the old set, while the miss
 own. In force there is one set only, and one table that says what lies where.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ import torch
 from data_gen.errors import InputError
 from eval.decode.hosts.cold import ColdEntries
 from eval.decode.hosts.resident import PAD, Move, ResidentTable
+from eval.decode.pools import ColdPool
 from eval.decode.residency import Ticket
 
 
@@ -21,7 +22,8 @@ class Prepared:
     """A resident set whose missing chunks are on their way.
 
     resident: one [R] of ascending ids a sequence; total: chunks made when it was planned; move: what was to move then;
-    before: the table's rows that it was planned on; fetched: the missing chunks, [n, *unit], None where none is.
+    before: the table's rows that it was planned on; fetched: the missing chunks, [n, *unit], None where none is; pools:
+    where they come from, which must outlive the copy.
     """
 
     resident: Sequence[torch.Tensor]
@@ -29,9 +31,10 @@ class Prepared:
     move: Move
     before: torch.Tensor
     fetched: Ticket | None
+    pools: list[ColdPool]
 
 
-class MovingChunks:
+class MovingChunks(ABC):
     """What the caches of all hosts have in common, to stand before DynamicCache among a cache's bases.
 
     table: what lies in which row; cold: all chunks; pageable: as ColdPool's.
@@ -71,7 +74,7 @@ class MovingChunks:
         self.stage()
         move = self.table.plan(resident, self.total)
         fetched = self.cold.fetch(*move.fetch, self.device, beside) if move.fetched else None
-        return Prepared(resident, self.total, move, self.table.kept, fetched)
+        return Prepared(resident, self.total, move, self.table.kept, fetched, list(self.cold.pools))
 
     def keep(self, resident: Sequence[torch.Tensor] | Prepared) -> Move:
         """Make exactly these complete chunks resident, and those made since they were prepared; later ones join too.
@@ -87,7 +90,8 @@ class MovingChunks:
         if self.total > prepared.total:  # what was made since lies here already: the same chunks are missing
             made = torch.arange(prepared.total, self.total)
             move = self.table.plan([torch.cat([chunks.cpu(), made]) for chunks in prepared.resident], self.total)
-        if move.fetched or move.evicted:  # otherwise the same chunks in the same order
+        rows = self.table.kept.shape[1] + self.total - self.table.fresh
+        if move.fetched or move.evicted or move.shape[1] != rows:  # otherwise the same chunks in the same rows
             self._rewrite(move, None if prepared.fetched is None else prepared.fetched.result())
         self.table.fix(move, self.total)
         return move
@@ -99,7 +103,9 @@ class MovingChunks:
 
     def reset(self) -> None:
         super().reset()
+        lane = self.cold.lane
         self._forget()
+        self.cold.lane = lane  # a new stream for every conversation would keep memory of its own
 
     def _forget(self) -> None:
         self.table, self.cold = ResidentTable(), ColdEntries(self.pageable)

@@ -33,6 +33,7 @@ class Move:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(B, R) of the new rows."""
         return tuple(self.kept.shape)
 
     @property

@@ -128,3 +128,19 @@ def test_an_error_of_the_fetch_comes_out_where_the_set_is_kept(host, monkeypatch
         host.keep(prepared)
     monkeypatch.undo()
     host.keep(NEW)  # the old set is still in force, and the next one comes
+
+
+def test_rows_are_laid_out_anew_when_only_their_padding_goes(host):
+    """Reordered, both sequences keep what the shorter one did: nothing is fetched or evicted, and rows get fewer."""
+    host.keep([torch.arange(5), torch.tensor([1, 2])])
+    twin = host.fork()
+    host.cache.reorder_cache(torch.tensor([1, 1]))
+    move = host.keep([torch.tensor([1, 2])] * 2)
+    assert (move.fetched, move.evicted) == (0, 0)
+    twin.keep([torch.tensor([1, 2])] * 2)
+    tokens = IDS[1:, PROMPT : PROMPT + 6].expand(2, -1)
+    for token in tokens.split(1, dim=1):
+        ours, theirs = host.read(token), twin.read(token)
+        torch.testing.assert_close(ours[0], ours[1])
+        torch.testing.assert_close(ours[1], theirs[1])
+    assert host.resident_bytes() == twin.resident_bytes()
