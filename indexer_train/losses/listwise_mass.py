@@ -16,7 +16,7 @@ class ListwiseMassLoss(ListwiseLoss):
 
     class Options(ListwiseLoss.Options):
         """peaks: share of the candidates' mass that is dealt out among them by their peaks instead, as ListwisePeakLoss
-        counts them: between the two losses there is one for mass recall and text fidelity alike."""
+        counts them: from this loss (0) to that one, with the protected slot (1)."""
 
         peaks: float = Field(0.0, ge=0, le=1)
 
