@@ -67,5 +67,5 @@ class _Product(torch.autograd.Function):
         few = max(1, CACHE_ELEMENTS // own.shape[1])  # rows that stay in the cache between the product and the copy
         columns = x.contiguous().T
         for place, part in zip(own.split(few), gradient.split(few, dim=1), strict=True):
-            place.copy_(product(part.contiguous().T, columns))
+            place.copy_(product(part.contiguous().T, columns, out=place))  # no copy where it is made in place
         return inner, own, None
