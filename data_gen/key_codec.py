@@ -12,6 +12,7 @@ import torch
 
 from data_gen.checks import require
 from data_gen.errors import InputError
+from data_gen.products import product
 
 PAGE = 64
 """Chunks in a page."""
@@ -54,7 +55,7 @@ class _Hadamard(torch.autograd.Function):
         if x.device.type == "cpu":  # passes over memory are slow there: a product takes the first seven at once
             half = min(width, 128)
             with torch.autocast("cpu", enabled=False):
-                x = (x.reshape(-1, half) @ _signs(half)).view(x.shape)
+                x = product(x.reshape(-1, half), _signs(half)).view(x.shape)
         while half < width:
             even, odd = x.unflatten(-1, (-1, 2, half)).unbind(-2)
             x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -91,7 +92,15 @@ def decode_keys(rows: torch.Tensor, device: torch.device | None = None) -> torch
     """
     check_rows(rows)
     values, scale = _split(rows if device is None else rows.to(device))
+    if values.is_cpu:  # four times as fast as torch converts there
+        return _values().index_select(0, values.flatten().int()).view(values.shape).mul_(scale)
     return values.view(torch.float8_e4m3fn).float() * scale
+
+
+@lru_cache
+def _values() -> torch.Tensor:
+    """What each of the 256 bytes means as a float8_e4m3fn: [256] fp32."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def check_rows(rows: torch.Tensor) -> None:

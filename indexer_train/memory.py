@@ -64,8 +64,8 @@ class _Product(torch.autograd.Function):
         if ctx.layer.memory is None:
             ctx.layer.memory = torch.empty_like(weight)
         own = ctx.layer.memory.detach()  # a tensor of its own: autograd takes it as the gradient without a copy
-        rows, columns = gradient.T.contiguous(), x.T.contiguous()
         few = max(1, CACHE_ELEMENTS // own.shape[1])  # rows that stay in the cache between the product and the copy
-        for place, part in zip(own.split(few), rows.split(few), strict=True):
-            place.copy_(product(part, columns))
+        columns = x.contiguous().T
+        for place, part in zip(own.split(few), gradient.split(few, dim=1), strict=True):
+            place.copy_(product(part.contiguous().T, columns, out=place))  # no copy where it is made in place
         return inner, own, None

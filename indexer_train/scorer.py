@@ -61,7 +61,7 @@ class Scorer(nn.Module):
         The last column is the query's position (exact in fp32 up to 2^24), which the score needs.
         """
         bias = [] if self.bias is None else [self.bias.expand(len(positions), 1)]
-        states = hidden.to(next(self.parameters()).dtype).unbind(dim=1)
+        states = hidden.transpose(0, 1).contiguous().to(next(self.parameters()).dtype)
         packed = []
         for encoder, state in zip(self.encoders.values(), states, strict=True):
             packed += [*encoder(state, positions), *bias]
@@ -82,9 +82,9 @@ class Scorer(nn.Module):
         queries and keys.
         """
         spec, layers = self.spec, len(self.spec.layers)
-        packed, positions = queries.float().split([queries.shape[1] - 1, 1], dim=1)
+        *packed, positions = queries.float().split([spec.packed.size] * layers + [1], dim=1)
         chunks = torch.arange(len(keys), device=keys.device) if chunks is None else chunks
         first_tokens = (chunks if candidates is None else chunks[candidates]) * spec.chunking.tokens
         distance = (positions - first_tokens).clamp_min(1)  # future chunks are masked later
-        by_layer = zip(packed.chunk(layers, dim=1), keys.to(dtype).chunk(layers, dim=1), strict=True)
+        by_layer = zip(packed, keys.to(dtype).chunk(layers, dim=1), strict=True)
         return torch.stack([spec.packed.score(query, key, distance, candidates) for query, key in by_layer])

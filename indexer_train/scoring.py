@@ -11,9 +11,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from data_gen.lightning import lightning_scores, tiled_scores
+from data_gen.products import product
 
-TILE_ELEMENTS = 1 << 16
-"""Matches of candidates held in the CPU's cache at once (256 KiB in fp32)."""
+TILE_ELEMENTS = 1 << 15
+"""Matches of candidates held in the CPU's cache at once (128 KiB in fp32)."""
 
 
 @dataclass(frozen=True)
@@ -84,23 +85,35 @@ class CandidateScores(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, candidates: torch.Tensor
     ) -> torch.Tensor:
-        match = query.new_empty(*query.shape[:2], candidates.shape[1])
-        scores = query.new_empty(candidates.shape)
-        for rows in _tiles(match):
-            torch.bmm(query[rows], _gather(keys, candidates[rows]).mT, out=match[rows]).relu_()
-            torch.bmm(weights[rows, None], match[rows], out=scores[rows, None])
-        ctx.save_for_backward(match, weights, keys, candidates)
+        scores, matches = query.new_empty(candidates.shape), []
+        for rows in _tiles(candidates, query.shape[1]):
+            matches.append(_products(query[rows], _gather(keys, candidates[rows]), relu=True))
+            torch.bmm(weights[rows, None], matches[-1], out=scores[rows, None])
+        ctx.save_for_backward(weights, keys, candidates, *matches)
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        match, weights, keys, candidates = ctx.saved_tensors
-        query_gradient = match.new_empty(*weights.shape, keys.shape[1])
-        for rows in _tiles(match):
-            slope = match[rows].sign().mul_(gradient[rows, None])
-            torch.bmm(slope, _gather(keys, candidates[rows]), out=query_gradient[rows]).mul_(weights[rows, :, None])
-        return query_gradient, torch.bmm(match, gradient[..., None])[..., 0], None, None
+        weights, keys, candidates, *matches = ctx.saved_tensors
+        query_gradient, weights_gradient = keys.new_empty(*weights.shape, keys.shape[1]), torch.empty_like(weights)
+        for rows, match in zip(_tiles(candidates, weights.shape[1]), matches, strict=True):
+            slope = match.sign().mul_(gradient[rows, None])
+            summed = _products(slope, _gather(keys, candidates[rows]).mT)
+            torch.mul(summed, weights[rows, :, None], out=query_gradient[rows])
+            torch.bmm(match, gradient[rows, :, None], out=weights_gradient[rows, :, None])
+        return query_gradient, weights_gradient, None, None
+
+
+def _products(x: torch.Tensor, y: torch.Tensor, relu: bool = False) -> torch.Tensor:
+    """x[b] y[b]^T for every b, negative values set to zero if asked; of one b by the fastest library.
+
+    x: [B, M, K]; y: [B, N, K]. Returns [B, M, N].
+    """
+    if len(x) == 1:
+        return product(x[0], y[0], relu)[None]
+    found = torch.bmm(x, y.mT)
+    return found.relu_() if relu else found
 
 
 def _gather(keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -108,11 +121,11 @@ def _gather(keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return keys.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
-def _tiles(match: torch.Tensor) -> Iterator[slice]:
+def _tiles(candidates: torch.Tensor, heads: int) -> Iterator[slice]:
     """Runs of queries: one to a few on the CPU, whose cache they share; all at once on a GPU."""
-    size = 1 if match.numel() == 0 else TILE_ELEMENTS // match[0].numel()
-    step = max(1, size) if match.is_cpu else len(match)
-    for first in range(0, len(match), max(1, step)):
+    count, width = candidates.shape
+    step = max(1, TILE_ELEMENTS // max(1, heads * width)) if candidates.is_cpu else max(1, count)
+    for first in range(0, count, step):
         yield slice(first, first + step)
 
 

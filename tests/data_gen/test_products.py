@@ -8,7 +8,7 @@ from data_gen.products import product
 
 
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("shape", [(1, 5, 3), (7, 64, 33), (130, 128, 300)])
+@pytest.mark.parametrize("shape", [(1, 5, 3), (7, 64, 33), (130, 128, 300), (2, 0, 16), (0, 3, 4)])
 def test_products_against_float64(shape, relu):
     rows, width, columns = shape
     rng = torch.Generator().manual_seed(0)
