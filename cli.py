@@ -69,7 +69,8 @@ def train(
     traces: Annotated[list[Path], typer.Option(help="A trace store; repeatable, and their order counts.")],
     out: Out,
     weight: Annotated[
-        list[float] | None, typer.Option(min=0.01, help="How often an epoch reads each store, in order; else once.")
+        list[float] | None,
+        typer.Option(min=0.01, max=1000, help="How often an epoch reads each store, in order; else once."),
     ] = None,
 ) -> None:
     """Train an indexer on traces: writes OUT/indexer. A stopped run continues."""

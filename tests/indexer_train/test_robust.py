@@ -168,6 +168,25 @@ def test_bf16_covers_scoring_and_follows_fp32(planted, settings, tmp_path, monke
     torch.testing.assert_close(rough, exact, atol=0.02 * float(exact.abs().max()), rtol=0)
 
 
+def test_a_run_that_diverges_ends_in_one_line_and_keeps_its_checkpoints(planted, settings, tmp_path):
+    fair = settings.model_copy(update={"epochs": 2})
+    trainer, checkpoints = make_trainer(planted[0], SHAPE, fair, tmp_path), tmp_path / "checkpoints"
+
+    class Explode(TrainerCallback):
+        def on_save(self, args, state, control, model, **kwargs):
+            torch.nn.init.constant_(next(model.parameters()), 1e38)
+
+    trainer.add_callback(Explode())
+    with pytest.raises(InputError, match=r"training diverged: lower train.learning_rate"):
+        trainer.train()
+    assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-36"]
+    assert damage(checkpoints / "checkpoint-36") is None
+    done = call(planted[0], tmp_path / "out", fair.model_copy(update={"learning_rate": 1e30}))
+    assert done.returncode == 2 and "lookahead: the indexer's scores are NaN or infinite" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "indexer").exists()
+
+
 def test_training_stops_early_and_the_best_checkpoint_is_kept(stores, tiny_recipe, tmp_path):
     wild = tiny_recipe.train.model_copy(update={"epochs": 40, "learning_rate": 0.1, "patience": 2})
     indexer = train(stores[0], tiny_recipe.indexer, wild, tmp_path)
