@@ -44,6 +44,11 @@ class KillAt(TrainerCallback):
         if state.global_step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
+class KeepLast(TrainerCallback):
+    def on_step_end(self, args, state, control, model, **kwargs):  # what follows loads the best, saved by one rank
+        if state.global_step == state.max_steps:
+            torch.save(model.state_dict(), out / f"last-{rank}.pt")
+
 class Diary(batches.AllCandidates):
     def __call__(self, rows):
         with open(out / f"read-{rank}.txt", "a") as file:
@@ -53,11 +58,15 @@ class Diary(batches.AllCandidates):
 trainer.AllCandidates = Diary
 stock, train = trainer.SentenceTransformerTrainer, trainer.train
 trainer.SentenceTransformerTrainer = lambda *args, callbacks, **more: stock(
-    *args, callbacks=[*callbacks, KillAt()], **more
+    *args, callbacks=[*callbacks, KillAt(), KeepLast()], **more
 )
 trainer.train = lambda *args: torch.save(train(*args).state_dict(), out / f"weights-{rank}.pt")
 cli.main()
 """
+
+
+KEPT = ("last", "weights")
+"""What it keeps of each process: weights after the last step, and those of the best checkpoint."""
 
 
 def call(store, out, config, kill=0, launcher=(), environment=os.environ):
@@ -275,7 +284,8 @@ def test_two_processes_end_with_the_same_weights_from_disjoint_documents(planted
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = call(planted[0], tmp_path / "two", settings, launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
-    weights = [torch.load(tmp_path / "two" / f"weights-{rank}.pt") for rank in (0, 1)]
+    last, weights = ([torch.load(tmp_path / "two" / f"{name}-{rank}.pt") for rank in (0, 1)] for name in KEPT)
+    same(*last)
     same(*weights)
     read = [
         [tuple(map(int, line.split())) for line in (tmp_path / "two" / f"read-{rank}.txt").read_text().splitlines()]
@@ -284,6 +294,12 @@ def test_two_processes_end_with_the_same_weights_from_disjoint_documents(planted
     assert len(read[0]) == len(read[1]) == 2 * 18
     assert len({*read[0], *read[1]}) == 2 * 36  # (epoch, document), each once
     checkpoint = newest_whole(tmp_path / "two" / "checkpoints")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] = False  # as if it had been killed
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    shutil.rmtree(tmp_path / "two" / "indexer")
+    with pytest.raises(InputError, match=f"{checkpoint}: 2 processes trained until there, 1 would go on"):
+        train(planted[0], SHAPE, settings, tmp_path / "two", {planted[0].root: 1.0})
     (checkpoint / "rng_state_1.pth").unlink()
     assert damage(checkpoint) == "rng_state_1.pth is missing"
     single = settings.model_copy(update={"accumulation": 2})
