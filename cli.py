@@ -369,12 +369,12 @@ def _recipe(name: str, backbone: str | None = None, documents: str | None = None
 
 def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
     """Trace both sides; returns the backbone and its tokenizer."""
-    from data_gen.backbones.load import adapter, load_backbone
+    from data_gen.backbones.load import adapter, load_backbone, public_name
     from data_gen.generate import generate_sides
 
     out.mkdir(parents=True, exist_ok=True)  # an unwritable folder is found before the model is loaded
     model, tokenizer = load_backbone(recipe.backbone)
-    backbone = adapter(model)
+    backbone = adapter(model, public_name(recipe.backbone.path))
     for line in generate_sides(backbone, tokenizer, recipe.documents, recipe.trace, out, _progress):
         typer.echo(line)
     return backbone, tokenizer

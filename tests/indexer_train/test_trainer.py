@@ -198,7 +198,7 @@ def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path)
 )
 def test_traces_of_something_else_are_refused(stores, tiny_recipe, section, changes, complaint):
     manifest = stores[1].manifest
-    indexer = MemoryIndexer.from_spec(trainer_module._spec(stores[1], 0, tiny_recipe.indexer, tiny_recipe.train))
+    indexer = MemoryIndexer.from_spec(trainer_module._spec(stores[1], 0, tiny_recipe.indexer, tiny_recipe.train, None))
     check_traces(indexer, stores[1])
     changed = {"backbone": replace(manifest.backbone, **changes) if section == "backbone" else manifest.backbone}
     changed["trace"] = manifest.trace.model_copy(update=changes) if section == "trace" else manifest.trace
