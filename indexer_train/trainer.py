@@ -27,6 +27,7 @@ from indexer_train.losses import LOSSES
 from indexer_train.memory import keep_freed_memory
 from indexer_train.mixture import sources
 from indexer_train.model import REMEDY, IndexerSpec, MemoryIndexer
+from indexer_train.sampling import any_golden
 from indexer_train.selection import Budget, served_first
 from indexer_train.voted import VotedStore
 
@@ -76,9 +77,7 @@ def _finish(indexer: MemoryIndexer, evaluator: MassRecallEvaluator, config: Trai
     indexer.spec.selections = served_first(evaluator.selection(scored), others)
     indexer.spec.provenance.metrics = measure(scored, indexer.spec.selections, config.golden, "validation")
     if processes.rank() == 0:
-        unfinished = out / "indexer.unfinished"
-        indexer.save_pretrained(str(unfinished))
-        unfinished.rename(out / "indexer")  # there whole or not at all
+        indexer.save_whole(out / "indexer")
     return indexer
 
 
@@ -115,8 +114,9 @@ def make_trainer(
     keep_freed_memory()
     if config.loss not in LOSSES:
         raise InputError(f"train.loss: unknown loss {config.loss!r}; choose from {', '.join(LOSSES)}")
-    if config.golden > 1 and store.manifest.trace.oracle == "attention":
-        raise InputError(f"train.golden {config.golden:g}: no probability is as high (oracle `attention`)")
+    oracle, voters = store.manifest.trace.oracle, len(store.manifest.backbone.full_layers)
+    if config.golden > (most := 1 if oracle == "attention" else voters):
+        raise InputError(f"train.golden {config.golden:g}: the oracle `{oracle}` says {most} at most")
     if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
         raise InputError(f"train.candidates.common_weight: {config.loss} weighs no single chunk; leave it out")
     own = store.paths()[processes.rank() :: processes.count()]
@@ -128,6 +128,11 @@ def make_trainer(
     index = window_index(traces, config.stride, config.tails, weights)
     if not len(index) or not len(window_index(validation)):
         raise InputError(f"{store.root}: too few documents with a whole lookahead window to train and validate on")
+    if not LOSSES[config.loss].graded and not any_golden(traces, golden):
+        raise InputError(
+            f"{store.root}: no training window has a golden chunk (at least {golden:g}), so that {config.loss} would "
+            "learn nothing; lower train.golden (train.top_p_votes.votes)"
+        )
     set_seed(config.seed)
     indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config, weights))
     if config.init is not None:

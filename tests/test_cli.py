@@ -383,6 +383,12 @@ def test_select_layers_saves_what_it_found_best(finished, tmp_path, lookahead):
     first = [cell.strip() for cell in table.splitlines()[2].split("|")[1:4]]
     spec = json.loads(next((tmp_path / "served").rglob("spec.json")).read_text())
     assert [str(layer) for layer in spec["layers"]] == [first[0]] and spec["shape"]["join"] == first[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["served"]
+    before = {path: path.read_bytes() for path in finished.glob("indexer/**/*") if path.is_file()}
+    for out in (finished / "indexer", tmp_path / "served"):
+        code, table, line = lookahead("select-layers", *indexer, *traces, "--count", 2, "--out", out)
+        assert code == 2 and f"{out}: holds something already" in line and not table
+    assert {path: path.read_bytes() for path in finished.glob("indexer/**/*") if path.is_file()} == before
     code, _, line = lookahead("select-layers", *indexer, *traces, "--count", 3)
     assert code == 2 and "cannot choose 3" in line
 
