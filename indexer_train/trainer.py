@@ -114,9 +114,10 @@ def make_trainer(
     keep_freed_memory()
     if config.loss not in LOSSES:
         raise InputError(f"train.loss: unknown loss {config.loss!r}; choose from {', '.join(LOSSES)}")
-    oracle, voters = store.manifest.trace.oracle, len(store.manifest.backbone.full_layers)
-    if config.golden > (most := 1 if oracle == "attention" else voters):
-        raise InputError(f"train.golden {config.golden:g}: the oracle `{oracle}` says {most} at most")
+    oracle = store.manifest.trace.oracle
+    highest = 1 if oracle == "attention" else len(store.manifest.backbone.full_layers)
+    if config.golden > highest:
+        raise InputError(f"train.golden {config.golden:g}: the oracle `{oracle}` says {highest} at most")
     if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
         raise InputError(f"train.candidates.common_weight: {config.loss} weighs no single chunk; leave it out")
     own = store.paths()[processes.rank() :: processes.count()]
