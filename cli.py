@@ -69,7 +69,8 @@ def train(
     traces: Annotated[list[Path], typer.Option(help="A trace store; repeatable, and their order counts.")],
     out: Out,
     weight: Annotated[
-        list[float] | None, typer.Option(min=0.01, help="How often an epoch reads each store, in order; else once.")
+        list[float] | None,
+        typer.Option(min=0.01, max=1000, help="How often an epoch reads each store, in order; else once."),
     ] = None,
 ) -> None:
     """Train an indexer on traces: writes OUT/indexer. A stopped run continues."""
@@ -305,7 +306,7 @@ def select_layers(
     indexer: Annotated[Path, typer.Option(help="A trained indexer.")],
     traces: Annotated[Path, typer.Option(help="A held-out trace store.")],
     count: Annotated[int, typer.Option(min=1, help="Layers to serve.")],
-    out: Annotated[Path | None, typer.Option(help="Save the indexer with the best choice there.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Save the indexer with the best choice in this new folder.")] = None,
     budget: Annotated[float, typer.Option(min=0.001, max=1, help="Share of chunks kept.")] = 0.1,
 ) -> None:
     """Find the layers to serve and the rule that joins them, by mass recall on held-out traces."""
@@ -313,12 +314,14 @@ def select_layers(
     from indexer_train.layer_choice import choose_layers, served_as
     from indexer_train.trainer import load_indexer, open_traces
 
+    if out is not None and out.exists() and any(out.iterdir()):
+        raise InputError(f"{out}: holds something already; choose another folder")
     loaded = load_indexer(indexer)
     best, *others = choose_layers(loaded, open_traces(traces, [loaded]), count, budget)
     rows = [[" ".join(map(str, choice.layers)), choice.join, choice.mass_recall] for choice in (best, *others[:9])]
     typer.echo(table(["layers", "join", f"task-mean mass recall at {budget:.1%} kept"], rows))
     if out is not None:
-        served_as(loaded, best, budget).save_pretrained(str(out))
+        served_as(loaded, best, budget).save_whole(out)
         typer.echo(f"indexer: {out}")
 
 
@@ -368,12 +371,12 @@ def _recipe(name: str, backbone: str | None = None, documents: str | None = None
 
 def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
     """Trace both sides; returns the backbone and its tokenizer."""
-    from data_gen.backbones.load import adapter, load_backbone
+    from data_gen.backbones.load import adapter, load_backbone, public_name
     from data_gen.generate import generate_sides
 
     out.mkdir(parents=True, exist_ok=True)  # an unwritable folder is found before the model is loaded
     model, tokenizer = load_backbone(recipe.backbone)
-    backbone = adapter(model)
+    backbone = adapter(model, public_name(recipe.backbone.path))
     for line in generate_sides(backbone, tokenizer, recipe.documents, recipe.trace, out, _progress):
         typer.echo(line)
     return backbone, tokenizer

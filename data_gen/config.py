@@ -8,9 +8,9 @@ from data_gen.chunks import Chunking
 
 
 class Strict(BaseModel):
-    """A recipe section: an unknown key is an error, not a surprise."""
+    """A recipe section: an unknown key is an error, not a surprise, and so is a number that is infinite or none."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class BackboneConfig(Strict):

@@ -21,7 +21,8 @@ class BackboneInfo:
     fingerprint: hash of the weights; full_layers: layers that see the whole history (the oracle pools over them), on
     DeepSeek-V4 the ordinals of its compressed sparse attention (CSA) layers: ordinal 10 of V4-Flash is its layer 22;
     hidden, key_width: widths of a hidden state and of one decoded chunk key; context: longest document in tokens;
-    key: how keys were made; rope: the rotation in them, which queries need too, None where keys have no position.
+    key: how keys were made; rope: the rotation in them, which queries need too, None where keys have no position;
+    name: what anybody can load the model by (hub id, file of a package), None for local files; it decides nothing.
     """
 
     model_type: str
@@ -32,6 +33,7 @@ class BackboneInfo:
     context: int
     key: KeyKind = "mean_pre_rope"
     rope: Rope | None = None
+    name: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def unseen_notes(indexers: dict[str, MemoryIndexer], store: TraceStore) -> list[
         f"note: {store.root} says nothing of how its documents were split (imported dumps do not), nor do those that "
         f"{name} was trained on: recall on training documents means nothing"
         for name, made in makers.items()
-        if made is not None and "split" not in made.documents
+        if made is not None and any("split" not in source.documents for source in made.sources)
     ]
 
 

@@ -15,13 +15,23 @@ from data_gen.shards import check_document
 from data_gen.store import MANIFEST, TraceStore
 from indexer_train.bridge.bundle import HEADER, WEIGHTS, load_bundle
 from indexer_train.bridge.flashmemory import read_checkpoint
-from indexer_train.checkpoints import STATE, checkpoints, damage
+from indexer_train.checkpoints import LAST, STATE, checkpoints, damage
 from indexer_train.hard_negatives import FOLDER, HardNegatives
 from indexer_train.model import MemoryIndexer
 from indexer_train.trainer import SETTINGS, load_indexer
 
 RESULTS = "results.json"
 """What evaluate, decode and benchmark add to."""
+ROLES = {
+    "model.safetensors": "weights",
+    WEIGHTS: "weights",
+    "spec.json": "spec",
+    "README.md": "model card",
+    LAST: "what the loss learned",
+    "optimizer.pt": "state of the optimizer",
+    "scheduler.pt": "state of the learning rate",
+}
+"""Files of an artefact; others go by their names."""
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -40,37 +50,48 @@ class Found:
 
 
 def inspect(path: Path, progress: Progress) -> Found:
-    """Recognise what lies at `path` and check all of it. Raises InputError when it is nothing that is known."""
-    kinds = {
-        MANIFEST: _store,
-        STATE: _checkpoint,
-        HEADER: _bundle,
-        "modules.json": _indexer,
-        SETTINGS: _run,
-        RESULTS: _results,
-    }
-    for marker, describe in kinds.items():
+    """Recognise what lies at `path` and check all of it; a file is described by the artefact that it is part of.
+
+    Raises InputError when it is nothing that is known.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_file():
+        return _file(path, progress)
+    for marker, describe in KINDS.items():
         if (path / marker).exists():
             return describe(path, progress)
-    if path.is_file() and path.name in kinds:
-        return kinds[path.name](path.parent, progress)
-    if path.name == WEIGHTS and (path.parent / HEADER).exists():
-        return _bundle(path.parent, progress)
     if path.name == FOLDER and (path.parent / MANIFEST).exists():
-        return _hard_negatives(path)
+        return _hard_negatives(TraceStore.open(path.parent))
     if stores := [marker.parent for marker in sorted(path.glob(f"*/{MANIFEST}"))]:
         return _stores(stores, progress)
-    if path.is_file() and path.suffix in {".pt", ".safetensors"}:
-        if path.name.startswith("doc_") and (path.parent / MANIFEST).exists():
-            return _store(path.parent, progress, [path])
-        return _release(path)
     if checkpoints(path):
         return _checkpoints(path)
     if files := sorted(path.glob("ckpt_l*.pt")):
         return _layer_files(files)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
     raise InputError(f"{path}: neither traces, an indexer, a bundle, a run, results, nor a checkpoint")
+
+
+def _file(path: Path, progress: Progress) -> Found:
+    """Of an artefact whose folder lies one or two above, or a checkpoint of the release."""
+    if path.name in KINDS:
+        return KINDS[path.name](path.parent, progress)
+    above = path.absolute().parents[:2]
+    if path.name.startswith("doc_"):
+        if (above[0] / MANIFEST).exists():
+            return _store(path.parent, progress, [path])
+        if above[0].name == FOLDER and (above[1] / MANIFEST).exists():
+            root = path.parent.parent
+            return _hard_negatives(TraceStore(root, TraceStore.open(root).manifest, [root / path.name]))
+    owner = next((folder for folder in above if any((folder / marker).exists() for marker in KINDS)), None)
+    tensors = path.suffix in {".pt", ".safetensors"}
+    if tensors and (owner is None or path.name not in ROLES):
+        return _release(path)
+    if owner is None:
+        raise InputError(f"{path}: neither traces, an indexer, a bundle, a run, results, nor a checkpoint")
+    found = inspect(owner, progress)
+    found.kind += f": {ROLES.get(path.name, path.name)}"
+    return found
 
 
 def _store(root: Path, progress: Progress, only: list[Path] | None = None) -> Found:
@@ -127,14 +148,13 @@ def _stores(roots: list[Path], progress: Progress) -> Found:
     return found
 
 
-def _hard_negatives(folder: Path) -> Found:
-    store = TraceStore.open(folder.parent)
-    mined = HardNegatives.beside(store)
-    facts = [
-        ("of", f"{len(mined.documents)} documents in {store.root}"),
-        *(("mined by", each) for each in mined.made_by),
-    ]
-    return Found("hard negatives", facts)
+def _hard_negatives(store: TraceStore) -> Found:
+    found = Found("hard negatives", [("documents", f"{len(store.paths())} in {store.root}")])
+    try:
+        found.facts += [("mined by", each) for each in HardNegatives.beside(store).made_by]
+    except InputError as error:
+        found.damage.append(str(error))
+    return found
 
 
 def _results(folder: Path, progress: Progress) -> Found:
@@ -178,7 +198,7 @@ def _model(kind: str, load: Callable[[Path], MemoryIndexer], folder: Path) -> Fo
     made = spec.provenance
     if made is not None:
         found.facts.append(
-            ("trained on", f"{made.training} documents traced from {made.backbone}, labels: {made.oracle}")
+            ("trained on", f"{made.training} documents traced from {made.traced_from}, labels: {made.labels}")
         )
         overall = [row for row in made.metrics if row.task == "all"]
         for row in overall:
@@ -265,3 +285,14 @@ def _release(path: Path) -> Found:
     table: torch.Tensor | None = checkpoint.table
     found.facts.append(("RoPE", "no table" if table is None else f"table for positions below {len(table)}"))
     return found
+
+
+KINDS = {
+    MANIFEST: _store,
+    STATE: _checkpoint,
+    HEADER: _bundle,
+    "modules.json": _indexer,
+    SETTINGS: _run,
+    RESULTS: _results,
+}
+"""How to describe a folder, by the file that it is known by."""

@@ -44,10 +44,10 @@ def window_index(
 class DocumentBatchSampler(DefaultBatchSampler):
     """Each epoch draws up to `batch_size` windows of every document, documents in random order.
 
-    A document of weight w is drawn w times on average: documents of one weight share round(w * documents) draws, all
-    of them once before any twice. What an epoch draws is a function of (seed, epoch) alone, so that a resumed run goes
-    on with the same batches. Several processes take the batches in turns; those that do not go round are left out, in
-    every epoch others.
+    A document of weight w is drawn w times on average: documents of one weight share round(w * documents) draws (one
+    at least), all of them once before any twice. What an epoch draws is a function of (seed, epoch) alone, so that a
+    resumed run goes on with the same batches. Several processes take the batches in turns; those that do not go round
+    are left out, in every epoch others.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, drop_last: bool = False, seed: int = 0, **_: Any) -> None:

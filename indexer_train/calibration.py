@@ -38,8 +38,14 @@ class ScoredWindows:
 
 
 def score_windows(indexer: MemoryIndexer, windows: Iterable[ServedWindows]) -> list[ScoredWindows]:
-    """Every document's windows, scored once."""
-    return [ScoredWindows(served, indexer_scores(indexer, served)) for served in windows]
+    """Every document's windows, scored once. Raises InputError on NaN or infinite scores: they rank nothing."""
+    scored = [ScoredWindows(served, indexer_scores(indexer, served)) for served in windows]
+    if not all(bool(each.scores.isfinite().all()) for each in scored):
+        raise InputError(
+            "the indexer's scores are NaN or infinite, training diverged: lower train.learning_rate and train into "
+            "another folder"
+        )
+    return scored
 
 
 def task_mean(scored: Sequence[ScoredWindows], values: Sequence[torch.Tensor]) -> dict[str, float]:

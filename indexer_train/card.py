@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     from indexer_train.spec import IndexerSpec
@@ -19,22 +19,67 @@ class Metric(BaseModel):
     values: dict[str, float]
 
 
+class Source(BaseModel):
+    """A trace store that an indexer learned from.
+
+    documents: settings of its documents; training: how many of them it learned from; weight: how often an epoch read
+    them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: dict[str, Any]
+    training: int
+    weight: float = 1.0
+
+
 class Provenance(BaseModel):
     """What an indexer was made of and what it then measured.
 
-    backbone: model type; oracle: who labelled; documents: settings of the traces' documents; training, validation: how
-    many of them; train: the recipe's section; metrics: see Metric.
+    backbone: model type; model: its public name (data_gen/trace.py BackboneInfo); oracle: who labelled; sources: the
+    trace stores; validation: documents held back from all of them; train: the recipe's section; metrics: see Metric.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     backbone: str
+    model: str | None = None
     oracle: str
-    documents: dict[str, Any]
-    training: int
+    sources: list[Source] = Field(min_length=1)
     validation: int
     train: dict[str, Any]
     metrics: list[Metric] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, values: Any) -> Any:
+        """Earlier files say `documents` and `training`, of the only store or of the first."""
+        of_source = ("documents", "training")
+        if isinstance(values, dict) and not values.keys().isdisjoint(of_source):
+            source = {name: value for name, value in values.items() if name in of_source}
+            return {name: value for name, value in values.items() if name not in of_source} | {"sources": [source]}
+        return values
+
+    @property
+    def training(self) -> int:
+        """Documents it learned from."""
+        return sum(source.training for source in self.sources)
+
+    @property
+    def traced_from(self) -> str:
+        """The backbone by name, where the traces know it, and type."""
+        return self.backbone if self.model is None else f"{self.model} ({self.backbone})"
+
+    @property
+    def labels(self) -> str:
+        """What said in training which chunks matter."""
+        rule = self.train.get("top_p_votes")
+        if rule is None:
+            return self.oracle
+        return (
+            f"{self.oracle} made into votes (top_p {rule['top_p']:g}: layers pick the chunks that hold this share; "
+            f"votes {rule['votes']}: picks that make a chunk golden)"
+        )
 
 
 LIMITS = """\
@@ -62,12 +107,14 @@ def model_card(spec: "IndexerSpec") -> str:
         "",
         "## Model",
         "",
-        f"- backbone: {made.backbone if made else 'unknown model type'}, fingerprint `{spec.backbone}`, "
+        f"- backbone: {made.traced_from if made else 'unknown model type'}, fingerprint `{spec.backbone}`, "
         f"hidden {spec.hidden}",
         f"- {len(spec.layers)} layers joined by {shape.join}; {shape.heads} heads, rank {shape.rank}, "
         f"key width {spec.key_width} ({spec.key})",
         f"- always resident: the first {chunking.sink} and the newest {chunking.recent} chunks",
         f"- served: {spec.selection}",
+        "",
+        "Loading it needs the Lookahead Indexer toolkit: `pip install .` in a clone of it installs `indexer_train`.",
         "",
         "```python",
         "from indexer_train.model import MemoryIndexer",
@@ -94,18 +141,26 @@ def model_card(spec: "IndexerSpec") -> str:
 
 
 def _data(made: Provenance) -> list[str]:
-    asked = made.documents
     lines = [
         f"- traces of {made.training} documents; {made.validation} others chose the checkpoint",
-        f"- labels: the backbone's own {made.oracle}",
+        f"- labels: the backbone's own {made.labels}",
+        *map(_source, made.sources),
     ]
+    options = {name: made.train[name] for name in ("loss", "epochs", "learning_rate", "golden", "budget", "select")}
+    if made.train.get("top_p_votes") is not None:
+        options["golden"] = f"{options['golden']} (in what is measured only)"
+    lines.append("- training: " + ", ".join(f"{name} {value}" for name, value in options.items()))
+    return lines
+
+
+def _source(source: Source) -> str:
+    asked, told = source.documents, "source not known"
     if "source" in asked:
         low, high = asked["tokens"]
         tasks = ", ".join(f"{task} {count}" for task, count in asked.get("train", {}).items() if count)
-        lines.append(f"- documents: source `{asked['source']}`, {low} to {high} tokens; asked for {tasks}")
-    options = {name: made.train[name] for name in ("loss", "epochs", "learning_rate", "golden", "budget", "select")}
-    lines.append("- training: " + ", ".join(f"{name} {value}" for name, value in options.items()))
-    return lines
+        told = f"source `{asked['source']}`, {low} to {high} tokens; asked for {tasks}"
+    often = "" if source.weight == 1 else f"; read {source.weight:g} times an epoch"
+    return f"- {source.training} documents: {told}{often}"
 
 
 def _metrics(metrics: list[Metric]) -> list[str]:

@@ -45,8 +45,22 @@ class KeepLoss(TrainerCallback):
             write_atomically(path, lambda file: save_file(learned, file, metadata))
 
 
+def processes_of(checkpoint: Path) -> int:
+    """How many processes trained until `checkpoint`."""
+    with safe_open(checkpoint / LAST, framework="pt") as file:
+        return int((file.metadata() or {}).get("processes", 1))
+
+
 def restore_loss(loss: IndexerLoss, checkpoint: Path) -> None:
-    """Give the loss what it had learned by then; the trainer itself restores the rest."""
+    """Give the loss what it had learned by then; the trainer itself restores the rest.
+
+    Raises InputError when another number of processes trained until then: the batches to come would be others.
+    """
+    if (earlier := processes_of(checkpoint)) != processes.count():
+        raise InputError(
+            f"{checkpoint}: {earlier} processes trained until there, {processes.count()} would go on differently; "
+            f"start {earlier}, or train into another folder"
+        )
     loss.load_state_dict(load_file(checkpoint / LAST), strict=False)
 
 
@@ -97,8 +111,7 @@ def damage(checkpoint: Path) -> str | None:
         for name in (LAST, STATE, "optimizer.pt", "scheduler.pt", "modules.json"):
             if not (checkpoint / name).exists():
                 return f"{name} is missing"
-        with safe_open(checkpoint / LAST, framework="pt") as file:
-            count = int((file.metadata() or {}).get("processes", 1))
+        count = processes_of(checkpoint)
         for name in ["rng_state.pth"] if count == 1 else [f"rng_state_{rank}.pth" for rank in range(count)]:
             if not (checkpoint / name).exists():
                 return f"{name} is missing"

@@ -112,5 +112,5 @@ class TrainConfig(Strict):
     eval_epochs: PositiveInt = 2
     patience: PositiveInt = 5
     workers: NonNegativeInt | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 32)
     init: str | None = None

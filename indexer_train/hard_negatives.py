@@ -1,22 +1,26 @@
 """Hard negatives: chunks that an indexer ranks high and the oracle does not need, mined with faiss.
 
-STORE/hard_negatives/doc_00000.safetensors      chunks [T, count] int32, hardest first, -1 behind the last
+STORE/hard_negatives/doc_00000.safetensors      chunks [T, count] int32, hardest first, -1 behind the last;
+                                                metadata: made_by (indexer, golden, count), document, checksum
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from data_gen.damage import whole
 from data_gen.errors import InputError
 from data_gen.keys import key_vectors
+from data_gen.shards import checksum
 from data_gen.store import TraceDocument, TraceStore, write_atomically
 from indexer_train.model import MemoryIndexer
 from indexer_train.sampling import SparseOracle, as_tensor, without
@@ -38,18 +42,11 @@ class HardNegatives:
 
     @classmethod
     def beside(cls, store: TraceStore) -> Self:
-        """What was mined for the store's documents. Raises InputError when one is missing or damaged."""
+        """What was mined for the store's documents. Raises InputError when one is missing, damaged or of another."""
         found, made_by = {}, set()
-        for path in store.paths():
-            sidecar = _sidecar(path)
-            if not sidecar.exists():
-                raise InputError(f"{sidecar}: no hard negatives there; run `lookahead mine` on these traces first")
-            try:
-                with safe_open(sidecar, framework="pt") as file:
-                    found[path] = file.get_tensor("chunks")
-                    made_by.add(file.metadata()["made_by"])
-            except (SafetensorError, OSError, KeyError, TypeError) as error:
-                raise InputError(f"{sidecar}: damaged hard negatives ({error}); mine again") from error
+        for document in store:
+            found[document.path], maker = _read(document)
+            made_by.add(maker)
         return cls(found, sorted(made_by))
 
     def of(self, document: TraceDocument, rows: torch.Tensor) -> list[np.ndarray]:
@@ -64,23 +61,26 @@ def mine(
     count: int,
     progress: Callable[[Iterable[Any], str], Iterable[Any]],
 ) -> None:
-    """Write the `count` hardest negatives of every query token beside the store; finished documents are kept.
+    """Write the `count` hardest negatives of every query token beside the store; whole sidecars of these are kept.
 
     golden: peak (or votes) that makes a chunk golden. Golden and protected chunks are never among them. Raises
     InputError without faiss.
     """
     _faiss()
-    weights = b"".join(value.cpu().numpy().tobytes() for value in indexer.state_dict().values())
-    made_by = {"indexer": hashlib.sha256(weights).hexdigest(), "golden": golden, "count": count}
-    metadata = {"made_by": json.dumps(made_by)}
+    digest = hashlib.sha256(indexer.spec.model_dump_json(exclude={"selections", "provenance"}).encode())
+    for value in indexer.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    made_by = json.dumps({"indexer": digest.hexdigest(), "golden": golden, "count": count})
     for document in progress(store, "mining"):
-        sidecar = _sidecar(document.path)
-        with suppress(SafetensorError, OSError), safe_open(sidecar, framework="pt") as file:
-            if file.metadata() == metadata:
+        with suppress(InputError):
+            if _read(document)[1] == made_by:
                 continue
+        sidecar = _sidecar(document.path)
         sidecar.parent.mkdir(exist_ok=True)
-        chunks = mine_document(indexer, document, golden, count)
-        write_atomically(sidecar, lambda file, chunks=chunks: save_file({"chunks": chunks}, file, metadata))
+        mined = {"chunks": mine_document(indexer, document, golden, count)}
+        about = {"made_by": made_by, "document": _identity(document), "checksum": checksum(mined)}
+        metadata = {"hard_negatives": json.dumps(about)}  # a single entry: safetensors writes several in any order
+        write_atomically(sidecar, partial(save_file, mined, metadata=metadata))
 
 
 @torch.no_grad()
@@ -127,6 +127,30 @@ def mine_document(indexer: MemoryIndexer, document: TraceDocument, golden: float
 
 def _sidecar(document: Path) -> Path:
     return document.parent / FOLDER / document.name
+
+
+def _identity(document: TraceDocument) -> str:
+    """What a sidecar knows its document by."""
+    return document.checksum or checksum(document.tensors())
+
+
+def _read(document: TraceDocument) -> tuple[torch.Tensor, str]:
+    """(chunks [T, count], what they were made by) beside `document`, every byte checked."""
+    sidecar = _sidecar(document.path)
+    if not sidecar.exists():
+        raise InputError(f"{sidecar}: no hard negatives there; run `lookahead mine` on these traces first")
+    with whole(sidecar, "hard negatives", "mine again"), safe_open(sidecar, framework="pt") as file:
+        chunks, about = file.get_tensor("chunks"), json.loads(file.metadata()["hard_negatives"])
+        made_by, of, written = (about[name] for name in ("made_by", "document", "checksum"))
+        if of != _identity(document):
+            raise ValueError("of another document")
+        if checksum({"chunks": chunks}) != written:
+            raise ValueError("its bytes are not those that were written")
+        if chunks.dtype != torch.int32 or chunks.ndim != 2 or len(chunks) != len(document.positions):
+            raise ValueError(f"chunks are {chunks.dtype} {list(chunks.shape)} beside {len(document.positions)} rows")
+        if chunks.numel() and not -1 <= int(chunks.min()) <= int(chunks.max()) < document.chunks:
+            raise ValueError(f"it names chunks {int(chunks.min())} to {int(chunks.max())} of {document.chunks}")
+    return chunks, made_by
 
 
 def _faiss() -> Any:

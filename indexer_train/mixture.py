@@ -1,10 +1,12 @@
 """Several trace stores read as one."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from data_gen.errors import InputError
 from data_gen.store import TraceStore
+from indexer_train.card import Source
 
 
 def mix(roots: Iterable[Path]) -> TraceStore:
@@ -29,3 +31,12 @@ def mix(roots: Iterable[Path]) -> TraceStore:
             if own != other:
                 raise InputError(f"{store.root}: another {field} than {stores[0].root}; they cannot be mixed")
     return TraceStore(stores[0].root, first, [path for store in stores for path in store.paths()])
+
+
+def sources(store: TraceStore, weights: dict[Path, float] | None) -> list[Source]:
+    """The stores that the documents of `store` lie in. weights: how often an epoch reads them, by folder; else once."""
+    found = Counter(path.parent for path in store.paths())
+    return [
+        Source(documents=TraceStore.open(root).manifest.documents, training=count, weight=(weights or {}).get(root, 1))
+        for root, count in found.items()
+    ]

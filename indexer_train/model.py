@@ -163,6 +163,13 @@ class MemoryIndexer(SentenceTransformer):
         logits = self.layer_logits(torch.as_tensor(embeddings1), torch.as_tensor(embeddings2))
         return join_layers(logits, self.spec.shape.join)
 
+    def save_whole(self, folder: Path) -> None:
+        """Save into a new folder, which appears whole or not at all."""
+        folder = folder.resolve()
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        self.save_pretrained(str(unfinished))
+        unfinished.rename(folder)
+
     def save_spec(self, folder: Path) -> None:
         """Bring the saved indexer in `folder` up to date with `spec`: all but the weights."""
         (path,) = folder.rglob(QueryEncoder.config_file_name)

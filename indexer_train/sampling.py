@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from data_gen.store import TraceDocument
+from data_gen.store import TraceDocument, TraceStore
 
 COMMON = 0.8
 """A chunk that is golden for a larger share of a document's tokens says little about any one of them."""
@@ -99,6 +99,17 @@ class WindowOracle:
         place = table[chunks]
         table[self.chunks] = 0
         return np.append(np.float32(0), self.mass)[place], np.append(np.float32(0), self.peak)[place]
+
+
+def any_golden(store: TraceStore, threshold: float) -> bool:
+    """Whether any window of the store has a golden chunk; looks no further than the first."""
+    for document in store:
+        oracle = SparseOracle.of(document)
+        for first, last in document.windows(serving=False).tolist():
+            bounds = document.trace.chunking.candidates(int(document.positions[first]))
+            if len(oracle.window(first, last, bounds).golden(threshold)):
+                return True
+    return False
 
 
 def generator(*of: int) -> np.random.Generator:

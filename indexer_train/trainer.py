@@ -25,7 +25,9 @@ from indexer_train.config import IndexerConfig, TrainConfig
 from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.memory import keep_freed_memory
+from indexer_train.mixture import sources
 from indexer_train.model import REMEDY, IndexerSpec, MemoryIndexer
+from indexer_train.sampling import any_golden
 from indexer_train.selection import Budget, served_first
 from indexer_train.voted import VotedStore
 
@@ -75,9 +77,7 @@ def _finish(indexer: MemoryIndexer, evaluator: MassRecallEvaluator, config: Trai
     indexer.spec.selections = served_first(evaluator.selection(scored), others)
     indexer.spec.provenance.metrics = measure(scored, indexer.spec.selections, config.golden, "validation")
     if processes.rank() == 0:
-        unfinished = out / "indexer.unfinished"
-        indexer.save_pretrained(str(unfinished))
-        unfinished.rename(out / "indexer")  # there whole or not at all
+        indexer.save_whole(out / "indexer")
     return indexer
 
 
@@ -90,7 +90,7 @@ def _train_one_by_one(
     if processes.rank() == 0:
         _same_settings(out, _settings(store, shape, config, {"weights": [*(weights or {}).values()]}))
     traces, validation = store.hold_back(config.validation_every)
-    indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config))
+    indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config, weights))
     for layer in store.manifest.trace.layers:
         trace = store.manifest.trace.model_copy(update={"layers": [layer]})
         one = TraceStore(store.root, store.manifest.model_copy(update={"trace": trace}), store.paths())
@@ -114,8 +114,10 @@ def make_trainer(
     keep_freed_memory()
     if config.loss not in LOSSES:
         raise InputError(f"train.loss: unknown loss {config.loss!r}; choose from {', '.join(LOSSES)}")
-    if config.golden > 1 and store.manifest.trace.oracle == "attention":
-        raise InputError(f"train.golden {config.golden:g}: no probability is as high (oracle `attention`)")
+    oracle = store.manifest.trace.oracle
+    highest = 1 if oracle == "attention" else len(store.manifest.backbone.full_layers)
+    if config.golden > highest:
+        raise InputError(f"train.golden {config.golden:g}: the oracle `{oracle}` says {highest} at most")
     if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
         raise InputError(f"train.candidates.common_weight: {config.loss} weighs no single chunk; leave it out")
     own = store.paths()[processes.rank() :: processes.count()]
@@ -127,8 +129,13 @@ def make_trainer(
     index = window_index(traces, config.stride, config.tails, weights)
     if not len(index) or not len(window_index(validation)):
         raise InputError(f"{store.root}: too few documents with a whole lookahead window to train and validate on")
+    if not LOSSES[config.loss].graded and not any_golden(traces, golden):
+        raise InputError(
+            f"{store.root}: no training window has a golden chunk (at least {golden:g}), so that {config.loss} would "
+            "learn nothing; lower train.golden (train.top_p_votes.votes)"
+        )
     set_seed(config.seed)
-    indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config))
+    indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config, weights))
     if config.init is not None:
         initialise(indexer, Path(config.init))
     loss = LOSSES[config.loss](indexer, golden, **config.loss_options)
@@ -200,7 +207,9 @@ def make_trainer(
     )
 
 
-def _spec(traces: TraceStore, validation: int, shape: IndexerConfig, config: TrainConfig) -> IndexerSpec:
+def _spec(
+    traces: TraceStore, validation: int, shape: IndexerConfig, config: TrainConfig, weights: dict[Path, float] | None
+) -> IndexerSpec:
     """Of an indexer trained on `traces` and chosen on `validation` other documents."""
     trace, backbone = traces.manifest.trace, traces.manifest.backbone
     return IndexerSpec(
@@ -215,9 +224,9 @@ def _spec(traces: TraceStore, validation: int, shape: IndexerConfig, config: Tra
         rope=backbone.rope,
         provenance=Provenance(
             backbone=backbone.model_type,
+            model=backbone.name,
             oracle=trace.oracle,
-            documents=traces.manifest.documents,
-            training=len(traces.paths()),
+            sources=sources(traces, weights),
             validation=validation,
             train=config.model_dump(exclude={"workers"}),
         ),
@@ -267,12 +276,12 @@ def open_traces(path: Path, indexers: Iterable[MemoryIndexer]) -> TraceStore:
     return store
 
 
-def _settings(store: TraceStore, shape: IndexerConfig, config: TrainConfig, sources: dict[str, Any]) -> dict[str, Any]:
-    """All that a run is made of."""
-    train = config.model_dump(exclude={"workers"})
-    settings = {"indexer": shape.model_dump(), "train": train, "traces": store.manifest.model_dump()}
-    settings["traces"]["files"] = [f"{document.path.name} {document.checksum}" for document in store]
-    return settings | {name: value for name, value in sources.items() if value}
+def _settings(store: TraceStore, shape: IndexerConfig, config: TrainConfig, more: dict[str, Any]) -> dict[str, Any]:
+    """All that a run is made of; what the backbone is called changes nothing."""
+    traces = store.manifest.model_dump(exclude={"backbone": {"name"}})
+    traces["files"] = [f"{document.path.name} {document.checksum}" for document in store]
+    settings = {"indexer": shape.model_dump(), "train": config.model_dump(exclude={"workers"}), "traces": traces}
+    return settings | {name: value for name, value in more.items() if value}
 
 
 def _same_settings(out: Path, settings: dict[str, Any]) -> None:

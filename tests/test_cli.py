@@ -383,6 +383,12 @@ def test_select_layers_saves_what_it_found_best(finished, tmp_path, lookahead):
     first = [cell.strip() for cell in table.splitlines()[2].split("|")[1:4]]
     spec = json.loads(next((tmp_path / "served").rglob("spec.json")).read_text())
     assert [str(layer) for layer in spec["layers"]] == [first[0]] and spec["shape"]["join"] == first[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["served"]
+    before = {path: path.read_bytes() for path in finished.glob("indexer/**/*") if path.is_file()}
+    for out in (finished / "indexer", tmp_path / "served"):
+        code, table, line = lookahead("select-layers", *indexer, *traces, "--count", 2, "--out", out)
+        assert code == 2 and f"{out}: holds something already" in line and not table
+    assert {path: path.read_bytes() for path in finished.glob("indexer/**/*") if path.is_file()} == before
     code, _, line = lookahead("select-layers", *indexer, *traces, "--count", 3)
     assert code == 2 and "cannot choose 3" in line
 
@@ -397,6 +403,29 @@ def test_what_cannot_be_trained_on_is_refused(finished, recipe, tmp_path, lookah
         options = [word for store in stores for word in ("--traces", store)]
         code, _, line = lookahead("train", recipe, *options, "--out", tmp_path / "out")
         assert code == 2 and complaint in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"learning_rate": float("inf")}, "train.learning_rate: Input should be a finite number"),
+        ({"loss_options": {"gamma": float("inf")}}, "train.loss_options.gamma.float: Input should be a finite number"),
+        ({"clip": float("nan")}, "train.clip: Input should be"),
+        ({"seed": -5}, "train.seed: Input should be greater than or equal to 0"),
+        ({"seed": 1 << 32}, "train.seed: Input should be less than 4294967296"),
+    ],
+)
+def test_numbers_that_no_run_can_use_are_refused(finished, recipe, tmp_path, lookahead, changes, complaint):
+    changed = edited(recipe, tmp_path, "train", **changes)
+    code, _, line = lookahead("train", changed, "--traces", finished / "traces/train", "--out", tmp_path / "out")
+    assert code == 2 and complaint in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weight", ["inf", "nan", "0"])
+def test_weights_are_numbers(finished, recipe, tmp_path, lookahead, weight):
+    traces = ("--traces", finished / "traces/train", "--weight", weight)
+    code, _, line = lookahead("train", recipe, *traces, "--out", tmp_path / "out")
+    assert code == 2 and "Invalid value for '--weight'" in line and not (tmp_path / "out").exists()
 
 
 def test_mine_writes_beside_the_traces_and_training_reads_it(finished, recipe, tmp_path, lookahead):

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,6 +32,15 @@ def resolve(path: str) -> str:
     return str(package_folder(package, f"backbone {path}") / file)
 
 
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.endswith(".gguf") or Path(path).exists()
+
+
+def public_name(path: str) -> str | None:
+    """The `path` of a backbone where it means the same on any machine: a hub id, a package's file; else None."""
+    return path if path.startswith("package:") or not _looks_local(path) else None
+
+
 _READING = threading.Lock()
 """One load at a time changes the package gguf: the last of two at once would leave the other's change behind."""
 
@@ -55,8 +65,7 @@ def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTo
         return tiny_backbone()
     path = resolve(config.path)
     local = Path(path)
-    looks_local = path.startswith((".", "/", "~")) or path.endswith(".gguf") or local.exists()
-    if looks_local and not local.exists():
+    if _looks_local(path) and not local.exists():
         raise InputError(f"backbone {path}: no such file or folder")
     folder, extra, reading = path, {}, contextlib.nullcontext()
     if path.endswith(".gguf"):
@@ -82,6 +91,8 @@ def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTo
     return model.eval(), tokenizer
 
 
-def adapter(model: PreTrainedModel) -> Backbone:
-    """The adapter of the model's family. Raises InputError when there is none."""
-    return DeepseekV4Backbone(model) if model.config.model_type == "deepseek_v4" else DenseBackbone(model)
+def adapter(model: PreTrainedModel, name: str | None = None) -> Backbone:
+    """The adapter of the model's family; `name` is told in its `info`. Raises InputError when there is none."""
+    found = DeepseekV4Backbone(model) if model.config.model_type == "deepseek_v4" else DenseBackbone(model)
+    found.info = replace(found.info, name=name)
+    return found

@@ -96,11 +96,11 @@ def answer_settings(runner: Runner, haystack: Haystack | None) -> dict[str, Any]
 
 
 def trained_documents(indexer: MemoryIndexer) -> DocumentsConfig | None:
-    """The settings of the documents that trained the indexer, None where it does not say them."""
+    """The settings of the documents that trained the indexer (the first store's), None where it does not say them."""
     made = indexer.spec.provenance
     if made is None:
         return None
-    known = {name: value for name, value in made.documents.items() if name in DocumentsConfig.model_fields}
+    known = {name: value for name, value in made.sources[0].documents.items() if name in DocumentsConfig.model_fields}
     try:
         return DocumentsConfig.model_validate(known)
     except ValidationError:  # dumps and hand-made stores describe themselves otherwise

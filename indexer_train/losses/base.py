@@ -51,11 +51,13 @@ def mean_over(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class IndexerLoss(nn.Module, ABC):
     """A loss on logits [L, B, N]; layers are independent indexers, so their losses are averaged.
 
-    pointwise: a mean over single candidates, which can be weighted.
+    pointwise: a mean over single candidates, which can be weighted; graded: learns from the oracle's degrees, even
+    where nothing is golden.
     """
 
     Options = LossOptions
     pointwise = False
+    graded = False
     scoring = torch.float32
     """dtype of the products of queries and keys; a run in bf16 changes it."""
 

@@ -9,6 +9,8 @@ from indexer_train.scoring import join_layers
 class ListwiseLoss(IndexerLoss):
     """Cross-entropy between a softmax over the candidates and what the oracle says of them."""
 
+    graded = True
+
     class Options(LossOptions):
         """joined: train the one score that the layers are joined to when served, not each layer on its own."""
 

@@ -13,6 +13,7 @@ class SoftBceLoss(IndexerLoss):
     """
 
     pointwise = True
+    graded = True
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         degree = (targets.peak / (2 * self.golden)).clamp_max(1).to(logits.dtype)

@@ -1,5 +1,9 @@
 """The store: whole documents only, continued and never rewritten."""
 
+import json
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,3 +84,13 @@ def test_windows_of_serving_and_of_training(stores):
             assert set(lengths.tolist()) == {trace.window}
             assert serving[:, 0].tolist() == list(range(0, 64 - 15, 16))
         assert torch.all(document.labels(training).mass.sum(dim=1) <= 1 + 1e-3)
+
+
+def test_a_store_that_does_not_name_its_backbone_is_continued(tmp_path, stores):
+    store = TraceStore.open(shutil.copytree(stores[0].root, tmp_path / "store"))
+    text = (store.root / "manifest.json").read_text()
+    earlier = json.loads(text)
+    del earlier["backbone"]["name"]
+    (store.root / "manifest.json").write_text(json.dumps(earlier))
+    named = store.manifest.model_copy(update={"backbone": replace(store.manifest.backbone, name="somebody/llama")})
+    assert TraceStore.create(store.root, named).manifest == store.manifest

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,9 +70,14 @@ def test_hard_negatives_belong_to_their_store(stores, run, tiny_recipe, tmp_path
     mine(load_indexer(run / "indexer"), store, 0.05, 4, quietly)
     assert '"count": 4' in facts(store.root)[1]["hard negatives"]
     kind, found = facts(store.root / "hard_negatives")
-    assert kind == "hard negatives" and found["of"].startswith("8 documents") and '"count": 4' in found["mined by"]
-    next((store.root / "hard_negatives").iterdir()).write_bytes(b"short")
-    assert "damaged hard negatives" in inspect(store.root, quietly).damage[0]
+    assert kind == "hard negatives" and found["documents"].startswith("8 in") and '"count": 4' in found["mined by"]
+    first, second = sorted((store.root / "hard_negatives").iterdir())[:2]
+    kind, found = facts(second)
+    assert kind == "hard negatives" and found["documents"].startswith("1 in") and '"count": 4' in found["mined by"]
+    first.write_bytes(b"short")
+    for path in (store.root, store.root / "hard_negatives", first):
+        assert f"{first}: damaged hard negatives" in inspect(path, quietly).damage[0]
+    assert not inspect(second, quietly).damage
 
 
 def test_the_folder_of_both_stores_and_results(stores, tmp_path):
@@ -90,10 +96,35 @@ def test_an_indexer_and_its_bundle_say_the_same(run, name):
     kind, found = facts(run / name)
     assert kind == name and found["layers"] == "[0, 2], joined by sum" and found["shape"].startswith("4 heads, rank 8")
     if name == "bundle":
-        for file in ("indexer.safetensors", "bundle.json"):
-            assert facts(run / name / file) == (kind, found)
+        assert facts(run / name / "bundle.json") == (kind, found)
     assert found["trained on"] == "6 documents traced from llama, labels: attention"
     assert found["served"] == "the best 10.0% of the chunks" and "mass_recall" in found["validation"]
+
+
+def test_every_file_is_part_of_its_artefact(run, monkeypatch):
+    (run / "indexer" / "calibration.json").write_text("{}")
+    (run / "report.html").write_text("")
+    checkpoint = str(next((run / "checkpoints").glob("checkpoint-*")).relative_to(run))
+    for file, role in {
+        "bundle/indexer.safetensors": "bundle: weights",
+        "indexer/query_0_QueryEncoder/model.safetensors": "indexer: weights",
+        "indexer/query_0_QueryEncoder/spec.json": "indexer: spec",
+        "indexer/README.md": "indexer: model card",
+        "indexer/calibration.json": "indexer: calibration.json",
+        f"{checkpoint}/query_0_QueryEncoder/model.safetensors": "training checkpoint: weights",
+        f"{checkpoint}/loss.safetensors": "training checkpoint: what the loss learned",
+        f"{checkpoint}/optimizer.pt": "training checkpoint: state of the optimizer",
+        f"{checkpoint}/scheduler.pt": "training checkpoint: state of the learning rate",
+        f"{checkpoint}/rng_state.pth": "training checkpoint: rng_state.pth",
+        "report.html": "training run: report.html",
+    }.items():
+        owner = run / (checkpoint if file.startswith(checkpoint) else file.split("/")[0] if "/" in file else ".")
+        kind, found = facts(run / file)
+        assert kind == role and found == facts(owner)[1]
+    monkeypatch.chdir(run / "indexer" / "query_0_QueryEncoder")
+    assert facts(Path("model.safetensors"))[0] == "indexer: weights"
+    for made in ("indexer/calibration.json", "report.html"):
+        (run / made).unlink()
 
 
 def test_a_run_and_its_checkpoints(run, tmp_path):

@@ -1,12 +1,17 @@
 """The saved folder as others meet it: its card, and sentence-transformers loading it."""
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 
+from indexer_train.artefacts import inspect
+from indexer_train.config import TopPVotes
+from indexer_train.mixture import mix
 from indexer_train.model import MemoryIndexer
 from indexer_train.trainer import train
 
@@ -24,12 +29,57 @@ def test_the_card_says_what_where_from_how_good_and_what_not(saved):
     spec = MemoryIndexer(str(saved)).spec
     for part in ("## Model", "## Data", "## Metrics", "## Intended use", "## Limits", "llama", spec.backbone):
         assert part in card.text, part
-    assert "source `builtin`, 420 to 500 tokens; asked for text 4, single 4" in card.text
+    assert "- 6 documents: source `builtin`, 420 to 500 tokens; asked for text 4, single 4\n" in card.text
+    assert "labels: the backbone's own attention\n" in card.text and "golden 0.05, " in card.text
+    assert "`pip install .` in a clone" in card.text
     assert "traces of 6 documents; 2 others chose the checkpoint" in card.text
     rows = [line.split("|")[1:-1] for line in card.text.splitlines() if line.startswith("| validation")]
     assert {row[1].strip() for row in rows} == {"text", "single", "all"}
     assert {row[2].strip() for row in rows} == {str(selection) for selection in spec.selections}
     assert all(0 <= float(cell) <= 1 for row in rows for cell in row[3:] if cell.strip() != "-")
+
+
+def copied(store, root, count, backbone=None, **documents):
+    """A store of the first `count` documents, with another manifest."""
+    shutil.copytree(store.root, root)
+    for path in sorted(root.glob("doc_*"))[count:]:
+        path.unlink()
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["documents"] |= documents
+    manifest["backbone"] |= backbone or {}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return root
+
+
+def test_every_mixed_store_the_labels_and_the_backbones_name_are_told(stores, tiny_recipe, tmp_path):
+    one = copied(stores[0], tmp_path / "one", 8, {"name": "somebody/llama"})
+    other = copied(stores[0], tmp_path / "other", 3, source="package:numpy", train={"document": 3})
+    settings = tiny_recipe.train.model_copy(
+        update={"epochs": 1, "loss": "focal", "top_p_votes": TopPVotes(top_p=0.5, votes=3)}
+    )
+    train(mix([one, other]), tiny_recipe.indexer, settings, tmp_path / "run", {one: 1.0, other: 3.0})
+    saved = tmp_path / "run" / "indexer"
+    card = (saved / "README.md").read_text()
+    made = MemoryIndexer(str(saved)).spec.provenance
+    assert [source.training for source in made.sources] == [6, 3] and made.training == 9 and made.validation == 2
+    assert "traces of 9 documents; 2 others" in card and "- 6 documents: source `builtin`, 420 to 500 tokens;" in card
+    assert "- 3 documents: source `package:numpy`, 420 to 500 tokens; asked for document 3; read 3 times an" in card
+    votes = "attention made into votes (top_p 0.5: layers pick the chunks that hold this share; votes 3: picks"
+    assert f"labels: the backbone's own {votes}" in card and "golden 0.05 (in what is measured only)" in card
+    assert "- backbone: somebody/llama (llama), fingerprint" in card
+    facts = dict(inspect(saved, lambda items, _: items).facts)
+    assert facts["trained on"].startswith(f"9 documents traced from somebody/llama (llama), labels: {votes}")
+
+
+def test_an_indexer_saved_by_an_earlier_version_is_read(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "indexer")
+    (path,) = (tmp_path / "indexer").rglob("spec.json")
+    spec = json.loads(path.read_text())
+    made = spec["provenance"]
+    (source,) = made.pop("sources")
+    del made["model"], source["weight"]
+    path.write_text(json.dumps(spec | {"provenance": made | source}))
+    assert MemoryIndexer(str(tmp_path / "indexer")).spec == MemoryIndexer(str(saved)).spec
 
 
 def test_the_code_in_the_card_runs(saved):

@@ -1,13 +1,17 @@
 """Mined negatives against a search of every chunk, and training that uses them."""
 
+import json
 import shutil
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from data_gen.errors import InputError
 from data_gen.keys import key_vectors
+from data_gen.shards import checksum
 from data_gen.store import TraceStore
 from indexer_train.batches import AllCandidates, SampledCandidates, window_index
 from indexer_train.config import CandidatesConfig, IndexerConfig
@@ -129,6 +133,73 @@ def test_the_sidecar_is_kept_and_the_trainer_draws_from_it(store, indexer, tiny_
             tiny_recipe.train.model_copy(update={"loss": "focal", "candidates": settings}),
             tmp_path,
         )
+
+
+def rewritten(sidecar, chunks):
+    """The sidecar with other chunks and their checksum."""
+    with safe_open(sidecar, framework="pt") as file:
+        about = json.loads(file.metadata()["hard_negatives"]) | {"checksum": checksum({"chunks": chunks})}
+    save_file({"chunks": chunks}, sidecar, {"hard_negatives": json.dumps(about)})
+
+
+def foreign(sidecar, other):
+    shutil.copy(other, sidecar)
+
+
+def flipped(sidecar, _):
+    content = bytearray(sidecar.read_bytes())
+    content[-4] ^= 1
+    sidecar.write_bytes(content)
+
+
+def too_short(sidecar, _):
+    rewritten(sidecar, load_file(sidecar)["chunks"][:-1].clone())
+
+
+def too_far(sidecar, _):
+    rewritten(sidecar, load_file(sidecar)["chunks"] + 1000)
+
+
+def unsigned(sidecar, _):
+    save_file(load_file(sidecar), sidecar, {"made_by": "an earlier version"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (foreign, "of another document"),
+        (flipped, "its bytes are not those that were written"),
+        (too_short, r"chunks are torch.int32 \[\d+, 4\] beside \d+ rows"),
+        (too_far, r"it names chunks \d+ to 1\d\d\d of \d+"),
+        (unsigned, "'hard_negatives' is missing"),
+    ],
+)
+def test_negatives_that_are_not_the_documents_are_refused_and_mined_again(
+    stores, indexer, tiny_recipe, tmp_path, damage, complaint
+):
+    store = TraceStore.open(shutil.copytree(stores[0].root, tmp_path / "store"))
+    mine(indexer, store, GOLDEN, 4, quietly)
+    one, other = sorted((store.root / "hard_negatives").iterdir())[1:3]
+    content = one.read_bytes()
+    damage(one, other)
+    settings = {"loss": "focal", "candidates": CandidatesConfig(kind="sampled", source="hard")}
+    with pytest.raises(InputError, match=rf"{one}: damaged hard negatives \({complaint}\); mine again"):
+        train(store, tiny_recipe.indexer, tiny_recipe.train.model_copy(update=settings), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    mine(indexer, store, GOLDEN, 4, quietly)
+    assert one.read_bytes() == content
+
+
+def test_another_way_to_join_layers_is_another_miner(stores, indexer, tmp_path):
+    store = TraceStore.open(shutil.copytree(stores[0].root, tmp_path / "store"))
+    mine(indexer, store, GOLDEN, 4, quietly)
+    (maker,) = HardNegatives.beside(store).made_by
+    spec = indexer.spec.model_copy(update={"shape": indexer.spec.shape.model_copy(update={"join": "sum"})})
+    summing = MemoryIndexer.from_spec(spec, device="cpu")
+    summing.load_state_dict(indexer.state_dict())
+    mine(summing, store, GOLDEN, 4, quietly)
+    (joined,) = HardNegatives.beside(store).made_by
+    assert joined != maker
 
 
 def test_without_faiss_the_message_says_what_to_install(store, indexer, monkeypatch):

@@ -44,6 +44,11 @@ class KillAt(TrainerCallback):
         if state.global_step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
+class KeepLast(TrainerCallback):
+    def on_step_end(self, args, state, control, model, **kwargs):  # what follows loads the best, saved by one rank
+        if state.global_step == state.max_steps:
+            torch.save(model.state_dict(), out / f"last-{rank}.pt")
+
 class Diary(batches.AllCandidates):
     def __call__(self, rows):
         with open(out / f"read-{rank}.txt", "a") as file:
@@ -53,11 +58,15 @@ class Diary(batches.AllCandidates):
 trainer.AllCandidates = Diary
 stock, train = trainer.SentenceTransformerTrainer, trainer.train
 trainer.SentenceTransformerTrainer = lambda *args, callbacks, **more: stock(
-    *args, callbacks=[*callbacks, KillAt()], **more
+    *args, callbacks=[*callbacks, KillAt(), KeepLast()], **more
 )
 trainer.train = lambda *args: torch.save(train(*args).state_dict(), out / f"weights-{rank}.pt")
 cli.main()
 """
+
+
+KEPT = ("last", "weights")
+"""What it keeps of each process: weights after the last step, and those of the best checkpoint."""
 
 
 def call(store, out, config, kill=0, launcher=(), environment=os.environ):
@@ -168,6 +177,25 @@ def test_bf16_covers_scoring_and_follows_fp32(planted, settings, tmp_path, monke
     torch.testing.assert_close(rough, exact, atol=0.02 * float(exact.abs().max()), rtol=0)
 
 
+def test_a_run_that_diverges_ends_in_one_line_and_keeps_its_checkpoints(planted, settings, tmp_path):
+    fair = settings.model_copy(update={"epochs": 2})
+    trainer, checkpoints = make_trainer(planted[0], SHAPE, fair, tmp_path), tmp_path / "checkpoints"
+
+    class Explode(TrainerCallback):
+        def on_save(self, args, state, control, model, **kwargs):
+            torch.nn.init.constant_(next(model.parameters()), 1e38)
+
+    trainer.add_callback(Explode())
+    with pytest.raises(InputError, match=r"training diverged: lower train.learning_rate"):
+        trainer.train()
+    assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-36"]
+    assert damage(checkpoints / "checkpoint-36") is None
+    done = call(planted[0], tmp_path / "out", fair.model_copy(update={"learning_rate": 1e30}))
+    assert done.returncode == 2 and "lookahead: the indexer's scores are NaN or infinite" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "indexer").exists()
+
+
 def test_training_stops_early_and_the_best_checkpoint_is_kept(stores, tiny_recipe, tmp_path):
     wild = tiny_recipe.train.model_copy(update={"epochs": 40, "learning_rate": 0.1, "patience": 2})
     indexer = train(stores[0], tiny_recipe.indexer, wild, tmp_path)
@@ -256,7 +284,8 @@ def test_two_processes_end_with_the_same_weights_from_disjoint_documents(planted
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = call(planted[0], tmp_path / "two", settings, launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
-    weights = [torch.load(tmp_path / "two" / f"weights-{rank}.pt") for rank in (0, 1)]
+    last, weights = ([torch.load(tmp_path / "two" / f"{name}-{rank}.pt") for rank in (0, 1)] for name in KEPT)
+    same(*last)
     same(*weights)
     read = [
         [tuple(map(int, line.split())) for line in (tmp_path / "two" / f"read-{rank}.txt").read_text().splitlines()]
@@ -265,6 +294,12 @@ def test_two_processes_end_with_the_same_weights_from_disjoint_documents(planted
     assert len(read[0]) == len(read[1]) == 2 * 18
     assert len({*read[0], *read[1]}) == 2 * 36  # (epoch, document), each once
     checkpoint = newest_whole(tmp_path / "two" / "checkpoints")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] = False  # as if it had been killed
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    shutil.rmtree(tmp_path / "two" / "indexer")
+    with pytest.raises(InputError, match=f"{checkpoint}: 2 processes trained until there, 1 would go on"):
+        train(planted[0], SHAPE, settings, tmp_path / "two", {planted[0].root: 1.0})
     (checkpoint / "rng_state_1.pth").unlink()
     assert damage(checkpoint) == "rng_state_1.pth is missing"
     single = settings.model_copy(update={"accumulation": 2})

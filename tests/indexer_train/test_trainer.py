@@ -20,7 +20,7 @@ from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.metrics import indexer_scores, served_windows
 from indexer_train.model import MemoryIndexer
-from indexer_train.trainer import check_traces, load_indexer, train
+from indexer_train.trainer import check_traces, load_indexer, make_trainer, train
 
 
 def weights(indexer):
@@ -172,7 +172,7 @@ def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path)
     with pytest.raises(InputError, match="listwise_mass weighs no single chunk"):
         train(stores[0], tiny_recipe.indexer, rare, tmp_path / "b")
     for field, value, complaint in (
-        ("golden", 2, r"train.golden 2: no probability is as high"),
+        ("golden", 2, "train.golden 2: the oracle `attention` says 1 at most"),
         ("warmup", 24, r"train.warmup 24: the whole run is only 24 steps long"),
     ):
         with pytest.raises(InputError, match=complaint):
@@ -181,6 +181,18 @@ def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path)
         train(stores[0], tiny_recipe.indexer, tiny_recipe.train.model_copy(update={"loss": "x"}), tmp_path / "b")
     with pytest.raises(InputError, match="no indexer there"):
         load_indexer(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_a_loss_that_needs_golden_chunks_is_refused_where_there_are_none(planted, tiny_recipe, tmp_path, loss):
+    """Every planted chunk has a probability of .9."""
+    settings = tiny_recipe.train.model_copy(update={"loss": loss, "golden": 0.95})
+    if loss in ("listwise_mass", "listwise_peak", "soft_bce"):
+        make_trainer(planted[0], tiny_recipe.indexer, settings, tmp_path)
+        return
+    with pytest.raises(InputError, match=rf"no training window has a golden chunk \(at least 0.95\), so that {loss}"):
+        make_trainer(planted[0], tiny_recipe.indexer, settings, tmp_path)
+    make_trainer(planted[0], tiny_recipe.indexer, settings.model_copy(update={"golden": 0.85}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +210,7 @@ def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path)
 )
 def test_traces_of_something_else_are_refused(stores, tiny_recipe, section, changes, complaint):
     manifest = stores[1].manifest
-    indexer = MemoryIndexer.from_spec(trainer_module._spec(stores[1], 0, tiny_recipe.indexer, tiny_recipe.train))
+    indexer = MemoryIndexer.from_spec(trainer_module._spec(stores[1], 0, tiny_recipe.indexer, tiny_recipe.train, None))
     check_traces(indexer, stores[1])
     changed = {"backbone": replace(manifest.backbone, **changes) if section == "backbone" else manifest.backbone}
     changed["trace"] = manifest.trace.model_copy(update=changes) if section == "trace" else manifest.trace

