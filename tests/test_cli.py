@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -317,7 +318,9 @@ def test_ctrl_c_ends_with_130_and_the_same_command_continues(recipe, tmp_path, l
     out = tmp_path / "traces"
     many = edited(recipe, tmp_path, "documents", train={"single": 100}, heldout={"single": 2})
     command = [sys.executable, "-m", "cli", "generate", str(many), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(cli.__file__).parent)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it
+    where = Path(cli.__file__).parent
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=where, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while not list(out.rglob("doc_*")) and time.monotonic() < deadline:
         time.sleep(0.02)
