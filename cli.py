@@ -165,7 +165,7 @@ def export(
 @app.command()
 def convert(
     checkpoints: Annotated[list[Path], typer.Argument(help="FlashMemory checkpoints: .pt or .safetensors.")],
-    out: Annotated[Path, typer.Option(help="Output folder of the indexer.")],
+    out: Annotated[Path, typer.Option(help="Save the indexer in this new folder.")],
     traces: Annotated[
         Path | None, typer.Option(help="The trace store that it is for; else V4-Flash as served.")
     ] = None,
@@ -177,9 +177,10 @@ def convert(
     from data_gen.store import TraceStore
     from indexer_train.bridge.convert import import_checkpoints
 
+    _must_be_new(out)
     manifest = None if traces is None else TraceStore.open(traces).manifest
     indexer = import_checkpoints(checkpoints, _numbers(layers), manifest, offset, positions)
-    indexer.save_pretrained(str(out))
+    indexer.save_whole(out)
     spec = indexer.spec
     typer.echo(
         f"indexer: {out} (layers {spec.layers}, {spec.shape.heads} heads, rank {spec.shape.rank}, "
@@ -314,8 +315,8 @@ def select_layers(
     from indexer_train.layer_choice import choose_layers, served_as
     from indexer_train.trainer import load_indexer, open_traces
 
-    if out is not None and out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: holds something already; choose another folder")
+    if out is not None:
+        _must_be_new(out)
     loaded = load_indexer(indexer)
     best, *others = choose_layers(loaded, open_traces(traces, [loaded]), count, budget)
     rows = [[" ".join(map(str, choice.layers)), choice.join, choice.mass_recall] for choice in (best, *others[:9])]
@@ -367,6 +368,11 @@ def _recipe(name: str, backbone: str | None = None, documents: str | None = None
     if documents is not None:
         recipe.documents.source = documents
     return recipe
+
+
+def _must_be_new(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: holds something already; choose another folder")
 
 
 def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:

@@ -13,9 +13,10 @@ def product(x: torch.Tensor, weight: torch.Tensor, relu: bool = False, out: torc
     out: [M, N], memory that may be used for the result: a loop need not ask the system for more each time.
     """
     if ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.numel():  # it refuses empty sums
-        return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), None, "relu" if relu else "none", [], "")
-    found = torch.mm(x, weight.T, out=out)
-    return found.relu_() if relu else found
+        found = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), None, "none", [], "")
+    else:
+        found = torch.mm(x, weight.T, out=out)
+    return found.relu_() if relu else found  # oneDNN's own turns NaN into zero
 
 
 def _dense(matrix: torch.Tensor) -> torch.Tensor:

@@ -281,10 +281,13 @@ class TraceStore:
                 )
 
     def hold_back(self, every: int) -> tuple["TraceStore", "TraceStore"]:
-        """Views of this store: (all documents but every n-th, every n-th document)."""
+        """Views of this store: (all documents but every n-th, every n-th one). Raises InputError if one is empty."""
         paths = self.paths()
         held = paths[every - 1 :: every]
         rest = [path for path in paths if path not in held]
+        if not held or not rest:
+            one = f"every {every}th of {len(paths)}"
+            raise InputError(f"{self.root}: too few documents to validate on {one} and to train on the others")
         return TraceStore(self.root, self.manifest, rest), TraceStore(self.root, self.manifest, held)
 
     def path(self, index: int) -> Path:

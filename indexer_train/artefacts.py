@@ -61,8 +61,8 @@ def inspect(path: Path, progress: Progress) -> Found:
     for marker, describe in KINDS.items():
         if (path / marker).exists():
             return describe(path, progress)
-    if path.name == FOLDER and (path.parent / MANIFEST).exists():
-        return _hard_negatives(TraceStore.open(path.parent))
+    if (here := path.absolute()).name == FOLDER and (here.parent / MANIFEST).exists():
+        return _hard_negatives(TraceStore.open(here.parent))
     if stores := [marker.parent for marker in sorted(path.glob(f"*/{MANIFEST}"))]:
         return _stores(stores, progress)
     if checkpoints(path):
@@ -81,7 +81,7 @@ def _file(path: Path, progress: Progress) -> Found:
         if (above[0] / MANIFEST).exists():
             return _store(path.parent, progress, [path])
         if above[0].name == FOLDER and (above[1] / MANIFEST).exists():
-            root = path.parent.parent
+            root = above[1]
             return _hard_negatives(TraceStore(root, TraceStore.open(root).manifest, [root / path.name]))
     owner = next((folder for folder in above if any((folder / marker).exists() for marker in KINDS)), None)
     tensors = path.suffix in {".pt", ".safetensors"}

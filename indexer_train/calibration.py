@@ -42,8 +42,8 @@ def score_windows(indexer: MemoryIndexer, windows: Iterable[ServedWindows]) -> l
     scored = [ScoredWindows(served, indexer_scores(indexer, served)) for served in windows]
     if not all(bool(each.scores.isfinite().all()) for each in scored):
         raise InputError(
-            "the indexer's scores are NaN or infinite, training diverged: lower train.learning_rate and train into "
-            "another folder"
+            "the indexer's scores are NaN or infinite: training diverged (lower train.learning_rate and train into "
+            "another folder; checkpoints from before remain), or the indexer is damaged"
         )
     return scored
 

@@ -139,17 +139,18 @@ def _read(document: TraceDocument) -> tuple[torch.Tensor, str]:
     sidecar = _sidecar(document.path)
     if not sidecar.exists():
         raise InputError(f"{sidecar}: no hard negatives there; run `lookahead mine` on these traces first")
+    identity, rows, visible = _identity(document), len(document.positions), document.chunks
     with whole(sidecar, "hard negatives", "mine again"), safe_open(sidecar, framework="pt") as file:
         chunks, about = file.get_tensor("chunks"), json.loads(file.metadata()["hard_negatives"])
         made_by, of, written = (about[name] for name in ("made_by", "document", "checksum"))
-        if of != _identity(document):
+        if of != identity:
             raise ValueError("of another document")
         if checksum({"chunks": chunks}) != written:
             raise ValueError("its bytes are not those that were written")
-        if chunks.dtype != torch.int32 or chunks.ndim != 2 or len(chunks) != len(document.positions):
-            raise ValueError(f"chunks are {chunks.dtype} {list(chunks.shape)} beside {len(document.positions)} rows")
-        if chunks.numel() and not -1 <= int(chunks.min()) <= int(chunks.max()) < document.chunks:
-            raise ValueError(f"it names chunks {int(chunks.min())} to {int(chunks.max())} of {document.chunks}")
+        if chunks.dtype != torch.int32 or chunks.ndim != 2 or len(chunks) != rows:
+            raise ValueError(f"chunks are {chunks.dtype} {list(chunks.shape)} beside {rows} rows")
+        if chunks.numel() and not -1 <= int(chunks.min()) <= int(chunks.max()) < visible:
+            raise ValueError(f"it names chunks {int(chunks.min())} to {int(chunks.max())} of {visible}")
     return chunks, made_by
 
 

@@ -6,6 +6,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from data_gen.store import TraceDocument, TraceStore
 
@@ -101,11 +102,12 @@ class WindowOracle:
         return np.append(np.float32(0), self.mass)[place], np.append(np.float32(0), self.peak)[place]
 
 
-def any_golden(store: TraceStore, threshold: float) -> bool:
-    """Whether any window of the store has a golden chunk; looks no further than the first."""
-    for document in store:
+def any_golden(store: TraceStore, index: Dataset, threshold: float) -> bool:
+    """Whether any window of `index` (indexer_train/batches.py) has a golden chunk; looks no further than the first."""
+    rows = torch.tensor([index[name][:] for name in ("document", "first", "last")]).T
+    for number, document in enumerate(store):
         oracle = SparseOracle.of(document)
-        for first, last in document.windows(serving=False).tolist():
+        for first, last in rows[rows[:, 0] == number, 1:].tolist():
             bounds = document.trace.chunking.candidates(int(document.positions[first]))
             if len(oracle.window(first, last, bounds).golden(threshold)):
                 return True

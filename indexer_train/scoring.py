@@ -112,7 +112,7 @@ def _products(x: torch.Tensor, y: torch.Tensor, relu: bool = False) -> torch.Ten
     """
     if len(x) == 1:
         return product(x[0], y[0], relu)[None]
-    found = torch.bmm(x, y.mT)
+    found = torch.bmm(x, y.mT, out=x.new_empty(len(x), x.shape[1], y.shape[1]))  # so that autocast leaves its type
     return found.relu_() if relu else found
 
 

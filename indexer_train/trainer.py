@@ -49,7 +49,8 @@ def train(
 
     Checkpoints lie under `out`/checkpoints; a run that was stopped continues from the newest one. weights: how often
     an epoch reads the documents of each mixed store, by its folder. Raises InputError before training when a trace is
-    damaged or there are too few.
+    damaged, when there are too few or none has anything golden for a loss that needs it, and when another number of
+    processes trained so far; in training when it diverges.
     """
     if config.one_by_one and len(store.manifest.trace.layers) > 1:
         return _train_one_by_one(store, shape, config, out, weights)
@@ -129,10 +130,11 @@ def make_trainer(
     index = window_index(traces, config.stride, config.tails, weights)
     if not len(index) or not len(window_index(validation)):
         raise InputError(f"{store.root}: too few documents with a whole lookahead window to train and validate on")
-    if not LOSSES[config.loss].graded and not any_golden(traces, golden):
+    if not LOSSES[config.loss].graded and not any_golden(traces, index, golden):
+        setting = "golden" if config.top_p_votes is None else "top_p_votes.votes"
         raise InputError(
             f"{store.root}: no training window has a golden chunk (at least {golden:g}), so that {config.loss} would "
-            "learn nothing; lower train.golden (train.top_p_votes.votes)"
+            f"learn nothing; lower train.{setting}"
         )
     set_seed(config.seed)
     indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config, weights))

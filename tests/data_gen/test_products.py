@@ -23,6 +23,11 @@ def test_products_against_float64(shape, relu):
     torch.testing.assert_close(bf16.double(), expected, atol=0.5, rtol=0.1)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_product_with_nan_is_nan(relu):
+    assert product(torch.full((3, 16), torch.nan), torch.ones(5, 16), relu).isnan().all()
+
+
 @pytest.mark.parametrize(("queries", "heads", "chunks"), [(1, 1, 1), (3, 4, 70), (9, 130, 2100), (0, 4, 5), (2, 4, 0)])
 def test_tiles_give_the_whole(queries, heads, chunks):
     rng = torch.Generator().manual_seed(1)

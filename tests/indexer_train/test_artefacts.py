@@ -61,7 +61,7 @@ def test_every_damaged_shard_is_named(stores, run, tiny_recipe, tmp_path):
     assert "left behind" in dict(found.facts)
 
 
-def test_hard_negatives_belong_to_their_store(stores, run, tiny_recipe, tmp_path):
+def test_hard_negatives_belong_to_their_store(stores, run, tiny_recipe, tmp_path, monkeypatch):
     pytest.importorskip("faiss")
     from data_gen.store import TraceStore
 
@@ -72,6 +72,9 @@ def test_hard_negatives_belong_to_their_store(stores, run, tiny_recipe, tmp_path
     kind, found = facts(store.root / "hard_negatives")
     assert kind == "hard negatives" and found["documents"].startswith("8 in") and '"count": 4' in found["mined by"]
     first, second = sorted((store.root / "hard_negatives").iterdir())[:2]
+    with monkeypatch.context() as inside:
+        inside.chdir(store.root / "hard_negatives")
+        assert facts(Path(".")) == (kind, found) and facts(Path(first.name))[0] == kind
     kind, found = facts(second)
     assert kind == "hard negatives" and found["documents"].startswith("1 in") and '"count": 4' in found["mined by"]
     first.write_bytes(b"short")

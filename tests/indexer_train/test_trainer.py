@@ -20,6 +20,7 @@ from indexer_train.evaluator import MassRecallEvaluator
 from indexer_train.losses import LOSSES
 from indexer_train.metrics import indexer_scores, served_windows
 from indexer_train.model import MemoryIndexer
+from indexer_train.sampling import any_golden
 from indexer_train.trainer import check_traces, load_indexer, make_trainer, train
 
 
@@ -193,6 +194,19 @@ def test_a_loss_that_needs_golden_chunks_is_refused_where_there_are_none(planted
     with pytest.raises(InputError, match=rf"no training window has a golden chunk \(at least 0.95\), so that {loss}"):
         make_trainer(planted[0], tiny_recipe.indexer, settings, tmp_path)
     make_trainer(planted[0], tiny_recipe.indexer, settings.model_copy(update={"golden": 0.85}), tmp_path)
+
+
+def test_windows_that_do_not_train_do_not_count_as_golden(planted):
+    index = window_index(planted[0])
+    assert any_golden(planted[0], index, 0.85)
+    assert not any_golden(planted[0], index.select([]), 0.85)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_all_documents_held_back_are_none_to_train_on(stores, tiny_recipe, tmp_path, one_by_one):
+    settings = tiny_recipe.train.model_copy(update={"validation_every": 1, "one_by_one": one_by_one})
+    with pytest.raises(InputError, match="too few documents to validate on every 1th of 8"):
+        train(stores[0], tiny_recipe.indexer, settings, tmp_path)
 
 
 @pytest.mark.parametrize(
