@@ -14,7 +14,7 @@ from data_gen.documents import Document, build_documents
 from data_gen.errors import InputError
 from data_gen.overlap import measure_overlap
 from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
-from data_gen.tasks import Split
+from data_gen.tasks import NEEDLE_TASKS, Split, vocabulary
 from data_gen.trace import RawTrace
 
 Progress = Callable[[Iterable[Document], str], Iterable[Document]]
@@ -73,10 +73,11 @@ def generate(
     see `prepare`, and when `root` holds traces made with other settings.
     """
     built = prepare(backbone, tokenizer, documents, trace, split)
+    needles = {"needles": vocabulary()} if any(document.task in NEEDLE_TASKS for document in built) else {}
     manifest = Manifest(
         backbone=backbone.info,
         trace=trace,
-        documents=documents.model_dump(mode="json") | {"split": split},
+        documents=documents.model_dump(mode="json") | {"split": split} | needles,
         versions={name: version(name) for name in ("torch", "transformers")},
     )
     store = TraceStore.create(root, manifest)

@@ -1,5 +1,6 @@
 """Generated long-context tasks: needles with known answers, worded differently for training and held-out documents."""
 
+import hashlib
 import random
 from dataclasses import dataclass
 from typing import Literal
@@ -138,3 +139,8 @@ def make_task(name: str, split: Split, rng: random.Random, keys: int, values: in
 
 
 NEEDLE_TASKS = ("single", "multi_key", "multi_value")
+
+
+def vocabulary() -> str:
+    """A hash of all wordings and keys: a store begun with others must not go on with these."""
+    return hashlib.sha256(repr((WORDINGS, KEYS)).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from data_gen.backbones.dense import DenseBackbone
 from data_gen.errors import InputError
 from data_gen.generate import generate
 from data_gen.store import TraceStore
+from data_gen.tasks import WORDINGS
 from tests.conftest import tiny_model
 
 
@@ -50,6 +51,13 @@ def test_other_settings_are_refused(tmp_path, tokenizer, tiny_recipe):
     run(tmp_path, tokenizer, tiny_recipe)
     with pytest.raises(InputError, match="made with another trace"):
         run(tmp_path, tokenizer, tiny_recipe, window=8)
+
+
+def test_a_store_begun_with_other_needles_is_not_continued(tmp_path, tokenizer, tiny_recipe, monkeypatch):
+    run(tmp_path, tokenizer, tiny_recipe)
+    monkeypatch.setitem(WORDINGS, "train", WORDINGS["train"][1:])
+    with pytest.raises(InputError, match="made with another documents"):
+        run(tmp_path, tokenizer, tiny_recipe)
 
 
 def test_damaged_and_missing_stores_are_named(tmp_path, tokenizer, tiny_recipe):
