@@ -369,6 +369,8 @@ def test_the_command_line_both_ways(tmp_path, v4_store):
     command = ["convert", str(path), "--out", str(tmp_path / "indexer"), "--layers", "10,12", "--traces"]
     result = run(app, [*command, str(v4_store.root), "--offset", "0.5"])
     assert result.exit_code == 0, result.output
+    again = run(app, [*command, str(v4_store.root), "--offset", "0.7"])
+    assert isinstance(again.exception, InputError) and "holds something already" in str(again.exception)
     indexer = load_indexer(tmp_path / "indexer")
     assert indexer.spec.layers == [10, 12] and indexer.spec.backbone == "small-v4"
     assert indexer.spec.chunking == Chunking(tokens=4, sink=0, recent=2) and indexer.spec.window == 8
