@@ -12,7 +12,7 @@ try:
     from tqdm import tqdm
     from typer.exceptions import TyperException
 
-    from data_gen.errors import InputError
+    from data_gen.core.errors import InputError
 except KeyboardInterrupt:  # before there is a parser to report it
     print("lookahead: stopped; the same command continues", file=sys.stderr)
     sys.exit(130)
@@ -92,9 +92,9 @@ def calibrate(
     by_budget: Annotated[bool, typer.Option(help="Serve the best of each window, not a threshold.")] = False,
 ) -> None:
     """Choose how chunks are selected when served: writes calibration.json and reliability.png into the indexer."""
-    from eval.report import table
-    from indexer_train.reliability import calibrate_folder
-    from indexer_train.trainer import load_indexer, open_traces
+    from eval.report.tables import table
+    from indexer_train.load import load_indexer, open_traces
+    from indexer_train.measure.reliability import calibrate_folder
 
     if recall is not None and (budget is not None or by_budget):
         raise InputError("--recall finds a threshold: leave --budget and --by-budget out")
@@ -119,9 +119,9 @@ def mine(
     count: Annotated[int, typer.Option(min=1, help="Hard negatives kept for each query token.")] = 256,
 ) -> None:
     """Find hard negatives for `candidates: {source: hard}`: writes TRACES/hard_negatives. A stopped run continues."""
-    from indexer_train.hard_negatives import FOLDER
-    from indexer_train.hard_negatives import mine as mine_hard_negatives
-    from indexer_train.trainer import load_indexer, open_traces
+    from indexer_train.data.hard_negatives import FOLDER
+    from indexer_train.data.hard_negatives import mine as mine_hard_negatives
+    from indexer_train.load import load_indexer, open_traces
 
     loaded = load_indexer(indexer)
     mine_hard_negatives(loaded, open_traces(traces, [loaded]), _recipe(recipe).train.golden, count, _progress)
@@ -154,8 +154,8 @@ def export(
     layers: Layers = None,
 ) -> None:
     """Write an indexer for serving, and say what the format does not carry."""
-    from indexer_train.bridge.convert import export_indexer
-    from indexer_train.trainer import load_indexer
+    from indexer_train.formats.convert import export_indexer
+    from indexer_train.load import load_indexer
 
     exported = export_indexer(load_indexer(indexer), out, format, _numbers(layers))
     for line in [*(f"{format}: {path}" for path in exported.files), *exported.notes]:
@@ -174,8 +174,8 @@ def convert(
     positions: Annotated[int | None, typer.Option(min=1, help="Context, if longer than the file's RoPE table.")] = None,
 ) -> None:
     """Turn checkpoints of the FlashMemory release into an indexer that every other verb reads."""
-    from data_gen.store import TraceStore
-    from indexer_train.bridge.convert import import_checkpoints
+    from data_gen.traces.store import TraceStore
+    from indexer_train.formats.convert import import_checkpoints
 
     _must_be_new(out)
     manifest = None if traces is None else TraceStore.open(traces).manifest
@@ -208,10 +208,10 @@ def verify(
     indexer: Annotated[Path | None, typer.Option(help="A trained indexer or a bundle.")] = None,
 ) -> None:
     """Recompute native logits, and an indexer's scores, in float64; exit code 1 when they differ."""
-    from data_gen.store import TraceStore
-    from eval.verify import verdict_table, verify_indexer, verify_native
-    from indexer_train.bridge.bundle import HEADER, load_bundle
-    from indexer_train.trainer import load_indexer
+    from data_gen.traces.store import TraceStore
+    from eval.offline.verify import verdict_table, verify_indexer, verify_native
+    from indexer_train.formats.bundle import HEADER, load_bundle
+    from indexer_train.load import load_indexer
 
     store, verdicts = TraceStore.open(traces), []
     if native is not None or indexer is None:
@@ -274,7 +274,7 @@ def benchmark(
 ) -> None:
     """Long-context tasks under every policy: adds to OUT/results.json and the report. A stopped run continues."""
     from data_gen.config import BackboneConfig
-    from eval.tasks.config import BenchmarkConfig
+    from eval.online.config import BenchmarkConfig
     from eval.verbs import benchmark_bundle
 
     if recipe is None and backbone is None:
@@ -290,7 +290,7 @@ def benchmark(
 @app.command()
 def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Documents = None) -> None:
     """All verbs in a row: generate, train, evaluate, export, decode. A stopped run continues."""
-    from eval.report import read_results
+    from eval.report.tables import read_results
     from eval.verbs import decode_documents, evaluate_traces
 
     read_results(out)
@@ -311,9 +311,9 @@ def select_layers(
     budget: Annotated[float, typer.Option(min=0.001, max=1, help="Share of chunks kept.")] = 0.1,
 ) -> None:
     """Find the layers to serve and the rule that joins them, by mass recall on held-out traces."""
-    from eval.report import table
-    from indexer_train.layer_choice import choose_layers, served_as
-    from indexer_train.trainer import load_indexer, open_traces
+    from eval.report.tables import table
+    from indexer_train.load import load_indexer, open_traces
+    from indexer_train.measure.layer_choice import choose_layers, served_as
 
     if out is not None:
         _must_be_new(out)
@@ -389,8 +389,8 @@ def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
 
 
 def _train(recipe: Any, traces: dict[Path, float], out: Path) -> None:
-    from indexer_train.mixture import mix
-    from indexer_train.trainer import train as train_indexer
+    from indexer_train.data.mixture import mix
+    from indexer_train.training.trainer import train as train_indexer
 
     store = mix(traces)
     store.check_settings(recipe.trace)

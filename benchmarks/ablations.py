@@ -9,11 +9,12 @@ import argparse
 import json
 from pathlib import Path
 
-from data_gen.store import TraceStore, write_atomically
-from eval.recall import as_rows, evaluate_recall
-from eval.report import table
+from data_gen.core.files import write_atomically
+from data_gen.traces.store import TraceStore
+from eval.offline.recall import as_rows, evaluate_recall
+from eval.report.tables import table
 from indexer_train.config import TopPVotes
-from indexer_train.trainer import train
+from indexer_train.training.trainer import train
 from recipes import load_recipe
 
 VARIATIONS = {

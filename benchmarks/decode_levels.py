@@ -6,14 +6,14 @@ from functools import partial
 import torch
 
 from benchmarks.timing import Hardware, Row, microseconds, require
-from data_gen.chunks import Chunking
-from data_gen.key_codec import encode_keys, rows_to_pages
-from data_gen.rope import Rope
-from eval.decode import level2
-from eval.decode.entries import V4, encode_entries, entries_to_pages
-from eval.decode.kernels.device import lacks
-from eval.decode.level1 import Level1, PagedKeys
-from eval.decode.select import Limits
+from data_gen.core.chunks import Chunking
+from data_gen.core.key_bytes import encode_keys, rows_to_pages
+from data_gen.core.rope import Rope
+from eval.serving import level2
+from eval.serving.entries import V4, encode_entries, entries_to_pages
+from eval.serving.kernels.device import lacks
+from eval.serving.level1 import Level1, PagedKeys
+from eval.serving.select import Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Cut, Threshold
@@ -71,7 +71,7 @@ def level1_rows(
             reference = Level1(indexer, Limits(cap=cap), rule)
             backends: dict[str, Level1] = {"torch": reference}
             if not lacks(device):
-                from eval.decode.level1_triton import TritonLevel1
+                from eval.serving.level1_triton import TritonLevel1
 
                 backends = {
                     "triton fp16": TritonLevel1(indexer, Limits(cap=cap), rule),
@@ -111,8 +111,8 @@ def level2_rows(device: torch.device, machine: Hardware, resident: int, heads: i
     in_triton = not lacks(device)
     name, score, select = "torch", level2.score_resident, level2.select_resident
     if in_triton:
-        from eval.decode.kernels.score import score_resident
-        from eval.decode.kernels.topk import select_resident
+        from eval.serving.kernels.score import score_resident
+        from eval.serving.kernels.topk import select_resident
 
         name, score, select = "triton", score_resident, select_resident
         found = score(query, weights, pages, slots)
@@ -143,7 +143,7 @@ def attention_rows(
         arguments = (query, pages, chosen, near, recent, _random(device, heads), V4.width**-0.5)
         name, attend = "torch", level2.attend
         if not lacks(device):
-            from eval.decode.kernels.sparse_attention import attend
+            from eval.serving.kernels.sparse_attention import attend
 
             name, expected = "triton", level2.attend(*arguments)
             error = float((attend(*arguments) - expected).abs().max() / expected.abs().max())

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from benchmarks.timing import Hardware, Row, host_microseconds, microseconds, require
-from data_gen.key_codec import PAGE
-from eval.decode.fetch import Move, gather_copies, index_copy, unit_copies
-from eval.decode.planner import Planner
-from eval.decode.pools import ColdPool, HotPool
-from eval.decode.table import Table
+from data_gen.core.key_bytes import PAGE
+from eval.serving.fetch import Move, gather_copies, index_copy, unit_copies
+from eval.serving.planner import Planner
+from eval.serving.pools import ColdPool, HotPool
+from eval.serving.table import Table
 
 LAYERS, KEY, ENTRY = 21, 132, 584
 CHUNK_UNIT = (LAYERS, ENTRY)

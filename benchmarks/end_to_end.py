@@ -23,17 +23,17 @@ from tqdm import tqdm
 
 from benchmarks.machine import origin
 from data_gen.backbones.load import adapter, load_backbone
-from data_gen.errors import InputError
-from data_gen.store import write_atomically
-from eval.decode.check import check_backbone
-from eval.report import table
-from eval.tasks.answers import Record, Runner
-from eval.tasks.benchmark import answer_settings, trained_documents, unseen_text
-from eval.tasks.config import BenchmarkConfig
-from eval.tasks.generated import generate_examples
-from eval.tasks.journal import Journal
-from indexer_train.bridge.bundle import load_bundle
-from indexer_train.intervals import bootstrap_means
+from data_gen.core.errors import InputError
+from data_gen.core.files import write_atomically
+from eval.online.answers import Record, Runner
+from eval.online.benchmark import answer_settings, trained_documents, unseen_text
+from eval.online.check import check_backbone
+from eval.online.config import BenchmarkConfig
+from eval.online.generated import generate_examples
+from eval.online.journal import Journal
+from eval.report.tables import table
+from indexer_train.formats.bundle import load_bundle
+from indexer_train.measure.intervals import bootstrap_means
 from recipes import Recipe, load_recipe
 
 ANSWERS = "answers.jsonl"

@@ -29,8 +29,8 @@ import torch
 from benchmarks.documents import GOLDEN, HIDDEN, LAYERS, TOKENS, WINDOW, write_dumps
 from benchmarks.machine import origin
 from benchmarks.train import HUGE_PAGES, peak_memory
-from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
+from data_gen.core.chunks import Chunking
 
 Metrics = dict[str, dict[str, float]]
 """Of each layer ("layer 10") and of their maximum ("joined"): precision, recall, f1, recall@128 ..."""
@@ -55,7 +55,7 @@ def write_documents(folder: Path, documents: int, chunks: int, tokens: int) -> N
 
 def make_indexer(folder: Path, heads: int, rank: int) -> Any:
     """The same random weights for both sides."""
-    from data_gen.store import TraceStore
+    from data_gen.traces.store import TraceStore
     from indexer_train.config import IndexerConfig
     from indexer_train.model import IndexerSpec, MemoryIndexer
 
@@ -78,7 +78,7 @@ def make_indexer(folder: Path, heads: int, rank: int) -> Any:
 
 def measure_ours(folder: Path, heads: int, rank: int) -> tuple[float, Metrics]:
     """(CPU-seconds, metrics) of what `lookahead evaluate --every-token` does for the indexer."""
-    from eval.recall import measure, recall_rows
+    from eval.offline.recall import measure, recall_rows
     from indexer_train.selection import Cut, Threshold
 
     indexer, store = make_indexer(folder, heads, rank)
@@ -106,7 +106,7 @@ def measure_ours(folder: Path, heads: int, rank: int) -> tuple[float, Metrics]:
 
 def measure_whole(folder: Path, heads: int, rank: int) -> tuple[float, Metrics]:
     """(CPU-seconds, nothing) of everything that `lookahead evaluate --every-token` measures."""
-    from eval.evaluation import evaluate
+    from eval.offline.evaluation import evaluate
 
     indexer, store = make_indexer(folder, heads, rank)
     start = time.process_time()

@@ -23,16 +23,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.machine import origin
 from data_gen.backbones.load import load_backbone, resolve
 from data_gen.config import BackboneConfig
-from data_gen.store import write_atomically
-from eval.decode.check import wilson
-from eval.decode.fallback import Fallback
-from eval.decode.open import open_session
-from eval.decode.policies import indexer_policy
-from eval.decode.runtime import LSARuntime
-from eval.decode.select import Limits
-from eval.report import table
-from eval.tasks.capped import calibrated
-from indexer_train.bridge.bundle import load_bundle
+from data_gen.core.files import write_atomically
+from eval.online.capped import calibrated
+from eval.online.check import wilson
+from eval.online.open import open_session
+from eval.online.policies import indexer_policy
+from eval.report.tables import table
+from eval.runtime.fallback import Fallback
+from eval.runtime.runtime import LSARuntime
+from eval.serving.select import Limits
+from indexer_train.formats.bundle import load_bundle
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
 from recipes.pocket_v4.config import load_config

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
+from data_gen.core.chunks import Chunking
+from data_gen.core.key_bytes import encode_keys
 from data_gen.flashmemory.folder import import_dumps
-from data_gen.key_codec import encode_keys
 
 LAYERS = [6, 8, 10, 12, 14, 16, 18, 20]
 

@@ -22,14 +22,14 @@ from tqdm import tqdm
 from benchmarks.machine import origin
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.generate import generate
-from data_gen.store import TraceStore
-from eval.evaluation import threshold_for
-from eval.lookahead import analyse_lookahead
-from eval.recall import DocumentRecall, measure, task_groups
-from eval.report import table
-from indexer_train.intervals import bootstrap_means
+from data_gen.traces.store import TraceStore
+from eval.offline.evaluation import threshold_for
+from eval.offline.recall import DocumentRecall, measure, task_groups
+from eval.offline.refresh import analyse_lookahead
+from eval.report.tables import table
+from indexer_train.load import check_traces, load_indexer
+from indexer_train.measure.intervals import bootstrap_means
 from indexer_train.model import MemoryIndexer
-from indexer_train.trainer import check_traces, load_indexer
 from recipes import Recipe, load_recipe
 
 METRICS = ("mass_recall", "golden_recall")

@@ -29,13 +29,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.machine import origin
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.config import BackboneConfig
-from data_gen.documents import heldout_share
-from data_gen.errors import InputError
-from eval.decode.hosts.moving import Prepared
-from eval.decode.level1 import Level1
-from eval.decode.runtime import LSARuntime
-from eval.tasks.haystack import Haystack
-from indexer_train.bridge.bundle import load_bundle
+from data_gen.core.errors import InputError
+from data_gen.text.documents import heldout_share
+from eval.online.haystack import Haystack
+from eval.runtime.hosts.moving import Prepared
+from eval.runtime.runtime import LSARuntime
+from eval.serving.level1 import Level1
+from indexer_train.formats.bundle import load_bundle
 from indexer_train.selection import Budget
 from recipes import load_recipe
 

@@ -20,8 +20,8 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from benchmarks.machine import machine
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
-from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
+from data_gen.core.chunks import Chunking
 
 CSA, HCA, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
 HEADS = 4

@@ -50,9 +50,9 @@ def measure_ours(folder: Path, heads: int, rank: int, steps: int) -> dict[str, f
     """The steps of the stock trainer as `lookahead train` runs it."""
     from transformers import TrainerCallback
 
-    from data_gen.store import TraceStore
+    from data_gen.traces.store import TraceStore
     from indexer_train.config import CandidatesConfig, IndexerConfig, TrainConfig
-    from indexer_train.trainer import make_trainer
+    from indexer_train.training.trainer import make_trainer
 
     store = TraceStore.open(folder / "store")
     documents = len(store.paths()) - 1  # one is held back
@@ -147,9 +147,9 @@ def compare_losses(folder: Path, checkout: Path, heads: int, rank: int) -> dict[
     sys.path.insert(0, str(checkout / "training"))
     from train import JointLayerRetriever
 
-    from data_gen.store import TraceStore
-    from indexer_train.batches import SampledCandidates, window_index
+    from data_gen.traces.store import TraceStore
     from indexer_train.config import CandidatesConfig, IndexerConfig
+    from indexer_train.data.batches import SampledCandidates, window_index
     from indexer_train.losses import LOSSES
     from indexer_train.model import IndexerSpec, MemoryIndexer
 

@@ -26,9 +26,9 @@ from transformers import TrainerCallback
 from benchmarks.documents import GOLDEN, write_store
 from benchmarks.machine import origin
 from benchmarks.train import BATCH, LEARNING_RATE, NEGATIVES
-from data_gen.store import TraceStore
+from data_gen.traces.store import TraceStore
 from indexer_train.config import CandidatesConfig, IndexerConfig, TrainConfig
-from indexer_train.trainer import make_trainer
+from indexer_train.training.trainer import make_trainer
 
 WARM_UP, COUNTED, PROFILED = 8, 1, 8
 """Steps before the clock starts, then those whose operations are counted, and after the timed ones those profiled."""

@@ -2,15 +2,10 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from data_gen.chunks import Chunking
-
-
-class Strict(BaseModel):
-    """A recipe section: an unknown key is an error, not a surprise, and so is a number that is infinite or none."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+from data_gen.core.chunks import Chunking
+from data_gen.core.config import Strict
 
 
 class BackboneConfig(Strict):
@@ -31,7 +26,7 @@ class DocumentsConfig(Strict):
     source: `builtin` (CPython's language reference, then its library's docstrings), `stdlib` (the source code of its
     library), `package:NAME` (that of an installed package), a folder, a .jsonl or .parquet file, or a `datasets` name.
     tokens: shortest and longest document; lengths are drawn between them.
-    train, heldout: how many documents of each task (see data_gen/tasks.py; `text` is plain text).
+    train, heldout: how many documents of each task (see data_gen/text/needles.py; `text` is plain text).
     keys: needles with other keys beside the asked one (multi_key); values: values of one key (multi_value).
     thinking: whether chat templates that can (Qwen3 ...) let the model think before it answers.
     turns: which of a chat's answers are traced: the `last` one or `all`.

@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from data_gen.backbones.base import Backbone
 from data_gen.config import DocumentsConfig, TraceConfig
-from data_gen.documents import Document, build_documents
-from data_gen.errors import InputError
-from data_gen.overlap import measure_overlap
-from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
-from data_gen.tasks import NEEDLE_TASKS, Split, vocabulary
-from data_gen.trace import RawTrace
+from data_gen.core.errors import InputError
+from data_gen.text.documents import Document, build_documents
+from data_gen.text.needles import NEEDLE_TASKS, Split, vocabulary
+from data_gen.text.overlap import measure_overlap
+from data_gen.traces.store import DocumentMeta, Manifest, Span, TraceStore
+from data_gen.traces.types import RawTrace
 
 Progress = Callable[[Iterable[Document], str], Iterable[Document]]
 

@@ -9,15 +9,14 @@ from transformers import PreTrainedTokenizerBase
 from data_gen.backbones.base import Backbone
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.config import BackboneConfig
-from data_gen.documents import build_documents
-from data_gen.errors import InputError
-from eval.decode.check import as_rows, check_backbone, decode_check
-from eval.decode.fallback import Fallback
-from eval.decode.runtime import LSARuntime
-from eval.decode.select import Limits
-from eval.evaluation import evaluate
-from eval.page import write_report
-from eval.report import (
+from data_gen.core.errors import InputError
+from data_gen.text.documents import build_documents
+from eval.offline.evaluation import evaluate
+from eval.online.benchmark import benchmark
+from eval.online.check import as_rows, check_backbone, decode_check
+from eval.online.config import BenchmarkConfig
+from eval.report.page import write_report
+from eval.report.tables import (
     comparison_table,
     decode_summary,
     decode_table,
@@ -27,12 +26,13 @@ from eval.report import (
     threshold_lines,
     write_results,
 )
-from eval.tasks.benchmark import benchmark
-from eval.tasks.config import BenchmarkConfig
-from eval.tasks.tables import benchmark_table, difference_table, fidelity_table
-from indexer_train.bridge.bundle import load_bundle
+from eval.report.tasks import benchmark_table, difference_table, fidelity_table
+from eval.runtime.fallback import Fallback
+from eval.runtime.runtime import LSARuntime
+from eval.serving.select import Limits
+from indexer_train.formats.bundle import load_bundle
+from indexer_train.load import load_indexer, open_traces
 from indexer_train.selection import Budget
-from indexer_train.trainer import load_indexer, open_traces
 from recipes import Recipe
 
 Say = Callable[[str], None]

@@ -36,7 +36,7 @@ class Source(BaseModel):
 class Provenance(BaseModel):
     """What an indexer was made of and what it then measured.
 
-    backbone: model type; model: its public name (data_gen/trace.py BackboneInfo); oracle: who labelled; sources: the
+    backbone: model type; model: its public name (`BackboneInfo`); oracle: who labelled; sources: the
     trace stores; validation: documents held back from all of them; train: the recipe's section; metrics: see Metric.
     """
 

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from data_gen.config import Strict
+from data_gen.core.config import Strict
 
 
 class IndexerConfig(Strict):
@@ -51,7 +51,7 @@ class CandidatesConfig(Strict):
 
 
 class TopPVotes(Strict):
-    """The release's kind of label on attention traces (data_gen/votes.py), to compare with.
+    """The release's kind of label on attention traces (data_gen/traces/labels.py), to compare with.
 
     top_p: share of a query token's stored attention that each layer's picks cover; votes: layers that must pick a chunk
     to make it golden.
@@ -82,7 +82,7 @@ class TrainConfig(Strict):
     `budget` of the chunks are kept; select: how they are chosen, then and when served: the best of each window
     (`budget`), or all that reach one `threshold`;
     workers: processes that make batches while the device computes; without a number two beside a GPU that shares enough
-    memory with them (indexer_train/processes.py), and none elsewhere; no result depends on it;
+    memory with them (indexer_train/training/processes.py), and none elsewhere; no result depends on it;
     eval_epochs: epochs between two such checks, which are checkpoints too; patience: checks without a better one before
     training stops; the best one is kept;
     seed: of the first weights, the order of documents and the negatives;

@@ -7,9 +7,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule, Router
 
-from data_gen.damage import whole
-from data_gen.keys import check_stored, key_vectors
-from data_gen.store import write_atomically
+from data_gen.core.files import whole, write_atomically
+from data_gen.core.keys import check_stored, key_vectors
 from indexer_train.card import model_card
 from indexer_train.scorer import Scorer
 from indexer_train.scoring import join_layers

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from data_gen.products import product
-from indexer_train.memory import SteadyLinear
+from data_gen.core.tensors import product
+from indexer_train.cpu import SteadyLinear
 from indexer_train.spec import IndexerSpec
 
 

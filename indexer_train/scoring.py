@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from data_gen.lightning import lightning_scores, tiled_scores
-from data_gen.products import product
+from data_gen.core.tensors import lightning_scores, product, tiled_scores
 
 TILE_ELEMENTS = 1 << 15
 """Matches of candidates held in the CPU's cache at once (128 KiB in fp32)."""

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
-from data_gen.chunks import Chunking
-from data_gen.config import Strict
+from data_gen.core.chunks import Chunking
+from data_gen.core.config import Strict
 from indexer_train.scoring import above, select
 
 

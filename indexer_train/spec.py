@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
-from data_gen.chunks import Chunking
-from data_gen.key_codec import hadamard
-from data_gen.rope import Rope
-from data_gen.trace import KeyKind
+from data_gen.core.chunks import Chunking
+from data_gen.core.key_bytes import hadamard
+from data_gen.core.rope import Rope
+from data_gen.traces.types import KeyKind
 from indexer_train.card import Provenance
 from indexer_train.config import IndexerConfig
 from indexer_train.scoring import TILE_ELEMENTS, PackedQuery
@@ -19,7 +19,7 @@ class IndexerSpec(BaseModel):
     """All that an indexer must know besides its weights.
 
     layers: backbone layers it reads; hidden, key_width: widths there; window: tau; backbone: fingerprint of the model
-    whose traces trained it; key, rope: how its keys were made (data_gen/trace.py BackboneInfo), queries follow suit;
+    whose traces trained it; key, rope: how its keys were made (`BackboneInfo`), queries follow suit;
     selections: ways to choose chunks by their scores, the served one first; provenance: where it comes from.
     """
 

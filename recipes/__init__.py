@@ -7,10 +7,10 @@ from typing import Self
 import yaml
 from pydantic import ValidationError, model_validator
 
-from data_gen.config import BackboneConfig, DocumentsConfig, Strict, TraceConfig
-from data_gen.errors import InputError
-from eval.decode.config import DecodeConfig
-from eval.tasks.config import BenchmarkConfig
+from data_gen.config import BackboneConfig, DocumentsConfig, TraceConfig
+from data_gen.core.config import Strict
+from data_gen.core.errors import InputError
+from eval.online.config import BenchmarkConfig, DecodeConfig
 from indexer_train.config import IndexerConfig, TrainConfig
 
 

@@ -28,14 +28,14 @@ from transformers import (
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.load import load_backbone, resolve
-from data_gen.chunks import Chunking
 from data_gen.config import BackboneConfig, TraceConfig
+from data_gen.core.chunks import Chunking
 from data_gen.generate import generate
-from data_gen.oracle import SparseAttention
-from data_gen.store import DocumentMeta, Manifest, Span, TraceStore
-from data_gen.trace import BackboneInfo, RawTrace
-from indexer_train.bridge.native import initialise
+from data_gen.traces.labels import SparseAttention
+from data_gen.traces.store import DocumentMeta, Manifest, Span, TraceStore
+from data_gen.traces.types import BackboneInfo, RawTrace
 from indexer_train.config import IndexerConfig
+from indexer_train.formats.native import initialise
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from recipes import Recipe
 from recipes.pocket_v4.config import load_config

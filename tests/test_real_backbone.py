@@ -7,13 +7,13 @@ import torch
 
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.load import load_backbone
-from data_gen.documents import build_documents
 from data_gen.generate import generate
-from eval.decode.check import decode_check
-from eval.decode.session import Session
-from eval.recall import as_rows, evaluate_recall
-from indexer_train.bridge.bundle import export_bundle, load_bundle
-from indexer_train.trainer import train
+from data_gen.text.documents import build_documents
+from eval.offline.recall import as_rows, evaluate_recall
+from eval.online.check import decode_check
+from eval.online.session import Session
+from indexer_train.formats.bundle import export_bundle, load_bundle
+from indexer_train.training.trainer import train
 from recipes import load_recipe
 
 

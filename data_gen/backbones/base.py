@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from data_gen.config import TraceConfig
-from data_gen.trace import BackboneInfo, RawTrace
+from data_gen.traces.types import BackboneInfo, RawTrace
 
 
 class Backbone(Protocol):

@@ -7,11 +7,11 @@ from data_gen.backbones.deepseek_v4_hooks import CSA, CsaCall, csa_layers, obser
 from data_gen.backbones.deepseek_v4_oracles import AttentionOracle, CsaOracle, IndexerOracle, count_near_ties
 from data_gen.backbones.dense import fingerprint
 from data_gen.config import TraceConfig
-from data_gen.errors import InputError
-from data_gen.key_codec import encode_keys, hadamard
-from data_gen.lightning import tiled_scores
-from data_gen.rope import Rope
-from data_gen.trace import BackboneInfo, NativeRow, RawTrace
+from data_gen.core.errors import InputError
+from data_gen.core.key_bytes import encode_keys, hadamard
+from data_gen.core.rope import Rope
+from data_gen.core.tensors import tiled_scores
+from data_gen.traces.types import BackboneInfo, NativeRow, RawTrace
 
 PIECE_TOKENS, PIECE_TOKENS_CPU = 512, 192
 """Most tokens read at once. Of the tokens x (tokens + window) scores of a sliding window tokens x window are used: on a

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 
 CSA = "compressed_sparse_attention"
 

@@ -4,9 +4,8 @@ from typing import Protocol
 
 import torch
 
-from data_gen.errors import InputError
-from data_gen.oracle import SparseAttention
-from data_gen.votes import GoldenChunks, native_picks
+from data_gen.core.errors import InputError
+from data_gen.traces.labels import GoldenChunks, SparseAttention, native_picks
 
 NEAR = 1e-4
 """Scores closer than this share of a row's largest are a tie that rounding may break either way."""

@@ -17,8 +17,8 @@ from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.tiny import tiny_backbone
 from data_gen.config import BackboneConfig
-from data_gen.errors import InputError
-from data_gen.packages import package_folder
+from data_gen.core.errors import InputError
+from data_gen.core.files import package_folder
 
 TINY = "tiny"
 """The path that stands for data_gen/backbones/tiny.py."""

@@ -2,7 +2,7 @@
 
 Decoders look their attention function up in a registry on every call. While `observe` is active the registry hands out
 a function that runs the original and reports what went in and out; results stay bit for bit the stock model's. Where
-the cache answers with a list, one entry a sequence (eval/decode/hosts/together.py), the original runs for each.
+the cache answers with a list, one entry a sequence (eval/runtime/hosts/together.py), the original runs for each.
 """
 
 import sys
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 
 
 @dataclass(frozen=True)

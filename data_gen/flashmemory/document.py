@@ -5,11 +5,11 @@ from typing import Self
 
 import torch
 
-from data_gen.errors import InputError
-from data_gen.key_codec import check_rows
-from data_gen.rope import Rope
-from data_gen.trace import BackboneInfo, NativeRow, RawTrace
-from data_gen.votes import GoldenChunks
+from data_gen.core.errors import InputError
+from data_gen.core.key_bytes import check_rows
+from data_gen.core.rope import Rope
+from data_gen.traces.labels import GoldenChunks
+from data_gen.traces.types import BackboneInfo, NativeRow, RawTrace
 
 CHUNK_TOKENS = 4
 V4_FLASH = BackboneInfo(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.config import TraceConfig
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 from data_gen.flashmemory.document import CHUNK_TOKENS, V4_FLASH, Dropped, read_document
 from data_gen.flashmemory.unpickle import load_dump
-from data_gen.store import DocumentMeta, Manifest, Span, TraceDocument, TraceStore
+from data_gen.traces.store import DocumentMeta, Manifest, Span, TraceDocument, TraceStore
 
 NAME = re.compile(r"doc_(\d{5}|[1-9]\d{5,})\.pkl")
 """As the server numbers them; anything looser would let two files share a number."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 
 LARGE = 4096
 """Bytes above which a byte string is tensor data, which nothing refers back to."""

@@ -6,8 +6,8 @@ engines keep for caches.
 
 from typing import Any
 
-from data_gen.errors import InputError
-from data_gen.key_codec import SCALE_BYTES
+from data_gen.core.errors import InputError
+from data_gen.core.key_bytes import SCALE_BYTES
 from eval.plan.shapes import Cache, Model, StoredBytes, Weight, check_sizes, dtype_bytes, matrix, plain
 
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"

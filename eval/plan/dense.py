@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from data_gen.chunks import Chunking
-from data_gen.errors import InputError
+from data_gen.core.chunks import Chunking
+from data_gen.core.errors import InputError
 from eval.plan.shapes import Cache, Model, Weight, check_sizes, dtype_bytes, matrix, one_line, plain
 
 FULL, SLIDING = "full_attention", "sliding_attention"

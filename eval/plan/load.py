@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 from eval.plan.deepseek_v4 import deepseek_v4_model
 from eval.plan.dense import dense_model
 from eval.plan.shapes import Model, one_line

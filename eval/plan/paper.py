@@ -4,7 +4,7 @@ from typing import Any
 
 from eval.plan.plan import Plan
 from eval.plan.settings import PlanSettings
-from eval.report import table
+from eval.report.tables import table
 
 PAPER_MODEL = "deepseek-v4-flash"
 PAPER = {

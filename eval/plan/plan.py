@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 from eval.plan.compute import has_paper_scope, work
 from eval.plan.load import load_model
 from eval.plan.memory import (

@@ -9,11 +9,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from data_gen.store import write_atomically
+from data_gen.core.files import write_atomically
 from eval.plan.paper import beside_paper, paper_points
 from eval.plan.plan import Plan, plan_row
 from eval.plan.shapes import UNNAMED_DTYPE
-from eval.report import table
+from eval.report.tables import table
 
 PLOT_CONTEXTS = [2**20 * step // 64 for step in range(1, 65)]
 POINT = "the paper's figure, its own terms"

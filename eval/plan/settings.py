@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from data_gen.config import Strict
+from data_gen.core.config import Strict
 from recipes import Recipe
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 
 StoredBytes = Callable[[int, int], int]
 """(rows, columns) of a matrix -> the bytes it takes, quantisation scales included."""

@@ -8,8 +8,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from data_gen.config import Strict
-from data_gen.errors import InputError
+from data_gen.core.config import Strict
+from data_gen.core.errors import InputError
 from indexer_train.model import MemoryIndexer
 
 
@@ -21,7 +21,7 @@ class LossOptions(Strict):
 class Targets:
     """The oracle for B windows and N chunks: all of a document's, or those drawn for each window.
 
-    mass, peak: [B, N] (data_gen/oracle.py WindowLabels); candidate: [B, N] bool; protected: [B], mass on protected
+    mass, peak: [B, N] (`WindowLabels`); candidate: [B, N] bool; protected: [B], mass on protected
     chunks; weight: [B, N] of each candidate in a pointwise loss, None for one; most: golden chunks of the window that
     has the most, which a GPU would have to be waited for.
     """
@@ -75,7 +75,7 @@ class IndexerLoss(nn.Module, ABC):
             raise InputError(f"train.loss_options.{first['loc'][0]}: {reason} (options: {known})") from error
 
     def forward(self, features: list[dict[str, Any]], label: torch.Tensor) -> torch.Tensor:
-        """features: query and document features of the collator; label: [B, 5, N] (indexer_train/batches.py)."""
+        """features: query and document features of the collator; label: [B, 5, N] (indexer_train/data/batches.py)."""
         query, document = features
         inner = self.inner
         queries = self.model(query)["sentence_embedding"]

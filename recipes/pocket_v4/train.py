@@ -16,7 +16,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 from recipes.pocket_v4.batches import stage_batches
 from recipes.pocket_v4.card import write_card
 from recipes.pocket_v4.config import PocketConfig, StageConfig, load_config

@@ -7,10 +7,10 @@ import pytest
 
 from benchmarks import end_to_end
 from benchmarks.end_to_end import answer, answered, rows, tables
-from data_gen.errors import InputError
-from eval.tasks.config import BenchmarkConfig
+from data_gen.core.errors import InputError
+from eval.online.config import BenchmarkConfig
 from tests.eval.conftest import indexer  # noqa: F401 - a fixture
-from tests.eval.tasks.test_benchmark import tiny_backbone, trained  # noqa: F401 - a fixture
+from tests.eval.online.test_benchmark import tiny_backbone, trained  # noqa: F401 - a fixture
 
 
 def run(policy, budget, **values):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.fallback import DENSE, SPARSE, as_table, measure, questions, separating_threshold
-from data_gen.chunks import Chunking
+from data_gen.core.chunks import Chunking
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Cut, Threshold

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from data_gen.backbones.dense import DenseBackbone
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 from data_gen.generate import generate
-from data_gen.store import TraceStore
-from data_gen.tasks import WORDINGS
+from data_gen.text.needles import WORDINGS
+from data_gen.traces.store import TraceStore
 from tests.conftest import tiny_model
 
 
@@ -41,7 +41,8 @@ def test_a_killed_run_continues_and_rewrites_nothing(tmp_path, tokenizer, tiny_r
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, tiny_recipe, monkeypatch):
-    monkeypatch.setattr("data_gen.store.save_file", lambda tensors, path, metadata: path.write_bytes(b"x") and 1 / 0)
+    broken = lambda tensors, path, metadata: path.write_bytes(b"x") and 1 / 0  # noqa: E731
+    monkeypatch.setattr("data_gen.traces.store.save_file", broken)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, tokenizer, tiny_recipe)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]

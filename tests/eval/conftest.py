@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data_gen.chunks import Chunking
+from data_gen.core.chunks import Chunking
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
 

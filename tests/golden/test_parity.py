@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_gen.chunks import Chunking
-from data_gen.errors import InputError
-from data_gen.key_codec import decode_keys, encode_keys, hadamard
-from data_gen.rope import Rope
+from data_gen.core.chunks import Chunking
+from data_gen.core.errors import InputError
+from data_gen.core.key_bytes import decode_keys, encode_keys, hadamard
+from data_gen.core.rope import Rope
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.scoring import above, select

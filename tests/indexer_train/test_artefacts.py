@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_gen.errors import InputError
-from data_gen.rope import Rope
-from eval.report import write_results
+from data_gen.core.errors import InputError
+from data_gen.core.rope import Rope
+from eval.report.tables import write_results
 from indexer_train.artefacts import inspect
-from indexer_train.bridge.bundle import export_bundle, load_bundle
-from indexer_train.bridge.flashmemory import write_checkpoint
-from indexer_train.bridge.weights import LayerWeights
-from indexer_train.hard_negatives import mine
-from indexer_train.trainer import load_indexer, train
+from indexer_train.data.hard_negatives import mine
+from indexer_train.formats.bundle import export_bundle, load_bundle
+from indexer_train.formats.flashmemory import write_checkpoint
+from indexer_train.formats.weights import LayerWeights
+from indexer_train.load import load_indexer
+from indexer_train.training.trainer import train
 
 
 def quietly(items, what):
@@ -63,7 +64,7 @@ def test_every_damaged_shard_is_named(stores, run, tiny_recipe, tmp_path):
 
 def test_hard_negatives_belong_to_their_store(stores, run, tiny_recipe, tmp_path, monkeypatch):
     pytest.importorskip("faiss")
-    from data_gen.store import TraceStore
+    from data_gen.traces.store import TraceStore
 
     shutil.copytree(stores[0].root, tmp_path / "store")
     store = TraceStore.open(tmp_path / "store")

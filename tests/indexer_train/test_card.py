@@ -11,9 +11,9 @@ from sentence_transformers import SentenceTransformer
 
 from indexer_train.artefacts import inspect
 from indexer_train.config import TopPVotes
-from indexer_train.mixture import mix
+from indexer_train.data.mixture import mix
 from indexer_train.model import MemoryIndexer
-from indexer_train.trainer import train
+from indexer_train.training.trainer import train
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 from indexer_train.losses import LOSSES
 from indexer_train.losses.base import Targets
 

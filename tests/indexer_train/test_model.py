@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_gen.chunks import Chunking
-from indexer_train.bridge.bundle import export_bundle, load_bundle
+from data_gen.core.chunks import Chunking
 from indexer_train.config import IndexerConfig
+from indexer_train.formats.bundle import export_bundle, load_bundle
+from indexer_train.load import load_indexer
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.scoring import distance_bumps
-from indexer_train.trainer import load_indexer
 
 
 def make(**shape):

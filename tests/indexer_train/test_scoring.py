@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data_gen.lightning import lightning_scores
+from data_gen.core.tensors import lightning_scores
 from indexer_train.scoring import TILE_ELEMENTS, CandidateScores
 
 

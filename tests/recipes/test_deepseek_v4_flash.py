@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from cli import app
-from data_gen.key_codec import encode_keys
-from indexer_train.bridge.flashmemory import read_checkpoint
+from data_gen.core.key_bytes import encode_keys
+from indexer_train.formats.flashmemory import read_checkpoint
 from indexer_train.losses import LOSSES
 from recipes import load_recipe
 

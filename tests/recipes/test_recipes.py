@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from data_gen.documents import build_documents
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
+from data_gen.text.documents import build_documents
 from recipes import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -121,4 +121,4 @@ def test_the_wheel_carries_recipes_and_packages(tmp_path):
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     assert {f"recipes/{name}.yaml" for name in SHIPPED} <= names
     assert {"recipes/pocket_v4/model/model.safetensors", "recipes/pocket_v4/config.yaml"} <= names
-    assert {"cli.py", "data_gen/store.py", "indexer_train/model.py", "eval/recall.py"} <= names
+    assert {"cli.py", "data_gen/traces/store.py", "indexer_train/model.py", "eval/offline/recall.py"} <= names

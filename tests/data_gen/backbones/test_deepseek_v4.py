@@ -15,9 +15,9 @@ from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.deepseek_v4_hooks import csa_layers, observe_csa
 from data_gen.backbones.deepseek_v4_oracles import IndexerOracle
 from data_gen.backbones.load import adapter, load_backbone
-from data_gen.chunks import Chunking
 from data_gen.config import BackboneConfig, TraceConfig
-from data_gen.errors import InputError
+from data_gen.core.chunks import Chunking
+from data_gen.core.errors import InputError
 from data_gen.flashmemory.document import V4_FLASH
 from tests.conftest import TINY_V4, tiny_model
 

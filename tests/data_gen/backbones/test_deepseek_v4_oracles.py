@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data_gen.backbones.deepseek_v4_oracles import count_near_ties
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 
 
 def picks_of(scores, visible, k):

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from data_gen.backbones.deepseek_v4_hooks import csa_layers
-from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
-from data_gen.key_codec import decode_keys
-from data_gen.keys import key_vectors
-from data_gen.lightning import lightning_scores
+from data_gen.core.chunks import Chunking
+from data_gen.core.key_bytes import decode_keys
+from data_gen.core.keys import key_vectors
+from data_gen.core.tensors import lightning_scores
 
 LENGTH, WIDTH, TOP = 1500, 128, 64
 LAYERS = (0, 1, 2)

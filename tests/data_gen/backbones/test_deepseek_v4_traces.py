@@ -5,8 +5,8 @@ import pytest
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.load import adapter
 from data_gen.generate import generate
-from eval.recall import evaluate_recall
-from indexer_train.trainer import train
+from eval.offline.recall import evaluate_recall
+from indexer_train.training.trainer import train
 from recipes import load_recipe
 from recipes.pocket_v4.config import load_config
 from recipes.pocket_v4.documents import write_chats

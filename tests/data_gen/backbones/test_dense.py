@@ -7,9 +7,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data_gen.backbones.dense import DenseBackbone, fingerprint
 from data_gen.backbones.observe import observe
-from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
-from data_gen.errors import InputError
+from data_gen.core.chunks import Chunking
+from data_gen.core.errors import InputError
 from tests.conftest import TINY, tiny_model
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from data_gen.backbones.load import _read_once, adapter, load_backbone, public_name, resolve
 from data_gen.config import BackboneConfig
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 from tests.conftest import tiny_model
 
 

@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cli import app
-from data_gen.chunks import Chunking
 from data_gen.config import TraceConfig
-from data_gen.errors import InputError
+from data_gen.core.chunks import Chunking
+from data_gen.core.errors import InputError
+from data_gen.core.key_bytes import encode_keys
 from data_gen.flashmemory.document import Dropped, read_document
 from data_gen.flashmemory.folder import import_dumps
 from data_gen.flashmemory.unpickle import load_dump
-from data_gen.key_codec import encode_keys
-from data_gen.store import TraceStore
-from eval.recall import evaluate_recall
+from data_gen.traces.store import TraceStore
+from eval.offline.recall import evaluate_recall
 from indexer_train.config import IndexerConfig, TrainConfig
-from indexer_train.trainer import train
+from indexer_train.training.trainer import train
 
 LAYERS = [10, 12]
 TOKENS, CHUNKS = 20, 12

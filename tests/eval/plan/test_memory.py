@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen.config import TraceConfig
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 from data_gen.flashmemory.document import V4_FLASH
-from data_gen.store import Manifest
-from eval import lookahead
+from data_gen.traces.store import Manifest
+from eval.offline import refresh as lookahead
 from eval.plan import PlanSettings, make_plan
 from eval.plan.load import load_model
 from eval.plan.memory import Residency, chunk_bytes, requests_that_fit, weight_bytes

@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from data_gen.errors import InputError
+from data_gen.core.errors import InputError
 from recipes.pocket_v4 import evaluate as evaluation
 from recipes.pocket_v4 import train as training
 from recipes.pocket_v4.config import PocketConfig

@@ -1,0 +1,1 @@
+"""What all rooms need: errors, files, chunks, keys, tensor arithmetic, strict config. Imports no other room."""

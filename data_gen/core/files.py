@@ -1,0 +1,74 @@
+"""Files: written whole or not at all, read whole or refused in one line; where installed packages lie."""
+
+import importlib.util
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from data_gen.core.errors import InputError
+
+READING = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+"""What readers of JSON, of settings and of tensors raise when a file is cut short, edited or another one."""
+
+
+@contextmanager
+def whole(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Whatever reading `path` raises becomes the InputError `PATH: damaged WHAT (why); REMEDY`."""
+    try:
+        yield
+    except READING as error:
+        raise InputError(f"{path}: damaged {what} ({_reason(error)}); {remedy}") from error
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error that a reader raised."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary neighbour, flush it to disk, then give it its name: a killed run leaves no half."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 of names and bytes in the order of the names, as eight hexadecimal digits."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
+
+
+def package_folder(name: str, what: str) -> Path:
+    """The folder of an installed package, found without importing it.
+
+    Raises InputError, which begins with `what` asked for it, when there is none.
+    """
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # of a package that the name would lie in; no name at all
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"{what}: the package {name} is not installed")
+    return Path(spec.submodule_search_locations[0])

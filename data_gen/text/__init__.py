@@ -1,0 +1,1 @@
+"""Text: sources, chats, needles, and the documents that are made of them."""

@@ -1,0 +1,267 @@
+"""Documents as token ids: packed text, whole texts, chats, and needle tasks, split into training and held-out."""
+
+import itertools
+import json
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from data_gen.config import DocumentsConfig, TraceConfig
+from data_gen.core.chunks import Chunking
+from data_gen.core.errors import InputError
+from data_gen.text.chat import conversation, located
+from data_gen.text.needles import NEEDLE_TASKS, Split, make_task
+from data_gen.text.sources import RawDocument, read_source, split_paragraphs
+from data_gen.traces.store import Span
+
+TASKS = ("text", "document", "chat", *NEEDLE_TASKS)
+WHOLE = ("document", "chat")
+"""Tasks that read a source's documents as they are; the others pack its paragraphs to a length."""
+INSTRUCTION = "Read the text below, then answer the question at its end.\n\n"
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids to read, and the query tokens that matter in them.
+
+    prompt: tokens before the (last) answer, the whole document for text; values: what a right answer must contain.
+    """
+
+    name: str
+    task: str
+    tokens: list[int]
+    prompt: int
+    spans: list[Span]
+    positions: list[int]
+    values: list[str] = field(default_factory=list)
+    depth: float | None = None
+
+
+def build_documents(
+    config: DocumentsConfig, trace: TraceConfig, tokenizer: PreTrainedTokenizerBase, context: int, split: Split
+) -> list[Document]:
+    """All documents of one split, the same ones on every call.
+
+    Raises InputError when the source has too little text, or a document is shorter than one window or longer than
+    `context` tokens.
+    """
+    counts = {"train": config.train, "heldout": config.heldout}
+    if unknown := sorted((config.train.keys() | config.heldout.keys()) - set(TASKS)):
+        raise InputError(f"documents: unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
+    builder = _Builder(config, trace, tokenizer, context, split, counts)
+    documents = []
+    for task in TASKS:
+        for index in range(counts[split].get(task, 0)):
+            documents.append(builder.build(task, f"{split}-{task}-{index:04d}"))
+    return documents
+
+
+class _Builder:
+    def __init__(
+        self,
+        config: DocumentsConfig,
+        trace: TraceConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int,
+        split: Split,
+        counts: dict[str, dict[str, int]],
+    ) -> None:
+        self.config, self.trace, self.tokenizer, self.context, self.split = config, trace, tokenizer, context, split
+        whole = {side: sum(tasks.get(task, 0) for task in WHOLE) for side, tasks in counts.items()}
+        self.whole: Iterator[RawDocument] = iter(())
+        if any(whole.values()):
+            if any(count for tasks in counts.values() for task, count in tasks.items() if task not in WHOLE):
+                raise InputError("documents: whole documents or chats and packed text need separate recipes")
+            skip = whole["train"] if split == "heldout" else 0
+            self.whole = itertools.islice(whole_documents(config), skip, None)
+        else:
+            raw = read_source(config.source, config.text_field)
+            self.stream = _Stream(raw, heldout_share(config), tokenizer, split)
+
+    def build(self, task: str, name: str) -> Document:
+        rng = random.Random(f"{self.config.seed} {name}")
+        if task == "chat":
+            return self._chat(name)
+        if task == "document":
+            return self._text(name, self._next(str, name), task)
+        length = rng.randint(*self.config.tokens)
+        if task == "text":
+            ids = self._text_ids("\n\n".join(self.stream.take(length)))[:length]
+            return self._plain(name, task, ids)
+        return self._needles(task, name, length, rng)
+
+    def _next(self, kind: type, name: str) -> RawDocument:
+        document = next(self.whole, None)
+        if document is None:
+            raise InputError(f"documents {self.config.source}: none left for {name}; ask for fewer")
+        if not isinstance(document, kind):
+            raise InputError(f"documents {self.config.source}: {name} needs {'text' if kind is str else 'messages'}")
+        return document
+
+    def _text_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, verbose=False).input_ids
+
+    def _text(self, name: str, text: str, task: str) -> Document:
+        return self._plain(name, task, self._text_ids(text))
+
+    def _plain(self, name: str, task: str, ids: list[int]) -> Document:
+        first = max(len(ids) - self.trace.text_rows, _first_useful(self.trace.chunking))
+        rows = len(ids) - first
+        spans = [Span(first=0, last=rows, serve=0, tail=False)]
+        return self._checked(Document(name, task, ids, len(ids), spans, list(range(first, len(ids)))))
+
+    def _needles(self, name: str, document: str, length: int, rng: random.Random) -> Document:
+        task = make_task(name, self.split, rng, self.config.keys, self.config.values)
+        overhead = len(
+            conversation(
+                self.tokenizer, [_user(_question(task.question, [])), _assistant(task.answer)], self.config.thinking
+            )
+        )
+        overhead += sum(len(self._text_ids(sentence)) + 4 for sentence, _ in task.needles) + 8
+        if length - overhead < 64:
+            raise InputError(f"documents: {length} tokens leave no room for text around the needles of {name!r}")
+        paragraphs = self.stream.take(length - overhead)
+        placed = sorted(task.needles, key=lambda needle: -needle[1])
+        for sentence, depth in placed:
+            paragraphs.insert(round(depth * len(paragraphs)), sentence)
+        messages = [_user(_question(task.question, paragraphs)), _assistant(task.answer)]
+        return self._answered(document, name, messages, [1], task.values, task.depth)
+
+    def _chat(self, name: str) -> Document:
+        messages = self._next(list, name)
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            raise InputError(f"documents {self.config.source}: {name} must end with an assistant message")
+        if self.config.turns == "last":
+            return self._answered(name, "chat", messages, [len(messages) - 1])
+        if self.trace.own_tokens:
+            raise InputError("documents.turns: the backbone's own tokens (trace.own_tokens) replace a last answer only")
+        return self._answered(name, "chat", messages, [i for i, m in enumerate(messages) if m["role"] == "assistant"])
+
+    def _answered(
+        self,
+        name: str,
+        task: str,
+        messages: list[dict[str, str]],
+        turns: list[int],
+        values: Sequence[str] = (),
+        depth: float | None = None,
+    ) -> Document:
+        """A conversation of which the messages `turns` are traced, each with a few tokens before it."""
+        try:
+            ids, places = located(self.tokenizer, messages, turns, self.config.thinking)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        spans: list[Span] = []
+        positions: list[int] = []
+        for prompt, end in places:
+            row, first = len(positions), max(prompt - self.trace.answer_lead, positions[-1] + 1 if positions else 0)
+            positions += range(first, end - 1)
+            # Serving reads the prompt but for its last token, so that the first answer token is predicted sparsely.
+            spans.append(Span(first=row, last=len(positions), serve=row + max(0, prompt - 2 - first), tail=True))
+        prompt = places[-1][0]
+        return self._checked(Document(name, task, ids, prompt, spans, positions, list(values), depth))
+
+    def _checked(self, document: Document) -> Document:
+        length = len(document.tokens)
+        if length > self.context:
+            raise InputError(f"{document.name}: {length} tokens, but the backbone's context is {self.context}")
+        window = self.trace.tail if document.spans[0].tail else self.trace.window
+        shortest = _first_useful(self.trace.chunking) + window
+        if length < shortest:
+            raise InputError(
+                f"{document.name}: {length} tokens, shorter than one window behind the protected chunks ({shortest})"
+            )
+        return document
+
+
+def heldout_share(config: DocumentsConfig) -> float:
+    """The share of the source's documents that packed text of the held-out side is taken from."""
+    if config.heldout_share is not None:
+        return config.heldout_share
+    packed = {
+        side: sum(count for task, count in counts.items() if task not in WHOLE)
+        for side, counts in (("train", config.train), ("heldout", config.heldout))
+    }
+    return packed["heldout"] / max(1, sum(packed.values()))
+
+
+def whole_documents(config: DocumentsConfig) -> Iterator[RawDocument]:
+    """The source's documents for the tasks of WHOLE: first those to train on, then the held-out ones."""
+    return _once(read_source(config.source, config.text_field))
+
+
+def _once(documents: Iterable[RawDocument]) -> Iterator[RawDocument]:
+    """Each document once, white space aside: a copy must not be in training and held-out documents alike."""
+    seen: set[str] = set()
+    for document in documents:
+        key = " ".join(json.dumps(document).replace("\\n", " ").split())
+        if key not in seen:
+            seen.add(key)
+            yield document
+
+
+def _first_useful(chunking: Chunking) -> int:
+    """The first position with an unprotected chunk to choose."""
+    return (chunking.sink + chunking.recent + 1) * chunking.tokens - 1
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _question(question: str, paragraphs: list[str]) -> str:
+    return INSTRUCTION + "\n\n".join([*paragraphs, question])
+
+
+class _Stream:
+    """Paragraphs of one side of a source, read as they are needed and each handed out once.
+
+    So no two documents, of whichever side, share text: not those that validation holds back either.
+    """
+
+    def __init__(
+        self, raw: Iterable[RawDocument], heldout_share: float, tokenizer: PreTrainedTokenizerBase, split: Split
+    ) -> None:
+        sides = split_paragraphs((_as_text(document) for document in raw), heldout_share)
+        self.texts = (paragraphs for held_out, paragraphs in sides if held_out == (split == "heldout"))
+        self.tokenizer, self.split = tokenizer, split
+        self.unused: deque[tuple[str, int]] = deque()
+        self.read = 0
+
+    def take(self, tokens: int) -> list[str]:
+        """Paragraphs of about `tokens` tokens, the last one cut. Raises InputError at the end of the source."""
+        taken: list[str] = []
+        while tokens > 0:
+            text, length = self._next()
+            if length > tokens:
+                ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:tokens]
+                text = self.tokenizer.decode(ids)
+            taken.append(text)
+            tokens -= length
+        return taken
+
+    def _next(self) -> tuple[str, int]:
+        """(paragraph, its tokens)."""
+        while not self.unused:
+            paragraphs = next(self.texts, None)
+            if paragraphs is None:
+                raise InputError(
+                    f"documents: only {self.read} tokens of text for {self.split} documents; ask for fewer or shorter"
+                )
+            ids = self.tokenizer(paragraphs, add_special_tokens=False, verbose=False).input_ids
+            self.unused.extend((text, len(piece) + 1) for text, piece in zip(paragraphs, ids, strict=True))
+            self.read += sum(map(len, ids))
+        return self.unused.popleft()
+
+
+def _as_text(document: RawDocument) -> str:
+    if not isinstance(document, str):
+        raise InputError("documents: chats cannot be packed; use the task `chat`")
+    return document

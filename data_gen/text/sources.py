@@ -1,0 +1,155 @@
+"""Raw text from a folder, a JSONL or Parquet file, a `datasets` name, the interpreter or an installed package."""
+
+import ast
+import hashlib
+import json
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from data_gen.core.errors import InputError
+from data_gen.core.files import package_folder
+
+RawDocument = str | list[dict[str, str]]
+"""Plain text, or the messages of a chat ({role, content} each)."""
+TEXT_FILES = {".txt", ".md", ".markdown", ".rst"}
+"""What is read of a folder."""
+
+
+def read_source(source: str, text_field: str) -> Iterator[RawDocument]:
+    """Raw documents of `source` in a fixed order. Raises InputError for a missing, empty or malformed one."""
+    path = Path(source).expanduser()
+    if source == "builtin":
+        documents: Iterable[RawDocument] = _builtin()
+    elif source == "stdlib":
+        documents = _code(Path(sysconfig.get_path("stdlib")))
+    elif source.startswith("package:"):
+        documents = _code(package_folder(source.removeprefix("package:"), f"documents {source}"))
+    elif path.is_dir():
+        documents = _folder(path)
+    elif path.suffix == ".jsonl":
+        documents = _jsonl(path, text_field)
+    elif path.suffix == ".parquet":
+        documents = _datasets("parquet", text_field, str(_existing(path)), data_files=str(path))
+    elif path.exists() or path.suffix.lower() in TEXT_FILES or source.startswith((".", "/", "~")):
+        raise InputError(f"documents {_existing(path)}: expected a folder, .jsonl or .parquet")
+    else:
+        documents = _datasets(source, text_field, source)
+    found = False
+    for document in documents:
+        found = True
+        if not document or (isinstance(document, str) and not document.strip()):
+            raise InputError(f"documents {source}: an empty document")
+        yield document
+    if not found:
+        raise InputError(f"documents {source}: no document there")
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"documents {path}: no such file or folder")
+    return path
+
+
+def _builtin() -> Iterator[str]:
+    """CPython's language reference, as shipped for `help()`, then the docstrings of each standard module."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
+        if docstrings := _docstrings(file):
+            yield docstrings
+
+
+@cache
+def _docstrings(file: Path) -> str:
+    """All of a module, parsed once: the whole library takes seconds, and each side of a split reads it."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = ast.walk(ast.parse(file.read_bytes()))
+    return "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, documented))))
+
+
+def _code(root: Path) -> Iterator[str]:
+    """The Python files of a library, its tests left out; the interpreter's own has about 3 million tokens."""
+    for file in sorted(root.rglob("*.py")):
+        if not {"test", "tests", "site-packages", "dist-packages"} & set(file.relative_to(root).parts):
+            try:
+                with tokenize.open(file) as code:
+                    text = code.read()
+            except (SyntaxError, UnicodeDecodeError) as error:
+                raise InputError(f"documents {file}: not Python in an encoding that it names") from error
+            if text.strip():  # many packages begin with an empty __init__.py
+                yield text
+
+
+def _folder(path: Path) -> Iterator[str]:
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in TEXT_FILES and file.is_file():
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"documents {file}: not UTF-8 text") from error
+            if not text.strip():
+                raise InputError(f"documents {file}: an empty document")
+            yield text
+
+
+def _jsonl(path: Path, text_field: str) -> Iterator[RawDocument]:
+    with open(_existing(path), "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise InputError(f"documents {path} line {number}: not JSON in UTF-8") from error
+            yield _content(row, text_field, f"{path} line {number}")
+
+
+def _datasets(name: str, text_field: str, where: str, **options: str) -> Iterator[RawDocument]:
+    """where: what the user called it."""
+    import datasets
+
+    number = 0
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True, **options)
+        for number, row in enumerate(rows, 1):
+            yield _content(row, text_field, f"{where} row {number}")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if options or number:
+            raise InputError(f"documents {where}: cannot be read after row {number} ({reason})") from error
+        raise InputError(f"documents {where}: no such file or folder, and no data set either ({reason})") from error
+
+
+def _content(row: object, text_field: str, where: str) -> RawDocument:
+    content = row.get(text_field, row.get("messages")) if isinstance(row, dict) else None
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in content
+    ):
+        return content
+    raise InputError(f"documents {where}: needs a text field {text_field!r} or chat `messages` of role and content")
+
+
+def split_paragraphs(documents: Iterable[str], heldout_share: float) -> Iterator[tuple[bool, list[str]]]:
+    """(held out?, paragraphs) of each document, every paragraph given once in the whole source.
+
+    A document's side is decided by a hash of its text, so it does not depend on what else is read; paragraphs that
+    repeat (white space aside) stay with the first document that has them, so the sides never share text.
+    """
+    seen: set[bytes] = set()
+    for text in documents:
+        digest = hashlib.sha256(text.encode()).digest()
+        paragraphs = []
+        for paragraph in text.split("\n\n"):
+            key = hashlib.sha256(" ".join(paragraph.split()).encode()).digest()
+            if paragraph.strip() and key not in seen:
+                paragraphs.append(paragraph.strip("\n"))
+            seen.add(key)
+        if paragraphs:
+            yield int.from_bytes(digest[:4], "big") / 2**32 < heldout_share, paragraphs

@@ -1,0 +1,1 @@
+"""Traces: what a document leaves behind, the labels made of it, the store on disk, its checks."""

@@ -1,0 +1,302 @@
+"""The trace store: one safetensors file per document, one JSON manifest, nothing half-written.
+
+STORE/manifest.json             what every document shares
+STORE/doc_00000.safetensors     hidden states, keys, positions, oracle probabilities of one document
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data_gen.config import TraceConfig
+from data_gen.core.errors import InputError
+from data_gen.core.files import checksum, write_atomically
+from data_gen.traces.labels import GoldenChunks, SparseAttention, WindowLabels, window_labels
+from data_gen.traces.types import BackboneInfo, NativeRow, RawTrace
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DENSE_ELEMENTS = 1 << 25
+"""Query tokens x chunks up to which a document's oracle is kept unpacked (256 MiB); beyond, a few windows at a time."""
+
+
+class Span(BaseModel):
+    """A contiguous run of traced query tokens, as rows of the document's tensors.
+
+    first, last: first row and one past the last; serve: the row at which serving would fix its first resident set;
+    tail: whether windows cut short by the end of the span count (an answer that ends early) or not (cut text).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    first: int
+    last: int
+    serve: int
+    tail: bool
+
+
+class DocumentMeta(BaseModel):
+    """What is known of one traced document.
+
+    length: tokens; depth: where its asked needle lies, 0 (start) to 1; near_ties: see RawTrace.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    task: str
+    length: int
+    spans: list[Span]
+    depth: float | None = None
+    near_ties: int = 0
+
+
+class Manifest(BaseModel):
+    """What every document of a store shares. documents: their settings; versions: of the packages that read them."""
+
+    model_config = ConfigDict(extra="ignore")  # what earlier writers said twice
+
+    format: Literal[1] = FORMAT
+    backbone: BackboneInfo
+    trace: TraceConfig
+    documents: dict[str, Any]
+    versions: dict[str, str]
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{path}: not a manifest of this version ({error.errors()[0]['msg']})") from error
+
+
+
+class TraceDocument:
+    """One document of a store; tensors are mapped from disk and read where they are touched.
+
+    Raises InputError when the file is damaged.
+    """
+
+    def __init__(self, path: Path, trace: TraceConfig) -> None:
+        self.path = path
+        self.trace = trace
+        try:
+            self._file = safe_open(path, framework="pt")
+            self.meta = DocumentMeta.model_validate_json(self._file.metadata()["document"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path}: damaged trace ({reason}); delete it and generate again") from error
+
+    def hidden(self, layer: int) -> torch.Tensor:
+        """[T, hidden] bf16, states entering the attention block of `layer`."""
+        return self._file.get_tensor(f"layers.{layer}.hidden")
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """Keys as stored, one per complete chunk: [N, ...], see `KeyKind`; `key_vectors` decodes."""
+        return self._file.get_tensor(f"layers.{layer}.keys")
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[T] int64, 0-based token positions of the rows."""
+        return self._file.get_tensor("positions")
+
+    @cached_property
+    def chunks(self) -> int:
+        """N, complete chunks of the whole document that have a key."""
+        return self.shape(f"layers.{self.trace.layers[0]}.keys")[0]
+
+    def shape(self, name: str) -> list[int]:
+        """Of one stored tensor, read from the header."""
+        return self._file.get_slice(name).get_shape()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is stored, by name."""
+        return {name: self._file.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
+
+    @property
+    def checksum(self) -> str | None:
+        """Of `tensors` when they were written (data_gen/traces/validate.py); None in files of earlier versions."""
+        return self._file.metadata().get("checksum")
+
+    @cached_property
+    def attention(self) -> SparseAttention:
+        """The attention oracle's probabilities, per layer."""
+        names = ("pointers", "chunks", "mean", "peak", "rest")
+        return SparseAttention(*(self._file.get_tensor(f"oracle.{name}") for name in names))
+
+    @cached_property
+    def golden(self) -> GoldenChunks:
+        """The indexer oracle's golden chunks."""
+        return GoldenChunks(*(self._file.get_tensor(f"oracle.{name}") for name in ("pointers", "chunks", "votes")))
+
+    @property
+    def mean_pooled(self) -> torch.Tensor | None:
+        """[T, N] fp16, the untrained baseline's scores; None on DeepSeek-V4."""
+        name = "baselines.mean_pooled"
+        return self._file.get_tensor(name) if name in self._file.keys() else None  # noqa: SIM118 - not a mapping
+
+    def native(self, layer: int) -> dict[int, NativeRow]:
+        """What the backbone's own indexer computed, by row; empty where the trace kept nothing."""
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        for name in self._file.keys():  # noqa: SIM118
+            if name.startswith(f"native.{layer}."):
+                _, _, row, part = name.split(".")
+                found.setdefault(int(row), {})[part] = self._file.get_tensor(name)
+        return {row: NativeRow(**parts) for row, parts in sorted(found.items())}
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What an imported document came with (prompt, response, the dump's metadata); else empty."""
+        return json.loads(self._file.metadata().get("source", "{}"))
+
+    def windows(self, serving: bool) -> torch.Tensor:
+        """[W, 2] rows (first, one past the last) of lookahead windows that have an unprotected chunk to choose.
+
+        The window of token t is t .. t + tau - 1, the release's definition, in training and in measured recall alike.
+        Serving lags by one: a set is chosen from t's hidden state once t has been read, and serves t + 1 .. t + tau.
+        serving: one window every tau tokens, as a runtime refreshes; otherwise one starting at every row.
+        Windows cut short by the end of a span count only where the span says so and `trace.tail` tokens remain.
+        """
+        tau = self.trace.window
+        found = []
+        for span in self.meta.spans:
+            for row in range(span.serve, span.last, tau) if serving else range(span.first, span.last):
+                end = min(row + tau, span.last)
+                long_enough = end - row == tau or (span.tail and end - row >= self.trace.tail)
+                first, last = self.trace.chunking.candidates(int(self.positions[row]))
+                if long_enough and last > first:
+                    found.append((row, end))
+        return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
+
+    @cached_property
+    def _dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.attention.dense(self.chunks)
+
+    def labels(self, windows: torch.Tensor) -> WindowLabels:
+        """The oracle pooled over `windows` ([W, 2], from `windows`)."""
+        if self.trace.oracle == "indexer":
+            return self.golden.window_labels(self.positions, windows, self.trace.chunking, self.chunks)
+        if len(self.positions) * self.chunks <= DENSE_ELEMENTS:
+            mean, peak = self._dense
+            return window_labels(mean, peak, self.attention.rest, self.positions, windows, self.trace.chunking)
+        stride = int(windows[1, 0] - windows[0, 0]) if len(windows) > 1 else 1
+        rows = DENSE_ELEMENTS // 2 // self.chunks - self.trace.window
+        parts = [vars(self._labels_of(few)).values() for few in windows.split(max(1, rows // stride + 1))]
+        return WindowLabels(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    def _labels_of(self, windows: torch.Tensor) -> WindowLabels:
+        """`labels`, with no more of the oracle unpacked than the rows of these windows."""
+        first, last = int(windows.min()), int(windows.max())
+        few = self.attention.rows(first, last)
+        mean, peak = few.dense(self.chunks)
+        positions = self.positions[first:last]
+        return window_labels(mean, peak, few.rest, positions, windows - first, self.trace.chunking)
+
+
+def _fields(trace: TraceConfig) -> dict[str, Any]:
+    """Every setting by its name in a recipe."""
+    values = trace.model_dump()
+    return {f"chunking.{name}": value for name, value in values.pop("chunking").items()} | values
+
+
+class TraceStore:
+    """A folder of traced documents that share one manifest."""
+
+    def __init__(self, root: Path, manifest: Manifest, files: list[Path] | None = None) -> None:
+        self.root = root
+        self.manifest = manifest
+        self._files = files
+
+    @classmethod
+    def open(cls, root: Path) -> "TraceStore":
+        """Open a store for reading. Raises InputError when there is none or it is empty."""
+        path = root / MANIFEST
+        if not path.exists():
+            raise InputError(f"{root}: no trace store there ({MANIFEST} is missing); run `lookahead generate` first")
+        store = cls(root, _read_manifest(path))
+        if not store.paths():
+            raise InputError(f"{root}: the trace store holds no document")
+        return store
+
+    @classmethod
+    def create(cls, root: Path, manifest: Manifest) -> "TraceStore":
+        """Start a store, or continue one made with the same settings."""
+        root.mkdir(parents=True, exist_ok=True)
+        path = root / MANIFEST
+        if path.exists():
+            earlier = _read_manifest(path) if list(root.glob("doc_*")) else manifest
+            for field in ("backbone", "trace", "documents"):
+                if getattr(earlier, field) != getattr(manifest, field):
+                    raise InputError(f"{root}: holds traces made with another {field}; choose another folder")
+            if earlier is not manifest:
+                return cls(root, earlier)
+        write_atomically(path, lambda file: file.write_text(manifest.model_dump_json(indent=2)))
+        return cls(root, manifest)
+
+    def paths(self) -> list[Path]:
+        """The finished documents' files, in order."""
+        return sorted(self.root.glob("doc_*.safetensors")) if self._files is None else self._files
+
+    def check_held_out(self) -> None:
+        """Raise InputError on documents to train on: what an indexer learned by heart chooses nothing."""
+        if self.manifest.documents.get("split") == "train":
+            raise InputError(f"{self.root}: training documents; this is decided on held-out ones")
+
+    def check_training(self) -> None:
+        """Raise InputError on held-out documents: trained on, they would prove nothing."""
+        if self.manifest.documents.get("split") == "heldout":
+            raise InputError(f"{self.root}: held-out documents; train on others")
+
+    def check_settings(self, trace: TraceConfig) -> None:
+        """Raise InputError, naming the first difference, unless these are the settings it was traced with."""
+        asked = _fields(trace)
+        for name, own in _fields(self.manifest.trace).items():
+            if own != asked[name]:
+                raise InputError(
+                    f"{self.root}: traced with trace.{name} {own}, but the recipe says {asked[name]}; "
+                    "take the recipe that the traces were made with, or generate with this one"
+                )
+
+    def hold_back(self, every: int) -> tuple["TraceStore", "TraceStore"]:
+        """Views of this store: (all documents but every n-th, every n-th one). Raises InputError if one is empty."""
+        paths = self.paths()
+        held = paths[every - 1 :: every]
+        rest = [path for path in paths if path not in held]
+        if not held or not rest:
+            one = f"every {every}th of {len(paths)}"
+            raise InputError(f"{self.root}: too few documents to validate on {one} and to train on the others")
+        return TraceStore(self.root, self.manifest, rest), TraceStore(self.root, self.manifest, held)
+
+    def path(self, index: int) -> Path:
+        return self.root / f"doc_{index:05d}.safetensors"
+
+    def document(self, path: Path) -> TraceDocument:
+        """One of `paths`."""
+        return TraceDocument(path, self.manifest.trace)
+
+    def __iter__(self) -> Iterator[TraceDocument]:
+        return map(self.document, self.paths())
+
+    def write(self, index: int, meta: DocumentMeta, raw: RawTrace, source: dict[str, Any] | None = None) -> None:
+        """Write one document, with what it came with; it appears whole or not at all."""
+        tensors = {f"layers.{layer}.hidden": value for layer, value in raw.hidden.items()}
+        tensors |= {f"layers.{layer}.keys": value for layer, value in raw.keys.items()}
+        tensors |= {f"oracle.{name}": value for name, value in vars(raw.oracle).items()}
+        tensors["positions"] = raw.positions
+        if raw.mean_pooled is not None:
+            tensors["baselines.mean_pooled"] = raw.mean_pooled
+        for (layer, row), native in raw.native.items():
+            parts = {part: value for part, value in vars(native).items() if value is not None}
+            tensors |= {f"native.{layer}.{row}.{part}": value for part, value in parts.items()}
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        metadata = {"document": json.dumps(meta.model_dump()), "checksum": checksum(tensors)}
+        if source:
+            metadata["source"] = json.dumps(source)  # as ASCII: half a surrogate pair in a prompt has no UTF-8
+        write_atomically(self.path(index), lambda file: save_file(tensors, file, metadata))

@@ -1,1 +1,0 @@
-"""Decoding with lookahead sparse attention: a real model, only the resident chunks in its attention."""

@@ -1,1 +1,0 @@
-"""The models that decode under lookahead sparse attention: one host a family."""

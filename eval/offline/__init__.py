@@ -1,0 +1,1 @@
+"""Recall and its kin on held-out traces; no backbone."""

@@ -1,0 +1,109 @@
+"""Ways to rank chunks without training, and the oracle that bounds them. All get the same protected chunks and budget.
+
+Scores are [W, N] for the windows they are asked about, in the order of the document; the highest are kept.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+
+from data_gen.traces.store import TraceDocument
+from indexer_train.measure.metrics import ServedWindows
+
+Policy = Callable[[ServedWindows], torch.Tensor]
+
+
+def oracle(served: ServedWindows) -> torch.Tensor:
+    """The attention mass itself: the best possible mass recall at any budget (golden recall has `golden_oracle`)."""
+    return served.labels.mass
+
+
+def golden_oracle(served: ServedWindows) -> torch.Tensor:
+    """The peaks themselves: the best possible golden recall at any budget."""
+    return served.labels.peak
+
+
+def mean_pooled(served: ServedWindows) -> torch.Tensor:
+    """Mean-pooled keys scored by the backbone's own queries at the window's start, without lookahead."""
+    return served.document.mean_pooled[served.windows[:, 0]].float()
+
+
+def used_now(served: ServedWindows) -> torch.Tensor:
+    """What the backbone itself used at the window's first token, without lookahead; among equals the newer chunk.
+
+    Its exact attention, which costs all keys ("exact_attention"), or of the oracle `indexer` how many of its own
+    indexers picked the chunk ("native_votes"). A trace does not keep the native logits of every token, so chunks
+    without a vote are ties here; decoding ranks by the logits ("native").
+    """
+    first = served.windows[:, 0]
+    now = torch.stack([first, first + 1], dim=1)
+    return _newer_first(ServedWindows.of(served.document, now).labels.mass)
+
+
+def recency(served: ServedWindows) -> torch.Tensor:
+    """Newest first."""
+    return torch.arange(served.document.chunks).float().expand(len(served.windows), -1)
+
+
+def protected(served: ServedWindows) -> torch.Tensor:
+    """No preference: evaluation keeps nothing for it but the sink and the newest chunks."""
+    return torch.zeros(len(served.windows), served.document.chunks)
+
+
+def golden_tokens(document: TraceDocument, golden: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunks that single query tokens find golden, CSR over tokens: (pointers [T + 1], chunks [M])."""
+    if document.trace.oracle == "indexer":
+        found = document.golden.votes >= golden
+        return _kept(document.golden.pointers, found), document.golden.chunks[found]
+    found = document.attention.peak.float().mean(dim=1) >= golden
+    return _kept(document.attention.pointers, found), document.attention.chunks[found]
+
+
+def _kept(pointers: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """CSR pointers when only the `found` entries stay."""
+    return torch.nn.functional.pad(found.cumsum(0), (1, 0))[pointers.long()]
+
+
+class Frequency:
+    """How many traced tokens so far, the window's first included, found a chunk golden; among equals the newer."""
+
+    def __init__(self, document: TraceDocument, golden: float) -> None:
+        self._ends, self._chunks = golden_tokens(document, golden)
+
+    def __call__(self, served: ServedWindows) -> torch.Tensor:
+        chunks = served.document.chunks
+        ends = self._ends[served.windows[:, 0] + 1].tolist()
+        return _newer_first(torch.stack([self._chunks[:end].bincount(minlength=chunks) for end in ends]))
+
+
+class Random:
+    """Uniform, the same on every run for a document of the same name."""
+
+    def __init__(self, document: TraceDocument) -> None:
+        digest = hashlib.sha256(document.meta.name.encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+    def __call__(self, served: ServedWindows) -> torch.Tensor:
+        return torch.rand(len(served.windows), served.document.chunks, generator=self._generator)
+
+
+def _newer_first(scores: torch.Tensor) -> torch.Tensor:
+    """[W, N] -> ranks [W, N], the newer of equals ahead (on its own, the older would be)."""
+    return scores.argsort(dim=1, stable=True).argsort(dim=1).float()
+
+
+def policies(document: TraceDocument, golden: float) -> dict[str, Policy]:
+    """All policies that `document` allows, by name, in the order of the tables; ask each about windows in order."""
+    found: dict[str, Policy] = {
+        "oracle": oracle,
+        "native_votes" if document.trace.oracle == "indexer" else "exact_attention": used_now,
+        "mean_pooled": mean_pooled,
+        "frequency": Frequency(document, golden),
+        "recency": recency,
+        "random": Random(document),
+        "protected": protected,
+    }
+    if document.mean_pooled is None:  # DeepSeek-V4: its keys are learned, nothing is pooled
+        del found["mean_pooled"]
+    return found

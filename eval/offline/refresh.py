@@ -1,0 +1,188 @@
+"""How far a resident set can look ahead: recall against refresh interval, decay inside a window, churn."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from data_gen.core.key_bytes import SCALE_BYTES
+from data_gen.traces.store import Manifest, TraceDocument, TraceStore
+from eval.offline.policies import Policy, policies
+from eval.offline.recall import in_pieces, task_groups
+from eval.serving.entries import V4
+from indexer_train.measure.intervals import bootstrap_means
+from indexer_train.measure.metrics import DocumentScorer, ServedWindows, needed_mass, selected_mass
+from indexer_train.model import MemoryIndexer
+from indexer_train.scoring import select
+
+INTERVALS = (8, 16, 32, 64, 128, 256)
+"""Tokens between two refreshes."""
+DECAY_STEP = 8
+"""Tokens of a window that share one value of its decay."""
+KV_BYTES = 2
+"""A value of a dense model's cache in bf16 or fp16."""
+
+
+@dataclass
+class _Sums:
+    """What one document adds up to.
+
+    mass, needed: over tokens; fetched, selected: chunks over refreshes; longest: tokens of its longest window.
+    """
+
+    mass: float = 0.0
+    needed: float = 0.0
+    fetched: int = 0
+    selected: int = 0
+    refreshes: int = 0
+    longest: int = 0
+    offsets: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+
+
+def chunk_bytes(manifest: Manifest) -> int:
+    """Bytes that a fetch of one chunk moves, over all layers that see the whole history; as eval/plan/memory.py."""
+    backbone = manifest.backbone
+    if backbone.key == "fp8_rope_hadamard":
+        return (V4.bytes + backbone.key_width + SCALE_BYTES) * len(backbone.full_layers)  # an entry and its index key
+    return 2 * backbone.key_width * KV_BYTES * manifest.trace.chunking.tokens * len(backbone.full_layers)
+
+
+def analyse_lookahead(
+    indexers: dict[str, MemoryIndexer], store: TraceStore, golden: float, budget: float
+) -> dict[str, list[dict]]:
+    """Every indexer (by name) and policy refreshing every 8 to 256 tokens, and every tau, under one budget.
+
+    rows: {policy, task, interval, mass_recall, low, high, churn, fetched_chunks, fetched_bytes, bytes_per_token,
+    documents, refreshes}. mass_recall is the share of a document's attention mass that was resident, its tokens added
+    up before dividing (token-weighted), then the mean over documents; churn the share of the selected chunks that a
+    refresh has to fetch; both None where nothing is known.
+    decay: {policy, task, offset, mass_recall, low, high, documents}, the same by distance from the refresh in tokens,
+    at the traces' own window. What arrives after a refresh stays resident until the next. Text is cut to a multiple of
+    the longest interval that fits: every interval sees the same tokens. Groups without a span as long as an interval
+    have no row of it.
+    """
+    sums: dict[tuple[str, str, int], list[_Sums]] = defaultdict(list)
+    for document in store:
+        scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
+        for interval in sorted({*INTERVALS, document.trace.window}):
+            found: dict[str, _Sums] = defaultdict(_Sums)
+            scored: dict[str, Policy] = {name: scorer.joined for name, scorer in scorers.items()}
+            scored |= policies(document, golden)
+            del scored["protected"]  # keeps nothing, fetches nothing
+            before: dict[str, torch.Tensor] = {}
+            for served in in_pieces(document, refresh_windows(document, interval)):
+                for name, score in scored.items():
+                    chosen = select(score(served), served.labels.candidate, served.kept(budget))
+                    _measure(found[name], served, chosen)
+                    before[name] = _churn(found[name], served, chosen, before.get(name))
+                    if interval == document.trace.window:
+                        _decay(found[name], served, chosen)
+            for name, each in found.items():
+                for group in task_groups(document.meta):
+                    sums[name, group, interval].append(each)
+    size = chunk_bytes(store.manifest)
+    whole = {key: members for key, members in sums.items() if max(each.longest for each in members) >= key[2]}
+    rows = [_row(*key, members, size) for key, members in whole.items()]
+    window = store.manifest.trace.window
+    decay = [row for (name, group, every), members in whole.items() if every == window
+             for row in _decay_rows(name, group, members)]  # fmt: skip
+    return {"rows": rows, "decay": decay}
+
+
+def refresh_windows(document: TraceDocument, interval: int) -> torch.Tensor:
+    """[W, 2] rows of the windows between refreshes `interval` tokens apart, where there is a chunk to choose."""
+    found = []
+    for span in document.meta.spans:
+        fitting = [each for each in INTERVALS if each <= span.last - span.serve]
+        last = span.last if span.tail or not fitting else span.last - (span.last - span.serve) % fitting[-1]
+        for row in range(span.serve, last, interval):
+            end = min(row + interval, last)
+            first, stop = document.trace.chunking.candidates(int(document.positions[row]))
+            if stop > first and (span.tail or end - row == interval):
+                found.append((row, end))
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
+
+
+def _measure(sums: _Sums, served: ServedWindows, chosen: torch.Tensor) -> None:
+    tokens = served.windows.diff(dim=1)[:, 0].double()  # labels are means over a window's tokens
+    sums.mass += float((selected_mass(chosen, served.labels) * tokens).sum())
+    sums.needed += float((needed_mass(served.labels) * tokens).sum())
+    sums.longest = max(sums.longest, int(tokens.max()))
+
+
+def _churn(sums: _Sums, served: ServedWindows, chosen: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    """Count what each refresh fetches: chosen chunks that were evicted before. Returns the last resident set [N].
+
+    Resident are chosen and protected chunks, and those that did not exist yet: they were made on the GPU.
+    """
+    index = torch.arange(chosen.shape[1])
+    ends = [served.chunking.candidates(position)[1] for position in served.positions.tolist()]
+    resident = chosen | (index < served.chunking.sink) | (index >= torch.tensor(ends)[:, None])
+    starts = {span.serve for span in served.document.meta.spans}
+    for row, first in enumerate(served.windows[:, 0].tolist()):
+        if before is not None and first not in starts:
+            sums.fetched += int((chosen[row] & ~before).sum())
+            sums.selected += int(chosen[row].sum())
+            sums.refreshes += 1
+        before = resident[row]
+    return before
+
+
+def _decay(sums: _Sums, served: ServedWindows, chosen: torch.Tensor) -> None:
+    """Add the mass that each part of a window finds in the set chosen at its start."""
+    for offset in range(0, served.document.trace.window, DECAY_STEP):
+        first = served.windows[:, 0] + offset
+        last = torch.minimum(first + DECAY_STEP, served.windows[:, 1])
+        rows = (last > first).nonzero()[:, 0]
+        if len(rows):
+            part = served.document.labels(torch.stack([first, last], dim=1)[rows])
+            # Chunks protected at the refresh stay resident.
+            part = replace(part, mass=part.mass * served.labels.candidate[rows])
+            tokens = (last - first)[rows].double()
+            sums.offsets[offset][0] += float((selected_mass(chosen[rows], part) * tokens).sum())
+            sums.offsets[offset][1] += float((needed_mass(part) * tokens).sum())
+
+
+def _row(policy: str, group: str, interval: int, members: list[_Sums], size: int) -> dict:
+    churn, _, _ = _interval([each.fetched / each.selected for each in members if each.selected])
+    recall, low, high = _interval([each.mass / each.needed for each in members if each.needed])
+    refreshes = sum(each.refreshes for each in members)
+    fetched = sum(each.fetched for each in members) / refreshes if refreshes else None
+    return {
+        "policy": policy,
+        "task": group,
+        "interval": interval,
+        "mass_recall": recall,
+        "low": low,
+        "high": high,
+        "churn": churn,
+        "fetched_chunks": fetched,
+        "fetched_bytes": None if fetched is None else fetched * size,
+        "bytes_per_token": None if fetched is None else fetched * size / interval,
+        "documents": len(members),
+        "refreshes": refreshes,
+    }
+
+
+def _decay_rows(policy: str, group: str, members: list[_Sums]) -> Iterator[dict]:
+    for offset in sorted({offset for each in members for offset in each.offsets}):
+        parts = [each.offsets[offset] for each in members if offset in each.offsets]
+        recall, low, high = _interval([mass / needed for mass, needed in parts if needed])
+        yield {
+            "policy": policy,
+            "task": group,
+            "offset": offset,
+            "mass_recall": recall,
+            "low": low,
+            "high": high,
+            "documents": len(parts),
+        }
+
+
+def _interval(values: list[float]) -> tuple[float | None, float | None, float | None]:
+    """(mean, low, high) over documents, None where there is none."""
+    if not values:
+        return None, None, None
+    return tuple(None if np.isnan(each[0]) else float(each[0]) for each in bootstrap_means(np.array(values)[:, None]))

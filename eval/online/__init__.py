@@ -1,0 +1,1 @@
+"""One harness that decodes with the backbone under every policy: sessions, examples, scorers, summaries."""

@@ -1,0 +1,141 @@
+"""`lookahead benchmark`: what a model answers under every policy, on generated tasks and on published files."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from data_gen.backbones.base import Backbone
+from data_gen.config import DocumentsConfig
+from data_gen.core.errors import InputError
+from data_gen.text.documents import heldout_share
+from eval.online.answers import Runner
+from eval.online.check import check_backbone
+from eval.online.config import BenchmarkConfig
+from eval.online.examples import Example, TextExample
+from eval.online.formats import read_benchmark
+from eval.online.generated import generate_examples
+from eval.online.haystack import Haystack
+from eval.online.journal import Journal
+from eval.online.prefill import in_order
+from eval.online.summary import accuracy_rows, depth_rows, fidelity_rows, left_out_lines
+from indexer_train.model import MemoryIndexer
+
+JOURNAL = "answers.jsonl"
+
+
+def benchmark(
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    indexer: MemoryIndexer,
+    config: BenchmarkConfig,
+    out: Path,
+    progress: Callable[[Iterable[str], str], Iterable[str]],
+) -> tuple[dict[str, Any], list[str]]:
+    """Ask every example; OUT/answers.jsonl keeps the finished ones, and the same call continues behind them.
+
+    Returns (sections for results.json, lines on what is not in them). Raises InputError for a bundle of another
+    backbone, lengths beyond the backbone's context, too little held-out text, files of other formats, and a folder with
+    answers of other settings.
+    """
+    check_backbone(indexer, backbone)
+    documents = trained_documents(indexer)
+    trained = None if documents is None else documents.tokens[1]
+    thinking = documents is not None and documents.thinking
+    runner = Runner(backbone.model, tokenizer, indexer, config, thinking, backbone.info.context)
+    generated: dict[str, Callable[[], Example | TextExample]] = {}
+    haystack, notes = None, []
+    if config.tasks or not config.files:
+        try:
+            lengths, notes = _lengths(config, trained, backbone.info.context)
+            haystack = unseen_text(config, documents, tokenizer, max(lengths))
+            generated |= generate_examples(config, lengths, haystack, tokenizer, thinking)
+        except InputError as error:  # files are asked all the same where nothing was said of what to generate
+            if not config.files or config.tasks != ["mrcr"] or config.lengths or config.haystack:
+                raise
+            haystack, notes = None, [f"mrcr not asked: {error}"]
+    else:
+        notes = ["mrcr not asked: files only (tasks: [])"]
+    read = [example for file in config.files for example in read_benchmark(file, tokenizer)]
+    asked: dict[str, Callable[[], tuple[Example | TextExample, Example | None]]] = {
+        name: lambda build=build: (build(), None) for name, build in generated.items()
+    }
+    asked |= {example.name: lambda pair=(example, after): pair for example, after in in_order(read)}
+    journal = Journal(out / JOURNAL, answer_settings(runner, haystack))
+    for name in progress([name for name in asked if name not in journal.records], "asking"):
+        journal.add(runner.run(*asked[name]()))
+    records = [journal.records[name] for name in [*generated, *(example.name for example in read)]]
+    notes += left_out_lines(records)
+    if missing := [name for name in config.policies if name not in runner.policies]:
+        notes.append(f"not run: {', '.join(missing)} (this backbone or bundle has none)")
+    sections = {
+        "benchmark": accuracy_rows(records, trained),
+        "benchmark_text": fidelity_rows(records, trained),
+        "benchmark_depth": depth_rows(records),
+    }
+    return sections, notes
+
+
+def answer_settings(runner: Runner, haystack: Haystack | None) -> dict[str, Any]:
+    """What the answer to an example depends on; how many are asked, and which, is not part of it."""
+    weights = hashlib.sha256()
+    for name, value in sorted(runner.indexer.query_encoder.state_dict().items()):
+        weights.update(name.encode() + value.float().cpu().numpy().tobytes())
+    config = runner.config.model_dump(mode="json", exclude={"lengths", "tasks", "examples", "texts", "files"})
+    return config | {
+        "backbone": runner.indexer.spec.backbone,
+        "precision": str(runner.model.dtype),
+        "indexer": runner.indexer.spec.model_dump(mode="json", exclude={"provenance"}),
+        "weights": weights.hexdigest(),
+        "text": None if haystack is None else haystack.digest,
+        "thinking": runner.thinking,
+    }
+
+
+def trained_documents(indexer: MemoryIndexer) -> DocumentsConfig | None:
+    """The settings of the documents that trained the indexer (the first store's), None where it does not say them."""
+    made = indexer.spec.provenance
+    if made is None:
+        return None
+    known = {name: value for name, value in made.sources[0].documents.items() if name in DocumentsConfig.model_fields}
+    try:
+        return DocumentsConfig.model_validate(known)
+    except ValidationError:  # dumps and hand-made stores describe themselves otherwise
+        return None
+
+
+def _lengths(config: BenchmarkConfig, trained: int | None, context: int) -> tuple[list[int], list[str]]:
+    """Lengths to ask, one beyond training among them where there is room, and a line where there is none or less."""
+    if too_long := [length for length in config.lengths or [] if length > context]:
+        raise InputError(f"benchmark.lengths: {too_long[0]}, but the backbone's context is {context} tokens")
+    if trained is None:
+        if config.lengths is None:
+            raise InputError(
+                "the bundle does not say on which lengths it was trained: give the lengths to ask (--length)"
+            )
+        return sorted(set(config.lengths)), ["the bundle does not say on which lengths it was trained: none is beyond"]
+    lengths = set(config.lengths or [trained])
+    if max(lengths) > trained:
+        return sorted(lengths), []
+    beyond = min(2 * trained, context)
+    if beyond <= trained:
+        return sorted(lengths), [f"no length beyond training: the backbone's context is {context} tokens"]
+    short = f"beyond training only {beyond} tokens, the backbone's context, not twice the {trained} of training"
+    return sorted({*lengths, beyond}), [] if beyond == 2 * trained else [short]
+
+
+def unseen_text(
+    config: BenchmarkConfig, documents: DocumentsConfig | None, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> Haystack:
+    """What examples of up to `longest` tokens are made of. Raises InputError where the bundle does not say what its
+    training held out, and no other text is named."""
+    if config.haystack is not None:
+        return Haystack(config.haystack, "text", 1.0, tokenizer, longest)
+    if documents is None or not (share := heldout_share(documents)):
+        raise InputError(
+            "the bundle does not say which text its training held out: name text that it has not seen (--documents)"
+        )
+    return Haystack(documents.source, documents.text_field, share, tokenizer, longest)

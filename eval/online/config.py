@@ -1,0 +1,96 @@
+"""Validated settings of `lookahead decode` and `lookahead benchmark`."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+
+from data_gen.core.config import Strict
+from data_gen.core.errors import InputError
+
+GeneratedTask = Literal[
+    "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text", "mrcr"
+]  # fmt: skip
+TASKS: list[GeneratedTask] = [
+    "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text", "mrcr",
+]  # fmt: skip
+PolicyName = Literal[
+    "indexer", "mean_pooled", "native", "recency", "random", "protected", "oracle", "indexer+fallback"
+]  # fmt: skip
+POLICIES: list[PolicyName] = [
+    "indexer", "mean_pooled", "native", "recency", "random", "protected", "oracle", "indexer+fallback",
+]  # fmt: skip
+"""Beside full attention, which is always run. `indexer+fallback`: the bundle's threshold under a cap (capped.py)."""
+Format = Literal["ruler", "longbench-v2", "longmemeval", "mrcr"]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class DecodeConfig(Strict):
+    """budget: share of chunks kept on top of the protected ones; answer_tokens: longest generated answer;
+    text_documents, text_tokens: plain-text documents whose last tokens are followed under each policy."""
+
+    budget: float = Field(0.1, gt=0, le=1)
+    answer_tokens: PositiveInt = 40
+    text_documents: NonNegativeInt = 2
+    text_tokens: PositiveInt = 256
+
+
+class BenchmarkFile(Strict):
+    """A published benchmark.
+
+    source: .json, .jsonl, .parquet or a `datasets` name, with its subset and split; limit: its first examples only.
+    """
+
+    format: Format
+    source: str
+    subset: str | None = None
+    split: str = "train"
+    limit: PositiveInt | None = None
+
+
+class BenchmarkConfig(Strict):
+    """What `lookahead benchmark` asks.
+
+    lengths: of generated examples in tokens; None: the longest that the indexer was trained on; twice that is asked
+    too where no given one is longer than trained and the context allows it; tasks: generated ones; `mrcr`, the dense
+    demand where sparse attention is known to fail, is asked with them in any case; none beside files: the files only,
+    for models that read no text of ours (a line says that mrcr was not asked); `text` is plain text to follow;
+    examples: of each task and length; texts: of each length; text_tokens: followed of each text; budgets: shares of
+    chunks kept on top of the protected ones; policies: beside full attention; cap: as budgets, for `indexer+fallback`:
+    windows that ask for more are read with full attention; keys, values, queries, hops: sizes of the needle tasks;
+    common: words to find by `aggregation`; haystack: plain text that training has not seen, a source as
+    documents.source is; None: what the indexer's training held out; files: published benchmarks.
+    """
+
+    lengths: list[PositiveInt] | None = None
+    tasks: list[GeneratedTask] = Field(TASKS)
+    examples: PositiveInt = 20
+    texts: PositiveInt = 4
+    text_tokens: PositiveInt = 256
+    budgets: list[Share] = Field([0.1], min_length=1)
+    policies: list[PolicyName] = Field(POLICIES)
+    cap: Share = 0.2
+    keys: PositiveInt = 3
+    values: PositiveInt = 2
+    queries: PositiveInt = 2
+    hops: PositiveInt = 3
+    common: PositiveInt = 10
+    haystack: str | None = None
+    files: list[BenchmarkFile] = Field([])
+    seed: NonNegativeInt = 0
+
+    def changed(self, files: list[str], **given: Any) -> Self:
+        """A copy with what was `given` (None and [] were not) and more files, FORMAT=SOURCE each.
+
+        Files without tasks beside them are asked with mrcr alone, unless there were no tasks before. Raises InputError
+        for what does not fit.
+        """
+        given = {name: value for name, value in given.items() if value}
+        if files:
+            more = [dict(zip(("format", "source"), file.split("=", 1), strict=False)) for file in files]
+            given = {"tasks": self.tasks and ["mrcr"]} | given | {"files": [*self.model_dump()["files"], *more]}
+        try:
+            return type(self).model_validate(self.model_dump() | given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"benchmark.{where}: {first['msg']} ({first['input']})") from error

@@ -1,0 +1,1 @@
+"""Lookahead sparse attention around a Hugging Face model."""

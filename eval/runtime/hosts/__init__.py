@@ -1,0 +1,1 @@
+"""What keeps the resident set of one family of models."""

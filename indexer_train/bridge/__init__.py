@@ -1,1 +1,0 @@
-"""Indexers as other programs read them."""

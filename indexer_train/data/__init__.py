@@ -1,0 +1,1 @@
+"""What a training step reads: windows, candidates, negatives, mixtures of stores."""

@@ -1,0 +1,1 @@
+"""Metrics, intervals, calibration, and the choice of layers, on traces."""

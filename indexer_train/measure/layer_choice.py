@@ -1,0 +1,76 @@
+"""Which of an indexer's layers to serve, and how to join them: every subset scored on held-out traces."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from data_gen.core.errors import InputError
+from data_gen.traces.store import TraceStore
+from indexer_train.card import Metric
+from indexer_train.formats.convert import keep_layers
+from indexer_train.measure.calibration import ScoredWindows, task_mean
+from indexer_train.measure.metrics import layer_scores, mass_recall, served_windows
+from indexer_train.model import MemoryIndexer
+from indexer_train.scoring import join_layers
+from indexer_train.selection import Budget
+
+Join = Literal["sum", "mean", "max"]
+EXHAUSTIVE = 8
+"""Up to this many layers every subset is tried; beyond, layers are added greedily."""
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One candidate to serve. mass_recall: mean over held-out documents of a task, then over tasks."""
+
+    layers: list[int]
+    join: Join
+    mass_recall: float
+
+
+def choose_layers(indexer: MemoryIndexer, store: TraceStore, count: int, budget: float) -> list[LayerChoice]:
+    """All subsets of `count` layers under every joining rule, best mass recall first.
+
+    Layers are scored once; with more than EXHAUSTIVE of them, each rule's set grows greedily by the layer that helps
+    most. Raises InputError when the indexer has fewer layers, or the store no window or training documents.
+    """
+    store.check_held_out()
+    layers = indexer.spec.layers
+    if not 1 <= count <= len(layers):
+        raise InputError(f"cannot choose {count} of the indexer's {len(layers)} layers {layers}")
+    scored = [(served, layer_scores(indexer, served)) for served in served_windows(store)]
+    if not scored:
+        raise InputError(f"{store.root}: no document with a whole lookahead window to judge layers on")
+
+    selection = Budget(budget=budget)
+
+    def choice(subset: tuple[int, ...], join: Join) -> LayerChoice:
+        joined = [ScoredWindows(served, join_layers(scores[list(subset)], join)) for served, scores in scored]
+        values = [mass_recall(each.choose(selection), each.served.labels) for each in joined]
+        return LayerChoice([layers[index] for index in subset], join, task_mean(joined, values)[""])
+
+    found = []
+    for join in get_args(Join):
+        if len(layers) <= EXHAUSTIVE:
+            found += [choice(subset, join) for subset in itertools.combinations(range(len(layers)), count)]
+            continue
+        subset: tuple[int, ...] = ()
+        for _ in range(count):
+            rest = (index for index in range(len(layers)) if index not in subset)
+            tried = [tuple(sorted((*subset, index))) for index in rest]
+            subset = max(tried, key=lambda indices: choice(indices, join).mass_recall)
+        found.append(choice(subset, join))
+    return sorted(found, key=lambda option: -option.mass_recall)
+
+
+def served_as(indexer: MemoryIndexer, choice: LayerChoice, budget: float) -> MemoryIndexer:
+    """The indexer as chosen. Thresholds and metrics belong to a set of layers and a rule: the old ones are dropped."""
+    served = keep_layers(indexer, choice.layers)
+    spec, selection = served.spec, Budget(budget=budget)
+    spec.shape = spec.shape.model_copy(update={"join": choice.join})
+    spec.selections = [selection]
+    if spec.provenance is not None:
+        found = {"mass_recall": choice.mass_recall}
+        metric = Metric(data="layer choice", task="all", selection=str(selection), values=found)
+        spec.provenance = spec.provenance.model_copy(update={"metrics": [metric]})
+    return served

@@ -1,0 +1,39 @@
+"""The held-out metric that selects checkpoints: attention-mass recall, chunks selected as they will be served."""
+
+from typing import Literal
+
+from sentence_transformers.base.evaluation import BaseEvaluator
+
+from data_gen.traces.store import TraceStore
+from indexer_train.measure.calibration import ScoredWindows, calibrate, score_windows, task_mean
+from indexer_train.measure.metrics import mass_recall, served_windows
+from indexer_train.model import MemoryIndexer
+from indexer_train.selection import Budget, Threshold
+
+
+class MassRecallEvaluator(BaseEvaluator):
+    """Mean over documents of a task, then over tasks, of the mass recall of what is selected.
+
+    select: the best `budget` of every window's chunks, or all that reach the one threshold that keeps as many on the
+    whole, calibrated anew for each checkpoint.
+    """
+
+    def __init__(self, store: TraceStore, budget: float, select: Literal["budget", "threshold"] = "budget") -> None:
+        super().__init__()
+        self.served = list(served_windows(store))
+        self.budget, self.select = budget, select
+        self.primary_metric = "mass_recall"
+
+    def selection(self, scored: list[ScoredWindows]) -> Budget | Threshold:
+        """What is served."""
+        return Budget(budget=self.budget) if self.select == "budget" else calibrate(scored, "budget", self.budget)
+
+    def __call__(
+        self, model: MemoryIndexer, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """{mass_recall, mass_recall_TASK ...}; writes nothing: the trainer logs it."""
+        model.eval()
+        scored = score_windows(model, self.served)
+        selection = self.selection(scored)
+        means = task_mean(scored, [mass_recall(each.choose(selection), each.served.labels) for each in scored])
+        return {f"mass_recall_{task}" if task else "mass_recall": value for task, value in means.items()}

@@ -1,0 +1,145 @@
+"""All sections of an evaluation: bins, comparison, one document's timeline, and what it refuses."""
+
+import shutil
+from collections import Counter
+
+import pytest
+from matplotlib import pyplot
+
+from data_gen.core.errors import InputError
+from data_gen.traces.store import DocumentMeta, TraceStore
+from eval.offline.evaluation import depth_bin, evaluate, length_bins, sampled_reliability, unseen_notes
+from eval.offline.timeline import timeline
+from eval.report.figures import depth_by_length
+from indexer_train.card import Provenance
+from indexer_train.measure.metrics import indexer_scores, served_windows
+from tests.eval.conftest import planted_indexer
+
+GOLDEN = 0.05
+
+
+@pytest.fixture(scope="module")
+def compared(stores, indexer, other):
+    return evaluate({"A": indexer, "B": other}, stores[1], GOLDEN, 0.1)
+
+
+def meta(length, depth=None):
+    return DocumentMeta(name="", task="", length=length, spans=[], depth=depth)
+
+
+def test_bins_hold_every_document_once():
+    names, name = length_bins([1000, 1500, 2000])
+    assert len(names) == 4
+    assert [name(meta(n)) for n in (1000, 1249, 1250, 2000)] == ["1,000-1,250"] * 2 + ["1,250-1,500", "1,750-2,000"]
+    assert length_bins([700, 700])[1](meta(700)) == "700"
+    assert [depth_bin(meta(1, d)) for d in (0.0, 0.19, 0.2, 1.0)] == ["0%-20%", "0%-20%", "20%-40%", "80%-100%"]
+
+
+def test_cells_of_depth_and_length_add_up(stores, compared):
+    needles = [document for document in stores[1] if document.meta.depth is not None]
+    assert sum(row["documents"] for row in compared["heat"]) == len(needles)
+    first = [row for row in compared["by_length"] if (row["policy"], row["budget"]) == ("A", 0.1)]
+    assert sum(row["documents"] for row in first) == len(stores[1].paths())
+
+
+def test_two_indexers_are_compared_document_by_document(compared):
+    recall = {(r["policy"], r["task"], r["budget"]): r for r in compared["recall"]}
+    row = next(
+        r for r in compared["comparison"] if (r["task"], r["budget"], r["metric"]) == ("text", 0.1, "mass_recall")
+    )
+    assert row["A"] == pytest.approx(recall["A", "text", 0.1]["mass_recall"])
+    assert row["B"] == pytest.approx(recall["B", "text", 0.1]["mass_recall"])
+    assert row["difference"] == pytest.approx(row["A"] - row["B"])
+    assert row["low"] <= row["difference"] <= row["high"] and row["documents"] == 2
+    assert row["A"] != row["B"]
+
+
+def test_an_indexer_beside_itself_differs_nowhere(stores, indexer):
+    rows = evaluate({"A": indexer, "B": indexer}, stores[1], GOLDEN, 0.1)["comparison"]
+    assert rows and all(row["difference"] == 0 for row in rows)
+
+
+def test_the_timeline_shows_what_serving_kept_and_missed(stores, indexer):
+    found = timeline(indexer, stores[1], GOLDEN, 0.1)
+    document = next(d for d in stores[1] if d.meta.name == found["document"])
+    (served,) = served_windows([document])
+    scores = indexer_scores(indexer, served)
+    peak = document.attention.dense(document.chunks)[1]
+    needed = []
+    for row, (window, (first, last)) in enumerate(zip(found["windows"], served.windows.tolist(), strict=True)):
+        start, stop = served.chunking.candidates(int(document.positions[first]))
+        count = served.chunking.kept(0.1, int(document.positions[first]))
+        best = sorted(range(start, stop), key=lambda c: (-float(scores[row, c]), c))
+        assert window["candidates"] == [start, stop] and window["kept"] == sorted(best[:count])
+        assert window["ranks"][best[0]] == 100 and window["ranks"][best[-1]] == -(-100 // (stop - start))
+        for token in range(first, last):
+            for chunk in range(start, stop):
+                if peak[token, chunk] >= GOLDEN:
+                    needed.append([int(document.positions[token]), chunk, int(chunk in window["kept"])])
+    assert found["needed"] == needed and needed
+
+
+def test_reliability_bins_hold_every_candidate(compared, stores):
+    count = sum(int(served.labels.candidate.sum()) for served in served_windows(stores[1]))
+    bins = compared["reliability"]
+    assert sum(each["chunks"] for each in bins) == count
+    assert [each["predicted"] for each in bins] == sorted(each["predicted"] for each in bins)
+
+
+def test_training_traces_and_traces_without_a_window_are_refused(stores, planted, indexer, tmp_path):
+    with pytest.raises(InputError, match="training documents"):
+        evaluate({"indexer": indexer}, stores[0], GOLDEN, 0.1)
+    folder = tmp_path / "store"
+    shutil.copytree(planted[1].root, folder)
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"recent": 2', '"recent": 40'))  # every chunk is protected
+    spec = planted_indexer()
+    with pytest.raises(InputError, match="no document with a whole lookahead window"):
+        evaluate({"indexer": spec}, TraceStore.open(folder), GOLDEN, 0.1)
+
+
+def test_rows_by_depth_are_those_of_the_documents_there(stores, compared):
+    needles = [document.meta for document in stores[1] if document.meta.depth is not None]
+    rows = [row for row in compared["by_depth"] if (row["policy"], row["budget"]) == ("A", "threshold")]
+    assert {row["task"]: row["documents"] for row in rows} == Counter(depth_bin(each) for each in needles)
+    for row in rows:
+        there = [each.name for each in needles if depth_bin(each) == row["task"]]
+        kept = [each["kept"] for each in compared["documents"] if each["name"] in there]
+        assert row["kept"] == pytest.approx(sum(kept) / len(kept))
+
+
+def test_the_heat_map_leaves_empty_cells_between_blank():
+    def row(depth, length):
+        return {"task": f"{depth} | {length}", "mass_recall": 0.4, "golden_recall": None, "documents": 1}
+
+    bins = (["0%-20%", "20%-40%", "40%-60%", "60%-80%"], ["1-2", "2-3", "3-4"])
+    figure = depth_by_length([row("0%-20%", "1-2"), row("40%-60%", "3-4")], bins)
+    axis = figure.axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == bins[0][:3]
+    assert [label.get_text() for label in axis.get_xticklabels()] == bins[1]
+    assert axis.images[0].get_array().count() == 2 and len(axis.texts) == 2
+    pyplot.close(figure)
+
+
+def test_pieces_change_neither_reliability_nor_timeline(stores, indexer, monkeypatch):
+    whole = sampled_reliability(indexer, stores[1], GOLDEN), timeline(indexer, stores[1], GOLDEN, 0.1)
+    monkeypatch.setattr("eval.offline.recall.PIECE_ELEMENTS", 1)
+    bins, shown = sampled_reliability(indexer, stores[1], GOLDEN), timeline(indexer, stores[1], GOLDEN, 0.1)
+    assert shown == whole[1]
+    for one, other in zip(bins, whole[0], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    monkeypatch.setattr("eval.offline.evaluation.SAMPLED", 50)
+    assert 4 * 40 < sum(each["chunks"] for each in sampled_reliability(indexer, stores[1], GOLDEN)) <= 4 * 51
+
+
+def test_traces_that_do_not_say_how_they_were_split_are_noted(planted):
+    indexer = planted_indexer()
+    assert unseen_notes({"indexer": indexer}, planted[1]) == []
+    indexer.spec.provenance = Provenance(
+        backbone="", oracle="attention", documents={}, training=1, validation=0, train={}
+    )
+    (note,) = unseen_notes({"indexer": indexer}, planted[1])
+    assert "says nothing of how its documents were split" in note
+    planted[1].manifest.documents["split"] = "heldout"
+    assert unseen_notes({"indexer": indexer}, planted[1]) == []
+    del planted[1].manifest.documents["split"]
