@@ -43,7 +43,7 @@ def projection_rows(indexer: MemoryIndexer, machine: Hardware) -> Iterator[Row]:
     hidden = torch.randn(1, LAYERS, indexer.spec.hidden, device=device)
     positions = torch.tensor([4095], device=device)
     level1 = Level1(indexer, Limits(cap=64), Threshold(cuts=[Cut(score=0.0)]))
-    us = microseconds(partial(level1.queries, hidden, positions), device, graph=device.type == "cuda")
+    us = microseconds(partial(level1.pack, hidden, positions), device, graph=device.type == "cuda")
     weights = [weight for weight in indexer.parameters()]
     moved = sum(weight.nbytes for weight in weights)
     stage = f"Level-1 queries, {sum(weight.numel() for weight in weights) / 1e6:.1f} M parameters"
@@ -64,8 +64,8 @@ def level1_rows(
             keys = PagedKeys(pages, table)
             positions = torch.full((batch,), 4 * chunks - 1, device=device)
             reference = Level1(indexer, Limits(cap=cap), Threshold(cuts=[Cut(score=0.0)]))
-            queries = reference.queries(_random(device, batch, LAYERS, spec.hidden), positions)
-            scores = reference.scores(queries, keys)
+            queries = reference.pack(_random(device, batch, LAYERS, spec.hidden), positions)
+            scores = reference.joined_scores(queries, keys)
             cut = scores.flatten().kthvalue(int(scores.numel() * 0.91)).values
             rule = Threshold(cuts=[Cut(score=float(cut))])
             reference = Level1(indexer, Limits(cap=cap), rule)

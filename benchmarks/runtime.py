@@ -57,7 +57,7 @@ def decode(runtime: LSARuntime, ids: torch.Tensor, follow: torch.Tensor) -> tupl
     """Read the prompt ids [1, S], then time reading `follow` [1, T]. Returns figures, and what every window kept."""
     runtime.reset()
     runtime.generate(ids, max_new_tokens=1, do_sample=False, eos_token_id=None)  # and what is compiled on the way
-    asked, chosen, keep, queries = [], [], runtime.host.keep, runtime.level1.queries
+    asked, chosen, keep, queries = [], [], runtime.host.keep, runtime.level1.pack
 
     def note_keep(wanted: list[torch.Tensor] | Prepared) -> Any:
         chosen.append((wanted.resident if isinstance(wanted, Prepared) else wanted)[0].clone())
@@ -67,7 +67,7 @@ def decode(runtime: LSARuntime, ids: torch.Tensor, follow: torch.Tensor) -> tupl
         asked.append((hidden.clone(), positions))
         return queries(hidden, positions)
 
-    runtime.host.keep, runtime.level1.queries = note_keep, note_queries
+    runtime.host.keep, runtime.level1.pack = note_keep, note_queries
     if ids.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -81,7 +81,7 @@ def decode(runtime: LSARuntime, ids: torch.Tensor, follow: torch.Tensor) -> tupl
     logits.cpu()
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() / 1e6 if ids.is_cuda else None
-    del runtime.host.keep, runtime.level1.queries
+    del runtime.host.keep, runtime.level1.pack
     done = runtime.windows[windows:]
     figures = {
         "prompt_tokens": ids.shape[1],
@@ -100,7 +100,7 @@ def as_cpu(runtime: LSARuntime, reference: Level1, windows: Windows) -> str:
     right = 0
     for (hidden, positions), chosen in zip(windows.asked, windows.chosen, strict=False):
         seen = windows.keys[: runtime.spec.chunking.visible(int(positions))]
-        wanted = reference.resident(reference.queries(hidden.cpu(), positions.cpu()), seen)
+        wanted = reference.resident(reference.pack(hidden.cpu(), positions.cpu()), seen)
         right += torch.equal(wanted.row(0).long(), chosen.long().cpu())
     return f"{right} of {len(windows.chosen)}"
 

@@ -115,15 +115,15 @@ class MemoryIndexer(SentenceTransformer):
     def spec(self) -> IndexerSpec:
         return self.query_encoder.spec
 
-    def packed_queries(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, L, hidden] at `positions` [B], from any device -> [B, L * size + 1] on the indexer's own.
+    def pack(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Packed queries of hidden states [B, L, hidden] at `positions` [B], which may lie on any device.
 
-        Raises InputError at positions beyond the backbone's range, found before they leave the CPU.
+        Returns [B, L * size + 1] on the indexer's own, as `Scorer.pack`. Raises InputError at positions beyond the
+        backbone's range, found before they leave the CPU.
         """
         if self.spec.rope is not None and positions.is_cpu:
             self.spec.rope.check(positions)
-        features = {"input_features": hidden.to(self.device), "positions": positions.to(self.device)}
-        return self.query_encoder(features)["sentence_embedding"]
+        return self.query_encoder.pack(hidden.to(self.device), positions.to(self.device))
 
     def layer_logits(
         self,
@@ -136,10 +136,6 @@ class MemoryIndexer(SentenceTransformer):
         """Logits per layer, as `Scorer.layer_logits`."""
         return self.query_encoder.layer_logits(queries, keys, chunks, candidates, dtype)
 
-    def pack(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """As `Scorer.pack`."""
-        return self.query_encoder.pack(hidden, positions)
-
     def surrogate(self, queries: torch.Tensor) -> torch.Tensor:
         """The layers' sum as one inner product with a chunk's keys, ReLU and distance left out.
 
@@ -149,16 +145,12 @@ class MemoryIndexer(SentenceTransformer):
         return torch.cat([self.spec.packed.surrogate(query) for query in packed], dim=1)
 
     @torch.no_grad()
-    def layer_scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Before layers are joined: hidden [B, L, hidden], stored keys [N, L, ...], positions [B] -> [L, B, N] fp32."""
-        return self.layer_logits(self.packed_queries(hidden, positions), key_vectors(keys, self.device).flatten(1))
-
-    def scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What serving ranks by: the joined `layer_scores`, [B, N] fp32."""
-        return join_layers(self.layer_scores(hidden, keys, positions), self.spec.shape.join)
+    def joined_scores(self, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What serving ranks by: hidden [B, L, hidden], stored keys [N, L, ...], positions [B] -> [B, N] fp32."""
+        return self.similarity(self.pack(hidden, positions), key_vectors(keys, self.device).flatten(1))
 
     def similarity(self, embeddings1: torch.Tensor, embeddings2: torch.Tensor) -> torch.Tensor:
-        """Chunk scores, layers joined. embeddings1: [B, L * size + 1]; embeddings2: [N, L * key_width] -> [B, N]."""
+        """Joined scores of packed queries [B, L * size + 1] and decoded keys [N, L * key_width]: [B, N] fp32."""
         logits = self.layer_logits(torch.as_tensor(embeddings1), torch.as_tensor(embeddings2))
         return join_layers(logits, self.spec.shape.join)
 

@@ -87,4 +87,4 @@ class Scorer(nn.Module):
         first_tokens = (chunks if candidates is None else chunks[candidates]) * spec.chunking.tokens
         distance = (positions - first_tokens).clamp_min(1)  # future chunks are masked later
         by_layer = zip(packed, keys.to(dtype).chunk(layers, dim=1), strict=True)
-        return torch.stack([spec.packed.score(query, key, distance, candidates) for query, key in by_layer])
+        return torch.stack([spec.packed.logits(query, key, distance, candidates) for query, key in by_layer])

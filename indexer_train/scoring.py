@@ -40,10 +40,10 @@ class PackedQuery:
     def size(self) -> int:
         return sum(self.sizes)
 
-    def score(
+    def logits(
         self, packed: torch.Tensor, keys: torch.Tensor, distance: torch.Tensor, candidates: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits z of every chunk.
+        """One layer's logits z of every chunk.
 
         packed: [B, size] fp32; keys: [N, width], whose dtype is that of the products with them; distance: [B, N] tokens
         from the chunk's first token to the query, at least 1. Returns [B, N] fp32; with candidates [B, M], rows of
@@ -140,7 +140,7 @@ def distance_bumps(distance: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def join_layers(logits: torch.Tensor, join: str) -> torch.Tensor:
-    """One score per chunk from the layers' logits: [L, B, N] -> [B, N] by `sum`, `mean` or `max`."""
+    """The joined score of each chunk from the layers' logits: [L, B, N] -> [B, N] by `sum`, `mean` or `max`."""
     if join == "max":
         return logits.amax(dim=0)
     return logits.sum(dim=0) if join == "sum" else logits.mean(dim=0)

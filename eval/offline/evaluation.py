@@ -100,7 +100,7 @@ def sampled_reliability(indexer: MemoryIndexer, store: TraceStore, golden: float
         for served in in_pieces(document, windows):
             candidate = served.labels.candidate
             place = slice(-seen % every, None, every)
-            scores.append(scorer.joined(served)[candidate][place])
+            scores.append(scorer.joined_scores(served)[candidate][place])
             truth.append(served.labels.golden(golden)[candidate][place])
             seen += int(candidate.sum())
     return [asdict(each) for each in reliability(torch.cat(scores), torch.cat(truth))]

@@ -105,7 +105,7 @@ def measure(
         for served in in_pieces(document, windows):
             counts = _counts(served, cuts)
             for name, scorer in scorers.items():
-                layers = scorer.layers(served)
+                layers = scorer.layer_logits(served)
                 joined = join_layers(layers, scorer.indexer.spec.shape.join)
                 alone = zip(scorer.indexer.spec.layers, layers, strict=True) if len(layers) > 1 else ()
                 scored = {name: joined} | {f"{_prefix(name)}layer {layer}": scores for layer, scores in alone}

@@ -68,7 +68,7 @@ def analyse_lookahead(
         scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
         for interval in sorted({*INTERVALS, document.trace.window}):
             found: dict[str, _Sums] = defaultdict(_Sums)
-            scored: dict[str, Policy] = {name: scorer.joined for name, scorer in scorers.items()}
+            scored: dict[str, Policy] = {name: scorer.joined_scores for name, scorer in scorers.items()}
             scored |= policies(document, golden)
             del scored["protected"]  # keeps nothing, fetches nothing
             before: dict[str, torch.Tensor] = {}

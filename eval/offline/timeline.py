@@ -7,7 +7,7 @@ import torch
 from data_gen.traces.store import TraceDocument, TraceStore
 from eval.offline.policies import golden_tokens
 from eval.offline.recall import in_pieces
-from indexer_train.measure.metrics import ServedWindows, indexer_scores
+from indexer_train.measure.metrics import DocumentScorer, ServedWindows
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import ranking, select
 
@@ -35,7 +35,7 @@ def timeline(indexer: MemoryIndexer, store: TraceStore, golden: float, budget: f
     document, windows = max((each for each in documents if len(each[1]) == most), key=needs)
     served = ServedWindows.of(document, windows[:WINDOWS])
     candidate = served.labels.candidate
-    scores = indexer_scores(indexer, served)
+    scores = DocumentScorer(indexer, served.document).joined_scores(served)
     chosen = select(scores, candidate, served.kept(budget))
     bin_chunks = -(-document.chunks // BINS)
     ranks = _pooled(_percentile(scores, candidate), bin_chunks)

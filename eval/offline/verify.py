@@ -175,7 +175,7 @@ def verify_indexer(indexer: MemoryIndexer, store: TraceStore) -> Verdict:
                 unseeing += 1
                 continue
             hidden = torch.stack([document.hidden(layer)[row].float() for layer in indexer.spec.layers])[None]
-            found = indexer.scores(hidden, keys[:visible], position)[0].double().cpu().numpy()
+            found = indexer.joined_scores(hidden, keys[:visible], position)[0].double().cpu().numpy()
             reference = reference_scores(indexer, hidden, keys[:visible], position)[0]
             rows.append(Agreement.between("indexer, joined", document, row, found, reference, slack=ERROR))
     notes = [f"skipped: {unseeing} query tokens to which no chunk is visible yet"] if unseeing else []

@@ -18,7 +18,7 @@ def indexer_policy(indexer: MemoryIndexer) -> DecodePolicy:
 
     def score(session: Session) -> torch.Tensor:
         hidden, keys = session.asked(indexer.spec.layers)
-        return indexer.scores(hidden, keys, torch.tensor([session.position]))[0].cpu()
+        return indexer.joined_scores(hidden, keys, torch.tensor([session.position]))[0].cpu()
 
     return score
 

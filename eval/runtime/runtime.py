@@ -185,7 +185,7 @@ class LSARuntime:
         first, last = self.spec.chunking.candidates(position)
         hidden, keys = self.host.hidden(), self.host.keys()
         positions = torch.full((len(hidden),), position)
-        queries = self.level1.queries(hidden, positions)
+        queries = self.level1.pack(hidden, positions)
         kept, served, demand = [], [], []
         for sequence, rows in enumerate(keys):
             paged = _paged(rows) if rows.dtype == torch.uint8 else rows

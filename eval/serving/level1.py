@@ -3,7 +3,7 @@
 Needs keys and hidden states, no model and no Hugging Face: a serving engine calls it with its own key pool.
 
     level1 = open_level1(load_scorer(folder), Limits(cap=24_576))
-    queries = level1.queries(hidden, positions)  # hidden [B, L, hidden]: what the indexer's layers read
+    queries = level1.pack(hidden, positions)  # hidden [B, L, hidden]: what the indexer's layers read
     resident = level1.resident(queries, PagedKeys(pages, table))
 """
 
@@ -80,16 +80,16 @@ class Level1:
         self.selection = selection or indexer.spec.selection
 
     @torch.no_grad()
-    def queries(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def pack(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Input of the attention blocks [B, L, hidden] at `positions` [B] -> packed queries [B, L size + 1] fp32."""
         device = self.indexer.device
         return self.indexer.pack(hidden.to(device), positions.to(device)).float()
 
     @torch.no_grad()
-    def scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
-        """Joined logits of every visible chunk, -inf behind them: [B, N] fp32.
+    def joined_scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
+        """Joined scores of every visible chunk, -inf behind them: [B, N] fp32.
 
-        queries: from `queries`; keys: pages, or one history shared by all queries as its trace stores it, [N, L, d]
+        queries: from `pack`; keys: pages, or one history shared by all queries as its trace stores it, [N, L, d]
         floats or [N, L, d + 4] uint8. Beside the result, memory does not grow with N. Raises InputError for keys of
         other layers or widths, damaged ones, or fewer than a position sees.
         """
@@ -108,10 +108,10 @@ class Level1:
         return scores
 
     def resident(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Resident:
-        """The chunks (or pages, as the limits say) that must be resident, arguments as `scores`."""
+        """The chunks (or pages, as the limits say) that must be resident, arguments as `joined_scores`."""
         choose = densest_pages if self.limits.unit == "pages" else resident_chunks
         chunking, positions = self.indexer.spec.chunking, queries[:, -1].long()
-        return choose(self.scores(queries, keys), positions, chunking, self.selection, self.limits)
+        return choose(self.joined_scores(queries, keys), positions, chunking, self.selection, self.limits)
 
 
 def open_level1(

@@ -80,8 +80,8 @@ class TritonLevel1(Level1):
         self.budget = torch.tensor([share], dtype=torch.float64, device=device)
         self._buffers: dict[tuple[int, int], Buffers] = {}
 
-    def scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
-        """As `Level1.scores`."""
+    def joined_scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
+        """As `Level1.joined_scores`."""
         scores = self._launch(queries, keys).scores
         seen = (queries[:, -1:].long() + 1) // self.indexer.spec.chunking.tokens
         return scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= seen, -torch.inf)

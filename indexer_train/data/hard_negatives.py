@@ -99,7 +99,7 @@ def mine_document(indexer: MemoryIndexer, document: TraceDocument, golden: float
     for some in windows.split(ROWS):
         rows = some[:, 0]
         hidden, positions = torch.stack([state[rows] for state in states], dim=1), document.positions[rows]
-        queries = indexer.packed_queries(hidden, positions)
+        queries = indexer.pack(hidden, positions)
         limits = [document.trace.chunking.candidates(int(position)) for position in positions]
         needed = [
             oracle.window(first, last, bounds).golden(golden)

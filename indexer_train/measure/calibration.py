@@ -8,7 +8,7 @@ import torch
 
 from data_gen.core.errors import InputError
 from indexer_train.card import Metric
-from indexer_train.measure.metrics import ServedWindows, golden_recall, indexer_scores, mass_recall, needed_mass
+from indexer_train.measure.metrics import DocumentScorer, ServedWindows, golden_recall, mass_recall, needed_mass
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
 
@@ -39,7 +39,7 @@ class ScoredWindows:
 
 def score_windows(indexer: MemoryIndexer, windows: Iterable[ServedWindows]) -> list[ScoredWindows]:
     """Every document's windows, scored once. Raises InputError on NaN or infinite scores: they rank nothing."""
-    scored = [ScoredWindows(served, indexer_scores(indexer, served)) for served in windows]
+    scored = [ScoredWindows(each, DocumentScorer(indexer, each.document).joined_scores(each)) for each in windows]
     if not all(bool(each.scores.isfinite().all()) for each in scored):
         raise InputError(
             "the indexer's scores are NaN or infinite: training diverged (lower train.learning_rate and train into "

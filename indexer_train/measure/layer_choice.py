@@ -9,7 +9,7 @@ from data_gen.traces.store import TraceStore
 from indexer_train.card import Metric
 from indexer_train.formats.convert import keep_layers
 from indexer_train.measure.calibration import ScoredWindows, task_mean
-from indexer_train.measure.metrics import layer_scores, mass_recall, served_windows
+from indexer_train.measure.metrics import DocumentScorer, mass_recall, served_windows
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import join_layers
 from indexer_train.selection import Budget
@@ -38,7 +38,7 @@ def choose_layers(indexer: MemoryIndexer, store: TraceStore, count: int, budget:
     layers = indexer.spec.layers
     if not 1 <= count <= len(layers):
         raise InputError(f"cannot choose {count} of the indexer's {len(layers)} layers {layers}")
-    scored = [(served, layer_scores(indexer, served)) for served in served_windows(store)]
+    scored = [(each, DocumentScorer(indexer, each.document).layer_logits(each)) for each in served_windows(store)]
     if not scored:
         raise InputError(f"{store.root}: no document with a whole lookahead window to judge layers on")
 

@@ -208,22 +208,12 @@ class DocumentScorer:
                 part.copy_(key_vectors(stored, indexer.device))
 
     @torch.no_grad()
-    def layers(self, served: ServedWindows) -> torch.Tensor:
-        """[L, W, N] scores of the indexer's layers at each window's first token."""
+    def layer_logits(self, served: ServedWindows) -> torch.Tensor:
+        """[L, W, N] logits of the indexer's layers at each window's first token."""
         rows = served.windows[:, 0]
         hidden = torch.stack([self._document.hidden(layer)[rows].float() for layer in self.indexer.spec.layers], dim=1)
-        return self.indexer.layer_logits(self.indexer.packed_queries(hidden, served.positions), self._keys).cpu()
+        return self.indexer.layer_logits(self.indexer.pack(hidden, served.positions), self._keys).cpu()
 
-    def joined(self, served: ServedWindows) -> torch.Tensor:
+    def joined_scores(self, served: ServedWindows) -> torch.Tensor:
         """[W, N] scores that serving ranks by at each window's first token."""
-        return join_layers(self.layers(served), self.indexer.spec.shape.join)
-
-
-def layer_scores(indexer: MemoryIndexer, served: ServedWindows) -> torch.Tensor:
-    """[L, W, N] scores of the indexer's layers at each window's first token."""
-    return DocumentScorer(indexer, served.document).layers(served)
-
-
-def indexer_scores(indexer: MemoryIndexer, served: ServedWindows) -> torch.Tensor:
-    """[W, N] scores that serving ranks by at each window's first token."""
-    return DocumentScorer(indexer, served.document).joined(served)
+        return join_layers(self.layer_logits(served), self.indexer.spec.shape.join)

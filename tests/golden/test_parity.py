@@ -90,7 +90,7 @@ def test_rope_hadamard_and_codec(golden):
 def test_scores_of_serving_encoding_and_training(golden, case):
     indexer, keys, expected = case
     hidden, positions = golden["hidden"][:, None], golden["positions"]
-    serving = indexer.scores(hidden, keys, positions)
+    serving = indexer.joined_scores(hidden, keys, positions)
     close(serving, expected["logits"])
     queries = indexer.encode_query(list(zip(hidden, positions.tolist(), strict=True)))
     chunks = indexer.encode_document([(key,) for key in keys])
@@ -126,7 +126,7 @@ def test_packed_queries(golden, case):
 
 def test_selected_sets(golden, case):
     indexer, keys, expected = case
-    scores = indexer.scores(golden["hidden"][:, None], keys, golden["positions"])
+    scores = indexer.joined_scores(golden["hidden"][:, None], keys, golden["positions"])
     visible = golden["visible"].bool()
     top = expected["top"]
     chosen = select(scores, visible, torch.full((len(top),), top.shape[1]))
@@ -139,14 +139,14 @@ def test_a_bias_shifts_every_logit(golden, case):
     plain, keys, _ = case
     biased = golden_indexer(golden, plain.spec.key, bias=True)
     arguments = (golden["hidden"][:, None], keys, golden["positions"])
-    torch.testing.assert_close(biased.scores(*arguments), plain.scores(*arguments))
+    torch.testing.assert_close(biased.joined_scores(*arguments), plain.joined_scores(*arguments))
     with torch.no_grad():
         biased.query_encoder.bias.fill_(5.5)
-    torch.testing.assert_close(biased.scores(*arguments), plain.scores(*arguments) + 5.5)
+    torch.testing.assert_close(biased.joined_scores(*arguments), plain.joined_scores(*arguments) + 5.5)
 
 
 def test_positions_beyond_the_maximum_raise(golden, case):
     indexer, keys, _ = case
     for position in (1 << 20, -1):
         with pytest.raises(InputError, match=r"outside 0\.\.1048575"):
-            indexer.scores(golden["hidden"][:1, None], keys, torch.tensor([position]))
+            indexer.joined_scores(golden["hidden"][:1, None], keys, torch.tensor([position]))

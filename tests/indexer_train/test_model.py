@@ -76,7 +76,7 @@ def test_scores_equal_the_reference(shape):
     indexer = make(**shape)
     hidden, keys, positions = torch.randn(3, 2, 8), torch.randn(30, 2, 6), torch.tensor([119, 60, 4000])
     expected = reference(indexer, hidden, keys, positions)
-    torch.testing.assert_close(indexer.scores(hidden, keys, positions).double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(indexer.joined_scores(hidden, keys, positions).double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @given(st.integers(1, 1 << 21), st.integers(1, 16))
@@ -93,15 +93,15 @@ def test_encode_and_similarity_score_like_serving():
     queries = indexer.encode_query(list(zip(hidden, positions, strict=True)))
     documents = indexer.encode_document([(key,) for key in keys])
     scores = indexer.similarity(queries, documents)
-    torch.testing.assert_close(scores, indexer.scores(hidden, keys, torch.tensor(positions)))
+    torch.testing.assert_close(scores, indexer.joined_scores(hidden, keys, torch.tensor(positions)))
 
 
 def test_saved_and_exported_indexers_score_bit_for_bit(tmp_path):
     indexer = make()
     hidden, keys, positions = torch.randn(3, 2, 8), torch.randn(30, 2, 6), torch.tensor([119, 60, 4000])
-    expected = indexer.scores(hidden, keys, positions)
+    expected = indexer.joined_scores(hidden, keys, positions)
     indexer.save_pretrained(str(tmp_path / "saved"))
     export_bundle(indexer, tmp_path / "bundle")
     for loaded in (load_indexer(tmp_path / "saved"), load_bundle(tmp_path / "bundle")):
         assert loaded.spec == indexer.spec
-        assert torch.equal(loaded.scores(hidden, keys, positions).cpu(), expected)
+        assert torch.equal(loaded.joined_scores(hidden, keys, positions).cpu(), expected)

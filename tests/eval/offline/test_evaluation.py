@@ -12,7 +12,7 @@ from eval.offline.evaluation import depth_bin, evaluate, length_bins, sampled_re
 from eval.offline.timeline import timeline
 from eval.report.figures import depth_by_length
 from indexer_train.card import Provenance
-from indexer_train.measure.metrics import indexer_scores, served_windows
+from indexer_train.measure.metrics import DocumentScorer, served_windows
 from tests.eval.conftest import planted_indexer
 
 GOLDEN = 0.05
@@ -63,7 +63,7 @@ def test_the_timeline_shows_what_serving_kept_and_missed(stores, indexer):
     found = timeline(indexer, stores[1], GOLDEN, 0.1)
     document = next(d for d in stores[1] if d.meta.name == found["document"])
     (served,) = served_windows([document])
-    scores = indexer_scores(indexer, served)
+    scores = DocumentScorer(indexer, served.document).joined_scores(served)
     peak = document.attention.dense(document.chunks)[1]
     needed = []
     for row, (window, (first, last)) in enumerate(zip(found["windows"], served.windows.tolist(), strict=True)):

@@ -6,7 +6,7 @@ import torch
 from eval.offline.policies import Frequency, Random, mean_pooled, oracle, policies, recency, used_now
 from eval.offline.recall import BUDGETS, as_rows, evaluate_recall, measure, recall_rows
 from eval.report.tables import plot_recall, recall_table
-from indexer_train.measure.metrics import layer_scores, served_windows
+from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.selection import Cut, Threshold
 from tests.eval.conftest import planted_indexer
 
@@ -177,6 +177,6 @@ def test_each_layer_is_counted_at_the_threshold(stores, indexer, rows):
     row = next(r for r in rows if (r.policy, r.task, r.budget) == ("layer 2", "text", "threshold"))
     kept = []
     for served in served_windows(document for document in stores[1] if document.meta.task == "text"):
-        chosen = served.labels.candidate & (layer_scores(indexer, served)[1] >= 0)
+        chosen = served.labels.candidate & (DocumentScorer(indexer, served.document).layer_logits(served)[1] >= 0)
         kept.append(float((chosen.sum(dim=1) / served.visible).mean()))
     assert row.kept == pytest.approx(sum(kept) / len(kept))

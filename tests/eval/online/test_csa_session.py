@@ -47,7 +47,7 @@ def test_scores_while_decoding_are_those_of_the_trace(pocket, pocket_indexer):
     settings = TraceConfig(chunking=chunking, layers=layers, oracle="attention", window=8, tail=4, text_rows=32)
     raw = pocket.backbone.trace(ids[:read], torch.tensor([read - 1]), settings)
     hidden, keys = (torch.stack([found[layer] for layer in layers], dim=1) for found in (raw.hidden, raw.keys))
-    expected = indexer.scores(hidden, keys, torch.tensor([read - 1]))[0]
+    expected = indexer.joined_scores(hidden, keys, torch.tensor([read - 1]))[0]
     assert float(expected.max() - expected.median()) > 1  # it has an opinion
     scores = {name: policy(session) for name, policy in decode_policies(indexer).items() if policy is not None}
     assert list(scores) == ["indexer", "native", "recency", "random"]

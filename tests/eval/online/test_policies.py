@@ -9,7 +9,7 @@ from eval.online.check import wilson
 from eval.online.cycle import follow_text, generate
 from eval.online.policies import indexer_policy, mean_pooled, random, recency
 from eval.online.session import Session
-from indexer_train.measure.metrics import indexer_scores, served_windows
+from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.training.trainer import train
 from tests.conftest import tiny_model
 
@@ -30,7 +30,7 @@ def test_scores_while_decoding_are_those_of_the_trace(trained, stores, tiny_reci
             session.read([token])
         assert session.position == position
         visible = (position + 1) // 4
-        expected = indexer_scores(trained, served)[0, :visible]
+        expected = DocumentScorer(trained, served.document).joined_scores(served)[0, :visible]
         torch.testing.assert_close(indexer_policy(trained)(session), expected, atol=2e-3, rtol=2e-3)
         stored = served.document.mean_pooled[served.windows[0, 0], :visible].float()
         torch.testing.assert_close(mean_pooled(session), stored, atol=1e-3, rtol=1e-2)

@@ -65,7 +65,8 @@ class ByHand:
         (first, last), total = CHUNKING.candidates(self.host.position), self.host.cache.total
         sets = []
         for hidden, keys in zip(self.host.hidden(), self.host.keys(), strict=True):
-            scores = self.indexer.scores(hidden[None], keys, torch.tensor([self.host.position], device=hidden.device))
+            position = torch.tensor([self.host.position], device=hidden.device)
+            scores = self.indexer.joined_scores(hidden[None], keys, position)
             best = first + scores[0, first:last].sort(descending=True, stable=True).indices[: int(0.2 * total)].cpu()
             sets.append(torch.cat([torch.arange(first), best, torch.arange(last, total)]).sort().values)
         return self.host.position, total, sets

@@ -49,11 +49,12 @@ def test_pages_score_like_the_indexer(join, bumps, terms):
     level1 = Level1(make_indexer(join, bumps, terms), Limits(cap=100))
     hidden, keys = inputs(chunks := TILE + 333)
     positions = torch.tensor([4 * chunks + 1])
-    found = level1.scores(level1.queries(hidden, positions), PagedKeys.from_rows(keys))
-    expected = level1.indexer.scores(hidden, keys, positions)
+    found = level1.joined_scores(level1.pack(hidden, positions), PagedKeys.from_rows(keys))
+    expected = level1.indexer.joined_scores(hidden, keys, positions)
     torch.testing.assert_close(found[:, :chunks], expected, atol=1e-5, rtol=1e-5)
     assert found[:, chunks:].eq(-torch.inf).all()
-    torch.testing.assert_close(level1.scores(level1.queries(hidden, positions), keys), expected, atol=1e-5, rtol=1e-5)
+    found = level1.joined_scores(level1.pack(hidden, positions), keys)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_pooled_keys_of_a_dense_backbone():
@@ -61,8 +62,8 @@ def test_pooled_keys_of_a_dense_backbone():
     hidden, _ = inputs(TILE + 5, rows=2)
     keys = torch.randn(TILE + 5, 3, 32).half()
     positions = torch.tensor([4 * len(keys) + 2, 4 * TILE - 1])
-    found = level1.scores(level1.queries(hidden, positions), keys)
-    expected = level1.indexer.scores(hidden, keys, positions)
+    found = level1.joined_scores(level1.pack(hidden, positions), keys)
+    expected = level1.indexer.joined_scores(hidden, keys, positions)
     torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found[1, :TILE], expected[1, :TILE], atol=1e-5, rtol=1e-5)
     assert found[1, TILE:].eq(-torch.inf).all()
@@ -72,8 +73,8 @@ def test_the_terms_are_those_of_the_formula():
     """Float64 NumPy over single products, so that a mistake shared with the indexer would show."""
     level1 = Level1(make_indexer("max", bumps=6), Limits(cap=40))
     hidden, keys = inputs(40)
-    queries = level1.queries(hidden, torch.tensor([162]))
-    found = level1.scores(queries, PagedKeys.from_rows(keys))[0, :40].numpy()
+    queries = level1.pack(hidden, torch.tensor([162]))
+    found = level1.joined_scores(queries, PagedKeys.from_rows(keys))[0, :40].numpy()
     values = decode_keys(keys).double().numpy()
     layers = queries[0, :-1].double().numpy().reshape(3, -1)
     for chunk in range(40):
@@ -99,7 +100,7 @@ def test_sequences_share_a_pool_in_any_layout():
     pool[:, 5] = second[:, 2]
     other = torch.cat([keys[:128], inputs(170)[1][128:]])
     positions = torch.tensor([1200, 4 * 170 - 1])
-    queries = level1.queries(hidden, positions)
+    queries = level1.pack(hidden, positions)
     paged = PagedKeys(pool.transpose(0, 1), table)
     resident = level1.resident(queries, paged)
     for row, history in enumerate([keys, other]):
@@ -114,21 +115,21 @@ def test_sequences_share_a_pool_in_any_layout():
 def test_refusals():
     level1 = Level1(make_indexer(), Limits(cap=20))
     hidden, keys = inputs(20)
-    queries = level1.queries(hidden, torch.tensor([79]))
+    queries = level1.pack(hidden, torch.tensor([79]))
     with pytest.raises(InputError, match="cap: 8 chunks cannot hold the 9 protected"):
         Level1(level1.indexer, Limits(cap=8))
     with pytest.raises(InputError, match="keys of 12 chunks, but a position sees 20"):
-        level1.scores(queries, keys[:12])
+        level1.joined_scores(queries, keys[:12])
     with pytest.raises(InputError, match="the indexer reads \\[chunks, 3, 36\\]"):
-        level1.scores(queries, keys[:, :2])
+        level1.joined_scores(queries, keys[:, :2])
     with pytest.raises(InputError, match="pages of 64 keys of its 3 layers"):
-        level1.scores(queries, PagedKeys.from_rows(keys[:, :2]))
+        level1.joined_scores(queries, PagedKeys.from_rows(keys[:, :2]))
     with pytest.raises(InputError, match="page table of 1 sequences for 2 queries"):
-        level1.scores(queries.expand(2, -1), PagedKeys.from_rows(keys))
+        level1.joined_scores(queries.expand(2, -1), PagedKeys.from_rows(keys))
     damaged = keys.clone()
     damaged[3, 1, 5] = 0x7F
     with pytest.raises(InputError, match="NaN code"):
-        level1.scores(queries, PagedKeys.from_rows(damaged))
+        level1.joined_scores(queries, PagedKeys.from_rows(damaged))
 
 
 def test_backends_by_name(monkeypatch):
@@ -153,7 +154,7 @@ pages = torch.zeros(4096, 3, 8448, dtype=torch.uint8)
 pages[..., :8192].random_(0, 127)
 pages[..., 8192:] = torch.tensor([0, 0, 128, 63], dtype=torch.uint8).repeat(64)  # scale 1.0
 keys = PagedKeys(pages, torch.arange(4096, dtype=torch.int32)[None])
-queries = level1.queries(torch.randn(1, 3, 16), torch.tensor([4 * 262144 - 1]))
+queries = level1.pack(torch.randn(1, 3, 16), torch.tensor([4 * 262144 - 1]))
 def kibibytes(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far, that of the imports, is forgotten

@@ -95,7 +95,7 @@ def test_pages_leave_and_return_and_the_output_is_that_of_the_same_set_in_full(l
     for step in range(12):
         if step % 3 == 0:
             # What the engine's layers read there; each window asks for something else.
-            queries = level1.queries(torch.randn(1, LAYERS, 24, generator=random), torch.tensor([4 * chunks - 1]))
+            queries = level1.pack(torch.randn(1, LAYERS, 24, generator=random), torch.tensor([4 * chunks - 1]))
             pages = torch.stack([whole[:, layer, :KEY_BYTES] for layer in range(LAYERS)], dim=1)
             wanted = level1.resident(queries, PagedKeys(pages, table))
             residency.refresh(wanted.row(0).numpy())
@@ -136,8 +136,8 @@ def test_a_bundle_scores_alike_with_hugging_face_and_without(bundle):
     for indexer in (load_scorer(bundle), load_bundle(bundle)):
         level1 = open_level1(indexer, Limits(cap=20), backend="torch")
         hidden = torch.randn(1, LAYERS, 24, generator=torch.Generator().manual_seed(4))
-        queries = level1.queries(hidden, torch.tensor([279]))
-        found.append(level1.scores(queries, keys.transpose(0, 1).to(queries.device)))
+        queries = level1.pack(hidden, torch.tensor([279]))
+        found.append(level1.joined_scores(queries, keys.transpose(0, 1).to(queries.device)))
     assert torch.equal(*found)
 
 
@@ -152,7 +152,7 @@ from eval.serving.select import Limits
 from indexer_train.formats.bundle import load_scorer
 level1 = open_level1(load_scorer(Path(sys.argv[1])), Limits(cap=20))
 keys = encode_keys(torch.randn(70, {LAYERS}, {WIDTH})).to(level1.indexer.device)
-queries = level1.queries(torch.randn(1, {LAYERS}, 24), torch.tensor([279]))
+queries = level1.pack(torch.randn(1, {LAYERS}, 24), torch.tensor([279]))
 assert 9 < int(level1.resident(queries, PagedKeys.from_rows(keys)).counts[0]) <= 20
 sys.exit(sorted({HEAVY!r} & set(sys.modules)) or None)
 """

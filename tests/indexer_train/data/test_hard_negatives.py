@@ -62,7 +62,7 @@ def allowed(store, indexer, number):
     starts = windows[:, 0]
     hidden = torch.stack([document.hidden(layer)[starts] for layer in indexer.spec.layers], dim=1)
     keys = torch.stack([document.keys(layer) for layer in indexer.spec.layers], dim=1)
-    return document, starts, negative, indexer.scores(hidden, keys, document.positions[starts])
+    return document, starts, negative, indexer.joined_scores(hidden, keys, document.positions[starts])
 
 
 def test_all_that_may_be_mined_comes_hardest_first(store, indexer):

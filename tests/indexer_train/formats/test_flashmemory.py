@@ -165,7 +165,7 @@ def test_eight_trained_layers_to_three_served(tmp_path, make_indexer, arguments)
     served = keep_layers(indexer, [20, 10, 12])
     assert served.spec.layers == [10, 12, 20]
     which = [2, 3, 7]
-    ours = served.scores(wide[:, which], keys[:, :1].repeat(1, 3, 1), positions)
+    ours = served.joined_scores(wide[:, which], keys[:, :1].repeat(1, 3, 1), positions)
     joined = logits[which].amax(dim=0)
     torch.testing.assert_close(ours, joined, atol=1e-5, rtol=1e-5)  # another number of layers may round otherwise
     for format in ("flashmemory-joint", "bundle"):
@@ -187,9 +187,9 @@ def test_bias_and_thresholds_become_offsets(tmp_path, make_indexer, arguments):
     assert any("keeps 10.0%" in note and "SGLANG_RETRIEVER_LOGIT_OFFSET=-1.75" in note for note in notes)
     raw = read_back([tmp_path / "a.pt"])
     back = read_back([tmp_path / "a.pt"], offset=1.5)
-    torch.testing.assert_close(back.scores(*arguments), indexer.scores(*arguments), atol=0, rtol=0)
-    served = torch.sigmoid(raw.scores(*arguments).double() - 1.75) >= 0.5  # what serving does with the offset
-    assert torch.equal(served, indexer.scores(*arguments) >= 3.25)
+    torch.testing.assert_close(back.joined_scores(*arguments), indexer.joined_scores(*arguments), atol=0, rtol=0)
+    served = torch.sigmoid(raw.joined_scores(*arguments).double() - 1.75) >= 0.5  # what serving does with the offset
+    assert torch.equal(served, indexer.joined_scores(*arguments) >= 3.25)
     assert served.any() and not served.all()
     summed = export_indexer(make_indexer(shape={"join": "sum"}), tmp_path / "b.pt", "flashmemory-joint").notes
     assert any("joined by sum" in note for note in summed)
@@ -319,7 +319,7 @@ def test_an_indexer_made_from_dumps_is_tied_to_the_weights_that_made_other_trace
     assert export_indexer(tied, tmp_path / "tied-bundle", "bundle").notes == []
     hidden, keys, positions = arguments
     given = hidden[:, :2], keys[:, :2], positions
-    torch.testing.assert_close(tied.scores(*given), indexer.scores(*given) - 2.0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tied.joined_scores(*given), indexer.joined_scores(*given) - 2.0, atol=1e-5, rtol=1e-5)
     assert tied.spec.selection == Threshold(cuts=[Cut(score=0.0)])
 
 
@@ -359,8 +359,8 @@ def test_the_table_bounds_positions_until_told_otherwise(tmp_path, arguments):
     hidden, keys, _ = arguments
     beyond = torch.full((4,), POSITIONS)
     with pytest.raises(InputError, match=r"outside 0\.\.599"):
-        read_back([path]).scores(hidden, keys, beyond)
-    read_back([path], positions=1 << 20).scores(hidden, keys, beyond)
+        read_back([path]).joined_scores(hidden, keys, beyond)
+    read_back([path], positions=1 << 20).joined_scores(hidden, keys, beyond)
 
 
 def test_the_command_line_both_ways(tmp_path, v4_store):

@@ -48,4 +48,4 @@ def test_exported_and_read_back_bit_for_bit(pocket, pocket_traces, pocket_indexe
     ours, theirs = indexer.query_encoder.state_dict(), back.query_encoder.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]) for name, value in ours.items())
-    assert torch.equal(back.scores(*inputs(pocket_traces)), pocket_indexer.scores(*inputs(pocket_traces)))
+    assert torch.equal(back.joined_scores(*inputs(pocket_traces)), pocket_indexer.joined_scores(*inputs(pocket_traces)))

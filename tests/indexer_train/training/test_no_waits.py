@@ -56,15 +56,15 @@ def batch(sampled):
 def test_what_is_wrong_is_named_before_it_reaches_the_device(indexer):
     hidden, keys = torch.zeros(2, LAYERS, HIDDEN), encode_keys(torch.ones(CHUNKS, LAYERS, WIDTH))
     queries, documents = (indexer[0].sub_modules[route][0] for route in ("query", "document"))
-    assert indexer.layer_scores(hidden, keys, torch.tensor([0, 999])).is_meta
+    assert indexer.joined_scores(hidden, keys, torch.tensor([0, 999])).is_meta
     for position in (1000, -1):
         with pytest.raises(InputError, match=r"outside 0\.\.999"):
-            indexer.layer_scores(hidden, keys, torch.tensor([0, position]))
+            indexer.joined_scores(hidden, keys, torch.tensor([0, position]))
         with pytest.raises(InputError, match=r"outside 0\.\.999"):
             queries.preprocess([(hidden[0], 0), (hidden[1], position)])
     keys[3, 1, 2] = 0x7F
     with pytest.raises(InputError, match="NaN code"):
-        indexer.layer_scores(hidden, keys, torch.tensor([0, 999]))
+        indexer.joined_scores(hidden, keys, torch.tensor([0, 999]))
     with pytest.raises(InputError, match="NaN code"):
         documents.preprocess([(row,) for row in keys])
 

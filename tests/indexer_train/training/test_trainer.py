@@ -18,7 +18,7 @@ from indexer_train.data.batches import AllCandidates, DocumentBatchSampler, wind
 from indexer_train.data.sampling import any_golden
 from indexer_train.load import check_traces, load_indexer
 from indexer_train.losses import LOSSES
-from indexer_train.measure.metrics import indexer_scores, served_windows
+from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.model import MemoryIndexer
 from indexer_train.training import trainer as trainer_module
 from indexer_train.training.evaluator import MassRecallEvaluator
@@ -101,7 +101,8 @@ def test_the_saved_indexer_is_the_best_checkpoint_and_calibrated(stores, tiny_re
     _, validation = stores[0].hold_back(tiny_recipe.train.validation_every)
     shares = []
     for served in served_windows(validation):
-        chosen = (indexer_scores(saved, served) >= saved.spec.thresholds["0.1"]) & served.labels.candidate
+        scores = DocumentScorer(saved, served.document).joined_scores(served)
+        chosen = (scores >= saved.spec.thresholds["0.1"]) & served.labels.candidate
         shares.append(float((chosen.sum(dim=1) / served.visible).mean()))
     assert 0.09 < sum(shares) / len(shares) <= 0.1
 

@@ -73,7 +73,7 @@ def choose(indexer, host):
     sets = []
     first, last = CHUNKING.candidates(host.position)
     for hidden, keys in zip(host.hidden(), host.keys(), strict=True):
-        scores = indexer.scores(hidden[None], keys, torch.tensor([host.position]))[0]
+        scores = indexer.joined_scores(hidden[None], keys, torch.tensor([host.position]))[0]
         resident = torch.ones(len(scores), dtype=torch.bool)
         resident[first:last] = False
         resident[first + scores[first:last].topk((last - first) // 5).indices] = True

@@ -57,7 +57,7 @@ def inputs(indexer: MemoryIndexer, *chunks: int) -> tuple[torch.Tensor, PagedKey
     table = torch.randperm(pages * len(chunks), generator=generator).int().view(len(chunks), pages)
     hidden = torch.randn(len(chunks), len(spec.layers), spec.hidden, generator=generator)
     positions = torch.tensor([4 * n - 1 + row % 4 for row, n in enumerate(chunks)])
-    queries = Level1(indexer, Limits(cap=9)).queries(hidden, positions)
+    queries = Level1(indexer, Limits(cap=9)).pack(hidden, positions)
     return queries, PagedKeys(paged.pages.to(queries.device), table.to(queries.device))
 
 
@@ -74,8 +74,8 @@ def check_against_torch(indexer, queries, keys, limits, selection) -> None:
     """The same scores, and exactly the sets that the torch rules make of the kernel's scores, call after call."""
     torch_backend = Level1(indexer, limits, selection)
     kernel = TritonLevel1(indexer, limits, selection)
-    scores = kernel.scores(queries, keys)
-    expected = torch_backend.scores(in_half(indexer, queries), keys)
+    scores = kernel.joined_scores(queries, keys)
+    expected = torch_backend.joined_scores(in_half(indexer, queries), keys)
     torch.testing.assert_close(scores, expected, atol=2e-4, rtol=2e-4)
     pages = Limits(cap=4, unit="pages")
     pairs = ((torch_backend, kernel), (Level1(indexer, pages, selection), TritonLevel1(indexer, pages, selection)))
@@ -88,7 +88,7 @@ def check_against_torch(indexer, queries, keys, limits, selection) -> None:
 
 def middle(indexer: MemoryIndexer, queries: torch.Tensor, keys: PagedKeys) -> Threshold:
     """A threshold that about a third of the chunks reach."""
-    scores = Level1(indexer, Limits(cap=9)).scores(queries, keys)
+    scores = Level1(indexer, Limits(cap=9)).joined_scores(queries, keys)
     return Threshold(cuts=[Cut(score=float(scores[scores.isfinite()].quantile(0.67)))])
 
 
@@ -237,11 +237,11 @@ def test_on_the_gpu(pool, chunks, fp8):
     indexer, pages = pool
     width = chunks // 64
     positions = torch.tensor([4 * chunks - 1])
-    queries = Level1(indexer, Limits(cap=9)).queries(torch.randn(1, 3, 24), positions)
+    queries = Level1(indexer, Limits(cap=9)).pack(torch.randn(1, 3, 24), positions)
     order = torch.randperm(len(pages), device="cuda").int()
     tables = [order[start : start + width][None].contiguous() for start in range(0, len(order), width)]
     keys = PagedKeys(pages, tables[0])
-    scores = Level1(indexer, Limits(cap=9)).scores(queries, keys)
+    scores = Level1(indexer, Limits(cap=9)).joined_scores(queries, keys)
     rule = Threshold(cuts=[Cut(score=float(scores[0].kthvalue(int(0.95 * chunks)).values))])
     limits = Limits(cap=chunks // 8)
     if not fp8:
