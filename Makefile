@@ -29,4 +29,5 @@ pocket: $(VENV)/ready  ## the same on a small DeepSeek-V4, with its own sparse a
 
 test: $(VENV)/ready  ## the whole suite, in two processes of one thread each: in one of two, threads wait for each other
 	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

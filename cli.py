@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 try:
     import typer
@@ -16,6 +16,12 @@ try:
 except KeyboardInterrupt:  # before there is a parser to report it
     print("lookahead: stopped; the same command continues", file=sys.stderr)
     sys.exit(130)
+
+if TYPE_CHECKING:  # every verb imports what it needs itself: `lookahead --help` does not wait for torch
+    from transformers import PreTrainedTokenizerBase
+
+    from data_gen.backbones.base import Backbone
+    from recipes import Recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -33,7 +39,7 @@ ExportFormat = Literal["bundle", "flashmemory-joint", "flashmemory-layers", "fla
 
 
 def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
-    return tqdm(list(items), desc=what, unit="doc")
+    return tqdm(items, desc=what, unit="doc")
 
 
 @app.command()
@@ -143,7 +149,7 @@ def evaluate(
     if (indexer is None) == (compare is None):
         raise InputError("evaluate needs one indexer (--indexer A) or two (--compare A B)")
     indexers = {"indexer": indexer} if indexer is not None else dict(zip("AB", compare, strict=True))
-    evaluate_traces(_recipe(recipe), indexers, traces, out, every_token, typer.echo)
+    evaluate_traces(_recipe(recipe).train, indexers, traces, out, every_token, typer.echo)
 
 
 @app.command()
@@ -253,7 +259,9 @@ def decode(
     if fallback and cap is None:
         raise InputError("--fallback needs --cap: without one no window asks for too much")
     if prompt is None:
-        decode_documents(_recipe(recipe, backbone, documents), bundle, out, None, typer.echo, _progress)
+        settings = _recipe(recipe, backbone, documents)
+        given = settings.backbone, settings.documents, settings.trace, settings.decode
+        decode_documents(bundle, *given, out, typer.echo, _progress)
     else:
         model = _recipe(recipe, backbone).backbone
         continue_text(model, bundle, prompt, new_tokens, out, cap, fallback, budget, typer.echo)
@@ -297,9 +305,10 @@ def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Docu
     settings = _recipe(recipe, backbone, documents)
     loaded = _generate(settings, out / "traces")
     _train(settings, {out / "traces" / "train": 1.0}, out)
-    evaluate_traces(settings, {"indexer": out / "indexer"}, out / "traces" / "heldout", out, False, typer.echo)
+    evaluate_traces(settings.train, {"indexer": out / "indexer"}, out / "traces" / "heldout", out, False, typer.echo)
     export(out / "indexer", out / "bundle")
-    decode_documents(settings, out / "bundle", out, loaded, typer.echo, _progress)
+    given = loaded, settings.documents, settings.trace, settings.decode
+    decode_documents(out / "bundle", *given, out, typer.echo, _progress)
 
 
 @app.command("select-layers")
@@ -344,7 +353,10 @@ def plan(
     from eval.plan.report import plan_json, plan_text, write_plan
 
     given = {"kept": kept, "churn": churn, "gpu_memory": gpu_memory, "gpus": gpus}
-    settings = PlanSettings() if recipe is None else PlanSettings.of_recipe(_recipe(recipe))
+    settings = PlanSettings()
+    if recipe is not None:
+        read = _recipe(recipe)
+        settings = PlanSettings.of(read.trace, read.indexer)
     settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
     found = make_plan(model, context or CONTEXTS, settings)
     if out is not None:
@@ -359,7 +371,7 @@ def _numbers(layers: str | None) -> list[int] | None:
         raise InputError(f"--layers {layers}: not numbers with commas between them") from error
 
 
-def _recipe(name: str, backbone: str | None = None, documents: str | None = None) -> Any:
+def _recipe(name: str, backbone: str | None = None, documents: str | None = None) -> "Recipe":
     from recipes import load_recipe
 
     recipe = load_recipe(name)
@@ -375,7 +387,7 @@ def _must_be_new(folder: Path) -> None:
         raise InputError(f"{folder}: holds something already; choose another folder")
 
 
-def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
+def _generate(recipe: "Recipe", out: Path) -> "tuple[Backbone, PreTrainedTokenizerBase]":
     """Trace both sides; returns the backbone and its tokenizer."""
     from data_gen.backbones.load import adapter, load_backbone, public_name
     from data_gen.generate import generate_sides
@@ -388,7 +400,7 @@ def _generate(recipe: Any, out: Path) -> tuple[Any, Any]:
     return backbone, tokenizer
 
 
-def _train(recipe: Any, traces: dict[Path, float], out: Path) -> None:
+def _train(recipe: "Recipe", traces: dict[Path, float], out: Path) -> None:
     from indexer_train.data.mixture import mix
     from indexer_train.training.trainer import train as train_indexer
 

@@ -8,13 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 from data_gen.backbones.base import Backbone
 from data_gen.backbones.load import adapter, load_backbone
-from data_gen.config import BackboneConfig
+from data_gen.config import BackboneConfig, DocumentsConfig, TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.text.documents import build_documents
 from eval.offline.evaluation import evaluate
 from eval.online.benchmark import benchmark
 from eval.online.check import as_rows, check_backbone, decode_check
-from eval.online.config import BenchmarkConfig
+from eval.online.config import BenchmarkConfig, DecodeConfig
 from eval.report.page import write_report
 from eval.report.tables import (
     comparison_table,
@@ -30,23 +30,23 @@ from eval.report.tasks import benchmark_table, difference_table, fidelity_table
 from eval.runtime.fallback import Fallback
 from eval.runtime.runtime import LSARuntime
 from eval.serving.select import Limits
+from indexer_train.config import TrainConfig
 from indexer_train.formats.bundle import load_bundle
 from indexer_train.load import load_indexer, open_traces
 from indexer_train.selection import Budget
-from recipes import Recipe
 
 Say = Callable[[str], None]
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def evaluate_traces(
-    recipe: Recipe, paths: dict[str, Path], traces: Path, out: Path, every_token: bool, say: Say
+    train: TrainConfig, paths: dict[str, Path], traces: Path, out: Path, every_token: bool, say: Say
 ) -> None:
     """Recall of the indexers in `paths`, by name, on held-out traces: adds to `out`/results.json and the report."""
     read_results(out)  # what cannot be added to is found before the work
     indexers = {name: load_indexer(path) for name, path in paths.items()}
     store = open_traces(traces, indexers.values())
-    found = evaluate(indexers, store, recipe.train.golden, recipe.train.budget, every_token)
+    found = evaluate(indexers, store, train.golden, train.budget, every_token)
     results = write_results(out, **found)
     plot_recall(found["recall"], out / "recall.png")
     say("\n".join([recall_table(found["recall"]), *threshold_lines(found), *found["evaluated"]["notes"]]))
@@ -61,26 +61,29 @@ def evaluate_traces(
 
 
 def decode_documents(
-    recipe: Recipe,
     bundle: Path,
+    model: BackboneConfig | tuple[Backbone, PreTrainedTokenizerBase],
+    documents: DocumentsConfig,
+    trace: TraceConfig,
+    config: DecodeConfig,
     out: Path,
-    loaded: tuple[Backbone, PreTrainedTokenizerBase] | None,
     say: Say,
     progress: Progress,
 ) -> None:
     """Held-out documents under every policy: adds to `out`/results.json and the report.
 
-    loaded: the recipe's backbone, where it is at hand.
+    model: the bundle's backbone, or where to load it from.
     """
     read_results(out)
     indexer = load_bundle(bundle)
-    if loaded is None:
-        model, tokenizer = load_backbone(recipe.backbone)
-        loaded = adapter(model), tokenizer
-    backbone, tokenizer = loaded
+    if isinstance(model, BackboneConfig):
+        stock, tokenizer = load_backbone(model)
+        backbone = adapter(stock)
+    else:
+        backbone, tokenizer = model
     check_backbone(indexer, backbone)
-    documents = build_documents(recipe.documents, recipe.trace, tokenizer, backbone.info.context, "heldout")
-    rows, answers = decode_check(backbone.model, tokenizer, indexer, documents, recipe.decode, progress)
+    heldout = build_documents(documents, trace, tokenizer, backbone.info.context, "heldout")
+    rows, answers = decode_check(backbone.model, tokenizer, indexer, heldout, config, progress)
     found = as_rows(rows)
     results = write_results(out, decode=found, answers=answers)
     page, _ = write_report(out)

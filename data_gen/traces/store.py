@@ -240,6 +240,9 @@ class TraceStore:
         write_atomically(path, lambda file: file.write_text(manifest.model_dump_json(indent=2)))
         return cls(root, manifest)
 
+    def __len__(self) -> int:
+        return len(self.paths())
+
     def paths(self) -> list[Path]:
         """The finished documents' files, in order."""
         return sorted(self.root.glob("doc_*.safetensors")) if self._files is None else self._files

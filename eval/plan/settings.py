@@ -4,8 +4,9 @@ from typing import Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
+from data_gen.config import TraceConfig
 from data_gen.core.config import Strict
-from recipes import Recipe
+from indexer_train.config import IndexerConfig
 
 
 class PlanSettings(Strict):
@@ -30,12 +31,12 @@ class PlanSettings(Strict):
     gpus: PositiveInt = 1
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe) -> Self:
-        """The indexer, window and chunks of a recipe in place of the paper's."""
+    def of(cls, trace: TraceConfig, indexer: IndexerConfig) -> Self:
+        """A recipe's window, layers, chunks and indexer in place of the paper's."""
         return cls(
-            window=recipe.trace.window,
-            indexer_layers=len(recipe.trace.layers),
-            heads=recipe.indexer.heads,
-            rank=recipe.indexer.rank,
-            chunk_tokens=recipe.trace.chunking.tokens,
+            window=trace.window,
+            indexer_layers=len(trace.layers),
+            heads=indexer.heads,
+            rank=indexer.rank,
+            chunk_tokens=trace.chunking.tokens,
         )

@@ -122,3 +122,4 @@ def test_the_wheel_carries_recipes_and_packages(tmp_path):
     assert {f"recipes/{name}.yaml" for name in SHIPPED} <= names
     assert {"recipes/pocket_v4/model/model.safetensors", "recipes/pocket_v4/config.yaml"} <= names
     assert {"cli.py", "data_gen/traces/store.py", "indexer_train/model.py", "eval/offline/recall.py"} <= names
+    assert {f"{package}/py.typed" for package in ("data_gen", "indexer_train", "eval", "recipes")} <= names

@@ -100,7 +100,8 @@ def test_files(lookahead, tmp_path, tiny):
 
 
 def test_a_recipe_sets_the_indexer():
-    settings = PlanSettings.of_recipe(load_recipe("smollm2-quickstart"))
+    recipe = load_recipe("smollm2-quickstart")
+    settings = PlanSettings.of(recipe.trace, recipe.indexer)
     assert (settings.heads, settings.rank, settings.indexer_layers, settings.chunk_tokens) == (16, 128, 3, 16)
 
 

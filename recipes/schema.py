@@ -1,0 +1,61 @@
+"""What a recipe holds, and how one is read: a YAML file, a section for each step."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Self
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from data_gen.config import BackboneConfig, DocumentsConfig, TraceConfig
+from data_gen.core.config import Strict
+from data_gen.core.errors import InputError
+from eval.online.config import BenchmarkConfig, DecodeConfig
+from indexer_train.config import IndexerConfig, TrainConfig
+
+
+class Recipe(Strict):
+    """Everything that one experiment needs, a section for each step."""
+
+    backbone: BackboneConfig
+    documents: DocumentsConfig
+    trace: TraceConfig
+    indexer: IndexerConfig
+    train: TrainConfig
+    decode: DecodeConfig = DecodeConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    @model_validator(mode="after")
+    def _texts_outlast_decoding(self) -> Self:
+        shortest, followed = self.documents.tokens[0], self.decode.text_tokens
+        if self.documents.heldout.get("text") and self.decode.text_documents and followed >= shortest:
+            raise ValueError(f"decode.text_tokens {followed}: a text of documents.tokens {shortest} has no prompt left")
+        return self
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name (those that ship with the package) or by path. Raises InputError on any mistake in it."""
+    path = Path(name)
+    shipped = files("recipes") / f"{name}.yaml"
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.exists():
+            raise InputError(f"recipe {path}: no such file")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"recipe {path}: not UTF-8 text") from error
+    elif shipped.is_file():
+        text = shipped.read_text(encoding="utf-8")
+    else:
+        names = [file.name for file in files("recipes").iterdir()]
+        known = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+        raise InputError(f"recipe {name!r}: neither a .yaml file nor one of {', '.join(known)}")
+    try:
+        return Recipe.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe {name}: not YAML ({str(error).splitlines()[0]})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InputError(f"recipe {name}: {where or 'top level'}: {reason}") from error
