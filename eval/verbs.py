@@ -17,6 +17,7 @@ from eval.online.check import as_rows, check_backbone, decode_check
 from eval.online.config import BenchmarkConfig, DecodeConfig
 from eval.report.page import write_report
 from eval.report.tables import (
+    RESULTS,
     comparison_table,
     decode_summary,
     decode_table,
@@ -47,7 +48,7 @@ def evaluate_traces(
     indexers = {name: load_indexer(path) for name, path in paths.items()}
     store = open_traces(traces, indexers.values())
     found = evaluate(indexers, store, train.golden, train.budget, every_token)
-    results = write_results(out, **found)
+    write_results(out, **found)
     plot_recall(found["recall"], out / "recall.png")
     say("\n".join([recall_table(found["recall"]), *threshold_lines(found), *found["evaluated"]["notes"]]))
     if found["comparison"]:
@@ -57,7 +58,7 @@ def evaluate_traces(
             )
         )
     page, _ = write_report(out)
-    say(f"results: {results}\nplot: {out / 'recall.png'}\nreport: {page}")
+    say(f"results: {out / RESULTS}\nplot: {out / 'recall.png'}\nreport: {page}")
 
 
 def decode_documents(
@@ -85,10 +86,10 @@ def decode_documents(
     heldout = build_documents(documents, trace, tokenizer, backbone.info.context, "heldout")
     rows, answers = decode_check(backbone.model, tokenizer, indexer, heldout, config, progress)
     found = as_rows(rows)
-    results = write_results(out, decode=found, answers=answers)
+    write_results(out, decode=found, answers=answers)
     page, _ = write_report(out)
     plot = f"plot: {out / 'recall.png'}\n" if (out / "recall.png").exists() else ""
-    say(f"{decode_table(found)}\nresults: {results}\n{plot}report: {page}\n{decode_summary(found)}")
+    say(f"{decode_table(found)}\nresults: {out / RESULTS}\n{plot}report: {page}\n{decode_summary(found)}")
 
 
 def continue_text(
@@ -131,9 +132,9 @@ def benchmark_bundle(
     indexer = load_bundle(bundle)
     model, tokenizer = load_backbone(backbone)
     found, notes = benchmark(adapter(model), tokenizer, indexer, config, out, progress)
-    results = write_results(out, **found)
+    write_results(out, **found)
     page, _ = write_report(out)
     say(f"{benchmark_table(found['benchmark'])}\n\n{difference_table(found['benchmark'])}\n")
     if found["benchmark_text"]:
         say(f"{fidelity_table(found['benchmark_text'])}\n")
-    say("\n".join([*notes, f"results: {results}", f"report: {page}"]))
+    say("\n".join([*notes, f"results: {out / RESULTS}", f"report: {page}"]))

@@ -42,7 +42,7 @@ def write_report(folder: Path) -> tuple[Path, Path]:
 
     Raises InputError when there are no results or they are damaged.
     """
-    results = read_results(folder)
+    results = read_results(folder).content()
     if not results:
         raise InputError(f"{folder / RESULTS}: no results there; run `lookahead evaluate` first")
     sections = [section for make in SECTIONS if (section := make(results)) is not None]

@@ -1,6 +1,7 @@
 """Results on disk and on the terminal: results.json, a plot, and tables."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from data_gen.core.files import whole, write_atomically
+from eval.report.rows import Results
 
 RESULTS = "results.json"
 """What evaluate, decode and benchmark add to."""
@@ -112,21 +114,50 @@ def plot_recall(rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """The sections of FOLDER/results.json, none where there is no such file. Raises InputError when it is damaged."""
+def read_results(folder: Path) -> Results:
+    """FOLDER/results.json, empty where there is no such file. Raises InputError when it is damaged."""
     path = folder / RESULTS
     if not path.exists():
-        return {}
+        return Results()
     with whole(path, "results", "repair it, or delete it and measure again"):
-        return dict(json.loads(path.read_bytes()).items())
+        return Results.model_validate(json.loads(path.read_bytes()))
 
 
-def write_results(folder: Path, **sections: Any) -> Path:
-    """Merge `sections` into FOLDER/results.json, keeping the ones written earlier."""
+def write_results(folder: Path, **sections: Any) -> Results:
+    """Merge `sections` (rows of eval/report/rows.py) into FOLDER/results.json, keeping the ones written earlier.
+
+    Returns the whole. Raises InputError when the file there is damaged.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path, content = folder / RESULTS, read_results(folder) | sections
-    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1)))
-    return path
+    results = read_results(folder).with_sections(**{name: _typed(name, rows) for name, rows in sections.items()})
+    text = json.dumps(results.content(), indent=1)
+    write_atomically(folder / RESULTS, lambda file: file.write_text(text))
+    return results
+
+
+def _typed(section: str, rows: Any) -> Any:
+    """Rows that are dicts still, with the fields that their names are made of; to go with the last such rows."""
+    if section not in ("recall", "by_length", "by_depth", "heat", "comparison") or not rows:
+        return rows
+    return [_with_fields(section, row) if isinstance(row, dict) else row for row in rows]
+
+
+def _with_fields(section: str, row: dict[str, Any]) -> dict[str, Any]:
+    more: dict[str, Any] = {}
+    if str(row["budget"]).startswith("top "):
+        more["top"] = int(row["budget"].split()[1])
+    if layer := re.fullmatch(r"(?:(.+) )?layer (\d+)", row.get("policy", "")):
+        more |= {"indexer": layer[1] or "indexer", "layer": int(layer[2])}
+    elif row.get("policy") in ("indexer", "A", "B"):
+        more["indexer"] = row["policy"]
+    places = dict(zip(("depth", "length"), row["task"].split(" | "), strict=True)) if section == "heat" else {}
+    places |= {section.removeprefix("by_"): row["task"]} if section.startswith("by_") else {}
+    if "length" in places:
+        ends = [int(end.replace(",", "")) for end in places["length"].split("-")]
+        more["length"] = (ends[0], ends[-1])
+    if "depth" in places:
+        more["depth"] = tuple(int(end.rstrip("%")) / 100 for end in places["depth"].split("-"))
+    return row | more
 
 
 def decode_table(rows: list[dict[str, Any]]) -> str:

@@ -12,9 +12,9 @@ from matplotlib import image
 
 from data_gen.core.errors import InputError
 from eval.offline.evaluation import evaluate
-from eval.online.summary import accuracy_rows, depth_rows
 from eval.report.page import write_report
 from eval.report.tables import decode_summary, decode_table, threshold_lines, write_results
+from tests.eval.report.conftest import BENCHMARK, DECODE
 
 PICTURES = [
     "recall",
@@ -28,23 +28,6 @@ PICTURES = [
     "lookahead",
     "churn",
 ]
-DECODE = [
-    {"policy": policy, "correct": correct, "examples": 10, "low": correct / 10 - 0.1, "high": correct / 10 + 0.1,
-     "agreement": 0.9, "kl": 0.1, "chunks": 20.0, "kv_share": share, "kv_mb": 60 * share, "refreshes": 3}
-    for policy, correct, share in (("full", 8, 1.0), ("indexer", 7, 0.2), ("random", 2, 0.2))
-]  # fmt: skip
-
-RUNS = [
-    {"policy": policy, "budget": budget, "kept": kept, "kv_bytes": 1e7 * kept, "chunks": 9.0, "refreshes": 1,
-     "score": score}
-    for policy, budget, kept, score in (("full", None, 1.0, 1.0), ("indexer", 0.1, 0.15, 0.5), ("random", 0.1, 0.2, 0))
-]  # fmt: skip
-RECORDS = [
-    {"name": f"{depth}-{length}", "benchmark": "needles", "task": "single", "length": length, "tokens": length,
-     "depth": depth, "left_out": "", "runs": RUNS}
-    for depth in (0.1, 0.5, 0.9) for length in (500, 1000)
-]  # fmt: skip
-BENCHMARK = {"benchmark": accuracy_rows(RECORDS, 500), "benchmark_depth": depth_rows(RECORDS)}
 
 
 @pytest.fixture(scope="module")
