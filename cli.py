@@ -31,8 +31,8 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a .yaml file.")]
-Backbone = Annotated[str | None, typer.Option(help="Instead of the recipe's: folder, hub id, .gguf file.")]
-Documents = Annotated[str | None, typer.Option(help="Instead of the recipe's: folder, .jsonl, .parquet, dataset name.")]
+BackbonePath = Annotated[str | None, typer.Option(help="Instead of the recipe's: folder, hub id, .gguf file.")]
+Source = Annotated[str | None, typer.Option(help="Instead of the recipe's: folder, .jsonl, .parquet, dataset name.")]
 Out = Annotated[Path, typer.Option(help="Output folder.")]
 Layers = Annotated[str | None, typer.Option(help="Keep these layers only: 10,12,20.")]
 ExportFormat = Literal["bundle", "flashmemory-joint", "flashmemory-layers", "flashmemory-safetensors"]
@@ -43,7 +43,7 @@ def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
 
 
 @app.command()
-def generate(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Documents = None) -> None:
+def generate(recipe: RecipeName, out: Out, backbone: BackbonePath = None, documents: Source = None) -> None:
     """Trace documents: writes OUT/train and OUT/heldout. A stopped run continues."""
     _generate(_recipe(recipe, backbone, documents), out)
 
@@ -146,9 +146,12 @@ def evaluate(
     """Recall on held-out traces beside baselines and oracle: adds to OUT/results.json, writes report.html and .md."""
     from eval.verbs import evaluate_traces
 
-    if (indexer is None) == (compare is None):
+    if indexer is not None and compare is None:
+        indexers = {"indexer": indexer}
+    elif compare is not None and indexer is None:
+        indexers = dict(zip("AB", compare, strict=True))
+    else:
         raise InputError("evaluate needs one indexer (--indexer A) or two (--compare A B)")
-    indexers = {"indexer": indexer} if indexer is not None else dict(zip("AB", compare, strict=True))
     evaluate_traces(_recipe(recipe).train, indexers, traces, out, every_token, typer.echo)
 
 
@@ -188,6 +191,7 @@ def convert(
     indexer = import_checkpoints(checkpoints, _numbers(layers), manifest, offset, positions)
     indexer.save_whole(out)
     spec = indexer.spec
+    assert spec.rope is not None  # the release is DeepSeek-V4's, whose queries turn
     typer.echo(
         f"indexer: {out} (layers {spec.layers}, {spec.shape.heads} heads, rank {spec.shape.rank}, "
         f"positions below {spec.rope.positions})"
@@ -241,8 +245,8 @@ def decode(
     recipe: RecipeName,
     bundle: Annotated[Path, typer.Option(help="An exported bundle.")],
     out: Out,
-    backbone: Backbone = None,
-    documents: Documents = None,
+    backbone: BackbonePath = None,
+    documents: Source = None,
     prompt: Annotated[Path | None, typer.Option(help="Continue this text instead: prints it, OUT/trace.json.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write behind the prompt.")] = 128,
     cap: Annotated[int | None, typer.Option(min=1, help="Most resident chunks behind the prompt; else any.")] = None,
@@ -285,18 +289,21 @@ def benchmark(
     from eval.online.config import BenchmarkConfig
     from eval.verbs import benchmark_bundle
 
-    if recipe is None and backbone is None:
+    if recipe is not None:
+        settings = _recipe(recipe, backbone)
+        model, config = settings.backbone, settings.benchmark
+    elif backbone is not None:
+        model, config = BackboneConfig(path=backbone), BenchmarkConfig()
+    else:
         raise InputError("benchmark needs the bundle's model: --backbone PATH, or --recipe NAME that says it")
-    settings = None if recipe is None else _recipe(recipe, backbone)
-    config = (settings.benchmark if settings else BenchmarkConfig()).changed(
+    config = config.changed(
         file or [], lengths=length, tasks=task, examples=examples, budgets=budget, haystack=documents
     )
-    model = settings.backbone if settings else BackboneConfig(path=backbone)
     benchmark_bundle(bundle, model, config, out, typer.echo, _progress)
 
 
 @app.command()
-def run(recipe: RecipeName, out: Out, backbone: Backbone = None, documents: Documents = None) -> None:
+def run(recipe: RecipeName, out: Out, backbone: BackbonePath = None, documents: Source = None) -> None:
     """All verbs in a row: generate, train, evaluate, export, decode. A stopped run continues."""
     from eval.report.tables import read_results
     from eval.verbs import decode_documents, evaluate_traces

@@ -28,7 +28,7 @@ class DecodeConfig(Strict):
     """budget: share of chunks kept on top of the protected ones; answer_tokens: longest generated answer;
     text_documents, text_tokens: plain-text documents whose last tokens are followed under each policy."""
 
-    budget: float = Field(0.1, gt=0, le=1)
+    budget: float = Field(default=0.1, gt=0, le=1)
     answer_tokens: PositiveInt = 40
     text_documents: NonNegativeInt = 2
     text_tokens: PositiveInt = 256
@@ -62,12 +62,12 @@ class BenchmarkConfig(Strict):
     """
 
     lengths: list[PositiveInt] | None = None
-    tasks: list[GeneratedTask] = Field(TASKS)
+    tasks: list[GeneratedTask] = Field(default=TASKS)
     examples: PositiveInt = 20
     texts: PositiveInt = 4
     text_tokens: PositiveInt = 256
-    budgets: list[Share] = Field([0.1], min_length=1)
-    policies: list[PolicyName] = Field(POLICIES)
+    budgets: list[Share] = Field(default=[0.1], min_length=1)
+    policies: list[PolicyName] = Field(default=POLICIES)
     cap: Share = 0.2
     keys: PositiveInt = 3
     values: PositiveInt = 2
@@ -75,7 +75,7 @@ class BenchmarkConfig(Strict):
     hops: PositiveInt = 3
     common: PositiveInt = 10
     haystack: str | None = None
-    files: list[BenchmarkFile] = Field([])
+    files: list[BenchmarkFile] = Field(default=[])
     seed: NonNegativeInt = 0
 
     def changed(self, files: list[str], **given: Any) -> Self:

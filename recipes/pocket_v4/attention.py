@@ -4,6 +4,8 @@ Stock eager attention scores every pair of tokens and masks all but the sliding 
 in bands, the compressed entries next to it, and one softmax with the sink joins them. Numbers agree with `eager`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ def banded_attention(
     scaling: float,
     sliding_window: int,
     s_aux: Tensor,
-    **_: object,
+    **unused: object,
 ) -> tuple[Tensor, Tensor]:
     """Joint softmax over window, compressed entries and sink.
 
@@ -66,11 +68,12 @@ def banded_attention(
 
 def dense_experts(module: nn.Module, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Every expert on every token, times its routing weight: no host wait. hidden: [N, D]; indices, weights: [N, k]."""
-    routed = torch.zeros(len(hidden), module.num_experts, device=hidden.device, dtype=weights.dtype)
+    experts: Any = module  # a DeepseekV4Experts
+    routed = torch.zeros(len(hidden), experts.num_experts, device=hidden.device, dtype=weights.dtype)
     routed = routed.scatter_add(1, indices, weights)  # [N, E]
-    inner = module._apply_gate(torch.einsum("nd,eid->eni", hidden, module.gate_up_proj))
+    inner = experts._apply_gate(torch.einsum("nd,eid->eni", hidden, experts.gate_up_proj))
     inner = inner * routed.t().unsqueeze(-1).to(inner.dtype)
-    return torch.einsum("eni,edi->nd", inner, module.down_proj).to(hidden.dtype)
+    return torch.einsum("eni,edi->nd", inner, experts.down_proj).to(hidden.dtype)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, banded_attention)

@@ -72,7 +72,7 @@ def _paragraph(text: str) -> str:
     return fill(" ".join(text.split()), 120) + "\n"
 
 
-def _table(head: Sequence[str], rows: list[Sequence[object]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 

@@ -4,13 +4,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-
-class Strict(BaseModel):
-    """A recipe section: an unknown key is an error, not a surprise."""
-
-    model_config = ConfigDict(extra="forbid")
+from data_gen.core.config import Strict
 
 
 class VocabularyConfig(Strict):

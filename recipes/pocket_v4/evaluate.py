@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, DeepseekV4ForCausalLM, PreTrainedTokenizerFast
 
 from recipes.pocket_v4.attention import NAME, no_mask
@@ -37,7 +37,7 @@ def documents_of(config: PocketConfig, task: str, length: int, count: int) -> li
 @torch.inference_mode()
 def predict(model: DeepseekV4ForCausalLM, tokens: Tensor) -> Tensor:
     """Best next token at every position, by a model with the `pocket` attention. tokens, result: [B, L]."""
-    mask = no_mask(*tokens.shape, tokens.device)
+    mask = no_mask(len(tokens), tokens.shape[1], tokens.device)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
         return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits.argmax(-1)
 
@@ -59,7 +59,7 @@ def accuracy(
     right = 0
     for batch, tokens, rows in batches(tokenizer, documents, size):
         predicted = predict(model, tokens.to(model.device))[:, rows].tolist()
-        answers = map(tokenizer.convert_ids_to_tokens, predicted)
+        answers = [[str(tokenizer.convert_ids_to_tokens(word)) for word in words] for words in predicted]
         right += sum(solved_forced(document, answer) for document, answer in zip(batch, answers, strict=True))
     return right / len(documents)
 
@@ -118,14 +118,15 @@ def evaluate(folder: Path, config: PocketConfig, out: Path) -> None:
     model = DeepseekV4ForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=NAME, experts_implementation=NAME
     )
-    model.to(device).eval()
+    nn.Module.to(model, device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plan = config.evaluation
+    lengths: dict[int, dict[str, object]] = {}
     report = {"weights": weights_digest(folder), "hardware": hardware(device)}
-    report |= {"documents": plan.documents, "comparisons": plan.comparisons, "lengths": {}}
+    report |= {"documents": plan.documents, "comparisons": plan.comparisons, "lengths": lengths}
     for length in plan.lengths:
-        report["lengths"][length] = measure(model, tokenizer, config, length)
-        print(length, json.dumps(report["lengths"][length]), flush=True)
+        lengths[length] = measure(model, tokenizer, config, length)
+        print(length, json.dumps(lengths[length]), flush=True)
         out.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -6,14 +6,14 @@ mass: a row that looks nowhere far has nothing to teach. The indexer reads detac
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4ForCausalLM
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Indexer
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Attention, DeepseekV4Indexer
 
 
 @dataclass
@@ -30,7 +30,8 @@ def recall(readings: list[Reading]) -> Tensor:
 
     Says something only with sparse attention open, and more entries than best ones: else it is 1 by construction.
     """
-    return sum(r.found for r in readings) / sum(r.mass for r in readings).clamp(min=1e-9)
+    found, mass = (reduce(torch.add, parts) for parts in zip(*((r.found, r.mass) for r in readings), strict=True))
+    return found / mass.clamp(min=1e-9)
 
 
 class IndexerProbe:
@@ -44,17 +45,16 @@ class IndexerProbe:
         self.answer_rows = answer_rows
         self.answers = answers
         self.readings: list[Reading] = []
-        self.scores: Tensor | None = None
-        self.picks: Tensor | None = None
+        self.kept: dict[str, Tensor] = {}
         self.handles = []
-        for layer in model.model.layers:
-            indexer = getattr(layer.self_attn.compressor, "indexer", None)
+        for attention in (module for module in model.modules() if isinstance(module, DeepseekV4Attention)):
+            indexer = getattr(attention.compressor, "indexer", None)
             if isinstance(indexer, DeepseekV4Indexer):
                 self.handles += [
                     indexer.register_forward_pre_hook(self._detach),
                     indexer.scorer.register_forward_hook(partial(self._keep, "scores")),
                     indexer.register_forward_hook(partial(self._keep, "picks")),
-                    layer.self_attn.register_forward_hook(self._read),
+                    attention.register_forward_hook(self._read),
                 ]
 
     def __enter__(self) -> Self:
@@ -69,11 +69,11 @@ class IndexerProbe:
         return tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
 
     def _keep(self, name: str, _: nn.Module, __: tuple, output: Tensor) -> None:
-        setattr(self, name, output)
+        self.kept[name] = output
 
     def _read(self, _: nn.Module, __: tuple, output: tuple[Tensor, Tensor]) -> None:
-        self.readings.append(read_layer(self.scores, self.picks, output[1], self.answers, self.answer_rows, self.topk))
-        self.scores = self.picks = None
+        scores, picks = self.kept.pop("scores"), self.kept.pop("picks")
+        self.readings.append(read_layer(scores, picks, output[1], self.answers, self.answer_rows, self.topk))
 
 
 def read_layer(scores: Tensor, picks: Tensor, mass: Tensor, answers: Tensor, answer_rows: float, topk: int) -> Reading:

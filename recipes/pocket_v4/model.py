@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,12 +18,12 @@ OPEN = 1 << 30  # a top-k no document reaches: every visible entry
 def build_model(config: PocketConfig, tokenizer: PreTrainedTokenizerFast) -> DeepseekV4ForCausalLM:
     """A freshly initialised model (seeded) whose vocabulary is the tokenizer's, using the `pocket` attention."""
     torch.manual_seed(config.seed)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special: dict[str, Any] = {name: getattr(tokenizer, name) for name in names}
     settings = DeepseekV4Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         num_hidden_layers=len(config.model["layer_types"]),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special,
         **config.model,
     )
     return DeepseekV4ForCausalLM._from_config(
@@ -52,7 +53,7 @@ def save_model(model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast,
     Generation ends with the sentence: every answer does.
     """
     state = {name: tensor.detach().cpu().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    copy = DeepseekV4ForCausalLM(model.config).to(torch.bfloat16)
+    copy = DeepseekV4ForCausalLM(model.config).bfloat16()
     copy.load_state_dict(state)
     copy.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(".")]
     copy.save_pretrained(folder)

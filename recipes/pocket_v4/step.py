@@ -1,5 +1,7 @@
 """One training step: losses, their gradients, and on a GPU one CUDA graph that replays both without launch gaps."""
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +30,7 @@ def losses(model: DeepseekV4ForCausalLM, tokens: Tensor, tasks: Tensor, config: 
     surprise = F.pad(surprise.view(batch, length - 1), (0, 1))
     answer = (surprise * answers).sum() / answers.sum().clamp(min=1)
     text = (surprise * ~answers).sum() / (~answers).sum()
-    kl = sum(reading.kl for reading in probe.readings)
+    kl = reduce(torch.add, (reading.kl for reading in probe.readings))
     right = logits[:, :-1].argmax(-1) == tokens[:, 1:]
     asked = wanted[:, :-1, None] == torch.arange(len(TASKS), device=tokens.device)  # [B, L - 1, tasks]
     hits, counts = (asked * right.unsqueeze(-1)).sum((0, 1)), asked.sum((0, 1))
@@ -51,11 +53,10 @@ class Step:
         if not next(self.model.parameters()).is_cuda:
             self.model.zero_grad(set_to_none=True)
             return self._run(tokens, tasks)
-        if self.graph is None:
-            self._capture(tokens, tasks)
+        graph = self.graph or self._capture(tokens, tasks)
         self.tokens.copy_(tokens, non_blocking=True)
         self.tasks.copy_(tasks, non_blocking=True)
-        self.graph.replay()
+        graph.replay()
         return self.metrics.clone()
 
     def _run(self, tokens: Tensor, tasks: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class Step:
         loss.backward()
         return metrics
 
-    def _capture(self, tokens: Tensor, tasks: Tensor) -> None:
+    def _capture(self, tokens: Tensor, tasks: Tensor) -> torch.cuda.CUDAGraph:
         self.tokens, self.tasks = tokens.cuda(), tasks.cuda()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -75,3 +76,4 @@ class Step:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.metrics = self._run(self.tokens, self.tasks)
+        return self.graph

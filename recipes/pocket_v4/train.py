@@ -12,9 +12,10 @@ import shutil
 import time
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_gen.core.errors import InputError
 from recipes.pocket_v4.batches import stage_batches
@@ -45,7 +46,8 @@ class Trainer:
         self.deadline = time.monotonic() + seconds
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = build_tokenizer(build_lexicon(config.vocabulary))
-        self.model = build_model(config, self.tokenizer).to(self.device)
+        self.model = build_model(config, self.tokenizer)
+        nn.Module.to(self.model, self.device)
         named = list(self.model.named_parameters())
         self.clipped = [[p for n, p in named if (".indexer." in n) == indexer] for indexer in (False, True)]
         self.optimizers = build_optimizers(self.model, config.optimizer)
@@ -188,7 +190,8 @@ class Trainer:
         tests = {task: documents_of(self.config, task, stage.length, 32) for task in TASKS}
         results = {task: accuracy(self.model, self.tokenizer, tests[task], size) for task in TASKS}
         found = None
-        if stage.length // self.model.config.compress_rates["compressed_sparse_attention"] > topk:
+        rates: Any = self.model.config.compress_rates
+        if stage.length // rates["compressed_sparse_attention"] > topk:
             few = {task: documents[:4] for task, documents in tests.items()}
             found = round(open_recall(self.model, self.tokenizer, few, size), 4)
         self.log(stage=self.progress["stage"], length=stage.length, accuracy=results, recall=found)
