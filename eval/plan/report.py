@@ -1,4 +1,4 @@
-"""A plan for people: Markdown tables, a plot up to 1M tokens, and files."""
+"""A plan for people: Markdown tables, the paper's figures beside them, a plot up to 1M tokens, and files."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,21 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from data_gen.core.files import write_atomically
-from eval.plan.paper import beside_paper, paper_points
-from eval.plan.plan import Plan, plan_row
+from eval.plan.plan import CapacityPlan, PlanSettings, plan_row
 from eval.plan.shapes import UNNAMED_DTYPE
 from eval.report.tables import table
+
+PAPER_MODEL = "deepseek-v4-flash"
+PAPER = {
+    262144: {"kv_gb_full": 0.94, "gflop_full_paper": 50.8, "gflop_lsa_paper": 28.8},
+    524288: {"kv_gb_full": 1.87, "gflop_full_paper": 73.5, "gflop_lsa_paper": 31.0},
+    1048576: {"kv_gb_full": 3.73, "gflop_full_paper": 118.9, "gflop_lsa_paper": 35.4},
+}
+"""Context -> what the paper states. GiB; GFLOP of the whole model per decoded token."""
+LABELS = {"kv_gb_full": "KV full, GiB", "gflop_full_paper": "GFLOP full, its terms",
+          "gflop_lsa_paper": "GFLOP LSA, its terms"}  # fmt: skip
+SHARED = ("kept", "window", "indexer_layers", "heads", "rank")
+"""Settings that must be the paper's for its figures to be comparable."""
 
 PLOT_CONTEXTS = [2**20 * step // 64 for step in range(1, 65)]
 POINT = "the paper's figure, its own terms"
@@ -37,7 +48,7 @@ COLORS = {
 }
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: CapacityPlan) -> str:
     """Summary, bytes by kind, operations by term and, where it has figures, the paper beside them."""
     first = plan.rows[0]
     weights = sum(weight.values for weight in plan.model.weights) / 1e9
@@ -61,7 +72,7 @@ def plan_text(plan: Plan) -> str:
     return "\n\n".join(parts)
 
 
-def _summary(plan: Plan) -> str:
+def _summary(plan: CapacityPlan) -> str:
     asked = plan.settings.gpu_memory is not None
     header = ["context", "KV GiB full", "KV GiB LSA", "GFLOP full", "GFLOP LSA", "full / LSA", "host pool GiB",
               "fetch MiB / refresh", "fetch MiB / token"]  # fmt: skip
@@ -75,7 +86,7 @@ def _summary(plan: Plan) -> str:
     return table(header + (["requests full", "requests LSA"] if asked else []), lines)
 
 
-def _terms(plan: Plan, key: str, form: str) -> str:
+def _terms(plan: CapacityPlan, key: str, form: str) -> str:
     def cell(pair: dict[str, float]) -> str:
         return f"{form.format(pair['full'])} / {form.format(pair['lsa'])}"
 
@@ -86,7 +97,7 @@ def _terms(plan: Plan, key: str, form: str) -> str:
     return table(["", *(context_label(row["context"]) for row in plan.rows)], lines)
 
 
-def _notes(plan: Plan) -> list[str]:
+def _notes(plan: CapacityPlan) -> list[str]:
     notes = ["Not counted: norms, rotations, softmax and selection; activations and an engine's workspace."]
     if not plan.model.dtype_named:
         notes.append(f"The configuration names no dtype; {UNNAMED_DTYPE} is assumed.")
@@ -110,7 +121,74 @@ def context_label(context: int) -> str:
     return f"{context:,}"
 
 
-def plot_plan(plan: Plan, path: Path) -> None:
+def _comparable(plan: CapacityPlan) -> bool:
+    default = PlanSettings()
+    same = all(getattr(plan.settings, name) == getattr(default, name) for name in SHARED)
+    return same and plan.model.name == PAPER_MODEL
+
+
+def paper_points(plan: CapacityPlan, quantity: str, side: str) -> list[tuple[int, float]]:
+    """(context, figure) that the paper states of `kv_gb` or `gflop`, side `full` or `lsa`, where comparable."""
+    keys = (f"{quantity}_{side}", f"{quantity}_{side}_paper")
+    found = [(context, stated[key]) for context, stated in PAPER.items() for key in keys if key in stated]
+    return found if _comparable(plan) else []
+
+
+def beside_paper(plan: CapacityPlan) -> list[str]:
+    """Paragraphs that reconcile a plan with the paper; none for another model, other settings or other contexts."""
+    rows = [row for row in plan.rows if row["context"] in PAPER]
+    if not rows or not _comparable(plan):
+        return []
+    return [
+        "Beside the paper (its figure, ours, deviation):",
+        table(["", *(f"{row['context']:,}" for row in rows)], _paper_lines(rows)),
+        _terms_sentence(rows[-1]),
+        _ratio_sentence(rows[-1]),
+    ]
+
+
+def _paper_lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    def cell(row: dict[str, Any], key: str) -> str:
+        stated = PAPER[row["context"]][key]
+        return f"{stated} / {row[key]:.2f} / {row[key] / stated - 1:+.1%}"
+
+    lines = [[label, *(cell(row, key) for row in rows)] for key, label in LABELS.items()]
+    for label, side in (("full", "gflop_full"), ("LSA", "gflop_lsa")):
+        lines.append([f"GFLOP {label}, left out", *(f"{row[side] - row[f'{side}_paper']:.2f}" for row in rows)])
+        lines.append([f"GFLOP {label}, complete", *(f"{row[side]:.2f}" for row in rows)])
+    lines.append(["full / LSA: paper", *(f"{_stated_ratio(row):.2f}" for row in rows)])
+    lines.append(["full / LSA: complete", *(f"{row['gflop_full'] / row['gflop_lsa']:.2f}" for row in rows)])
+    return lines
+
+
+def _stated_ratio(row: dict[str, Any]) -> float:
+    stated = PAPER[row["context"]]
+    return stated["gflop_full_paper"] / stated["gflop_lsa_paper"]
+
+
+def _terms_sentence(row: dict[str, Any]) -> str:
+    """Which terms only one column, or neither, holds."""
+    terms = row["gflop_terms"]
+
+    def named(full: bool, lsa: bool) -> str:
+        chosen = {name: term for name, term in terms.items() if (term["paper_full"], term["paper_lsa"]) == (full, lsa)}
+        return ", ".join(f"{name} {term['full'] or term['lsa']:.2f}" for name, term in chosen.items())
+
+    return (
+        f"Its two columns do not count the same terms. At {row['context']:,} tokens, in GFLOP: only in the full one, "
+        f"{named(True, False)}; only in the LSA one, {named(False, True)}; in neither, {named(False, False)}."
+    )
+
+
+def _ratio_sentence(row: dict[str, Any]) -> str:
+    complete = row["gflop_full"] / row["gflop_lsa"]
+    return (
+        f"The paper's columns promise {_stated_ratio(row):.2f} times fewer operations per token at {row['context']:,} "
+        f"tokens; with every term in both columns it is {complete:.2f}."
+    )
+
+
+def plot_plan(plan: CapacityPlan, path: Path) -> None:
     """Bytes (top) and operations (bottom) by term up to 1M tokens, full (left) and LSA (right); PNG."""
     rows = [plan_row(plan.model, plan.settings, context) for context in PLOT_CONTEXTS]
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7.4), sharex=True, sharey="row")
@@ -165,12 +243,12 @@ def _stack(axis: Any, terms: Layers, side: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def plan_json(plan: Plan) -> str:
+def plan_json(plan: CapacityPlan) -> str:
     """The rows as a JSON list."""
     return json.dumps(plan.rows, indent=1)
 
 
-def write_plan(plan: Plan, folder: Path) -> None:
+def write_plan(plan: CapacityPlan, folder: Path) -> None:
     """Write plan.json, plan.md and plan.png into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("plan.json", plan_json(plan)), ("plan.md", plan_text(plan) + "\n")):

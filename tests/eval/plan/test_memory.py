@@ -14,7 +14,7 @@ from data_gen.traces.store import Manifest
 from eval.offline import refresh as lookahead
 from eval.plan import PlanSettings, make_plan
 from eval.plan.load import load_model
-from eval.plan.memory import Residency, chunk_bytes, requests_that_fit, weight_bytes
+from eval.plan.plan import HistoryShare, chunk_bytes, requests_that_fit, weight_bytes
 
 GIB, MIB = 2**30, 2**20
 FLASH = load_model("deepseek-v4-flash", None)
@@ -74,7 +74,7 @@ def test_v4_flash_at_one_million_tokens_by_hand():
 @given(context=st.integers(1, 5000), kept=st.floats(0, 1), tokens=st.sampled_from([4, 16]))
 def test_resident_entries_are_those_of_the_kept_chunks(models, context, kept, tokens):
     model = models[tokens]
-    residency = Residency.at(model, PlanSettings(kept=kept), context)
+    residency = HistoryShare.at(model, PlanSettings(kept=kept), context)
     chunk_of = [token // tokens for token in range(context)]
     whole = sum(chunk_of.count(chunk) == tokens for chunk in set(chunk_of))
     assert residency.chunks == whole
