@@ -20,7 +20,7 @@ except KeyboardInterrupt:  # before there is a parser to report it
 if TYPE_CHECKING:  # every verb imports what it needs itself: `lookahead --help` does not wait for torch
     from transformers import PreTrainedTokenizerBase
 
-    from data_gen.backbones.base import Backbone
+    from data_gen.backbones.load import Backbone
     from recipes import Recipe
 
 app = typer.Typer(

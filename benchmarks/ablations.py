@@ -13,7 +13,6 @@ from data_gen.core.files import write_atomically
 from data_gen.traces.store import TraceStore
 from eval.offline.recall import as_rows, evaluate_recall
 from eval.report.tables import table
-from indexer_train.config import TopPVotes
 from indexer_train.training.trainer import train
 from recipes import load_recipe
 
@@ -25,7 +24,6 @@ VARIATIONS = {
     "no predicted log-scale": ({"scale": False}, {}),
     "loss: listwise on the head-maximum": ({}, {"loss": "listwise_peak"}),
     "loss: focal BCE on golden chunks": ({}, {"loss": "focal"}),
-    "loss: focal BCE on top-p votes": ({}, {"loss": "focal", "top_p_votes": TopPVotes()}),
 }
 BUDGET = 0.1
 

@@ -8,14 +8,14 @@ from typing import get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from data_gen.backbones.base import Backbone
+from data_gen.backbones.load import Backbone
 from data_gen.config import DocumentsConfig, TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.text.documents import Document, build_documents
 from data_gen.text.needles import NEEDLE_TASKS, Split, vocabulary
-from data_gen.text.overlap import measure_overlap
-from data_gen.traces.store import DocumentMeta, Manifest, Span, TraceStore
-from data_gen.traces.types import RawTrace
+from data_gen.text.sources import measure_overlap
+from data_gen.traces.store import TraceStore
+from data_gen.traces.types import DocumentMeta, Manifest, RawTrace, Span
 
 Progress = Callable[[Iterable[Document], str], Iterable[Document]]
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from data_gen.backbones.base import Backbone
-from data_gen.backbones.load import adapter, load_backbone
+from data_gen.backbones.load import Backbone, adapter, load_backbone
 from data_gen.config import BackboneConfig, DocumentsConfig, TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.text.documents import build_documents

@@ -199,7 +199,7 @@ def _model(kind: str, load: Callable[[Path], MemoryIndexer], folder: Path) -> Fo
     made = spec.provenance
     if made is not None:
         found.facts.append(
-            ("trained on", f"{made.training} documents traced from {made.traced_from}, labels: {made.labels}")
+            ("trained on", f"{made.training} documents traced from {made.traced_from}, labels: {made.oracle}")
         )
         overall = [row for row in made.metrics if row.task == "all"]
         for row in overall:

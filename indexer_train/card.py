@@ -70,17 +70,6 @@ class Provenance(BaseModel):
         """The backbone by name, where the traces know it, and type."""
         return self.backbone if self.model is None else f"{self.model} ({self.backbone})"
 
-    @property
-    def labels(self) -> str:
-        """What said in training which chunks matter."""
-        rule = self.train.get("top_p_votes")
-        if rule is None:
-            return self.oracle
-        return (
-            f"{self.oracle} made into votes (top_p {rule['top_p']:g}: layers pick the chunks that hold this share; "
-            f"votes {rule['votes']}: picks that make a chunk golden)"
-        )
-
 
 LIMITS = """\
 - It serves the backbone with the fingerprint above and no other: keys and hidden states are that model's own.
@@ -143,12 +132,10 @@ def model_card(spec: "IndexerSpec") -> str:
 def _data(made: Provenance) -> list[str]:
     lines = [
         f"- traces of {made.training} documents; {made.validation} others chose the checkpoint",
-        f"- labels: the backbone's own {made.labels}",
+        f"- labels: the backbone's own {made.oracle}",
         *map(_source, made.sources),
     ]
     options = {name: made.train[name] for name in ("loss", "epochs", "learning_rate", "golden", "budget", "select")}
-    if made.train.get("top_p_votes") is not None:
-        options["golden"] = f"{options['golden']} (in what is measured only)"
     lines.append("- training: " + ", ".join(f"{name} {value}" for name, value in options.items()))
     return lines
 

@@ -50,17 +50,6 @@ class CandidatesConfig(Strict):
         return self
 
 
-class TopPVotes(Strict):
-    """The release's kind of label on attention traces (data_gen/traces/labels.py), to compare with.
-
-    top_p: share of a query token's stored attention that each layer's picks cover; votes: layers that must pick a chunk
-    to make it golden.
-    """
-
-    top_p: float = Field(0.6, gt=0, le=1)
-    votes: PositiveInt = 2
-
-
 class TrainConfig(Strict):
     """How the indexer is trained.
 
@@ -68,8 +57,6 @@ class TrainConfig(Strict):
     together;
     loss: a name of indexer_train/losses; loss_options: what that class lets a recipe set;
     candidates: which chunks it compares;
-    top_p_votes: train on votes instead of attention probabilities (traces of the oracle `attention`), where they say
-    what is golden; validation, and all that is measured, stays with attention;
     epochs: passes over the documents; windows_per_document: query tokens of a document in one epoch, which is one
     batch; stride: every n-th token only; tails: train on windows cut short by the end of an answer too (those the
     traces admit, `trace.tail`);
@@ -94,7 +81,6 @@ class TrainConfig(Strict):
     loss: str = "listwise_mass"
     loss_options: dict[str, float | bool] = Field(default_factory=dict)
     candidates: CandidatesConfig = CandidatesConfig()
-    top_p_votes: TopPVotes | None = None
     epochs: PositiveInt
     windows_per_document: PositiveInt = 64
     stride: PositiveInt = 1

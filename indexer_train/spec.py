@@ -6,9 +6,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 from data_gen.core.chunks import Chunking
-from data_gen.core.key_bytes import hadamard
+from data_gen.core.keys import KEY_RECIPES, KeyKind
 from data_gen.core.rope import Rope
-from data_gen.traces.types import KeyKind
 from indexer_train.card import Provenance
 from indexer_train.config import IndexerConfig
 from indexer_train.scoring import TILE_ELEMENTS, PackedQuery
@@ -81,4 +80,4 @@ class IndexerSpec(BaseModel):
     def _turn(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self.rope is not None:
             query = self.rope.rotate(query, positions[:, None])
-        return hadamard(query) if self.key == "fp8_rope_hadamard" else query
+        return KEY_RECIPES[self.key].turn(query)

@@ -31,9 +31,8 @@ from data_gen.backbones.load import load_backbone, resolve
 from data_gen.config import BackboneConfig, TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.generate import generate
-from data_gen.traces.labels import SparseAttention
-from data_gen.traces.store import DocumentMeta, Manifest, Span, TraceStore
-from data_gen.traces.types import BackboneInfo, RawTrace
+from data_gen.traces.store import TraceStore
+from data_gen.traces.types import BackboneInfo, DocumentMeta, Manifest, RawTrace, Span, SparseAttention
 from indexer_train.config import IndexerConfig
 from indexer_train.formats.native import initialise
 from indexer_train.model import IndexerSpec, MemoryIndexer

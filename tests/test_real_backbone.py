@@ -9,6 +9,7 @@ from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.load import load_backbone
 from data_gen.generate import generate
 from data_gen.text.documents import build_documents
+from data_gen.traces.labels import SparseOracle
 from eval.offline.recall import as_rows, evaluate_recall
 from eval.online.check import decode_check
 from eval.online.session import Session
@@ -46,7 +47,7 @@ def test_stored_probabilities_are_the_models_own(recipe, loaded):
         attentions = model(torch.tensor([document.tokens]), output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
     chunks = len(document.tokens) // 16
-    mean, peak = raw.oracle.dense(chunks)
+    mean, peak = SparseOracle.of(raw.oracle, chunks).dense()
     own = torch.stack([layer[0][:, document.positions, : chunks * 16] for layer in attentions])
     pooled = own.unflatten(-1, (chunks, 16)).sum(-1)  # [layers, H, T, N]
     complete = torch.arange(chunks) < (torch.tensor(document.positions)[:, None] + 1) // 16

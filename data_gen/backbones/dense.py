@@ -10,8 +10,8 @@ from data_gen.backbones.observe import AttentionCall, attention_modules, observe
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.core.keys import KeyPooler, flatten_heads, mean_pooled_scores
-from data_gen.traces.labels import SparseAttention, pooled_attention
-from data_gen.traces.types import BackboneInfo, RawTrace
+from data_gen.traces.labels import pooled_attention
+from data_gen.traces.types import BackboneInfo, RawTrace, SparseAttention
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -1,25 +1,54 @@
-"""Load a causal LM and its tokenizer from a folder, a hub id, a GGUF file or an installed package."""
+"""What a backbone offers, which families there are, and how one is loaded: folder, hub id, GGUF file or package."""
 
 import contextlib
 import importlib.util
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from data_gen.backbones.base import Backbone
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.tiny import tiny_backbone
-from data_gen.config import BackboneConfig
+from data_gen.config import BackboneConfig, TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.core.files import package_folder
+from data_gen.traces.types import BackboneInfo, RawTrace
 
+
+class Backbone(Protocol):
+    """A frozen LLM that can be traced."""
+
+    model: PreTrainedModel
+    info: BackboneInfo
+
+    def check(self, config: TraceConfig) -> None:
+        """Raise InputError unless the settings fit the backbone: its layers, its oracles, its chunks."""
+        ...
+
+    def trace(self, tokens: list[int], positions: torch.Tensor, config: TraceConfig) -> RawTrace:
+        """Read a document once, teacher-forced, and keep the query tokens at `positions`."""
+        ...
+
+    def trace_own(self, prompt: list[int], config: TraceConfig) -> tuple[list[int], RawTrace]:
+        """On-policy: let the model write up to `config.own_tokens` tokens behind `prompt`, greedily, and trace those.
+
+        Returns (prompt and written tokens, trace); the query tokens start `config.answer_lead` before the prompt's end
+        and leave out the last token, which answers none.
+        """
+        ...
+
+
+ADAPTERS: dict[str, Callable[[PreTrainedModel], Backbone]] = {"deepseek_v4": DeepseekV4Backbone}
+"""Families with an adapter of their own, by `model_type`; any other model is read as an ordinary decoder."""
+SPREADABLE = ("deepseek_v4",)
+"""Families that are read while they lie on several GPUs."""
 TINY = "tiny"
 """The path that stands for data_gen/backbones/tiny.py."""
 
@@ -82,7 +111,7 @@ def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTo
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"backbone {config.path} cannot be loaded as a causal LM: {first_line}") from error
-    if config.spread and model.config.model_type != "deepseek_v4":
+    if config.spread and model.config.model_type not in SPREADABLE:
         raise InputError(f"backbone.spread: only the DeepSeek-V4 adapter reads a model on several GPUs; {path} is none")
     with contextlib.suppress(AttributeError):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -93,6 +122,6 @@ def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTo
 
 def adapter(model: PreTrainedModel, name: str | None = None) -> Backbone:
     """The adapter of the model's family; `name` is told in its `info`. Raises InputError when there is none."""
-    found = DeepseekV4Backbone(model) if model.config.model_type == "deepseek_v4" else DenseBackbone(model)
+    found = ADAPTERS.get(model.config.model_type, DenseBackbone)(model)
     found.info = replace(found.info, name=name)
     return found

@@ -1,8 +1,40 @@
-"""Chunk keys: those of dense backbones are attention keys before RoPE, averaged over a chunk."""
+"""Chunk keys: how they are made and stored; those of dense backbones are attention keys averaged over a chunk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from data_gen.core.key_bytes import check_rows, decode_keys
+from data_gen.core.key_bytes import SCALE_BYTES, check_rows, decode_keys, hadamard
+
+KeyKind = Literal["mean_pre_rope", "fp8_rope_hadamard"]
+"""mean_pre_rope: attention keys before RoPE, averaged over a chunk. fp8_rope_hadamard: DeepSeek-V4's indexer keys after
+RoPE (at the chunk's first token) and Hadamard, rows of core/key_bytes.py."""
+
+
+@dataclass(frozen=True)
+class KeyRecipe:
+    """How a trace stores keys of one kind, and what queries go through to meet them.
+
+    dtype: of stored values; beside: values of a stored row beyond the key's own width; turn: [..., d] -> [..., d], of
+    queries behind RoPE.
+    """
+
+    dtype: torch.dtype
+    beside: int
+    turn: Callable[[torch.Tensor], torch.Tensor]
+
+    def row(self, width: int) -> int:
+        """Values in a stored row of a key of `width` values."""
+        return width + self.beside
+
+
+KEY_RECIPES: dict[KeyKind, KeyRecipe] = {
+    "mean_pre_rope": KeyRecipe(torch.float16, 0, lambda query: query),
+    "fp8_rope_hadamard": KeyRecipe(torch.uint8, SCALE_BYTES, hadamard),
+}
+"""Every kind there is; `key_vectors` reads them all."""
 
 
 def key_vectors(stored: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:

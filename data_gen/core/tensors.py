@@ -1,4 +1,4 @@
-"""Tensor arithmetic that everybody shares: products, the lightning indexer's score, checks of values.
+"""Tensor arithmetic that everybody shares: products, the lightning indexer's score, checks of values, sets of integers.
 
 On CPUs with AVX-512 oneDNN's products are used: PyTorch's default library leaves it unused on AMD processors, and half
 of their speed with it. On others the default library is a little faster.
@@ -6,6 +6,7 @@ of their speed with it. On others the default library is a little faster.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from data_gen.core.errors import InputError
@@ -76,3 +77,31 @@ def tiled_scores(query: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor)
             match = product(flat, tile, relu=True, out=out).view(-1, heads, size)
             torch.bmm(weight, match, out=place[..., first : first + step])
     return scores
+
+
+def ranges(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """begin[0] .. end[0] - 1, begin[1] .. end[1] - 1 and so on, one after the other."""
+    counts = end - begin
+    return np.arange(counts.sum()) + np.repeat(end - counts.cumsum(), counts)
+
+
+def ranked(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(stable ascending order, whether each value in that order is a new one) of integers that are not negative.
+
+    Sorted in digits of 16 bits: numpy sorts those by radix, ten times as fast as wider integers.
+    """
+    digits, rest = [values.astype(np.uint16)], values >> 16
+    while rest.any():
+        digits, rest = [*digits, rest.astype(np.uint16)], rest >> 16
+    order = np.lexsort(digits) if len(digits) > 1 else digits[0].argsort(kind="stable")
+    ascending, new = values[order], np.ones(len(values), bool)
+    np.not_equal(ascending[1:], ascending[:-1], out=new[1:])
+    return order, new
+
+
+def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """np.unique of integers that are not negative, with its inverse, faster."""
+    order, new = ranked(values)
+    which = np.empty(len(values), np.int64)
+    which[order] = new.cumsum() - 1
+    return values[order[new]], which

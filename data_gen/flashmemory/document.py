@@ -8,8 +8,7 @@ import torch
 from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import check_rows
 from data_gen.core.rope import Rope
-from data_gen.traces.labels import GoldenChunks
-from data_gen.traces.types import BackboneInfo, NativeRow, RawTrace
+from data_gen.traces.types import BackboneInfo, GoldenChunks, NativeRow, RawTrace
 
 CHUNK_TOKENS = 4
 V4_FLASH = BackboneInfo(

@@ -13,7 +13,8 @@ from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.flashmemory.document import CHUNK_TOKENS, V4_FLASH, Dropped, read_document
 from data_gen.flashmemory.unpickle import load_dump
-from data_gen.traces.store import DocumentMeta, Manifest, Span, TraceDocument, TraceStore
+from data_gen.traces.store import TraceDocument, TraceStore
+from data_gen.traces.types import DocumentMeta, Manifest, Span
 
 NAME = re.compile(r"doc_(\d{5}|[1-9]\d{5,})\.pkl")
 """As the server numbers them; anything looser would let two files share a number."""

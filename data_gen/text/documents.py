@@ -1,25 +1,22 @@
 """Documents as token ids: packed text, whole texts, chats, and needle tasks, split into training and held-out."""
 
 import itertools
-import json
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data_gen.config import DocumentsConfig, TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from data_gen.text.chat import conversation, located
 from data_gen.text.needles import NEEDLE_TASKS, Split, make_task
-from data_gen.text.sources import RawDocument, read_source, split_paragraphs
-from data_gen.traces.store import Span
+from data_gen.text.sources import WHOLE, RawDocument, read_source, split_paragraphs, whole_documents
+from data_gen.traces.types import Span
 
 TASKS = ("text", "document", "chat", *NEEDLE_TASKS)
-WHOLE = ("document", "chat")
-"""Tasks that read a source's documents as they are; the others pack its paragraphs to a length."""
 INSTRUCTION = "Read the text below, then answer the question at its end.\n\n"
 
 
@@ -188,24 +185,55 @@ def heldout_share(config: DocumentsConfig) -> float:
     return packed["heldout"] / max(1, sum(packed.values()))
 
 
-def whole_documents(config: DocumentsConfig) -> Iterator[RawDocument]:
-    """The source's documents for the tasks of WHOLE: first those to train on, then the held-out ones."""
-    return _once(read_source(config.source, config.text_field))
-
-
-def _once(documents: Iterable[RawDocument]) -> Iterator[RawDocument]:
-    """Each document once, white space aside: a copy must not be in training and held-out documents alike."""
-    seen: set[str] = set()
-    for document in documents:
-        key = " ".join(json.dumps(document).replace("\\n", " ").split())
-        if key not in seen:
-            seen.add(key)
-            yield document
-
-
 def _first_useful(chunking: Chunking) -> int:
     """The first position with an unprotected chunk to choose."""
     return (chunking.sink + chunking.recent + 1) * chunking.tokens - 1
+
+
+def conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], thinking: bool, prompt: bool = False
+) -> list[int]:
+    """Token ids of messages through the chat template, or one after the other where the model has none.
+
+    prompt: ends where the model's answer begins; thinking: whether templates that can let it think first. Raises
+    InputError where the template refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        return list(itertools.chain(*_pieces(tokenizer, messages)))
+    # Templates that know no thinking ignore the word; of the others, some open every answer with a thought.
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=prompt, enable_thinking=thinking, return_dict=False
+        )
+    except TemplateError as error:
+        raise InputError(f"the model's chat template refuses the messages ({error}); mend or leave them out") from error
+
+
+def located(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], turns: list[int], thinking: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a conversation, and where the messages `turns` begin and end in it.
+
+    Raises InputError for templates that write earlier turns otherwise once later ones follow.
+    """
+    if tokenizer.chat_template is None:
+        pieces = _pieces(tokenizer, messages)
+        ends = list(itertools.accumulate(map(len, pieces)))
+        return list(itertools.chain(*pieces)), [(ends[turn] - len(pieces[turn]), ends[turn]) for turn in turns]
+    ids, places = conversation(tokenizer, messages, thinking), []
+    for turn in turns:
+        prompt = conversation(tokenizer, messages[:turn], thinking, prompt=True)
+        if ids[: len(prompt)] != prompt:
+            raise InputError("the chat template rewrites earlier turns: answers cannot be located")
+        places.append((len(prompt), len(conversation(tokenizer, messages[: turn + 1], thinking))))
+    return ids, places
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[list[int]]:
+    """Message by message, so that no token spans two of them; special tokens in the first one only."""
+    pieces = [tokenizer(f"{message['content']}\n\n", verbose=False).input_ids for message in messages]
+    special = set(tokenizer.all_special_ids)
+    return [*pieces[:1], *([token for token in piece if token not in special] for piece in pieces[1:])]
 
 
 def _user(text: str) -> dict[str, str]:

@@ -6,16 +6,23 @@ import json
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
+from data_gen.config import DocumentsConfig
 from data_gen.core.errors import InputError
 from data_gen.core.files import package_folder
 
 RawDocument = str | list[dict[str, str]]
 """Plain text, or the messages of a chat ({role, content} each)."""
+WHOLE = ("document", "chat")
+"""Tasks that read a source's documents as they are; the others pack its paragraphs to a length."""
 TEXT_FILES = {".txt", ".md", ".markdown", ".rst"}
 """What is read of a folder."""
+LEAST = 80
+"""Characters of a paragraph that counts: headings and thanks are everybody's."""
 
 
 def read_source(source: str, text_field: str) -> Iterator[RawDocument]:
@@ -153,3 +160,57 @@ def split_paragraphs(documents: Iterable[str], heldout_share: float) -> Iterator
             seen.add(key)
         if paragraphs:
             yield int.from_bytes(digest[:4], "big") / 2**32 < heldout_share, paragraphs
+
+
+def whole_documents(config: DocumentsConfig) -> Iterator[RawDocument]:
+    """The source's documents for the tasks of WHOLE: first those to train on, then the held-out ones."""
+    return _once(read_source(config.source, config.text_field))
+
+
+def _once(documents: Iterable[RawDocument]) -> Iterator[RawDocument]:
+    """Each document once, white space aside: a copy must not be in training and held-out documents alike."""
+    seen: set[str] = set()
+    for document in documents:
+        key = " ".join(json.dumps(document).replace("\\n", " ").split())
+        if key not in seen:
+            seen.add(key)
+            yield document
+
+
+@dataclass
+class Overlap:
+    """documents: held-out ones; sharing: those with a paragraph of a training document; share: of all their text."""
+
+    documents: int
+    sharing: int
+    share: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.sharing} of {self.documents} held-out documents share paragraphs with training ones "
+            f"({self.share:.1%} of the held-out text)"
+        )
+
+
+def measure_overlap(config: DocumentsConfig) -> Overlap:
+    """Of the documents and chats that are read whole; of packed text it is none."""
+    training, heldout = (sum(tasks.get(task, 0) for task in WHOLE) for tasks in (config.train, config.heldout))
+    if not training or not heldout:
+        return Overlap(heldout, 0, 0.0)
+    documents = whole_documents(config)
+    seen = {paragraph for document in islice(documents, training) for paragraph in _paragraphs(document)}
+    sharing = common = total = 0
+    for document in islice(documents, heldout):
+        paragraphs = list(_paragraphs(document))
+        shared = sum(len(paragraph) for paragraph in paragraphs if paragraph in seen)
+        sharing, common, total = sharing + bool(shared), common + shared, total + sum(map(len, paragraphs))
+    return Overlap(heldout, sharing, common / max(1, total))
+
+
+def _paragraphs(document: RawDocument) -> Iterator[str]:
+    """White space aside."""
+    texts = [document] if isinstance(document, str) else [message["content"] for message in document]
+    for text in texts:
+        for paragraph in text.split("\n\n"):
+            if len(paragraph := " ".join(paragraph.split())) >= LEAST:
+                yield paragraph

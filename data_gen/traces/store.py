@@ -8,66 +8,20 @@ import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.core.files import checksum, write_atomically
-from data_gen.traces.labels import GoldenChunks, SparseAttention, WindowLabels, window_labels
-from data_gen.traces.types import BackboneInfo, NativeRow, RawTrace
+from data_gen.traces.labels import SparseOracle, WindowLabels, lookahead_windows
+from data_gen.traces.types import DocumentMeta, GoldenChunks, Manifest, NativeRow, RawTrace, SparseAttention
 
-FORMAT = 1
 MANIFEST = "manifest.json"
-DENSE_ELEMENTS = 1 << 25
-"""Query tokens x chunks up to which a document's oracle is kept unpacked (256 MiB); beyond, a few windows at a time."""
-
-
-class Span(BaseModel):
-    """A contiguous run of traced query tokens, as rows of the document's tensors.
-
-    first, last: first row and one past the last; serve: the row at which serving would fix its first resident set;
-    tail: whether windows cut short by the end of the span count (an answer that ends early) or not (cut text).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    first: int
-    last: int
-    serve: int
-    tail: bool
-
-
-class DocumentMeta(BaseModel):
-    """What is known of one traced document.
-
-    length: tokens; depth: where its asked needle lies, 0 (start) to 1; near_ties: see RawTrace.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    task: str
-    length: int
-    spans: list[Span]
-    depth: float | None = None
-    near_ties: int = 0
-
-
-class Manifest(BaseModel):
-    """What every document of a store shares. documents: their settings; versions: of the packages that read them."""
-
-    model_config = ConfigDict(extra="ignore")  # what earlier writers said twice
-
-    format: Literal[1] = FORMAT
-    backbone: BackboneInfo
-    trace: TraceConfig
-    documents: dict[str, Any]
-    versions: dict[str, str]
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -75,7 +29,6 @@ def _read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise InputError(f"{path}: not a manifest of this version ({error.errors()[0]['msg']})") from error
-
 
 
 class TraceDocument:
@@ -122,7 +75,7 @@ class TraceDocument:
 
     @property
     def checksum(self) -> str | None:
-        """Of `tensors` when they were written (data_gen/traces/validate.py); None in files of earlier versions."""
+        """Of `tensors` when they were written (data_gen/traces/validate.py); None where somebody took it out."""
         return self._file.metadata().get("checksum")
 
     @cached_property
@@ -164,40 +117,20 @@ class TraceDocument:
         serving: one window every tau tokens, as a runtime refreshes; otherwise one starting at every row.
         Windows cut short by the end of a span count only where the span says so and `trace.tail` tokens remain.
         """
-        tau = self.trace.window
-        found = []
-        for span in self.meta.spans:
-            for row in range(span.serve, span.last, tau) if serving else range(span.first, span.last):
-                end = min(row + tau, span.last)
-                long_enough = end - row == tau or (span.tail and end - row >= self.trace.tail)
-                first, last = self.trace.chunking.candidates(int(self.positions[row]))
-                if long_enough and last > first:
-                    found.append((row, end))
-        return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
+        spans, tau = self.meta.spans, self.trace.window
+        if not serving:
+            spans = [span.model_copy(update={"serve": span.first}) for span in spans]
+        every, shortest = tau if serving else 1, self.trace.tail
+        return lookahead_windows(spans, self.positions, self.trace.chunking, tau, every, shortest)
 
     @cached_property
-    def _dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.attention.dense(self.chunks)
+    def oracle(self) -> SparseOracle:
+        """The document's own oracle, layers averaged, to be pooled over windows."""
+        return SparseOracle.of(self.golden if self.trace.oracle == "indexer" else self.attention, self.chunks)
 
     def labels(self, windows: torch.Tensor) -> WindowLabels:
-        """The oracle pooled over `windows` ([W, 2], from `windows`)."""
-        if self.trace.oracle == "indexer":
-            return self.golden.window_labels(self.positions, windows, self.trace.chunking, self.chunks)
-        if len(self.positions) * self.chunks <= DENSE_ELEMENTS:
-            mean, peak = self._dense
-            return window_labels(mean, peak, self.attention.rest, self.positions, windows, self.trace.chunking)
-        stride = int(windows[1, 0] - windows[0, 0]) if len(windows) > 1 else 1
-        rows = DENSE_ELEMENTS // 2 // self.chunks - self.trace.window
-        parts = [vars(self._labels_of(few)).values() for few in windows.split(max(1, rows // stride + 1))]
-        return WindowLabels(*(torch.cat(each) for each in zip(*parts, strict=True)))
-
-    def _labels_of(self, windows: torch.Tensor) -> WindowLabels:
-        """`labels`, with no more of the oracle unpacked than the rows of these windows."""
-        first, last = int(windows.min()), int(windows.max())
-        few = self.attention.rows(first, last)
-        mean, peak = few.dense(self.chunks)
-        positions = self.positions[first:last]
-        return window_labels(mean, peak, few.rest, positions, windows - first, self.trace.chunking)
+        """The oracle pooled over `windows` ([W, 2] rows, from `windows`)."""
+        return self.oracle.labels(windows, self.positions, self.trace.chunking)
 
 
 def _fields(trace: TraceConfig) -> dict[str, Any]:

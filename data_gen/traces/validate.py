@@ -1,27 +1,23 @@
 """Is a document of a trace store what it says it is: named before work starts, not when a step meets it."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data_gen.core.errors import InputError
 from data_gen.core.files import checksum
-from data_gen.core.keys import key_vectors
-
-if TYPE_CHECKING:
-    from data_gen.traces.store import Manifest, TraceDocument, TraceStore
-
+from data_gen.core.keys import KEY_RECIPES, key_vectors
+from data_gen.traces.store import TraceDocument, TraceStore
+from data_gen.traces.types import Manifest
 
 
-def check_store(store: "TraceStore") -> None:
+def check_store(store: TraceStore) -> None:
     """Check every byte of every document. Raises InputError that names the first damaged one."""
     for document in tqdm(store, "checking", len(store.paths()), delay=5, unit="doc"):
         check_document(document, store.manifest, read=True)
 
 
-def check_document(document: "TraceDocument", manifest: "Manifest", read: bool) -> None:
+def check_document(document: TraceDocument, manifest: Manifest, read: bool) -> None:
     """Check shapes, row numbers and chunk numbers of one document; with `read`, every byte of it too.
 
     Raises InputError that names the file and what is wrong with it.
@@ -34,13 +30,13 @@ def check_document(document: "TraceDocument", manifest: "Manifest", read: bool) 
         raise InputError(f"{document.path}: damaged trace ({reason}); delete it and generate again")
 
 
-def _shapes(document: "TraceDocument", manifest: "Manifest") -> str | None:
+def _shapes(document: TraceDocument, manifest: Manifest) -> str | None:
     backbone, positions = manifest.backbone, document.positions
     rows, chunks = len(positions), document.chunks
+    width = KEY_RECIPES[backbone.key].row(backbone.key_width)
     for layer in manifest.trace.layers:
-        for name, length in (("hidden", rows), ("keys", chunks)):
-            shape = document.shape(f"layers.{layer}.{name}")
-            if shape[0] != length or (name == "hidden" and shape != [rows, backbone.hidden]):
+        for name, expected in (("hidden", [rows, backbone.hidden]), ("keys", [chunks, width])):
+            if (shape := document.shape(f"layers.{layer}.{name}")) != expected:
                 return f"layers.{layer}.{name} is {shape} beside {rows} rows and {chunks} chunks"
     if rows and (int(positions[0]) < 0 or bool((positions.diff() <= 0).any())):
         return "positions do not ascend"
@@ -51,7 +47,7 @@ def _shapes(document: "TraceDocument", manifest: "Manifest") -> str | None:
     return None
 
 
-def _oracle(document: "TraceDocument") -> str | None:
+def _oracle(document: TraceDocument) -> str | None:
     oracle = document.golden if document.trace.oracle == "indexer" else document.attention
     pointers, chunks = oracle.pointers, oracle.chunks
     if len(pointers) != len(document.positions) + 1 or int(pointers[0]) or int(pointers[-1]) != len(chunks):
@@ -63,9 +59,11 @@ def _oracle(document: "TraceDocument") -> str | None:
     return None
 
 
-def _content(document: "TraceDocument", manifest: "Manifest") -> str | None:
+def _content(document: TraceDocument, manifest: Manifest) -> str | None:
     tensors = document.tensors()
-    if document.checksum is not None and checksum(tensors) != document.checksum:
+    if document.checksum is None:
+        return "its checksum is missing"
+    if checksum(tensors) != document.checksum:
         return "its bytes are not those that were written"
     for layer in manifest.trace.layers:
         extremes = torch.stack(tensors[f"layers.{layer}.hidden"].aminmax())  # NaN spreads; far faster than all values

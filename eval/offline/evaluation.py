@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from data_gen.core.errors import InputError
-from data_gen.traces.store import DocumentMeta, TraceStore
+from data_gen.traces.store import TraceStore
+from data_gen.traces.types import DocumentMeta
 from eval.offline.recall import BUDGETS, DocumentRecall, as_rows, in_pieces, measure, recall_rows, task_groups
 from eval.offline.refresh import analyse_lookahead
 from eval.offline.timeline import timeline

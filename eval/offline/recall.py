@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-from data_gen.traces.store import DocumentMeta, TraceDocument, TraceStore
+from data_gen.traces.store import TraceDocument, TraceStore
+from data_gen.traces.types import DocumentMeta
 from eval.offline.policies import golden_oracle, policies
 from indexer_train.cpu import return_freed_memory
 from indexer_train.measure.intervals import bootstrap_means

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from data_gen.core.key_bytes import SCALE_BYTES
-from data_gen.traces.store import Manifest, TraceDocument, TraceStore
+from data_gen.traces.labels import lookahead_windows
+from data_gen.traces.store import TraceDocument, TraceStore
+from data_gen.traces.types import Manifest
 from eval.offline.policies import Policy, policies
 from eval.offline.recall import in_pieces, task_groups
 from eval.serving.entries import V4
@@ -93,16 +95,12 @@ def analyse_lookahead(
 
 def refresh_windows(document: TraceDocument, interval: int) -> torch.Tensor:
     """[W, 2] rows of the windows between refreshes `interval` tokens apart, where there is a chunk to choose."""
-    found = []
+    spans = []
     for span in document.meta.spans:
         fitting = [each for each in INTERVALS if each <= span.last - span.serve]
         last = span.last if span.tail or not fitting else span.last - (span.last - span.serve) % fitting[-1]
-        for row in range(span.serve, last, interval):
-            end = min(row + interval, last)
-            first, stop = document.trace.chunking.candidates(int(document.positions[row]))
-            if stop > first and (span.tail or end - row == interval):
-                found.append((row, end))
-    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
+        spans.append(span.model_copy(update={"last": last}))
+    return lookahead_windows(spans, document.positions, document.trace.chunking, interval, interval, shortest=1)
 
 
 def _measure(sums: _Sums, served: ServedWindows, chosen: torch.Tensor) -> None:

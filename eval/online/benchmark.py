@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from data_gen.backbones.base import Backbone
+from data_gen.backbones.load import Backbone
 from data_gen.config import DocumentsConfig
 from data_gen.core.errors import InputError
 from data_gen.text.documents import heldout_share

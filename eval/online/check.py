@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_gen.backbones.base import Backbone
+from data_gen.backbones.load import Backbone
 from data_gen.core.errors import InputError
 from data_gen.text.documents import Document
 from eval.online.config import DecodeConfig

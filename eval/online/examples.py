@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from data_gen.text.chat import conversation
+from data_gen.text.documents import conversation
 
 
 @dataclass(frozen=True)

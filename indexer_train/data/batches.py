@@ -13,19 +13,12 @@ from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from transformers import TrainerCallback
 
+from data_gen.core.tensors import distinct
+from data_gen.traces.labels import SparseOracle, WindowOracle
 from data_gen.traces.store import TraceDocument, TraceStore
 from indexer_train.config import CandidatesConfig
 from indexer_train.data.hard_negatives import HardNegatives
-from indexer_train.data.sampling import (
-    SparseOracle,
-    WindowOracle,
-    as_tensor,
-    distinct,
-    draw,
-    generator,
-    uniform,
-    without,
-)
+from indexer_train.data.sampling import as_tensor, draw, generator, uniform, without
 from indexer_train.training import processes
 
 OPEN_DOCUMENTS = 32
@@ -120,12 +113,12 @@ class Collator(ABC):
     @cached_property
     def oracle(self) -> Callable[[int], SparseOracle]:
         """A document's oracle by its number."""
-        return lru_cache(maxsize=len(self.paths))(lambda number: SparseOracle.of(self.document(number)))
+        return lru_cache(maxsize=len(self.paths))(lambda number: self.document(number).oracle)
 
     @cached_property
     def common(self) -> Callable[[int], np.ndarray]:
         """A document's chunks that are golden nearly everywhere, by its number."""
-        return lru_cache(maxsize=len(self.paths))(lambda number: self.oracle(number).common(self.golden))
+        return lru_cache(maxsize=len(self.paths))(lambda number: self.document(number).oracle.common(self.golden))
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what has been opened: the processes that make batches open documents of their own."""

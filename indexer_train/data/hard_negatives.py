@@ -21,7 +21,7 @@ from data_gen.core.errors import InputError
 from data_gen.core.files import checksum, whole, write_atomically
 from data_gen.core.keys import key_vectors
 from data_gen.traces.store import TraceDocument, TraceStore
-from indexer_train.data.sampling import SparseOracle, as_tensor, without
+from indexer_train.data.sampling import as_tensor, without
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import join_layers
 
@@ -90,7 +90,7 @@ def mine_document(indexer: MemoryIndexer, document: TraceDocument, golden: float
     if not len(windows):
         return found
     indexer.eval()
-    spec, oracle = indexer.spec, SparseOracle.of(document)
+    spec, oracle = indexer.spec, document.oracle
     keys = key_vectors(torch.stack([document.keys(layer) for layer in spec.layers], dim=1)).flatten(1)
     index = _faiss().IndexFlatIP(keys.shape[1])
     index.add(keys.numpy())

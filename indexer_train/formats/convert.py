@@ -9,7 +9,7 @@ import torch
 
 from data_gen.core.errors import InputError
 from data_gen.flashmemory.document import V4_FLASH
-from data_gen.traces.store import Manifest
+from data_gen.traces.types import Manifest
 from indexer_train.config import IndexerConfig
 from indexer_train.formats.bundle import export_bundle
 from indexer_train.formats.flashmemory import Checkpoint, Format, check_table, read_checkpoint, write_checkpoint

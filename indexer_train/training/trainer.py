@@ -19,7 +19,6 @@ from indexer_train.cpu import keep_freed_memory
 from indexer_train.data.batches import AllCandidates, DocumentBatchSampler, SampledCandidates, TellEpoch, window_index
 from indexer_train.data.mixture import sources
 from indexer_train.data.sampling import any_golden
-from indexer_train.data.voted import VotedStore
 from indexer_train.formats.native import initialise
 from indexer_train.load import load_indexer
 from indexer_train.losses import LOSSES
@@ -123,27 +122,23 @@ def make_trainer(
     own = store.paths()[processes.rank() :: processes.count()]
     check_store(TraceStore(store.root, store.manifest, own))
     traces, validation = store.hold_back(config.validation_every)
-    golden = config.golden
-    if config.top_p_votes is not None:
-        traces, golden = VotedStore(traces, config.top_p_votes), config.top_p_votes.votes
     index = window_index(traces, config.stride, config.tails, weights)
     if not len(index) or not len(window_index(validation)):
         raise InputError(f"{store.root}: too few documents with a whole lookahead window to train and validate on")
-    if not LOSSES[config.loss].graded and not any_golden(traces, index, golden):
-        setting = "golden" if config.top_p_votes is None else "top_p_votes.votes"
+    if not LOSSES[config.loss].graded and not any_golden(traces, index, config.golden):
         raise InputError(
-            f"{store.root}: no training window has a golden chunk (at least {golden:g}), so that {config.loss} would "
-            f"learn nothing; lower train.{setting}"
+            f"{store.root}: no training window has a golden chunk (at least {config.golden:g}), so that {config.loss} "
+            "would learn nothing; lower train.golden"
         )
     set_seed(config.seed)
     indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config, weights))
     if config.init is not None:
         initialise(indexer, Path(config.init))
-    loss = LOSSES[config.loss](indexer, golden, **config.loss_options)
+    loss = LOSSES[config.loss](indexer, config.golden, **config.loss_options)
     loss.scoring = getattr(torch, config.precision)
     for parameter in loss.own_parameters().values():
         parameter.register_hook(processes.average)
-    settings = (traces, traces.manifest.trace.layers, golden, config.candidates)
+    settings = (traces, traces.manifest.trace.layers, config.golden, config.candidates)
     sampled = config.candidates.kind == "sampled"
     collator = SampledCandidates(*settings, config.seed) if sampled else AllCandidates(*settings)
     mined = collator.hard.made_by if sampled and collator.hard else None

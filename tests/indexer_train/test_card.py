@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 
 from indexer_train.artefacts import inspect
-from indexer_train.config import TopPVotes
 from indexer_train.data.mixture import mix
 from indexer_train.model import MemoryIndexer
 from indexer_train.training.trainer import train
@@ -54,9 +53,7 @@ def copied(store, root, count, backbone=None, **documents):
 def test_every_mixed_store_the_labels_and_the_backbones_name_are_told(stores, tiny_recipe, tmp_path):
     one = copied(stores[0], tmp_path / "one", 8, {"name": "somebody/llama"})
     other = copied(stores[0], tmp_path / "other", 3, source="package:numpy", train={"document": 3})
-    settings = tiny_recipe.train.model_copy(
-        update={"epochs": 1, "loss": "focal", "top_p_votes": TopPVotes(top_p=0.5, votes=3)}
-    )
+    settings = tiny_recipe.train.model_copy(update={"epochs": 1, "loss": "focal"})
     train(mix([one, other]), tiny_recipe.indexer, settings, tmp_path / "run", {one: 1.0, other: 3.0})
     saved = tmp_path / "run" / "indexer"
     card = (saved / "README.md").read_text()
@@ -64,11 +61,10 @@ def test_every_mixed_store_the_labels_and_the_backbones_name_are_told(stores, ti
     assert [source.training for source in made.sources] == [6, 3] and made.training == 9 and made.validation == 2
     assert "traces of 9 documents; 2 others" in card and "- 6 documents: source `builtin`, 420 to 500 tokens;" in card
     assert "- 3 documents: source `package:numpy`, 420 to 500 tokens; asked for document 3; read 3 times an" in card
-    votes = "attention made into votes (top_p 0.5: layers pick the chunks that hold this share; votes 3: picks"
-    assert f"labels: the backbone's own {votes}" in card and "golden 0.05 (in what is measured only)" in card
+    assert "labels: the backbone's own attention" in card and "golden 0.05," in card
     assert "- backbone: somebody/llama (llama), fingerprint" in card
     facts = dict(inspect(saved, lambda items, _: items).facts)
-    assert facts["trained on"].startswith(f"9 documents traced from somebody/llama (llama), labels: {votes}")
+    assert facts["trained on"].startswith("9 documents traced from somebody/llama (llama), labels: attention")
 
 
 def test_an_indexer_saved_by_an_earlier_version_is_read(saved, tmp_path):

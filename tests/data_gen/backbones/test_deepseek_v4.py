@@ -11,14 +11,14 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 import data_gen.backbones.deepseek_v4 as tracer
 import eval.plan
-from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
+from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone, IndexerOracle
 from data_gen.backbones.deepseek_v4_hooks import csa_layers, observe_csa
-from data_gen.backbones.deepseek_v4_oracles import IndexerOracle
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.config import BackboneConfig, TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.flashmemory.document import V4_FLASH
+from data_gen.traces.labels import SparseOracle
 from tests.conftest import TINY_V4, tiny_model
 
 LENGTH = 150
@@ -41,10 +41,11 @@ def test_what_top_chunks_leaves_out_is_counted(model):
     whole = backbone.trace(IDS, ROWS, settings(oracle="attention")).oracle
     cut = backbone.trace(IDS, ROWS, settings(oracle="attention", top_chunks=5)).oracle
     assert int(cut.pointers.diff().max()) == 5 < int(whole.pointers.diff().min())
-    everything, kept = whole.dense(LENGTH // 4)[0].sum(dim=1), cut.dense(LENGTH // 4)[0].sum(dim=1)
+    (everything, peaks), (kept, kept_peaks) = (SparseOracle.of(oracle, LENGTH // 4).dense() for oracle in (whole, cut))
+    everything, kept = everything.sum(dim=1), kept.sum(dim=1)
     torch.testing.assert_close(kept + cut.rest, everything, atol=2e-3, rtol=0)
-    best = whole.dense(LENGTH // 4)[1].topk(5, dim=1).values.sum(dim=1)
-    torch.testing.assert_close(cut.dense(LENGTH // 4)[1].sum(dim=1), best, atol=2e-3, rtol=0)
+    best = peaks.topk(5, dim=1).values.sum(dim=1)
+    torch.testing.assert_close(kept_peaks.sum(dim=1), best, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64])
@@ -160,7 +161,8 @@ def test_a_saved_checkpoint_loads_and_traces(tmp_path, model, tokenizer, dtype, 
     backbone = adapter(loaded)
     assert backbone.info == DeepseekV4Backbone(model).info  # the fingerprint survives the cast
     raw = backbone.trace(IDS, ROWS, settings(oracle="attention"))
-    assert raw.hidden[1].shape == (len(ROWS), 32) and torch.all(raw.oracle.dense(LENGTH // 4)[0].sum(dim=1) > 0)
+    mass, _ = SparseOracle.of(raw.oracle, LENGTH // 4).dense()
+    assert raw.hidden[1].shape == (len(ROWS), 32) and torch.all(mass.sum(dim=1) > 0)
 
 
 def test_exact_ties_are_counted_not_refused(model):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data_gen.backbones.deepseek_v4_oracles import count_near_ties
+from data_gen.backbones.deepseek_v4 import count_near_ties
 from data_gen.core.errors import InputError
 
 

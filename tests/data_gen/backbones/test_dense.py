@@ -10,6 +10,7 @@ from data_gen.backbones.observe import observe
 from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
+from data_gen.traces.labels import SparseOracle
 from tests.conftest import TINY, tiny_model
 
 
@@ -30,7 +31,7 @@ def test_probabilities_are_the_backbones_own(model):
     model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(torch.tensor([ids]), output_attentions=True)
-    mean, peak = raw.oracle.dense(22)
+    mean, peak = SparseOracle.of(raw.oracle, 22).dense()
     for index, row in enumerate(rows.tolist()):
         complete = (row + 1) // 4
         layers = [output.attentions[layer][0] for layer in backbone.info.full_layers]

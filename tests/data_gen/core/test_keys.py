@@ -1,8 +1,20 @@
+from typing import get_args
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_gen.core.keys import KeyPooler, flatten_heads, mean_pooled_scores
+from data_gen.core.key_bytes import encode_keys, hadamard
+from data_gen.core.keys import (
+    KEY_RECIPES,
+    KeyKind,
+    KeyPooler,
+    check_stored,
+    flatten_heads,
+    key_vectors,
+    mean_pooled_scores,
+)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 5))
@@ -28,3 +40,16 @@ def test_mean_pooled_scores_use_the_right_key_head_and_hide_the_future():
         expected = torch.stack(logits).softmax(dim=1).mean(dim=0)
         torch.testing.assert_close(scores[row, :visible], expected)
         assert not scores[row, visible:].any()
+
+
+@pytest.mark.parametrize("kind", get_args(KeyKind))
+def test_stored_keys_of_every_kind_meet_their_queries(kind):
+    """Scores of decoded keys with turned queries are those of the keys themselves, but for rounding."""
+    recipe = KEY_RECIPES[kind]
+    torch.manual_seed(0)
+    queries, keys = torch.randn(3, 16), torch.randn(5, 16)
+    stored = encode_keys(hadamard(keys)) if kind == "fp8_rope_hadamard" else keys.half()
+    assert stored.dtype == recipe.dtype and stored.shape == (5, recipe.row(16))
+    check_stored(stored)
+    torch.testing.assert_close(recipe.turn(queries) @ key_vectors(stored).T, queries @ keys.T, atol=0.5, rtol=0.1)
+    assert list(KEY_RECIPES) == list(get_args(KeyKind))

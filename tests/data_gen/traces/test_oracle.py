@@ -5,7 +5,8 @@ import torch
 
 from data_gen.core.chunks import Chunking
 from data_gen.traces import labels as oracle
-from data_gen.traces.labels import SparseAttention, pooled_attention, window_labels
+from data_gen.traces.labels import SparseOracle, pooled_attention
+from data_gen.traces.types import SparseAttention
 
 
 def brute_force(query, key, positions, chunk_tokens, scaling, softcap, sinks):
@@ -50,7 +51,7 @@ def random_attention(tokens=9, chunks=20, layers=3, top=6):
 
 def test_sparse_attention_keeps_the_top_and_accounts_for_the_rest():
     mean, peak, visible, sparse = random_attention()
-    dense_mean, dense_peak = sparse.dense(20)
+    dense_mean, dense_peak = SparseOracle.of(sparse, 20).dense()
     for row in range(9):
         order = peak[row, : visible[row]].mean(-1).argsort(descending=True)
         kept = sorted(order[:6].tolist())
@@ -64,11 +65,11 @@ def test_sparse_attention_keeps_the_top_and_accounts_for_the_rest():
 
 def test_window_labels_equal_loops():
     mean, peak, _, sparse = random_attention()
-    mean, peak = mean.mean(-1), peak.mean(-1)
+    mean, peak = SparseOracle.of(sparse, 20).dense()
     chunking = Chunking(tokens=4, sink=1, recent=2)
     positions = torch.arange(43, 52)
     windows = torch.tensor([[0, 4], [3, 9], [8, 9]])
-    labels = window_labels(mean, peak, sparse.rest, positions, windows, chunking)
+    labels = SparseOracle.of(sparse, 20).labels(windows, positions, chunking)
     for index, (first, last) in enumerate(windows.tolist()):
         candidates = range(*chunking.candidates(int(positions[first])))
         for chunk in range(20):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data_gen.core.errors import InputError
+from data_gen.core.files import checksum
+from data_gen.core.keys import KEY_RECIPES
 from data_gen.traces.store import TraceStore
 from data_gen.traces.validate import check_document
 
@@ -89,7 +93,7 @@ def test_spans_outside_of_the_rows_are_found(shard):
         check(store, read=False)
 
 
-def test_numbers_that_are_none_are_found_without_a_checksum(shard):
+def test_numbers_that_are_none_are_found_beside_a_right_checksum(shard):
     store, path = shard
 
     def damage(tensors):
@@ -98,6 +102,27 @@ def test_numbers_that_are_none_are_found_without_a_checksum(shard):
     rewrite(path, damage)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        save_file(tensors, path, {"document": file.metadata()["document"]})
+        save_file(tensors, path, {"document": file.metadata()["document"], "checksum": checksum(tensors)})
     with pytest.raises(InputError, match="NaN"):
         check(store, read=True)
+
+
+def test_a_document_without_a_checksum_is_refused(shard):
+    store, path = shard
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, path, {"document": file.metadata()["document"]})
+    with pytest.raises(InputError, match="its checksum is missing"):
+        check(store, read=True)
+
+
+@pytest.mark.parametrize("key", KEY_RECIPES)
+def test_keys_of_another_width_are_found(shard, key):
+    store, path = shard
+    backbone = replace(store.manifest.backbone, key=key)
+    manifest = store.manifest.model_copy(update={"backbone": backbone})
+    with nullcontext() if key == store.manifest.backbone.key else pytest.raises(InputError, match="keys is"):
+        check_document(store.document(path), manifest, read=False)
+    wider = replace(backbone, key_width=backbone.key_width + 1)
+    with pytest.raises(InputError, match="keys is"):
+        check_document(store.document(path), manifest.model_copy(update={"backbone": wider}), read=False)

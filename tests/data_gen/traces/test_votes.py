@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
-from data_gen.traces.labels import GoldenChunks, SparseAttention, native_picks, top_p_votes
-from data_gen.traces.store import DocumentMeta, Manifest, Span, TraceStore
-from data_gen.traces.types import BackboneInfo, RawTrace
+from data_gen.traces.labels import SparseOracle, native_picks
+from data_gen.traces.store import TraceStore
+from data_gen.traces.types import BackboneInfo, DocumentMeta, GoldenChunks, Manifest, RawTrace, Span
 from indexer_train.measure.metrics import golden_recall, mass_recall, served_windows
 from indexer_train.scoring import select
 
@@ -42,31 +42,6 @@ def test_picks_follow_the_rule(seed, chunks, top_k, spread):
         assert set(picks[row].nonzero().flatten().tolist()) == expected
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.floats(0.01, 1), st.integers(1, 4), st.integers(1, 12))
-def test_top_p_votes_equal_loops(seed, layers, top_p, least, top):
-    """Rows that see nothing, rows of zeros and ties among them."""
-    generator = torch.Generator().manual_seed(seed)
-    mean = torch.rand(7, 9, layers, generator=generator).pow(4).mul(8).round().div(16)
-    mean[2] = 0
-    visible = torch.randint(0, 10, (7,), generator=generator)
-    attention = SparseAttention.from_dense(mean, mean, visible, top)
-    found = top_p_votes(attention, top_p, least)
-    for row in range(7):
-        first, last = attention.pointers[row : row + 2].tolist()
-        votes = dict.fromkeys(attention.chunks[first:last].tolist(), 0)
-        for layer in range(layers):
-            mass = dict(zip(votes, attention.mean[first:last, layer].tolist(), strict=True))
-            held = 0.0
-            for chunk in sorted(mass, key=lambda chunk: -mass[chunk]):
-                if held < top_p * sum(mass.values()):
-                    votes[chunk] += 1
-                held += mass[chunk]
-        part = slice(*found.pointers[row : row + 2].tolist())
-        expected = {chunk: count for chunk, count in votes.items() if count >= least}
-        assert dict(zip(found.chunks[part].tolist(), found.votes[part].tolist(), strict=True)) == expected
-    assert found.pointers[-1] == len(found.chunks) and found.chunks.dtype == found.votes.dtype == torch.int32
-
-
 def test_a_dominant_first_takes_the_second_along():
     logits = torch.tensor([[9.0, 0.0, 1.0, -1.0]])
     assert native_picks(logits, torch.tensor([4]), 4).tolist() == [[True, False, True, False]]
@@ -95,7 +70,7 @@ def test_window_labels_pool_votes():
     chunking = Chunking(tokens=4, sink=1, recent=1)
     positions = torch.tensor([27, 28, 29])  # 7 visible chunks: candidates are 1..5
     windows = torch.tensor([[0, 1], [0, 3], [1, 2]])
-    labels = GoldenChunks.from_votes(golden_rows(), 3).window_labels(positions, windows, chunking, 8)
+    labels = SparseOracle.of(GoldenChunks.from_votes(golden_rows(), 3), 8).labels(windows, positions, chunking)
     assert labels.candidate.tolist() == [[False] + [True] * 5 + [False] * 2] * 3
     assert labels.peak[1].tolist() == [0, 4, 3, 0, 0, 0, 0, 0]
     torch.testing.assert_close(labels.mass[0], torch.tensor([0, 3 / 8, 0, 0, 0, 0, 0, 0]))  # 6 is protected

@@ -7,7 +7,8 @@ import pytest
 from matplotlib import pyplot
 
 from data_gen.core.errors import InputError
-from data_gen.traces.store import DocumentMeta, TraceStore
+from data_gen.traces.store import TraceStore
+from data_gen.traces.types import DocumentMeta
 from eval.offline.evaluation import depth_bin, evaluate, length_bins, sampled_reliability, unseen_notes
 from eval.offline.timeline import timeline
 from eval.report.figures import depth_by_length
@@ -64,7 +65,7 @@ def test_the_timeline_shows_what_serving_kept_and_missed(stores, indexer):
     document = next(d for d in stores[1] if d.meta.name == found["document"])
     (served,) = served_windows([document])
     scores = DocumentScorer(indexer, served.document).joined_scores(served)
-    peak = document.attention.dense(document.chunks)[1]
+    peak = document.oracle.dense()[1]
     needed = []
     for row, (window, (first, last)) in enumerate(zip(found["windows"], served.windows.tolist(), strict=True)):
         start, stop = served.chunking.candidates(int(document.positions[first]))

@@ -110,7 +110,7 @@ def test_a_trained_secret_beats_what_needs_no_training(planted):
 def test_baselines_see_the_past_only(stores):
     for document in stores[1]:
         for served in served_windows([document]):
-            seen = document.attention.dense(document.chunks)
+            seen = document.oracle.dense()
             for policy in (used_now, Frequency(document, 0.05)):
                 scores = policy(served)
                 for window, row in enumerate(served.windows[:, 0].tolist()):
@@ -143,7 +143,7 @@ def test_labels_of_a_long_document_are_read_a_few_windows_at_a_time(stores, monk
     for document in stores[1]:
         for windows in (document.windows(serving=True), document.windows(serving=False)):
             whole = document.labels(windows)
-            monkeypatch.setattr("data_gen.traces.store.DENSE_ELEMENTS", limit)
+            monkeypatch.setattr("data_gen.traces.labels.DENSE_ELEMENTS", limit)
             few = document.labels(windows)
             monkeypatch.undo()
             for name in ("mass", "peak", "candidate", "rest"):

@@ -17,7 +17,7 @@ def found(stores, indexer):
 
 def brute_force(document, interval):
     """(mass recall, churn, fetched) of recency: attention of each token on what was chosen at its refresh."""
-    attention = document.attention.dense(document.chunks)[0]
+    attention = document.oracle.dense()[0]
     chunking = document.trace.chunking
     mass = needed = fetched = selected = 0.0
     resident = None

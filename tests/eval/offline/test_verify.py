@@ -20,9 +20,8 @@ from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import encode_keys
 from data_gen.core.rope import Rope
 from data_gen.flashmemory.document import V4_FLASH
-from data_gen.traces.labels import GoldenChunks
-from data_gen.traces.store import DocumentMeta, Manifest, Span, TraceStore
-from data_gen.traces.types import NativeRow, RawTrace
+from data_gen.traces.store import TraceStore
+from data_gen.traces.types import DocumentMeta, GoldenChunks, Manifest, NativeRow, RawTrace, Span
 from eval.offline.reference import layer_logits
 from eval.offline.verify import verify_indexer, verify_native
 from indexer_train.config import IndexerConfig

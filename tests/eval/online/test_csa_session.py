@@ -9,6 +9,7 @@ from data_gen.backbones.deepseek_v4_hooks import csa_layers
 from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
+from data_gen.traces.labels import SparseOracle
 from eval.online.cycle import follow_text
 from eval.online.open import open_session
 from eval.online.policies import decode_policies
@@ -52,7 +53,7 @@ def test_scores_while_decoding_are_those_of_the_trace(pocket, pocket_indexer):
     scores = {name: policy(session) for name, policy in decode_policies(indexer).items() if policy is not None}
     assert list(scores) == ["indexer", "native", "recency", "random"]
     torch.testing.assert_close(scores["indexer"], expected, atol=1e-5, rtol=1e-6)
-    mass = raw.oracle.dense(read // 4)[0][0]
+    mass = SparseOracle.of(raw.oracle, read // 4).dense()[0][0]
     assert float(mass.sum()) > 0.1
     torch.testing.assert_close(session.mass(), mass, atol=1e-3, rtol=2e-3)  # stored in fp16
     native = []

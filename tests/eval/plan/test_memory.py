@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.flashmemory.document import V4_FLASH
-from data_gen.traces.store import Manifest
+from data_gen.traces.types import Manifest
 from eval.offline import refresh as lookahead
 from eval.plan import PlanSettings, make_plan
 from eval.plan.load import load_model

@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader
 from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from data_gen.traces.labels import GoldenChunks
-from data_gen.traces.store import DocumentMeta, Manifest, Span, TraceStore
-from data_gen.traces.types import BackboneInfo, RawTrace
+from data_gen.core.tensors import distinct, ranked
+from data_gen.traces.labels import SparseOracle
+from data_gen.traces.store import TraceStore
+from data_gen.traces.types import BackboneInfo, DocumentMeta, GoldenChunks, Manifest, RawTrace, Span
 from indexer_train.config import CandidatesConfig, IndexerConfig
 from indexer_train.data.batches import AllCandidates, DocumentBatchSampler, SampledCandidates, window_index
 from indexer_train.data.mixture import mix
-from indexer_train.data.sampling import SparseOracle, distinct, generator, ranked, uniform
+from indexer_train.data.sampling import generator, uniform
 from indexer_train.losses import LOSSES
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.training.evaluator import MassRecallEvaluator
@@ -139,7 +140,7 @@ def test_cost_does_not_grow_with_the_document():
 def test_the_sparse_oracle_is_the_dense_one(which, stores, voted):
     for document in voted if which == "indexer" else stores[0]:
         windows = document.windows(serving=False)
-        labels, oracle = document.labels(windows), SparseOracle.of(document)
+        labels, oracle = document.labels(windows), document.oracle
         for row, (first, last) in enumerate(windows.tolist()):
             bounds = document.trace.chunking.candidates(int(document.positions[first]))
             window = oracle.window(first, last, bounds)
@@ -157,7 +158,7 @@ def test_the_sparse_oracle_is_the_dense_one(which, stores, voted):
 def test_a_window_that_needed_nothing(votes):
     nothing = np.zeros(0, np.float32)
     oracle = SparseOracle(
-        np.zeros(5, np.int64), np.zeros(0, np.int64), nothing, nothing, np.zeros(4, np.float32), votes
+        np.zeros(5, np.int64), np.zeros(0, np.int64), nothing, nothing, np.zeros(4, np.float32), votes, 9
     )
     window = oracle.window(1, 4, (1, 9))
     assert not len(window.chunks) and not len(window.mass) and window.protected == 1

@@ -7,9 +7,8 @@ from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.key_bytes import encode_keys
 from data_gen.core.rope import Rope
-from data_gen.traces.labels import GoldenChunks
-from data_gen.traces.store import DocumentMeta, Manifest, Span, TraceStore
-from data_gen.traces.types import BackboneInfo, RawTrace
+from data_gen.traces.store import TraceStore
+from data_gen.traces.types import BackboneInfo, DocumentMeta, GoldenChunks, Manifest, RawTrace, Span
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
 

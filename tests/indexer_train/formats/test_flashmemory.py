@@ -17,7 +17,7 @@ from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.flashmemory.document import V4_FLASH
-from data_gen.traces.store import Manifest
+from data_gen.traces.types import Manifest
 from indexer_train.formats.bundle import load_bundle
 from indexer_train.formats.convert import export_indexer, import_checkpoints, keep_layers
 from indexer_train.formats.flashmemory import read_checkpoint

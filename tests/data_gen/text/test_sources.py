@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_gen.config import DocumentsConfig
-from data_gen.text.overlap import measure_overlap
+from data_gen.text.sources import measure_overlap
 
 LICENCE = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. " * 2
 OWN = [f"Text number {number} is about something of its own, " * 4 for number in range(5)]
