@@ -18,6 +18,7 @@ from data_gen.traces.store import TraceStore
 from data_gen.traces.types import DocumentMeta, Manifest, RawTrace, Span
 
 Progress = Callable[[Iterable[Document], str], Iterable[Document]]
+"""Wraps documents that are about to be read, given what to call it: a progress bar."""
 
 
 def prepare(
@@ -47,13 +48,12 @@ def generate_sides(
 
     What is wrong with either side is found before the first document is traced, see `prepare`.
     """
-    for split in get_args(Split):
-        prepare(backbone, tokenizer, documents, trace, split)
+    built = {split: prepare(backbone, tokenizer, documents, trace, split) for split in get_args(Split)}
     if (overlap := measure_overlap(documents)).sharing:
         yield f"warning: {overlap}; recall there is not of unseen text alone"
     for split in get_args(Split):
-        store = generate(backbone, tokenizer, documents, trace, split, out / split, progress)
-        yield f"{split}: {len(store.paths())} documents in {store.root}"
+        store = trace_side(backbone, built.pop(split), documents, trace, split, out / split, progress)
+        yield f"{split}: {len(store)} documents in {store.root}"
         if ties := sum(document.meta.near_ties for document in store):
             yield f"{split}: {ties} times the backbone's top-k was cut between near-ties (tokens x layers)"
 
@@ -67,12 +67,27 @@ def generate(
     root: Path,
     progress: Progress,
 ) -> TraceStore:
-    """Trace all documents of `split` into the store at `root`; finished documents are left as they are.
+    """Trace all documents of one side into the store at `root`; finished documents are left as they are.
 
-    progress: wraps the documents still to read, given what to call them. Raises InputError before anything is written,
-    see `prepare`, and when `root` holds traces made with other settings.
+    Raises InputError before anything is written, see `prepare`, and when `root` holds traces made with other settings.
     """
     built = prepare(backbone, tokenizer, documents, trace, split)
+    return trace_side(backbone, built, documents, trace, split, root, progress)
+
+
+def trace_side(
+    backbone: Backbone,
+    built: list[Document],
+    documents: DocumentsConfig,
+    trace: TraceConfig,
+    split: Split,
+    root: Path,
+    progress: Progress,
+) -> TraceStore:
+    """Trace the `built` documents of one side into the store at `root`; finished ones are left as they are.
+
+    Raises InputError when `root` holds traces made with other settings.
+    """
     needles = {"needles": vocabulary()} if any(document.task in NEEDLE_TASKS for document in built) else {}
     manifest = Manifest(
         backbone=backbone.info,

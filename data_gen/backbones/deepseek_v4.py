@@ -1,11 +1,11 @@
 """DeepSeek-V4 as Hugging Face implements it (V4-Flash, V4-Pro or any config) as a backbone."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from data_gen.backbones.deepseek_v4_hooks import CSA, CsaCall, csa_layers, observe_csa
+from data_gen.backbones.deepseek_v4_hooks import CSA, CsaCall, csa_attention, csa_layers, observe_csa
 from data_gen.backbones.dense import fingerprint
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
@@ -86,9 +86,10 @@ class DeepseekV4Backbone:
         stop = self.model.generation_config.eos_token_id
         stops = stop if isinstance(stop, list) else [stop]
         unread = tokens
+        head: Any = self.model.get_output_embeddings()
         for _ in range(config.own_tokens):
             state = reader.read(unread)
-            unread = [int(self.model.get_output_embeddings()(state).argmax())]
+            unread = [int(head(state).argmax())]
             tokens = tokens + unread
             if unread[0] in stops:
                 break
@@ -158,7 +159,7 @@ class _Reader:
 
     def finish(self) -> RawTrace:
         """The trace of all that was read."""
-        layers = {layer: self.cache.layers[self.backbone.layers[layer]] for layer in self.config.layers}
+        layers: dict[int, Any] = {layer: self.cache.layers[self.backbone.layers[layer]] for layer in self.config.layers}
         return RawTrace(
             hidden={layer: torch.cat(pieces) for layer, pieces in self.hidden.items()},
             keys={layer: encode_keys(hadamard(csa.compressed_kv["indexer"][0])).cpu() for layer, csa in layers.items()},
@@ -185,7 +186,7 @@ def _rope(model: PreTrainedModel, layer: int) -> Rope:
     rope = Rope.from_parameters(
         config.rope_parameters["compress"], config.qk_rope_head_dim, config.max_position_embeddings
     )
-    theirs = model.get_decoder().layers[layer].self_attn.compressor.indexer.rotary_emb
+    theirs = csa_attention(model, layer).compressor.indexer.rotary_emb
     same = torch.allclose(rope.frequencies(), theirs.compress_inv_freq.float().cpu(), rtol=1e-6, atol=0)
     if not same or theirs.compress_attention_scaling != 1.0:
         raise InputError(f"the backbone's RoPE is not its config's ({rope}); was it cast to bf16 after loading?")

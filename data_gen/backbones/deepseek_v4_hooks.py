@@ -42,12 +42,18 @@ def csa_layers(model: PreTrainedModel) -> list[int]:
     return [index for index, kind in enumerate(model.config.layer_types) if kind == CSA]
 
 
+def csa_attention(model: PreTrainedModel, layer: int) -> Any:
+    """The attention block of a layer by its index; its parts are those of the stock class."""
+    decoder: Any = model.get_decoder()
+    return decoder.layers[layer].self_attn
+
+
 @contextmanager
 def observe_csa(model: PreTrainedModel, observer: Callable[[CsaCall], None]) -> Iterator[None]:
     """Report every call of `model`'s CSA layers to `observer` while the context is open."""
     with ExitStack() as hooks:
         for ordinal, layer in enumerate(csa_layers(model)):
-            watch = _LayerWatch(ordinal, model.get_decoder().layers[layer].self_attn, observer)
+            watch = _LayerWatch(ordinal, csa_attention(model, layer), observer)
             for handle in watch.attach():
                 hooks.callback(handle.remove)
         yield
@@ -56,7 +62,7 @@ def observe_csa(model: PreTrainedModel, observer: Callable[[CsaCall], None]) -> 
 class _LayerWatch:
     """Gathers the parts of one call, in the order in which the modules run."""
 
-    def __init__(self, ordinal: int, attention: nn.Module, observer: Callable[[CsaCall], None]) -> None:
+    def __init__(self, ordinal: int, attention: Any, observer: Callable[[CsaCall], None]) -> None:
         self.ordinal, self.attention, self.observer = ordinal, attention, observer
         self.hidden = self.query = self.keys = self.weights = self.picks = torch.empty(0)
 
@@ -72,7 +78,7 @@ class _LayerWatch:
     def _enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.hidden = arguments(module, args, kwargs)["hidden_states"][0]
 
-    def _scores(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _scores(self, module: Any, args: tuple, kwargs: dict) -> None:
         given = arguments(module, args, kwargs)
         self.query, self.keys = given["q"][0], given["compressed_kv"][0]
         heads, width = self.query.shape[1:]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -73,7 +74,8 @@ class DenseBackbone:
         Returns (prompt and written tokens, trace).
         """
         ids = torch.tensor([prompt], device=self.model.device)
-        tokens = self.model.generate(
+        model: Any = self.model
+        tokens = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=config.own_tokens, do_sample=False
         )[0].tolist()
         positions = torch.arange(max(0, len(prompt) - config.answer_lead), len(tokens) - 1)

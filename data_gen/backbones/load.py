@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -107,7 +107,7 @@ def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTo
     try:
         with reading:
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra, **spread)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra, **spread)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"backbone {config.path} cannot be loaded as a causal LM: {first_line}") from error

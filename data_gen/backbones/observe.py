@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,12 +93,12 @@ def observe(model: PreTrainedModel, observer: Callable[[AttentionCall], None]) -
     earlier = ALL_ATTENTION_FUNCTIONS.get(name)
 
     def attention(
-        module: nn.Module,
+        module: Any,
         query: torch.Tensor,
-        key: torch.Tensor | list[torch.Tensor],
-        value: torch.Tensor | list[torch.Tensor],
+        key: Any,  # [B, KV, T, d], or a list of them
+        value: Any,
         attention_mask: torch.Tensor | None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         forward = earlier or sys.modules[type(module).__module__].eager_attention_forward
         several = isinstance(key, list)

@@ -56,13 +56,16 @@ class KeyPooler:
 
     def __init__(self, chunk_tokens: int) -> None:
         self.chunk_tokens = chunk_tokens
-        self.pooled: torch.Tensor | None = None
-        self._unfinished: torch.Tensor | None = None
+        self.pooled = self._unfinished = torch.empty(0)
+
+    @property
+    def _begun(self) -> bool:
+        return self.pooled.dim() > 1
 
     def append(self, keys: torch.Tensor) -> None:
         """Add the keys of new tokens. keys: [..., KV, S, d], before RoPE: they carry content, no distance."""
         keys = keys.float()
-        if self.pooled is None or self._unfinished is None:
+        if not self._begun:
             self.pooled = self._unfinished = keys[..., :0, :]
         keys = torch.cat([self._unfinished, keys], dim=-2)
         whole = keys.shape[-2] // self.chunk_tokens * self.chunk_tokens
@@ -73,7 +76,7 @@ class KeyPooler:
 
     def reorder(self, sequences: torch.Tensor) -> None:
         """Make sequence i of a batch what sequence `sequences[i]` was."""
-        if self.pooled is not None and self._unfinished is not None:
+        if self._begun:
             sequences = sequences.to(self.pooled.device)
             self.pooled, self._unfinished = self.pooled[sequences], self._unfinished[sequences]
 

@@ -38,6 +38,9 @@ class Rope(BaseModel):
             raise ValueError("beta_fast must exceed beta_slow")
         return self
 
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self).values()))
+
     @classmethod
     def from_parameters(cls, parameters: dict[str, Any], dims: int, positions: int) -> Self:
         """From one entry of a transformers config's `rope_parameters`. Raises InputError on a type we do not know."""

@@ -26,7 +26,8 @@ def require(holds: torch.Tensor, message: Callable[[], str]) -> None:
     A GPU is not waited for: there the assertion fails on the device, and the program at its next wait.
     """
     if not holds.is_cpu:
-        torch._assert_async(holds.all(), "a check of values failed on the device; on the CPU it says which")
+        failed = "a check of values failed on the device; on the CPU it says which"
+        torch._assert_async(holds.all(), failed)  # pyright: ignore[reportPrivateImportUsage] - no public name has it
     elif not bool(holds.all()):
         raise InputError(message())
 

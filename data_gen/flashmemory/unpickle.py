@@ -52,7 +52,8 @@ def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int,
     held, numel = storage._untyped_storage.nbytes() // storage.dtype.itemsize, math.prod(size)
     if min(offset, *size, 0) < 0 or offset + numel > held:
         raise InputError(f"damaged dump (a tensor {list(size)} from element {offset} on, of {held} that are stored)")
-    found = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, size)
+    empty: Any = torch.empty(0, dtype=storage.dtype)  # no stub knows this form of set_
+    found = empty.set_(storage._untyped_storage, offset, size)
     others = [step for step, own, count in zip(stride, found.stride(), size, strict=True) if count > 1 and step != own]
     if (numel and others) or any(settings[2:]):  # the latter: bits such as a lazy minus sign
         raise InputError(f"damaged dump (a tensor {list(size)} with strides {list(stride)} is a view of another)")
@@ -72,7 +73,9 @@ class _TensorUnpickler(pickle._Unpickler):
     Unlike the one in C it lets us drop tensor bytes from its memo, which would otherwise hold the document twice.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012 - the attribute that the base class reads
+    stack: list[Any]
+    memo: dict[int, Any]
+    dispatch: dict[int, Any] = dict(pickle._Unpickler.dispatch)  # noqa: RUF012 - the attribute that the base class reads
 
     def find_class(self, module: str, name: str) -> Callable:
         if (module, name) not in ALLOWED:

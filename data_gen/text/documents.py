@@ -5,6 +5,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from data_gen.text.sources import WHOLE, RawDocument, read_source, split_paragra
 from data_gen.traces.types import Span
 
 TASKS = ("text", "document", "chat", *NEEDLE_TASKS)
+Kind = TypeVar("Kind")
 INSTRUCTION = "Read the text below, then answer the question at its end.\n\n"
 
 
@@ -66,7 +68,8 @@ class _Builder:
         split: Split,
         counts: dict[str, dict[str, int]],
     ) -> None:
-        self.config, self.trace, self.tokenizer, self.context, self.split = config, trace, tokenizer, context, split
+        self.config, self.trace, self.tokenizer, self.context = config, trace, tokenizer, context
+        self.split: Split = split
         whole = {side: sum(tasks.get(task, 0) for task in WHOLE) for side, tasks in counts.items()}
         self.whole: Iterator[RawDocument] = iter(())
         if any(whole.values()):
@@ -90,7 +93,7 @@ class _Builder:
             return self._plain(name, task, ids)
         return self._needles(task, name, length, rng)
 
-    def _next(self, kind: type, name: str) -> RawDocument:
+    def _next(self, kind: type[Kind], name: str) -> Kind:
         document = next(self.whole, None)
         if document is None:
             raise InputError(f"documents {self.config.source}: none left for {name}; ask for fewer")
@@ -202,9 +205,10 @@ def conversation(
         return list(itertools.chain(*_pieces(tokenizer, messages)))
     # Templates that know no thinking ignore the word; of the others, some open every answer with a thought.
     try:
-        return tokenizer.apply_chat_template(
+        ids: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=prompt, enable_thinking=thinking, return_dict=False
         )
+        return ids
     except TemplateError as error:
         raise InputError(f"the model's chat template refuses the messages ({error}); mend or leave them out") from error
 
@@ -270,7 +274,7 @@ class _Stream:
             text, length = self._next()
             if length > tokens:
                 ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:tokens]
-                text = self.tokenizer.decode(ids)
+                text = str(self.tokenizer.decode(ids))
             taken.append(text)
             tokens -= length
         return taken

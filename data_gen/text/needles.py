@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,18 +108,33 @@ class NeedleTask:
         return sum(depth for _, depth in self.needles[: self.asked]) / self.asked
 
 
-def make_task(name: str, split: Split, rng: random.Random, keys: int, values: int) -> NeedleTask:
-    """Draw a needle task.
+@dataclass(frozen=True)
+class NeedleCounts:
+    """How many needles a task hides: `asked` values of the asked key, and one of each of `others` more keys."""
 
-    single: one needle; multi_key: `keys` more needles with other keys and the same wording; multi_value: one key
-    with `values` values, all asked for.
+    asked: int
+    others: int
+
+
+NEEDLE_TASKS: dict[str, Callable[[int, int], NeedleCounts]] = {
+    "single": lambda keys, values: NeedleCounts(asked=1, others=0),
+    "multi_key": lambda keys, values: NeedleCounts(asked=1, others=keys),
+    "multi_value": lambda keys, values: NeedleCounts(asked=values, others=0),
+}
+"""Every needle task by name: what it hides, of the recipe's `keys` and `values`. Documents are drawn in this order."""
+
+
+def make_task(name: str, split: Split, rng: random.Random, keys: int, values: int) -> NeedleTask:
+    """Draw a needle task, one of NEEDLE_TASKS; all its needles are worded alike.
+
+    Raises InputError when it needs more keys than there are.
     """
     wording = rng.choice(WORDINGS[split])
-    others = keys if name == "multi_key" else 0
+    counts = NEEDLE_TASKS[name](keys, values)
+    asked, others = counts.asked, counts.others
     if others >= len(KEYS[split]):
         raise InputError(f"documents.keys: {keys} more needles with other keys, but only {len(KEYS[split])} key words")
     key, *other_keys = rng.sample(KEYS[split], 1 + others)
-    asked = values if name == "multi_value" else 1
     numbers = [str(2 * n + PARITY[split]) for n in rng.sample(range(5_000, 50_000), asked + others)]
     sentences = [wording.needle.format(key=key, value=number) for number in numbers[:asked]]
     sentences += [
@@ -136,9 +152,6 @@ def make_task(name: str, split: Split, rng: random.Random, keys: int, values: in
         answer=(wording.answer_all if plural else wording.answer).format(key=key, value=listed),
         values=numbers[:asked],
     )
-
-
-NEEDLE_TASKS = ("single", "multi_key", "multi_value")
 
 
 def vocabulary() -> str:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -28,22 +28,8 @@ LEAST = 80
 def read_source(source: str, text_field: str) -> Iterator[RawDocument]:
     """Raw documents of `source` in a fixed order. Raises InputError for a missing, empty or malformed one."""
     path = Path(source).expanduser()
-    if source == "builtin":
-        documents: Iterable[RawDocument] = _builtin()
-    elif source == "stdlib":
-        documents = _code(Path(sysconfig.get_path("stdlib")))
-    elif source.startswith("package:"):
-        documents = _code(package_folder(source.removeprefix("package:"), f"documents {source}"))
-    elif path.is_dir():
-        documents = _folder(path)
-    elif path.suffix == ".jsonl":
-        documents = _jsonl(path, text_field)
-    elif path.suffix == ".parquet":
-        documents = _datasets("parquet", text_field, str(_existing(path)), data_files=str(path))
-    elif path.exists() or path.suffix.lower() in TEXT_FILES or source.startswith((".", "/", "~")):
-        raise InputError(f"documents {_existing(path)}: expected a folder, .jsonl or .parquet")
-    else:
-        documents = _datasets(source, text_field, source)
+    kind = next(kind for kind in SOURCES.values() if kind.takes(source, path))
+    documents = kind.read(source, path, text_field)
     found = False
     for document in documents:
         found = True
@@ -116,18 +102,19 @@ def _jsonl(path: Path, text_field: str) -> Iterator[RawDocument]:
             yield _content(row, text_field, f"{path} line {number}")
 
 
-def _datasets(name: str, text_field: str, where: str, **options: str) -> Iterator[RawDocument]:
+def _datasets(name: str, text_field: str, where: str, data_files: str | None = None) -> Iterator[RawDocument]:
     """where: what the user called it."""
-    import datasets
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     number = 0
     try:
-        rows = datasets.load_dataset(name, split="train", streaming=True, **options)
+        rows = load_dataset(name, split="train", streaming=True, data_files=data_files)
         for number, row in enumerate(rows, 1):
             yield _content(row, text_field, f"{where} row {number}")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if options or number:
+        if data_files or number:
             raise InputError(f"documents {where}: cannot be read after row {number} ({reason})") from error
         raise InputError(f"documents {where}: no such file or folder, and no data set either ({reason})") from error
 
@@ -141,6 +128,46 @@ def _content(row: object, text_field: str, where: str) -> RawDocument:
     ):
         return content
     raise InputError(f"documents {where}: needs a text field {text_field!r} or chat `messages` of role and content")
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """One kind of place that text comes from.
+
+    takes: (source, the same as a path) -> whether it is one; read: (source, path, text_field) -> its raw documents, in
+    a fixed order.
+    """
+
+    takes: Callable[[str, Path], bool]
+    read: Callable[[str, Path, str], Iterator[RawDocument]]
+
+
+def _read_package(source: str, path: Path, text_field: str) -> Iterator[str]:
+    return _code(package_folder(source.removeprefix("package:"), f"documents {source}"))
+
+
+def _read_parquet(source: str, path: Path, text_field: str) -> Iterator[RawDocument]:
+    return _datasets("parquet", text_field, str(_existing(path)), data_files=str(path))
+
+
+def _refuse(source: str, path: Path, text_field: str) -> Iterator[RawDocument]:
+    raise InputError(f"documents {_existing(path)}: expected a folder, .jsonl or .parquet")
+
+
+SOURCES: dict[str, SourceKind] = {
+    "builtin": SourceKind(lambda source, path: source == "builtin", lambda *_: _builtin()),
+    "stdlib": SourceKind(lambda source, path: source == "stdlib", lambda *_: _code(Path(sysconfig.get_path("stdlib")))),
+    "package": SourceKind(lambda source, path: source.startswith("package:"), _read_package),
+    "folder": SourceKind(lambda source, path: path.is_dir(), lambda source, path, field: _folder(path)),
+    "jsonl": SourceKind(lambda source, path: path.suffix == ".jsonl", lambda source, path, field: _jsonl(path, field)),
+    "parquet": SourceKind(lambda source, path: path.suffix == ".parquet", _read_parquet),
+    "other": SourceKind(
+        lambda source, path: path.exists() or path.suffix.lower() in TEXT_FILES or source.startswith((".", "/", "~")),
+        _refuse,
+    ),
+    "datasets": SourceKind(lambda source, path: True, lambda source, path, field: _datasets(source, field, source)),
+}
+"""Every kind of source; the first that takes a source reads it."""
 
 
 def split_paragraphs(documents: Iterable[str], heldout_share: float) -> Iterator[tuple[bool, list[str]]]:

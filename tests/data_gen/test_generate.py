@@ -9,7 +9,8 @@ import torch
 
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.core.errors import InputError
-from data_gen.generate import generate
+from data_gen.generate import generate, generate_sides
+from data_gen.text.documents import build_documents
 from data_gen.text.needles import WORDINGS
 from data_gen.traces.store import TraceStore
 from tests.conftest import tiny_model
@@ -103,3 +104,17 @@ def test_a_store_that_does_not_name_its_backbone_is_continued(tmp_path, stores):
     (store.root / "manifest.json").write_text(json.dumps(earlier))
     named = store.manifest.model_copy(update={"backbone": replace(store.manifest.backbone, name="somebody/llama")})
     assert TraceStore.create(store.root, named).manifest == store.manifest
+
+
+def test_documents_are_built_once_and_before_anything_is_written(tmp_path, tokenizer, tiny_recipe, monkeypatch):
+    built = []
+
+    def counted(*of):
+        built.append((of[-1], sorted(tmp_path.iterdir())))
+        return build_documents(*of)
+
+    monkeypatch.setattr("data_gen.generate.build_documents", counted)
+    backbone, settings = DenseBackbone(tiny_model("llama")), (tiny_recipe.documents, tiny_recipe.trace)
+    lines = list(generate_sides(backbone, tokenizer, *settings, tmp_path, lambda items, _: items))
+    assert built == [("train", []), ("heldout", [])]
+    assert [line.split(" in ")[0] for line in lines] == ["train: 8 documents", "heldout: 4 documents"]

@@ -4,9 +4,11 @@ import threading
 
 import pytest
 
-from data_gen.backbones.load import _read_once, adapter, load_backbone, public_name, resolve
+from data_gen.backbones.dense import DenseBackbone
+from data_gen.backbones.load import ADAPTERS, _read_once, adapter, load_backbone, public_name, resolve
 from data_gen.config import BackboneConfig
 from data_gen.core.errors import InputError
+from data_gen.core.keys import KEY_RECIPES
 from tests.conftest import tiny_model
 
 
@@ -50,3 +52,14 @@ def test_loads_at_once_leave_the_gguf_package_as_it_was():
     leave.set()
     other.join()
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
+
+
+@pytest.mark.parametrize("family", ["llama", "yarn", "qwen3", "gemma3", "deepseek_v4"])
+def test_every_family_has_an_adapter_that_tells_what_it_is(family):
+    model = tiny_model(family)
+    found = adapter(model)
+    assert type(found) is ADAPTERS.get(model.config.model_type, DenseBackbone)
+    info = found.info
+    assert info.model_type == model.config.model_type and info.context == model.config.max_position_embeddings
+    assert KEY_RECIPES[info.key].row(info.key_width) >= info.key_width and info.full_layers
+    assert set(ADAPTERS) <= {"deepseek_v4"}  # a new family joins the list above, and tests/conftest.py

@@ -1,11 +1,14 @@
-"""What whole documents of the two sides have in common is counted."""
+"""Where text comes from, and what whole documents of the two sides have in common."""
 
 import json
+from itertools import islice
 
 import pytest
+from datasets import Dataset
 
 from data_gen.config import DocumentsConfig
-from data_gen.text.sources import measure_overlap
+from data_gen.core.errors import InputError
+from data_gen.text.sources import SOURCES, measure_overlap, read_source
 
 LICENCE = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. " * 2
 OWN = [f"Text number {number} is about something of its own, " * 4 for number in range(5)]
@@ -35,3 +38,34 @@ def test_shared_paragraphs_are_counted(tmp_path, kind):
 def test_packed_text_shares_none():
     config = DocumentsConfig(source="nowhere", tokens=(1, 2), train={"text": 2}, heldout={"text": 3})
     assert measure_overlap(config).sharing == 0
+
+
+def text_file(folder, suffix):
+    """A source of that kind with two documents, as its name."""
+    texts = ["the first text", "the second text"]
+    if suffix == "folder":
+        for number, text in enumerate(texts):
+            (folder / f"{number}.md").write_text(text)
+        return folder
+    path = folder / f"texts.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    else:
+        Dataset.from_dict({"text": texts}).to_parquet(path)
+    return path
+
+
+OFFLINE = ("builtin", "stdlib", "package", "folder", "jsonl", "parquet")
+"""Kinds that read something without a network; `other` and `datasets` refuse what is missing."""
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_kind_of_source_reads_or_refuses(kind, tmp_path):
+    if kind in ("builtin", "stdlib", "package"):
+        source = "package:typer" if kind == "package" else kind
+        assert all(len(text) > 20 for text in islice(read_source(source, "text"), 3))
+    elif kind in OFFLINE:
+        assert list(read_source(str(text_file(tmp_path, kind)), "text")) == ["the first text", "the second text"]
+    else:
+        with pytest.raises(InputError, match=r"^documents \S+: no such file or folder"):
+            next(read_source("./nothing-here" if kind == "other" else "nobody/nothing-here", "text"))
