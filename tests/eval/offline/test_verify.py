@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import indexer_train.model
-import indexer_train.spec
 from cli import app
 from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import encode_keys
+from data_gen.core.keys import KEY_RECIPES
 from data_gen.core.rope import Rope
 from data_gen.flashmemory.document import V4_FLASH
 from data_gen.traces.store import TraceStore
@@ -28,7 +28,7 @@ from indexer_train.config import IndexerConfig
 from indexer_train.formats.bundle import export_bundle
 from indexer_train.model import IndexerSpec, MemoryIndexer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "parity.safetensors"
+GOLDEN = Path(__file__).parents[2] / "golden" / "parity.safetensors"
 
 
 def new_indexer(store, seed=0, **shape):
@@ -101,12 +101,12 @@ def test_a_wrong_score_fails(pocket_traces, monkeypatch, broken):
     indexer = new_indexer(pocket_traces)
     if broken == "rope":
         monkeypatch.setattr(Rope, "rotate", lambda rope, x, positions: x)
+    elif broken == "hadamard":
+        monkeypatch.setitem(KEY_RECIPES, indexer.spec.key, replace(KEY_RECIPES[indexer.spec.key], turn=lambda x: x))
     else:
-        wrong = {"hadamard": lambda x: x,
-                 "key_vectors": lambda x, device: x[..., :-4].view(torch.float8_e4m3fn).float(),
+        wrong = {"key_vectors": lambda x, device: x[..., :-4].view(torch.float8_e4m3fn).float(),
                  "join_layers": lambda logits, join: logits.amax(0)}[broken]  # fmt: skip
-        used_by = indexer_train.spec if broken == "hadamard" else indexer_train.model
-        monkeypatch.setattr(used_by, broken, wrong)
+        monkeypatch.setattr(indexer_train.model, broken, wrong)
     assert verify_indexer(indexer, pocket_traces).failures
 
 
