@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_gen.core.files import write_atomically
 from data_gen.traces.store import TraceStore
-from eval.offline.recall import as_rows, evaluate_recall
+from eval.offline.recall import evaluate_recall
 from eval.report.tables import table
 from indexer_train.training.trainer import train
 from recipes import load_recipe
@@ -46,7 +46,8 @@ def main() -> None:
                 training, recipe.indexer.model_copy(update=shape), recipe.train.model_copy(update=settings), folder
             )
             threshold = indexer.spec.thresholds[str(recipe.train.budget)]
-            rows = as_rows(evaluate_recall(indexer, heldout, recipe.train.golden, threshold))
+            found = evaluate_recall(indexer, heldout, recipe.train.golden, threshold)
+            rows = [row.model_dump() for row in found]
             write_atomically(result, lambda file, rows=rows: file.write_text(json.dumps(rows, indent=1)))
         rows = [row for row in json.loads(result.read_text()) if row["budget"] == BUDGET]
         recall = {(row["task"], row["policy"]): row["mass_recall"] for row in rows}

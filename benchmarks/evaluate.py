@@ -100,7 +100,7 @@ def measure_ours(folder: Path, heads: int, rank: int) -> tuple[float, Metrics]:
         if row.budget == "threshold":
             of |= {"precision": row.micro["precision"], "recall": row.micro["golden_recall"], "f1": row.micro["f1"]}
         else:
-            of[f"recall@{row.budget.split()[1]}"] = row.golden_recall
+            of[f"recall@{row.top}"] = row.golden_recall
     return seconds, metrics
 
 

@@ -23,7 +23,6 @@ from benchmarks.machine import origin
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.generate import generate
 from data_gen.traces.store import TraceStore
-from eval.offline.evaluation import threshold_for
 from eval.offline.recall import DocumentRecall, measure, task_groups
 from eval.offline.refresh import analyse_lookahead
 from eval.report.tables import table
@@ -43,7 +42,7 @@ def traced(recipe: Recipe, lengths: list[int], out: Path) -> dict[int, TraceStor
         documents = recipe.documents.model_copy(update={"tokens": (length, length)})
         stores[length] = generate(
             adapter(model), tokenizer, documents, recipe.trace, "heldout", out / str(length),
-            lambda items, what: tqdm(list(items), what, unit="doc"),
+            lambda items, what: tqdm(items, what, unit="doc"),
         )  # fmt: skip
     return stores
 
@@ -51,10 +50,10 @@ def traced(recipe: Recipe, lengths: list[int], out: Path) -> dict[int, TraceStor
 def rows(indexer: MemoryIndexer, store: TraceStore, length: int, golden: float) -> list[dict[str, Any]]:
     """A row per group of tasks, budget and policy; difference: the indexer's minus the policy's, by document."""
     cells: dict[tuple[str, float], dict[str, list[DocumentRecall]]] = defaultdict(lambda: defaultdict(list))
-    for each in measure({"indexer": indexer}, store, golden, {"indexer": threshold_for(indexer, 0.1)}):
-        if isinstance(each.cut, float):
+    for each in measure({"indexer": indexer}, store, golden, thresholds={}):
+        if isinstance(each.amount.budget, float):
             for group in task_groups(each.meta):
-                cells[group, each.cut][each.policy].append(each)
+                cells[group, each.amount.budget][each.ranker.policy].append(each)
     found = []
     for (group, budget), policies in cells.items():
         values = {
@@ -102,7 +101,8 @@ def main() -> None:
     for length, store in traced(recipe, arguments.length, arguments.out).items():
         check_traces(indexer, store)
         found += rows(indexer, store, length, recipe.train.golden)
-        churn[length] = analyse_lookahead({"indexer": indexer}, store, recipe.train.golden, recipe.train.budget)
+        lookahead = analyse_lookahead({"indexer": indexer}, store, recipe.train.golden, recipe.train.budget)
+        churn[length] = lookahead.model_dump()
     print(share_table(found))
     made = origin("cuda" if torch.cuda.is_available() else "cpu")
     report = {"origin": made, "rows": found, "lookahead": churn}

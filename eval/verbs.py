@@ -47,7 +47,7 @@ def evaluate_traces(
     indexers = {name: load_indexer(path) for name, path in paths.items()}
     store = open_traces(traces, indexers.values())
     found = evaluate(indexers, store, train.golden, train.budget, every_token)
-    write_results(out, **found)
+    found = write_results(out, **found).content()
     plot_recall(found["recall"], out / "recall.png")
     say("\n".join([recall_table(found["recall"]), *threshold_lines(found), *found["evaluated"]["notes"]]))
     if found["comparison"]:

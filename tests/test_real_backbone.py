@@ -10,7 +10,7 @@ from data_gen.backbones.load import load_backbone
 from data_gen.generate import generate
 from data_gen.text.documents import build_documents
 from data_gen.traces.labels import SparseOracle
-from eval.offline.recall import as_rows, evaluate_recall
+from eval.offline.recall import evaluate_recall
 from eval.online.check import decode_check
 from eval.online.session import Session
 from indexer_train.formats.bundle import export_bundle, load_bundle
@@ -78,8 +78,8 @@ def test_documents_to_decoding(recipe, loaded, tmp_path):
         )
     indexer = train(stores["train"], recipe.indexer, recipe.train, tmp_path)
     threshold = indexer.spec.thresholds["0.1"]
-    rows = as_rows(evaluate_recall(indexer, stores["heldout"], recipe.train.golden, threshold))
-    recall = {row["policy"]: row["mass_recall"] for row in rows if row["task"] == "needles" and row["budget"] == 0.2}
+    rows = evaluate_recall(indexer, stores["heldout"], recipe.train.golden, threshold)
+    recall = {row.policy: row.mass_recall for row in rows if (row.task, row.budget) == ("needles", 0.2)}
     assert recall["oracle"] > recall["indexer"] > recall["random"]
     assert recall["oracle"] > recall["mean_pooled"] > recall["random"]
     export_bundle(indexer, tmp_path / "bundle")

@@ -26,7 +26,9 @@ def golden_oracle(served: ServedWindows) -> torch.Tensor:
 
 def mean_pooled(served: ServedWindows) -> torch.Tensor:
     """Mean-pooled keys scored by the backbone's own queries at the window's start, without lookahead."""
-    return served.document.mean_pooled[served.windows[:, 0]].float()
+    pooled = served.document.mean_pooled
+    assert pooled is not None  # POLICIES leaves it out of documents without
+    return pooled[served.windows[:, 0]].float()
 
 
 def used_now(served: ServedWindows) -> torch.Tensor:
@@ -93,17 +95,22 @@ def _newer_first(scores: torch.Tensor) -> torch.Tensor:
     return scores.argsort(dim=1, stable=True).argsort(dim=1).float()
 
 
+POLICIES: dict[str, Callable[[TraceDocument, float], Policy | None]] = {
+    "oracle": lambda document, golden: oracle,
+    "native_votes": lambda document, golden: used_now if document.trace.oracle == "indexer" else None,
+    "exact_attention": lambda document, golden: used_now if document.trace.oracle == "attention" else None,
+    "mean_pooled": lambda document, golden: None if document.mean_pooled is None else mean_pooled,
+    "frequency": Frequency,
+    "recency": lambda document, golden: recency,
+    "random": lambda document, golden: Random(document),
+    "protected": lambda document, golden: protected,
+}
+"""Every policy by name, in the order of the tables, made for a document and what makes a chunk golden; None where the
+document does not allow it: DeepSeek-V4's keys are learned, nothing there is pooled. A new one joins here and gets its
+line style in eval/report/tables.py."""
+
+
 def policies(document: TraceDocument, golden: float) -> dict[str, Policy]:
-    """All policies that `document` allows, by name, in the order of the tables; ask each about windows in order."""
-    found: dict[str, Policy] = {
-        "oracle": oracle,
-        "native_votes" if document.trace.oracle == "indexer" else "exact_attention": used_now,
-        "mean_pooled": mean_pooled,
-        "frequency": Frequency(document, golden),
-        "recency": recency,
-        "random": Random(document),
-        "protected": protected,
-    }
-    if document.mean_pooled is None:  # DeepSeek-V4: its keys are learned, nothing is pooled
-        del found["mean_pooled"]
-    return found
+    """All of POLICIES that `document` allows; ask each about windows in order."""
+    made = {name: make(document, golden) for name, make in POLICIES.items()}
+    return {name: policy for name, policy in made.items() if policy is not None}

@@ -1,8 +1,10 @@
 """Recall of golden chunks and of attention mass on held-out traces: every chunk scored, every policy, every budget."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isnan
+from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ import torch
 from data_gen.traces.store import TraceDocument, TraceStore
 from data_gen.traces.types import DocumentMeta
 from eval.offline.policies import golden_oracle, policies
+from eval.report.rows import Interval, Ratios, RatiosOf, RecallRow
 from indexer_train.cpu import return_freed_memory
 from indexer_train.measure.intervals import bootstrap_means
 from indexer_train.measure.metrics import RATIOS, DocumentScorer, ServedWindows, Tally, ranked_tally, tally
@@ -25,45 +28,45 @@ PIECE_ELEMENTS = 1 << 21
 LONG = 1 << 16
 """Chunks of a document from which on memory is worth more than the 2 % of the time that giving it back takes."""
 PLAIN_TASKS = ("text", "document", "chat")
-Asked = float | str
-"""A share of the chunks, "threshold", or "top K"."""
+
+
+class Ranker(NamedTuple):
+    """Who ranked the chunks: an indexer, one of its layers, or a policy; fields as in `RecallRow`."""
+
+    policy: str
+    indexer: str | None = None
+    layer: int | None = None
+
+
+class Amount(NamedTuple):
+    """How much it may keep. budget: a share of the chunks, "threshold", or "top K", and then `top` is K."""
+
+    budget: float | str
+    top: int | None = None
+
+    def counts(self, served: ServedWindows) -> torch.Tensor:
+        """[W] chunks that this buys in each window; a threshold's number is not known before."""
+        if isinstance(self.budget, float):
+            return served.kept(self.budget)
+        assert self.top is not None
+        return torch.full((len(served.windows),), self.top)
+
+
+THRESHOLD = Amount("threshold")
 
 
 @dataclass(frozen=True)
 class DocumentRecall:
-    """One document under one policy at one cut. macro: means over its windows; sums: its windows added up."""
+    """One document ranked by `ranker`, of which `amount` was kept.
 
-    meta: DocumentMeta
-    policy: str
-    cut: Asked
-    macro: dict[str, float]
-    sums: Tally
-
-
-@dataclass(frozen=True)
-class RecallRow:
-    """One cell of the evaluation.
-
-    context: longest document of the cell in tokens; budget: share of chunks asked for, "threshold" or "top K".
-    golden_recall, mass_recall, precision, f1, kept, resident_mass: see measure/metrics.py; *macro* averages, that
-    is means over documents of means over a document's windows; None where no window has anything to divide by.
-    micro: the same with all windows added up; interval: 95 % bootstrap interval over documents of each macro average.
+    macro: means over its windows, by metric; sums: its windows added up.
     """
 
-    policy: str
-    task: str
-    context: int
-    budget: Asked
-    golden_recall: float | None
-    mass_recall: float | None
-    precision: float | None
-    f1: float | None
-    kept: float
-    resident_mass: float
-    micro: dict[str, float | None]
-    interval: dict[str, list[float] | None]
-    documents: int
-    windows: int
+    meta: DocumentMeta
+    ranker: Ranker
+    amount: Amount
+    macro: dict[str, float]
+    sums: Tally
 
 
 def evaluate_recall(
@@ -71,7 +74,7 @@ def evaluate_recall(
 ) -> list[RecallRow]:
     """Score all chunks of every held-out document with every policy: a row per policy, group of tasks and cut.
 
-    golden: head-maximum probability (or votes) that makes a chunk golden; threshold: calibrated score of the indexer;
+    golden: head-maximum probability (or votes) that makes a chunk golden; threshold: joined score to reach;
     every_token: a window from every traced token instead of one per refresh.
     Rows for each task and for all needle tasks together ("needles"); the indexer's layers on their own are "layer L",
     at the threshold too: the one of the joined score, as no layer has one of its own.
@@ -92,42 +95,47 @@ def measure(
 ) -> Iterator[DocumentRecall]:
     """Every document of `store` under every indexer (by name), its layers and, if asked, what needs no training.
 
-    Documents without a window, or that need nothing in any, are left out.
+    thresholds: of indexers by name; one without is measured at the budgets alone. Documents without a window, or that
+    need nothing in any, are left out.
     """
     longest = max(document.chunks for document in store)
     if longest > LONG:
         return_freed_memory()
-    cuts = [*budgets, *(f"top {count}" for count in TOP if count < longest)]
+    amounts = [*map(Amount, budgets), *(Amount(f"top {count}", count) for count in TOP if count < longest)]
     for document in store:
         windows = document.windows(serving=not every_token)
         scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
         untrained = policies(document, golden) if baselines else {}
-        pieces: dict[tuple[str, Asked], list[Tally]] = defaultdict(list)
+        pieces: dict[tuple[Ranker, Amount], list[Tally]] = defaultdict(list)
         for served in in_pieces(document, windows):
-            counts = _counts(served, cuts)
+            counts = torch.stack([amount.counts(served) for amount in amounts], dim=1)
             for name, scorer in scorers.items():
                 layers = scorer.layer_logits(served)
                 joined = join_layers(layers, scorer.indexer.spec.shape.join)
                 alone = zip(scorer.indexer.spec.layers, layers, strict=True) if len(layers) > 1 else ()
-                scored = {name: joined} | {f"{_prefix(name)}layer {layer}": scores for layer, scores in alone}
-                for policy, scores in scored.items():
-                    reached = thresholds[name].choose(
-                        scores, served.labels.candidate, served.positions, served.chunking
-                    )
-                    pieces[policy, "threshold"].append(tally(reached, served.labels, golden, served.visible))
-                    _add(pieces, policy, cuts, ranked_tally(scores, served.labels, golden, served.visible, counts))
+                prefix = "" if name == "indexer" else f"{name} "
+                scored = {Ranker(name, name): joined}
+                scored |= {Ranker(f"{prefix}layer {layer}", name, layer): scores for layer, scores in alone}
+                for ranker, scores in scored.items():
+                    if name in thresholds:
+                        reached = thresholds[name].choose(
+                            scores, served.labels.candidate, served.positions, served.chunking
+                        )
+                        pieces[ranker, THRESHOLD].append(tally(reached, served.labels, golden, served.visible))
+                    ranked = ranked_tally(scores, served.labels, golden, served.visible, counts)
+                    _add(pieces, ranker, amounts, ranked)
             for policy, score in untrained.items():
                 asked = torch.zeros_like(counts) if policy == "protected" else counts
                 found = ranked_tally(score(served), served.labels, golden, served.visible, asked)
                 if policy == "oracle":  # each metric has a bound of its own
                     best = ranked_tally(golden_oracle(served), served.labels, golden, served.visible, asked)
                     found = replace(found, hits=best.hits)
-                _add(pieces, policy, cuts, found)
-        for (policy, cut), parts in pieces.items():
+                _add(pieces, Ranker(policy), amounts, found)
+        for (ranker, amount), parts in pieces.items():
             whole = Tally.concatenate(parts)
             if whole.needed.any():
                 macro = {name: float(value.nanmean()) for name, value in whole.ratios().items()}
-                yield DocumentRecall(document.meta, policy, cut, macro, whole.total())
+                yield DocumentRecall(document.meta, ranker, amount, macro, whole.total())
 
 
 def task_groups(meta: DocumentMeta) -> list[str]:
@@ -137,49 +145,36 @@ def task_groups(meta: DocumentMeta) -> list[str]:
 
 def recall_rows(found: list[DocumentRecall], groups: Callable[[DocumentMeta], list[str]]) -> list[RecallRow]:
     """Average documents group by group (`groups` says which ones a document counts in)."""
-    cells: dict[tuple[str, str, Asked], list[DocumentRecall]] = defaultdict(list)
+    cells: dict[tuple[Ranker, str, Amount], list[DocumentRecall]] = defaultdict(list)
     for each in found:
         for group in groups(each.meta):
-            cells[each.policy, group, each.cut].append(each)
-    return [_row(policy, group, cut, members) for (policy, group, cut), members in cells.items()]
+            cells[each.ranker, group, each.amount].append(each)
+    return [_row(*cell, members) for cell, members in cells.items()]
 
 
-def _row(policy: str, group: str, cut: Asked, members: list[DocumentRecall]) -> RecallRow:
-    mean, low, high = bootstrap_means(np.array([[each.macro[name] for name in RATIOS] for each in members]))
+def _row(ranker: Ranker, group: str, amount: Amount, members: list[DocumentRecall]) -> RecallRow:
+    means, lows, highs = bootstrap_means(np.array([[each.macro[name] for name in RATIOS] for each in members]))
     sums = Tally.concatenate([each.sums for each in members]).total()
+    intervals: dict[str, Interval | None] = {
+        name: None if np.isnan(low) else (float(low), float(high))
+        for name, low, high in zip(RATIOS, lows, highs, strict=True)
+    }
     return RecallRow(
-        policy=policy,
+        **ranker._asdict(),
         task=group,
         context=max(each.meta.length for each in members),
-        budget=cut,
-        **{name: _number(value) for name, value in zip(RATIOS, mean, strict=True)},
-        micro={name: _number(value) for name, value in sums.ratios().items()},
-        interval={
-            name: None if np.isnan(a) else [float(a), float(b)] for name, a, b in zip(RATIOS, low, high, strict=True)
-        },
+        **amount._asdict(),
+        **ratios(dict(zip(RATIOS, means, strict=True))),
+        micro=Ratios(**ratios(sums.ratios())),
+        interval=RatiosOf[Interval](**intervals),
         documents=len(members),
         windows=int(sums.windows),
     )
 
 
-def _number(value: float | torch.Tensor) -> float | None:
-    return None if np.isnan(float(value)) else float(value)
-
-
-def as_rows(rows: list[RecallRow]) -> list[dict]:
-    """The rows as results.json holds them."""
-    return [asdict(row) for row in rows]
-
-
-def _prefix(name: str) -> str:
-    return "" if name == "indexer" else f"{name} "
-
-
-def _counts(served: ServedWindows, cuts: list[Asked]) -> torch.Tensor:
-    """[W, cuts] chunks that each cut buys."""
-    bought = [served.kept(cut) if isinstance(cut, float) else int(cut.split()[1]) for cut in cuts]
-    one = torch.ones(len(served.windows), dtype=torch.int64)
-    return torch.stack([count * one for count in bought], dim=1)
+def ratios(values: Mapping[str, SupportsFloat]) -> dict[str, Any]:
+    """The metrics as results.json holds them: None where nothing was there to divide by."""
+    return {name: None if isnan(float(value)) else float(value) for name, value in values.items()}
 
 
 def in_pieces(document: TraceDocument, windows: torch.Tensor) -> Iterator[ServedWindows]:
@@ -189,6 +184,6 @@ def in_pieces(document: TraceDocument, windows: torch.Tensor) -> Iterator[Served
             yield ServedWindows.of(document, piece)
 
 
-def _add(pieces: dict[tuple[str, Asked], list[Tally]], policy: str, cuts: list[Asked], found: Tally) -> None:
-    for place, cut in enumerate(cuts):
-        pieces[policy, cut].append(Tally(**{name: value[:, place] for name, value in vars(found).items()}))
+def _add(pieces: dict[tuple[Ranker, Amount], list[Tally]], ranker: Ranker, amounts: list[Amount], found: Tally) -> None:
+    for place, amount in enumerate(amounts):
+        pieces[ranker, amount].append(Tally(**{name: value[:, place] for name, value in vars(found).items()}))

@@ -1,4 +1,4 @@
-"""How far a resident set can look ahead: recall against refresh interval, decay inside a window, churn."""
+"""A resident set over time: recall against refresh interval, decay inside a window, churn; one document's timeline."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,13 +11,14 @@ from data_gen.core.key_bytes import SCALE_BYTES
 from data_gen.traces.labels import lookahead_windows
 from data_gen.traces.store import TraceDocument, TraceStore
 from data_gen.traces.types import Manifest
-from eval.offline.policies import Policy, policies
+from eval.offline.policies import Policy, golden_tokens, policies
 from eval.offline.recall import in_pieces, task_groups
+from eval.report.rows import DecayRow, Lookahead, RefreshRow, Timeline, TimelineWindow
 from eval.serving.entries import V4
 from indexer_train.measure.intervals import bootstrap_means
 from indexer_train.measure.metrics import DocumentScorer, ServedWindows, needed_mass, selected_mass
 from indexer_train.model import MemoryIndexer
-from indexer_train.scoring import select
+from indexer_train.scoring import ranking, select
 
 INTERVALS = (8, 16, 32, 64, 128, 256)
 """Tokens between two refreshes."""
@@ -25,6 +26,10 @@ DECAY_STEP = 8
 """Tokens of a window that share one value of its decay."""
 KV_BYTES = 2
 """A value of a dense model's cache in bf16 or fp16."""
+SHOWN = 12
+"""Windows of a timeline, at most."""
+BINS = 256
+"""Rows of its picture: chunks of longer documents share one."""
 
 
 @dataclass
@@ -44,26 +49,21 @@ class _Sums:
 
 
 def chunk_bytes(manifest: Manifest) -> int:
-    """Bytes that a fetch of one chunk moves, over all layers that see the whole history; as eval/plan/memory.py."""
+    """Bytes that a fetch of one chunk moves, over all layers that see the whole history; as eval/plan/plan.py."""
     backbone = manifest.backbone
     if backbone.key == "fp8_rope_hadamard":
         return (V4.bytes + backbone.key_width + SCALE_BYTES) * len(backbone.full_layers)  # an entry and its index key
     return 2 * backbone.key_width * KV_BYTES * manifest.trace.chunking.tokens * len(backbone.full_layers)
 
 
-def analyse_lookahead(
-    indexers: dict[str, MemoryIndexer], store: TraceStore, golden: float, budget: float
-) -> dict[str, list[dict]]:
+def analyse_lookahead(indexers: dict[str, MemoryIndexer], store: TraceStore, golden: float, budget: float) -> Lookahead:
     """Every indexer (by name) and policy refreshing every 8 to 256 tokens, and every tau, under one budget.
 
-    rows: {policy, task, interval, mass_recall, low, high, churn, fetched_chunks, fetched_bytes, bytes_per_token,
-    documents, refreshes}. mass_recall is the share of a document's attention mass that was resident, its tokens added
-    up before dividing (token-weighted), then the mean over documents; churn the share of the selected chunks that a
-    refresh has to fetch; both None where nothing is known.
-    decay: {policy, task, offset, mass_recall, low, high, documents}, the same by distance from the refresh in tokens,
-    at the traces' own window. What arrives after a refresh stays resident until the next. Text is cut to a multiple of
-    the longest interval that fits: every interval sees the same tokens. Groups without a span as long as an interval
-    have no row of it.
+    mass_recall is the share of a document's attention mass that was resident, its tokens added up before dividing
+    (token-weighted), then the mean over documents; churn the share of the selected chunks that a refresh has to fetch;
+    decay the same recall by distance from the refresh in tokens, at the traces' own window. What arrives after a
+    refresh stays resident until the next. Text is cut to a multiple of the longest interval that fits: every interval
+    sees the same tokens. Groups without a span as long as an interval have no row of it.
     """
     sums: dict[tuple[str, str, int], list[_Sums]] = defaultdict(list)
     for document in store:
@@ -73,7 +73,7 @@ def analyse_lookahead(
             scored: dict[str, Policy] = {name: scorer.joined_scores for name, scorer in scorers.items()}
             scored |= policies(document, golden)
             del scored["protected"]  # keeps nothing, fetches nothing
-            before: dict[str, torch.Tensor] = {}
+            before: dict[str, torch.Tensor | None] = {}
             for served in in_pieces(document, refresh_windows(document, interval)):
                 for name, score in scored.items():
                     chosen = select(score(served), served.labels.candidate, served.kept(budget))
@@ -90,7 +90,7 @@ def analyse_lookahead(
     window = store.manifest.trace.window
     decay = [row for (name, group, every), members in whole.items() if every == window
              for row in _decay_rows(name, group, members)]  # fmt: skip
-    return {"rows": rows, "decay": decay}
+    return Lookahead(rows=rows, decay=decay)
 
 
 def refresh_windows(document: TraceDocument, interval: int) -> torch.Tensor:
@@ -110,7 +110,9 @@ def _measure(sums: _Sums, served: ServedWindows, chosen: torch.Tensor) -> None:
     sums.longest = max(sums.longest, int(tokens.max()))
 
 
-def _churn(sums: _Sums, served: ServedWindows, chosen: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+def _churn(
+    sums: _Sums, served: ServedWindows, chosen: torch.Tensor, before: torch.Tensor | None
+) -> torch.Tensor | None:
     """Count what each refresh fetches: chosen chunks that were evicted before. Returns the last resident set [N].
 
     Resident are chosen and protected chunks, and those that did not exist yet: they were made on the GPU.
@@ -143,44 +145,114 @@ def _decay(sums: _Sums, served: ServedWindows, chosen: torch.Tensor) -> None:
             sums.offsets[offset][1] += float((needed_mass(part) * tokens).sum())
 
 
-def _row(policy: str, group: str, interval: int, members: list[_Sums], size: int) -> dict:
+def _row(policy: str, group: str, interval: int, members: list[_Sums], size: int) -> RefreshRow:
     churn, _, _ = _interval([each.fetched / each.selected for each in members if each.selected])
     recall, low, high = _interval([each.mass / each.needed for each in members if each.needed])
     refreshes = sum(each.refreshes for each in members)
     fetched = sum(each.fetched for each in members) / refreshes if refreshes else None
-    return {
-        "policy": policy,
-        "task": group,
-        "interval": interval,
-        "mass_recall": recall,
-        "low": low,
-        "high": high,
-        "churn": churn,
-        "fetched_chunks": fetched,
-        "fetched_bytes": None if fetched is None else fetched * size,
-        "bytes_per_token": None if fetched is None else fetched * size / interval,
-        "documents": len(members),
-        "refreshes": refreshes,
-    }
+    return RefreshRow(
+        policy=policy,
+        task=group,
+        interval=interval,
+        mass_recall=recall,
+        low=low,
+        high=high,
+        churn=churn,
+        fetched_chunks=fetched,
+        fetched_bytes=None if fetched is None else fetched * size,
+        bytes_per_token=None if fetched is None else fetched * size / interval,
+        documents=len(members),
+        refreshes=refreshes,
+    )
 
 
-def _decay_rows(policy: str, group: str, members: list[_Sums]) -> Iterator[dict]:
+def _decay_rows(policy: str, group: str, members: list[_Sums]) -> Iterator[DecayRow]:
     for offset in sorted({offset for each in members for offset in each.offsets}):
         parts = [each.offsets[offset] for each in members if offset in each.offsets]
         recall, low, high = _interval([mass / needed for mass, needed in parts if needed])
-        yield {
-            "policy": policy,
-            "task": group,
-            "offset": offset,
-            "mass_recall": recall,
-            "low": low,
-            "high": high,
-            "documents": len(parts),
-        }
+        yield DecayRow(
+            policy=policy,
+            task=group,
+            offset=offset,
+            mass_recall=recall,
+            low=low,
+            high=high,
+            documents=len(parts),
+        )
 
 
 def _interval(values: list[float]) -> tuple[float | None, float | None, float | None]:
     """(mean, low, high) over documents, None where there is none."""
     if not values:
         return None, None, None
-    return tuple(None if np.isnan(each[0]) else float(each[0]) for each in bootstrap_means(np.array(values)[:, None]))
+    mean, low, high = (float(each[0]) for each in bootstrap_means(np.array(values)[:, None]))
+    return (mean, None, None) if np.isnan(low) else (mean, low, high)
+
+
+def timeline(indexer: MemoryIndexer, store: TraceStore, golden: float, budget: float) -> Timeline | None:
+    """The document with the most windows (then the most golden chunks), its first SHOWN of them; None without any."""
+    documents = [(document, document.windows(serving=True)) for document in store]
+    most = max(len(windows) for _, windows in documents)
+    if not most:
+        return None
+
+    def needs(found: tuple[TraceDocument, torch.Tensor]) -> int:
+        return sum(int(served.labels.golden(golden).sum()) for served in in_pieces(*found))
+
+    document, windows = max((each for each in documents if len(each[1]) == most), key=needs)
+    served = ServedWindows.of(document, windows[:SHOWN])
+    candidate = served.labels.candidate
+    scores = DocumentScorer(indexer, served.document).joined_scores(served)
+    chosen = select(scores, candidate, served.kept(budget))
+    bin_chunks = -(-document.chunks // BINS)
+    ranks = _pooled(_percentile(scores, candidate), bin_chunks)
+    refreshes, needed = [], []
+    for row, (first, last) in enumerate(served.windows.tolist()):
+        inside = candidate[row].nonzero()[:, 0]
+        refreshes.append(
+            TimelineWindow(
+                first=int(document.positions[first]),
+                last=int(document.positions[last - 1]),
+                candidates=(int(inside[0]), int(inside[-1]) + 1),
+                kept=chosen[row].nonzero()[:, 0].tolist(),
+                ranks=ranks[row].tolist(),
+            )
+        )
+        needed += _needed(document, golden, range(first, last), candidate[row], chosen[row])
+    meta = document.meta
+    return Timeline(
+        document=meta.name,
+        task=meta.task,
+        length=meta.length,
+        chunk_tokens=served.chunking.tokens,
+        chunks=document.chunks,
+        bin_chunks=bin_chunks,
+        budget=budget,
+        windows=refreshes,
+        needed=needed,
+    )
+
+
+def _needed(
+    document: TraceDocument, golden: float, rows: range, candidate: torch.Tensor, chosen: torch.Tensor
+) -> list[tuple[int, int, int]]:
+    ends, chunks = golden_tokens(document, golden)
+    found = []
+    for row in rows:
+        for chunk in chunks[ends[row] : ends[row + 1]].tolist():
+            if candidate[chunk]:
+                found.append((int(document.positions[row]), chunk, int(chosen[chunk])))
+    return found
+
+
+def _percentile(scores: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """[W, N] -> 100 for the best candidate of a row, down to nearly 0; 0 where there is no candidate."""
+    order = ranking(scores, candidate)
+    place = torch.empty_like(order).scatter_(1, order, torch.arange(scores.shape[1]).expand_as(order))
+    return (100 * (1 - place / candidate.sum(dim=1, keepdim=True))) * candidate
+
+
+def _pooled(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Maxima over `size` neighbours: [W, N] -> [W, ceil(N / size)] int."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % size))
+    return padded.unflatten(1, (-1, size)).amax(dim=2).ceil().int()

@@ -155,6 +155,7 @@ def _native_query(
     latent = parts["wq_a"] @ state
     latent = latent / np.sqrt(np.mean(latent**2) + 1e-6) * parts["q_norm"]
     query = (parts["wq_b"] @ latent).reshape(1, weights.heads, weights.width)
+    assert info.rope is not None  # native indexers are DeepSeek-V4's, whose queries turn
     query = rotated(query, document.positions[row : row + 1].numpy(), info.rope)[0] @ sylvester(weights.width)
     return query, parts["weights_proj"] @ state / np.sqrt(weights.width * weights.heads)
 

@@ -1,6 +1,7 @@
 """A plan for people: Markdown tables, the paper's figures beside them, a plot up to 1M tokens, and files."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _summary(plan: CapacityPlan) -> str:
 
 
 def _terms(plan: CapacityPlan, key: str, form: str) -> str:
-    def cell(pair: dict[str, float]) -> str:
+    def cell(pair: Mapping[str, float]) -> str:
         return f"{form.format(pair['full'])} / {form.format(pair['lsa'])}"
 
     names = plan.rows[0][key]

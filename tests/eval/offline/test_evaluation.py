@@ -9,11 +9,12 @@ from matplotlib import pyplot
 from data_gen.core.errors import InputError
 from data_gen.traces.store import TraceStore
 from data_gen.traces.types import DocumentMeta
-from eval.offline.evaluation import depth_bin, evaluate, length_bins, sampled_reliability, unseen_notes
-from eval.offline.timeline import timeline
+from eval.offline.evaluation import depth_bin, evaluate, length_bins, sampled_reliability, threshold_for, unseen_notes
+from eval.offline.refresh import timeline
 from eval.report.figures import depth_by_length
 from indexer_train.card import Provenance
 from indexer_train.measure.metrics import DocumentScorer, served_windows
+from indexer_train.selection import Budget, Cut, Threshold
 from tests.eval.conftest import planted_indexer
 
 GOLDEN = 0.05
@@ -38,53 +39,53 @@ def test_bins_hold_every_document_once():
 
 def test_cells_of_depth_and_length_add_up(stores, compared):
     needles = [document for document in stores[1] if document.meta.depth is not None]
-    assert sum(row["documents"] for row in compared["heat"]) == len(needles)
-    first = [row for row in compared["by_length"] if (row["policy"], row["budget"]) == ("A", 0.1)]
-    assert sum(row["documents"] for row in first) == len(stores[1].paths())
+    assert sum(row.documents for row in compared["heat"]) == len(needles)
+    first = [row for row in compared["by_length"] if (row.policy, row.budget) == ("A", 0.1)]
+    assert sum(row.documents for row in first) == len(stores[1].paths())
 
 
 def test_two_indexers_are_compared_document_by_document(compared):
-    recall = {(r["policy"], r["task"], r["budget"]): r for r in compared["recall"]}
+    recall = {(r.policy, r.task, r.budget): r for r in compared["recall"]}
     row = next(
-        r for r in compared["comparison"] if (r["task"], r["budget"], r["metric"]) == ("text", 0.1, "mass_recall")
+        r for r in compared["comparison"] if (r.task, r.budget, r.metric) == ("text", 0.1, "mass_recall")
     )
-    assert row["A"] == pytest.approx(recall["A", "text", 0.1]["mass_recall"])
-    assert row["B"] == pytest.approx(recall["B", "text", 0.1]["mass_recall"])
-    assert row["difference"] == pytest.approx(row["A"] - row["B"])
-    assert row["low"] <= row["difference"] <= row["high"] and row["documents"] == 2
-    assert row["A"] != row["B"]
+    assert pytest.approx(recall["A", "text", 0.1].mass_recall) == row.A
+    assert pytest.approx(recall["B", "text", 0.1].mass_recall) == row.B
+    assert row.difference == pytest.approx(row.A - row.B)
+    assert row.low <= row.difference <= row.high and row.documents == 2
+    assert row.A != row.B
 
 
 def test_an_indexer_beside_itself_differs_nowhere(stores, indexer):
     rows = evaluate({"A": indexer, "B": indexer}, stores[1], GOLDEN, 0.1)["comparison"]
-    assert rows and all(row["difference"] == 0 for row in rows)
+    assert rows and all(row.difference == 0 for row in rows)
 
 
 def test_the_timeline_shows_what_serving_kept_and_missed(stores, indexer):
     found = timeline(indexer, stores[1], GOLDEN, 0.1)
-    document = next(d for d in stores[1] if d.meta.name == found["document"])
+    document = next(d for d in stores[1] if d.meta.name == found.document)
     (served,) = served_windows([document])
     scores = DocumentScorer(indexer, served.document).joined_scores(served)
     peak = document.oracle.dense()[1]
     needed = []
-    for row, (window, (first, last)) in enumerate(zip(found["windows"], served.windows.tolist(), strict=True)):
+    for row, (window, (first, last)) in enumerate(zip(found.windows, served.windows.tolist(), strict=True)):
         start, stop = served.chunking.candidates(int(document.positions[first]))
         count = served.chunking.kept(0.1, int(document.positions[first]))
         best = sorted(range(start, stop), key=lambda c: (-float(scores[row, c]), c))
-        assert window["candidates"] == [start, stop] and window["kept"] == sorted(best[:count])
-        assert window["ranks"][best[0]] == 100 and window["ranks"][best[-1]] == -(-100 // (stop - start))
+        assert window.candidates == (start, stop) and window.kept == sorted(best[:count])
+        assert window.ranks[best[0]] == 100 and window.ranks[best[-1]] == -(-100 // (stop - start))
         for token in range(first, last):
             for chunk in range(start, stop):
                 if peak[token, chunk] >= GOLDEN:
-                    needed.append([int(document.positions[token]), chunk, int(chunk in window["kept"])])
-    assert found["needed"] == needed and needed
+                    needed.append((int(document.positions[token]), chunk, int(chunk in window.kept)))
+    assert found.needed == needed and needed
 
 
 def test_reliability_bins_hold_every_candidate(compared, stores):
     count = sum(int(served.labels.candidate.sum()) for served in served_windows(stores[1]))
     bins = compared["reliability"]
-    assert sum(each["chunks"] for each in bins) == count
-    assert [each["predicted"] for each in bins] == sorted(each["predicted"] for each in bins)
+    assert sum(each.chunks for each in bins) == count
+    assert [each.predicted for each in bins] == sorted(each.predicted for each in bins)
 
 
 def test_training_traces_and_traces_without_a_window_are_refused(stores, planted, indexer, tmp_path):
@@ -101,12 +102,12 @@ def test_training_traces_and_traces_without_a_window_are_refused(stores, planted
 
 def test_rows_by_depth_are_those_of_the_documents_there(stores, compared):
     needles = [document.meta for document in stores[1] if document.meta.depth is not None]
-    rows = [row for row in compared["by_depth"] if (row["policy"], row["budget"]) == ("A", "threshold")]
-    assert {row["task"]: row["documents"] for row in rows} == Counter(depth_bin(each) for each in needles)
+    rows = [row for row in compared["by_depth"] if (row.policy, row.budget) == ("A", "threshold")]
+    assert {row.task: row.documents for row in rows} == Counter(depth_bin(each) for each in needles)
     for row in rows:
-        there = [each.name for each in needles if depth_bin(each) == row["task"]]
-        kept = [each["kept"] for each in compared["documents"] if each["name"] in there]
-        assert row["kept"] == pytest.approx(sum(kept) / len(kept))
+        there = [each.name for each in needles if depth_bin(each) == row.task]
+        kept = [each.kept for each in compared["documents"] if each.name in there]
+        assert row.kept == pytest.approx(sum(kept) / len(kept))
 
 
 def test_the_heat_map_leaves_empty_cells_between_blank():
@@ -128,9 +129,9 @@ def test_pieces_change_neither_reliability_nor_timeline(stores, indexer, monkeyp
     bins, shown = sampled_reliability(indexer, stores[1], GOLDEN), timeline(indexer, stores[1], GOLDEN, 0.1)
     assert shown == whole[1]
     for one, other in zip(bins, whole[0], strict=True):
-        assert one == pytest.approx(other, abs=1e-4)
+        assert one.model_dump() == pytest.approx(other.model_dump(), abs=1e-4)
     monkeypatch.setattr("eval.offline.evaluation.SAMPLED", 50)
-    assert 4 * 40 < sum(each["chunks"] for each in sampled_reliability(indexer, stores[1], GOLDEN)) <= 4 * 51
+    assert 4 * 40 < sum(each.chunks for each in sampled_reliability(indexer, stores[1], GOLDEN)) <= 4 * 51
 
 
 def test_traces_that_do_not_say_how_they_were_split_are_noted(planted):
@@ -144,3 +145,20 @@ def test_traces_that_do_not_say_how_they_were_split_are_noted(planted):
     planted[1].manifest.documents["split"] = "heldout"
     assert unseen_notes({"indexer": indexer}, planted[1]) == []
     del planted[1].manifest.documents["split"]
+
+
+def test_a_threshold_for_something_else_is_named(indexer):
+    def ask(*selections):
+        indexer.spec.selections = list(selections)
+        try:
+            return threshold_for("A", indexer, 0.1)
+        finally:
+            indexer.spec.selections = []
+
+    meant = Threshold(target="budget", value=0.1, cuts=[Cut(score=1.0)])
+    other = Threshold(target="recall", value=0.9, cuts=[Cut(score=2.0)])
+    assert ask(other, meant) == (meant, None)
+    used, note = ask(Budget(budget=0.1), other)
+    assert used == other and "A has no threshold calibrated to keep 10.0%" in note and "mass recall of 90.0%" in note
+    used, note = ask()
+    assert used.cuts == [Cut(score=0.0)] and "sigmoid of 0.5" in note

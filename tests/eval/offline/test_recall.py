@@ -3,14 +3,22 @@
 import pytest
 import torch
 
-from eval.offline.policies import Frequency, Random, mean_pooled, oracle, policies, recency, used_now
-from eval.offline.recall import BUDGETS, as_rows, evaluate_recall, measure, recall_rows
-from eval.report.tables import plot_recall, recall_table
+from data_gen.config import TraceConfig
+from data_gen.core.chunks import Chunking
+from data_gen.core.key_bytes import encode_keys
+from data_gen.flashmemory.document import V4_FLASH
+from data_gen.traces.labels import GoldenChunks
+from data_gen.traces.store import TraceStore
+from data_gen.traces.types import DocumentMeta, Manifest, RawTrace, Span
+from eval.offline.policies import POLICIES, Frequency, Random, mean_pooled, oracle, policies, recency, used_now
+from eval.offline.recall import BUDGETS, evaluate_recall, measure, recall_rows
+from eval.report.tables import STYLES, plot_recall, recall_table
 from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.selection import Cut, Threshold
 from tests.eval.conftest import planted_indexer
 
-POLICIES = {"oracle", "indexer", "exact_attention", "mean_pooled", "frequency", "recency", "random", "protected"}
+SHOWN = {"indexer", *POLICIES} - {"native_votes"}
+"""What traces of attention allow."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def test_rows_are_means_over_documents_of_means_over_windows(stores, rows):
                 assert row.documents == 2 and row.windows == sum(map(len, documents))
                 masses = [sum(w[0] for w in windows) / len(windows) for windows in documents]
                 assert abs(row.mass_recall - sum(masses) / 2) < 1e-5
-                assert min(masses) - 1e-5 <= row.interval["mass_recall"][0] <= row.mass_recall + 1e-9
+                assert min(masses) - 1e-5 <= row.interval.mass_recall[0] <= row.mass_recall + 1e-9
                 if name != "oracle":  # its golden recall has another choice
                     precision = [sum(w[2] for w in windows) / len(windows) for windows in documents]
                     assert abs(row.precision - sum(precision) / 2) < 1e-6
@@ -59,14 +67,14 @@ def test_micro_averages_add_all_windows_up(stores, rows):
     row = next(r for r in rows if (r.policy, r.task, r.budget) == ("recency", "text", 0.1))
     served = [s for s in served_windows(stores[1]) if s.document.meta.task == "text"]
     chosen = [s.kept(0.1).sum() for s in served]
-    assert row.micro["kept"] == pytest.approx(float(sum(chosen) / sum(s.visible.sum() for s in served)))
+    assert row.micro.kept == pytest.approx(float(sum(chosen) / sum(s.visible.sum() for s in served)))
     needed = sum(float(s.labels.mass.sum() + s.labels.rest.sum()) for s in served)
     got = 0.0
     for s in served:
         for window, count in enumerate(s.kept(0.1).tolist()):
             last = s.chunking.candidates(int(s.positions[window]))[1]
             got += float(s.labels.mass[window, max(s.chunking.sink, last - count) : last].sum())
-    assert row.micro["mass_recall"] == pytest.approx(got / needed, rel=1e-5)
+    assert row.micro.mass_recall == pytest.approx(got / needed, rel=1e-5)
 
 
 def test_the_oracle_bounds_every_policy_and_protected_chunks_are_nobodys_credit(rows):
@@ -78,7 +86,7 @@ def test_the_oracle_bounds_every_policy_and_protected_chunks_are_nobodys_credit(
             assert row.golden_recall is None or row.golden_recall <= bound.golden_recall + 1e-6
         if row.policy == "protected":
             assert row.mass_recall == row.kept == 0 < row.resident_mass
-    assert {r.policy for r in rows} == POLICIES | {"layer 0", "layer 2"}
+    assert {r.policy for r in rows} == SHOWN | {"layer 0", "layer 2"}
 
 
 def test_every_token_starts_a_window_when_asked(stores, indexer):
@@ -122,6 +130,37 @@ def test_baselines_see_the_past_only(stores):
                     assert (order.diff()[ties] > 0).all()  # the newer of equals ahead
 
 
+@pytest.fixture(scope="module")
+def voted(tmp_path_factory):
+    """A store of one document in which native indexers voted: the last 4 of 803 tokens, 200 chunks."""
+    trace = TraceConfig(chunking=Chunking(tokens=4), layers=[10], oracle="indexer", window=4, text_rows=4, tail=4)
+    manifest = Manifest(backbone=V4_FLASH, trace=trace, documents={}, versions={})
+    store = TraceStore.create(tmp_path_factory.mktemp("voted") / "traces", manifest)
+    generator = torch.Generator().manual_seed(5)
+    raw = RawTrace(
+        hidden={10: torch.zeros(4, 4096).bfloat16()},
+        keys={10: encode_keys(torch.randn(200, 128, generator=generator))},
+        positions=torch.arange(799, 803),
+        oracle=GoldenChunks.from_votes(torch.randint(0, 6, (4, 200), generator=generator), 3),
+    )
+    span = Span(first=0, last=4, serve=0, tail=False)
+    store.write(0, DocumentMeta(name="doc_00000", task="chat", length=803, spans=[span]), raw)
+    return store
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_scores_every_chunk_the_same_on_every_run(stores, voted, name):
+    allowing = 0
+    for document in [*stores[1], *voted]:
+        if name not in policies(document, 0.05):
+            continue
+        for served in served_windows([document]):
+            scores, again = (policies(document, 0.05)[name](served) for _ in range(2))
+            assert scores.shape == (len(served.windows), document.chunks) and torch.equal(scores, again)
+            allowing += 1
+    assert allowing and name in STYLES
+
+
 def test_random_goes_on_from_window_to_window(stores):
     document = next(iter(stores[1]))
     served = next(served_windows([document]))
@@ -132,9 +171,9 @@ def test_random_goes_on_from_window_to_window(stores):
 
 
 def test_tables_and_plot_show_every_policy(rows, tmp_path):
-    text = recall_table(as_rows(rows))
-    assert all(policy in text for policy in POLICIES)
-    plot_recall(as_rows(rows), tmp_path / "recall.png")
+    text = recall_table([row.model_dump() for row in rows])
+    assert all(policy in text for policy in SHOWN)
+    plot_recall([row.model_dump() for row in rows], tmp_path / "recall.png")
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
