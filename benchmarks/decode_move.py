@@ -9,10 +9,8 @@ import torch
 
 from benchmarks.timing import Hardware, Row, host_microseconds, microseconds, require
 from data_gen.core.key_bytes import PAGE
-from eval.serving.fetch import Move, gather_copies, index_copy, unit_copies
-from eval.serving.planner import Planner
-from eval.serving.pools import ColdPool, HotPool
-from eval.serving.table import Table
+from eval.serving.pools import ColdPool, Copy, HotPool, gather_copies, index_copy, unit_copies
+from eval.serving.residency import Planner, SlotTable
 
 LAYERS, KEY, ENTRY = 21, 132, 584
 CHUNK_UNIT = (LAYERS, ENTRY)
@@ -24,11 +22,11 @@ def fetch_rows(
     device: torch.device, machine: Hardware, pages: tuple[int, ...], chunks: tuple[int, ...]
 ) -> Iterator[Row]:
     """Pages and single chunks from host memory into scattered slots, by every way that this machine has."""
-    moves: dict[str, Move] = {"unit copies": unit_copies}
+    copies: dict[str, Copy] = {"unit copies": unit_copies}
     if device.type == "cuda" and find_spec("triton"):
-        moves["gather kernel"] = gather_copies
+        copies["gather kernel"] = gather_copies
     if device.type == "cpu":
-        moves["index copy"] = index_copy
+        copies["index copy"] = index_copy
     for name, shape, counts in (("pages", PAGE_UNIT, pages), ("chunks", CHUNK_UNIT, chunks)):
         cold = ColdPool(shape, torch.uint8)
         cold.append(torch.randint(0, 256, (max(counts), *shape), dtype=torch.uint8))
@@ -38,12 +36,12 @@ def fetch_rows(
             units = np.sort(random.permutation(cold.units)[:count]).astype(np.int32)
             slots = random.permutation(hot.capacity)[:count].astype(np.int32)
             moved = count * cold.layout.stride
-            for backend, move in moves.items():
+            for backend, copy in copies.items():
                 hot.storage.zero_()
-                move(cold, units, hot, slots)
+                copy(cold, units, hot, slots)
                 for unit, slot in zip(units.tolist(), slots.tolist(), strict=True):
                     require(torch.equal(hot.slots[slot].cpu(), cold[unit]), f"fetch by {backend}")
-                us = microseconds(partial(move, cold, units, hot, slots), device)
+                us = microseconds(partial(copy, cold, units, hot, slots), device)
                 stage = f"fetch {moved / 1e6:.0f} MB, {count} {name} of {cold.layout.stride / 1e3:.0f} KB"
                 yield Row(stage, backend, us, moved, moved / machine.link)
 
@@ -51,7 +49,7 @@ def fetch_rows(
 def planner_rows(units: int, resident: int) -> Iterator[Row]:
     """Planning alone: a quarter of the resident units changes every window."""
     random = np.random.default_rng(0)
-    planner = Planner(Table(2 * resident), reserve=16)
+    planner = Planner(SlotTable(2 * resident), reserve=16)
     planner.table.grow(units)
     wanted = [np.sort(random.permutation(units)[:resident])]
     for _ in range(20):

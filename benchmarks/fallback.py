@@ -29,9 +29,8 @@ from eval.online.check import wilson
 from eval.online.open import open_session
 from eval.online.policies import indexer_policy
 from eval.report.tables import table
-from eval.runtime.fallback import Fallback
 from eval.runtime.runtime import LSARuntime
-from eval.serving.select import Limits
+from eval.serving.select import Fallback, Limits
 from indexer_train.formats.bundle import load_bundle
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold

@@ -32,7 +32,7 @@ from data_gen.config import BackboneConfig
 from data_gen.core.errors import InputError
 from data_gen.text.documents import heldout_share
 from eval.online.haystack import Haystack
-from eval.runtime.hosts.moving import Prepared
+from eval.runtime.hosts.resident import Prepared
 from eval.runtime.runtime import LSARuntime
 from eval.serving.level1 import Level1
 from indexer_train.formats.bundle import load_bundle
@@ -72,11 +72,11 @@ def decode(runtime: LSARuntime, ids: torch.Tensor, follow: torch.Tensor) -> tupl
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     started, windows = time.perf_counter(), len(runtime.windows)
-    runtime.refresh()
+    runtime.cycle.refresh()
     with runtime.host.attached(), torch.no_grad():
         for step, token in enumerate(follow.split(1, dim=1)):
             if step:
-                runtime.advance()
+                runtime.cycle.advance()
             logits = runtime.host.read(token)
     logits.cpu()
     seconds = time.perf_counter() - started

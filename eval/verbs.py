@@ -27,9 +27,8 @@ from eval.report.tables import (
     write_results,
 )
 from eval.report.tasks import benchmark_table, difference_table, fidelity_table
-from eval.runtime.fallback import Fallback
 from eval.runtime.runtime import LSARuntime
-from eval.serving.select import Limits
+from eval.serving.select import Fallback, Limits
 from indexer_train.config import TrainConfig
 from indexer_train.formats.bundle import load_bundle
 from indexer_train.load import load_indexer, open_traces

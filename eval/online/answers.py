@@ -19,7 +19,7 @@ from eval.online.policies import decode_policies, protected
 from eval.online.prefill import Prefill
 from eval.online.scorers import SCORERS
 from eval.online.session import Session
-from eval.runtime.fallback import Fallback
+from eval.serving.select import Fallback
 from indexer_train.model import MemoryIndexer
 
 FALLBACK, PROTECTED = "indexer+fallback", "protected"

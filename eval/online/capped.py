@@ -6,8 +6,7 @@ import torch
 
 from eval.online.policies import indexer_policy
 from eval.online.session import Session
-from eval.runtime.fallback import Fallback, Served, serve
-from eval.serving.select import Limits, resident_chunks
+from eval.serving.select import Fallback, Limits, Served, resident_chunks, serve
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Threshold
 

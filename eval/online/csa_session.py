@@ -13,8 +13,7 @@ from data_gen.backbones.deepseek_v4_hooks import arguments
 from data_gen.core.chunks import Chunking
 from data_gen.core.tensors import tiled_scores
 from eval.online.session import Session
-from eval.runtime.hosts.deepseek_v4 import DeepseekV4Host
-from eval.runtime.hosts.deepseek_v4_cache import ResidentCsaCache
+from eval.runtime.hosts.deepseek_v4 import DeepseekV4Host, ResidentCsaCache
 
 
 class CsaSession(Session):

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 from data_gen.backbones.observe import AttentionCall, attention_modules, observe
 from data_gen.core.chunks import Chunking
 from data_gen.traces.labels import candidates, pooled_attention
-from eval.runtime.hosts.dense import DenseHost
-from eval.runtime.hosts.dense_cache import ResidentCache
+from eval.runtime.hosts.dense import DenseHost, ResidentCache
 from eval.runtime.hosts.together import read_together
 from indexer_train.scoring import select
 

@@ -1,13 +1,16 @@
 """Level 1: score a history's chunks with the memory indexer and say which must be resident for the next tau tokens.
 
-Needs keys and hidden states, no model and no Hugging Face: a serving engine calls it with its own key pool.
+Needs keys and hidden states, no model and no Hugging Face. Called by the runtime around a Hugging Face model
+(eval/runtime/runtime.py) and by serving engines, with their own key pool.
 
     level1 = open_level1(load_scorer(folder), Limits(cap=24_576))
     queries = level1.pack(hidden, positions)  # hidden [B, L, hidden]: what the indexer's layers read
     resident = level1.resident(queries, PagedKeys(pages, table))
 """
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol, Self, get_args
 
 import torch
@@ -16,7 +19,7 @@ from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import PAGE, SCALE_BYTES, pages_to_rows, rows_to_pages
 from data_gen.core.keys import key_vectors
 from eval.serving.kernels.device import lacks
-from eval.serving.select import Limits, Resident, densest_pages, resident_chunks
+from eval.serving.select import Limits, Resident, resident_chunks
 from indexer_train.scoring import join_layers
 from indexer_train.selection import Budget, Threshold
 from indexer_train.spec import IndexerSpec
@@ -27,7 +30,10 @@ TILE = 8192
 
 
 class Indexer(Protocol):
-    """A bundle's weights: a `Scorer` (indexer_train/scorer.py), or a MemoryIndexer around one."""
+    """A bundle's weights: a `Scorer` (indexer_train/scorer.py), or a MemoryIndexer around one.
+
+    pack: [B, L, hidden] at [B] -> [B, L * size + 1]; layer_logits: those, keys [N, L * d] of chunks [N] -> [L, B, N].
+    """
 
     @property
     def spec(self) -> IndexerSpec: ...
@@ -69,8 +75,8 @@ class PagedKeys:
 class Level1:
     """The torch backend, on the CPU or a GPU: every term of a bundle's score, in tiles.
 
-    limits: floor and cap of the resident set, in chunks or in pages; selection: how chunks are chosen, by default as
-    the bundle says.
+    limits: floor and cap of the resident set; selection: how chunks are chosen, by default as the bundle says. Raises
+    InputError for a cap that cannot hold the protected chunks.
     """
 
     def __init__(self, indexer: Indexer, limits: Limits, selection: Budget | Threshold | None = None) -> None:
@@ -89,9 +95,9 @@ class Level1:
     def joined_scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
         """Joined scores of every visible chunk, -inf behind them: [B, N] fp32.
 
-        queries: from `pack`; keys: pages, or one history shared by all queries as its trace stores it, [N, L, d]
-        floats or [N, L, d + 4] uint8. Beside the result, memory does not grow with N. Raises InputError for keys of
-        other layers or widths, damaged ones, or fewer than a position sees.
+        queries: from `pack`; keys: pages, or rows as a trace stores them, [N, L, d] floats or [N, L, d + 4] uint8:
+        one history that all queries share, or [B, N, L, ...] of one each. Beside the result, memory does not grow with
+        N. Raises InputError for keys of other layers or widths, damaged ones, or fewer than a position sees.
         """
         seen = [self.indexer.spec.chunking.visible(int(position)) for position in queries[:, -1].tolist()]
         capacity = check_keys(self.indexer.spec, keys, len(seen))
@@ -101,17 +107,19 @@ class Level1:
         for row, visible in enumerate(seen):
             for first in range(0, visible, TILE):
                 last = min(visible, first + TILE)
-                stored = keys.rows(row, first, last) if isinstance(keys, PagedKeys) else keys[first:last]
+                if isinstance(keys, PagedKeys):
+                    stored = keys.rows(row, first, last)
+                else:
+                    stored = (keys if keys.ndim == 3 else keys[row])[first:last]
                 chunks = torch.arange(first, last, device=queries.device)
                 logits = self.indexer.layer_logits(queries[row : row + 1], key_vectors(stored).flatten(1), chunks)
                 scores[row, first:last] = join_layers(logits, self.indexer.spec.shape.join)[0]
         return scores
 
     def resident(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Resident:
-        """The chunks (or pages, as the limits say) that must be resident, arguments as `joined_scores`."""
-        choose = densest_pages if self.limits.unit == "pages" else resident_chunks
+        """The chunks that must be resident, arguments as `joined_scores`."""
         chunking, positions = self.indexer.spec.chunking, queries[:, -1].long()
-        return choose(self.joined_scores(queries, keys), positions, chunking, self.selection, self.limits)
+        return resident_chunks(self.joined_scores(queries, keys), positions, chunking, self.selection, self.limits)
 
 
 def open_level1(
@@ -120,7 +128,8 @@ def open_level1(
     selection: Budget | Threshold | None = None,
     backend: Backend = "auto",
 ) -> Level1:
-    """Level 1 on the indexer's device; `auto`: Triton on a GPU where it is installed and has all that the bundle needs.
+    """Level 1 on the indexer's device; `auto`: Triton on a GPU where it is installed and has all that the bundle needs,
+    else torch, and a warning is logged that says why.
 
     triton-fp8 rounds queries to fp8 as well: faster, but the set comes out a little different, so only on request.
     Raises InputError when Triton is asked for and is not installed, has no GPU of compute capability 8.9, or lacks a
@@ -128,19 +137,27 @@ def open_level1(
     """
     if backend not in get_args(Backend):
         raise InputError(f"backend: {backend} is none of {', '.join(get_args(Backend))}")
-    lacking = lacks(indexer.device)
-    if backend == "torch" or (backend == "auto" and lacking):
-        return Level1(indexer, limits, selection)
-    if lacking:
-        raise InputError(f"backend: {backend} needs {lacking}; use the torch backend")
-    from eval.serving.level1_triton import TritonLevel1
-
+    level1, lacking = Level1(indexer, limits, selection), lacks(indexer.device)
+    # Without a GPU torch is what `auto` means; on one it is second best, and said.
+    if backend == "torch" or (backend == "auto" and lacking and indexer.device.type != "cuda"):
+        return level1
     try:
+        if lacking:
+            raise InputError(f"backend: {backend} needs {lacking}; use the torch backend")
+        from eval.serving.level1_triton import TritonLevel1
+
         return TritonLevel1(indexer, limits, selection, fp8=backend == "triton-fp8")
-    except InputError:
+    except InputError as error:
         if backend != "auto":
             raise
-    return Level1(indexer, limits, selection)
+        _say_once(str(error))
+    return level1
+
+
+@cache
+def _say_once(reason: str) -> None:
+    """Log why `auto` takes torch on a GPU, each reason once a process."""
+    logging.getLogger(__name__).warning("Level 1 is computed by torch, not by Triton: %s", reason)
 
 
 def check_keys(spec: IndexerSpec, keys: PagedKeys | torch.Tensor, sequences: int) -> int:
@@ -156,6 +173,8 @@ def check_keys(spec: IndexerSpec, keys: PagedKeys | torch.Tensor, sequences: int
             raise InputError(f"page table of {len(keys.table)} sequences for {sequences} queries")
         return keys.table.shape[1] * PAGE
     stored = width + SCALE_BYTES if keys.dtype == torch.uint8 else width
-    if keys.shape[1:] != (layers, stored):
+    if keys.ndim not in (3, 4) or keys.shape[-2:] != (layers, stored):
         raise InputError(f"keys {list(keys.shape)}: the indexer reads [chunks, {layers}, {stored}]")
-    return len(keys)
+    if keys.ndim == 4 and len(keys) != sequences:
+        raise InputError(f"keys of {len(keys)} sequences for {sequences} queries")
+    return keys.shape[-3]

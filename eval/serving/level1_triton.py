@@ -1,6 +1,11 @@
-"""The Triton backend of Level 1: two launches, or three, nothing read back by the host, outputs allocated once."""
+"""The Triton backend of Level 1: two launches, or three, nothing read back by the host, outputs allocated once.
 
-from dataclasses import dataclass
+Opened by `open_level1`. Programs of a launch wait for one another, so launches are cooperative: the driver starts all
+programs at once or refuses, and no wait depends on the order in which a GPU starts them. A batch that does not fit goes
+in parts.
+"""
+
+from dataclasses import dataclass, fields
 
 import torch
 import triton
@@ -16,7 +21,7 @@ from indexer_train.selection import Budget, Threshold
 from indexer_train.spec import IndexerSpec
 
 PROGRAMS_AN_SM = 3
-"""What fits: all share an SM's 65,536 registers."""
+"""Of the first launch, at most: all share an SM's 65,536 registers."""
 REGISTERS = 65536 // (128 * PROGRAMS_AN_SM) // 8 * 8
 """What a thread may use so that they fit, 128 threads each; the hardware's steps are of 8."""
 ROUNDED = 16
@@ -26,12 +31,15 @@ STAGES = 6
 LIMIT_PROGRAMS = 128
 """Of the second launch, together, at most."""
 LIMIT_TILE = 2048
+SCORE_OPTIONS = {"num_warps": 4, "maxnreg": REGISTERS, "launch_cooperative_grid": True}
+LIMIT_OPTIONS = {"num_warps": 8, "launch_cooperative_grid": True}
+"""How the two kernels with waits are compiled and launched."""
 FOREVER = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """What a call writes, for B sequences of T pages; status is zero between calls."""
+    """What a call writes, for B sequences of T pages, [B, ...] each; status is zero between calls."""
 
     operands: torch.Tensor
     weights: torch.Tensor
@@ -44,6 +52,10 @@ class Buffers:
     ids: torch.Tensor
     counts: torch.Tensor
     demand: torch.Tensor
+
+    def part(self, sequences: slice) -> "Buffers":
+        """Those of some sequences: the memory itself."""
+        return Buffers(**{field.name: getattr(self, field.name)[sequences] for field in fields(self)})
 
 
 class TritonLevel1(Level1):
@@ -69,7 +81,6 @@ class TritonLevel1(Level1):
             raise InputError("backend: triton needs a CUDA device; use the torch backend")
         check_fp8(indexer.device)
         self.fp8 = fp8
-        self.cap = limits.cap * (PAGE if limits.unit == "pages" else 1)  # of chunks
         budget = isinstance(self.selection, Budget)
         cuts = [] if budget else self.selection.cuts
         device = indexer.device
@@ -78,6 +89,11 @@ class TritonLevel1(Level1):
         self.cut_scores = torch.tensor([cut.score for cut in cuts] or [torch.inf], device=device)
         share = self.selection.budget if budget else 0.0
         self.budget = torch.tensor([share], dtype=torch.float64, device=device)
+        self._processors, self._programs = 12, 12 * PROGRAMS_AN_SM  # the interpreter's: a few runs, as a GPU has
+        if device.type == "cuda":
+            gpu = torch.cuda.get_device_properties(device)
+            self._processors = gpu.multi_processor_count
+            self._programs = self._processors * programs_an_sm(gpu.shared_memory_per_multiprocessor, indexer.spec)
         self._buffers: dict[tuple[int, int], Buffers] = {}
 
     def joined_scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
@@ -87,22 +103,28 @@ class TritonLevel1(Level1):
         return scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= seen, -torch.inf)
 
     def resident(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Resident:
-        """As `Level1.resident`; pages are counted by torch, from the kernel's scores."""
-        if self.limits.unit == "pages":
-            return super().resident(queries, keys)
+        """As `Level1.resident`."""
         buffers = self._launch(queries, keys)
         return Resident(buffers.ids, buffers.counts, buffers.demand)
 
     def _launch(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Buffers:
-        spec = self.indexer.spec
-        check_keys(spec, keys, len(queries))
+        """Both launches for all sequences; what they leave in the buffers."""
+        check_keys(self.indexer.spec, keys, len(queries))
         if not isinstance(keys, PagedKeys):
             raise InputError("keys: the Triton backend reads pages (PagedKeys) only; use the torch backend")
         pages, table = keys.pages, keys.table.contiguous()
         if pages.stride(2) != 1 or any(step % 16 for step in (pages.data_ptr(), *pages.stride()[:2])):
             raise InputError("key pages: each must be 16-byte aligned and without gaps; copy them into such a pool")
+        buffers = self._allocated(*table.shape)
+        most = sequences_at_once(self._processors, self._programs, len(self.indexer.spec.layers))
+        for first in range(0, len(table), most):
+            part = slice(first, first + most)
+            self._launch_part(queries[part], pages, table[part], buffers.part(part))
+        return buffers
+
+    def _launch_part(self, queries: torch.Tensor, pages: torch.Tensor, table: torch.Tensor, buffers: Buffers) -> None:
+        spec = self.indexer.spec
         (sequences, width), layers = table.shape, len(spec.layers)
-        buffers = self._allocated(sequences, width)
         runs = buffers.status.shape[1] // layers
         values, scales = pages.view(torch.float8_e4m3fn), pages.view(torch.float32)
         if self.fp8:
@@ -115,7 +137,7 @@ class TritonLevel1(Level1):
             queries, queries.stride(0), buffers.operands, buffers.weights,
             values, *values.stride()[:2], scales, *scales.stride()[:2], table, width,
             self.cut_ends, self.cut_scores, buffers.logits, buffers.scores, buffers.status, buffers.scratch,
-            buffers.ids, buffers.found, self.cap, num_warps=4, maxnreg=REGISTERS,
+            buffers.ids, buffers.found, self.limits.cap, **SCORE_OPTIONS,
             **score_constants(spec, len(self.cut_ends), runs, self.fp8),
         )  # fmt: skip
         parts = buffers.shares.shape[1]
@@ -126,16 +148,15 @@ class TritonLevel1(Level1):
             limit_kernel[(parts, sequences)](
                 queries[:, -1], queries.stride(0), buffers.scores, width * PAGE, buffers.found, buffers.scratch,
                 buffers.shares, buffers.status, buffers.ids, buffers.counts, buffers.demand, self.budget,
-                self.limits.floor, self.cap, FIRST=first, LAST=last, num_warps=8, **constants,
+                self.limits.floor, self.limits.cap, FIRST=first, LAST=last, **LIMIT_OPTIONS, **constants,
             )  # fmt: skip
-        return buffers
 
     def _allocated(self, sequences: int, width: int) -> Buffers:
         if (sequences, width) not in self._buffers:
             device, layers = self.indexer.device, len(self.indexer.spec.layers)
-            processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 12
-            runs = max(1, min(width, PROGRAMS_AN_SM * processors // (layers * sequences)))
-            parts = limit_programs(processors, sequences, width * PAGE)
+            at_once = min(sequences, sequences_at_once(self._processors, self._programs, layers))
+            runs = max(1, min(width, self._programs // (layers * at_once)))
+            parts = limit_programs(self._processors, at_once, width * PAGE)
             heads, key_width = self.indexer.spec.shape.heads, self.indexer.spec.key_width
             queries = torch.empty(sequences, layers, heads, key_width, dtype=torch.float8_e4m3fn, device=device)
             self._buffers[sequences, width] = Buffers(
@@ -147,7 +168,7 @@ class TritonLevel1(Level1):
                 scratch=torch.empty(sequences, SCRATCH.value, dtype=torch.int32, device=device),
                 shares=torch.empty(sequences, parts, 2, dtype=torch.int32, device=device),
                 found=torch.empty(sequences, dtype=torch.int32, device=device),
-                ids=torch.empty(sequences, self.cap, dtype=torch.int32, device=device),
+                ids=torch.empty(sequences, self.limits.cap, dtype=torch.int32, device=device),
                 counts=torch.empty(sequences, dtype=torch.int32, device=device),
                 demand=torch.empty(sequences, dtype=torch.int32, device=device),
             )
@@ -190,6 +211,21 @@ def score_constants(spec: IndexerSpec, cuts: int, runs: int, fp8: bool) -> dict[
         "FP8": fp8,
         "STAGES": STAGES,
     }
+
+
+def programs_an_sm(shared: int, spec: IndexerSpec) -> int:
+    """Programs of the first launch that a multiprocessor with `shared` bytes of shared memory holds at once."""
+    return max(1, min(PROGRAMS_AN_SM, shared // program_bytes(spec)))
+
+
+def program_bytes(spec: IndexerSpec) -> int:
+    """Shared memory of such a program, at most: a layer's queries in fp16, two pages of keys, sums, CUDA's own."""
+    return 2 * spec.shape.heads * spec.key_width + 2 * PAGE * spec.key_width + 5 * 1024
+
+
+def sequences_at_once(processors: int, programs: int, layers: int) -> int:
+    """Sequences of one launch, at most: each takes a program a layer of the first one's, and one of the second's."""
+    return max(1, min(processors, programs // layers))
 
 
 def limit_programs(processors: int, sequences: int, chunks: int) -> int:

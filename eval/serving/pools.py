@@ -1,8 +1,16 @@
-"""Where units live: all of them cold in host memory, some of them hot on the device."""
+"""Where units live, cold in host memory or hot on the device, and how they get from the one to the other.
+
+Called by both sides: `Residency`, for serving engines, and the hosts of Hugging Face models
+(eval/runtime/hosts/resident.py).
+"""
 
 import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import prod
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -152,3 +160,95 @@ class HotPool:
     @property
     def device(self) -> torch.device:
         return self.storage.device
+
+
+Copy = Callable[[ColdPool, np.ndarray, HotPool, np.ndarray], None]
+"""(cold, units [n], hot, slots [n]): unit i of the cold pool into slot i of the hot one, on the current stream."""
+
+
+def index_copy(cold: ColdPool, units: np.ndarray, hot: HotPool, slots: np.ndarray) -> None:
+    """The reference: one indexed copy a segment, in words of eight bytes; waits for the device, if there is one."""
+    target = hot.storage.view(torch.int64)
+    segment, row = cold.locate(np.asarray(units, dtype=np.int64))
+    for number in np.unique(segment):
+        here = segment == number
+        data = cold.segments[number].view(torch.int64).index_select(0, torch.from_numpy(row[here]))
+        target.index_copy_(0, torch.from_numpy(slots[here].astype(np.int64)).to(hot.device), data.to(hot.device))
+
+
+def unit_copies(cold: ColdPool, units: np.ndarray, hot: HotPool, slots: np.ndarray) -> None:
+    """One copy a unit, by the copy engine where the cold pool is pinned: good for pages, slow for chunks."""
+    for unit, slot in zip(units.tolist(), slots.tolist(), strict=True):
+        hot.storage[slot].copy_(cold.storage(unit), non_blocking=cold.pinned)
+
+
+def gather_copies(cold: ColdPool, units: np.ndarray, hot: HotPool, slots: np.ndarray) -> None:
+    """The Triton kernel: the device itself reads pinned host memory. Raises InputError for a pageable pool."""
+    from eval.serving.kernels.gather import gather
+
+    if not cold.pinned:
+        raise InputError("the gather kernel reads pinned memory: this cold pool is pageable, use unit_copies")
+    sources = cold.addresses(units).pin_memory().to(hot.device, non_blocking=True)
+    targets = torch.from_numpy(slots.astype(np.int32)).pin_memory().to(hot.device, non_blocking=True)
+    gather(sources, targets, hot.storage)
+
+
+def best_copy(cold: ColdPool, hot: HotPool) -> Copy:
+    """The fastest way that this machine has. Raises InputError when the pools hold different units."""
+    if cold.layout != hot.layout:
+        raise InputError(f"the cold pool holds {cold.layout}, the hot one {hot.layout}: give both the same units")
+    if hot.device.type != "cuda":
+        return index_copy
+    return gather_copies if cold.pinned and find_spec("triton") else unit_copies
+
+
+class Ticket(Protocol):
+    """Work under way. `result` is what it returned, or raises what it raised; what follows comes after the work."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> Any: ...
+
+
+class Lane(Protocol):
+    """Runs work beside the decoding: a SideStream on a device, a ThreadPoolExecutor on a CPU."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any) -> Ticket: ...
+
+
+class SideStream:
+    """A CUDA stream beside the current one; its work starts after everything that was queued before it.
+
+    Memory that the work allocates is the side stream's: it may be dropped at any time, for it is given out again only
+    to later work, which waits for whatever the current stream still reads.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def submit(self, work: Callable[..., Any], /, *args: Any) -> "StreamTicket":
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            value = work(*args)
+        return StreamTicket(self._stream.record_event(), self._stream.device, value)
+
+
+@dataclass(frozen=True)
+class StreamTicket:
+    """Done when the device has passed `event`."""
+
+    event: torch.cuda.Event
+    device: torch.device
+    value: Any
+
+    def done(self) -> bool:
+        return self.event.query()
+
+    def result(self) -> Any:
+        torch.cuda.current_stream(self.device).wait_event(self.event)
+        return self.value
+
+
+def side_lane(device: torch.device) -> Lane:
+    """The lane for overlapped fetches into pools on this device."""
+    return SideStream(device) if device.type == "cuda" else ThreadPoolExecutor(max_workers=1)

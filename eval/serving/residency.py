@@ -1,75 +1,199 @@
-"""What is resident, window after window: pools, table, planner and fetch behind one object.
+"""What is resident, window after window, for engines with paged kernels: one sequence, slots in any order.
 
-For a serving engine, whose paged kernels read slots in any order, so that what stays resident never moves. The hosts of
-Hugging Face models keep their rows compact and in the order of chunks instead (hosts/resident.py), because stock
-attention reads contiguous tensors; they share the cold pool and the fetch with this, not the table.
+Called by a serving engine, which gives it the units that Level 1 asks for and reads them where `InForce` says. Paged
+kernels take slots in any order, so that what stays resident never moves. The hosts of Hugging Face models keep compact
+rows in the order of chunks instead (eval/runtime/hosts/resident.py), because stock attention reads contiguous tensors:
+they share the cold pool and the copies with this (pools.py), not the table.
+
+Three parts: `SlotTable` says where a unit lies, `Planner` what to fetch and what to drop, `Residency` does it.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from data_gen.core.errors import InputError
-from eval.serving.fetch import best_move
-from eval.serving.planner import Plan, Planner
-from eval.serving.pools import ColdPool, HotPool
-from eval.serving.table import Table
+from eval.serving.pools import ColdPool, HotPool, Lane, Ticket, best_copy
 
 
-class Ticket(Protocol):
-    """Work under way. `result` is what it returned, or raises what it raised; what follows comes after the work."""
+class SlotTable:
+    """Units 0 .. N-1 (chunks, or pages of chunks) over a fixed number of device slots.
 
-    def done(self) -> bool: ...
-
-    def result(self) -> Any: ...
-
-
-class Lane(Protocol):
-    """Runs work beside the decoding: a SideStream on a device, a ThreadPoolExecutor on a CPU."""
-
-    def submit(self, work: Callable[..., Any], /, *args: Any) -> Ticket: ...
-
-
-class SideStream:
-    """A CUDA stream beside the current one; its work starts after everything that was queued before it.
-
-    Memory that the work allocates is the side stream's: it may be dropped at any time, for it is given out again only
-    to later work, which waits for whatever the current stream still reads.
+    slot_of: [N] int32, the slot in which a unit can be read, -1 if nowhere; unit_of: [capacity] int32, the unit that
+    owns a slot, -1 for a free one. A slot is owned before it can be read: while its bytes are on their way.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise InputError(f"a hot pool of {capacity} slots holds nothing: give it at least one")
+        self.unit_of = np.full(capacity, -1, dtype=np.int32)
+        self._slot_of = np.full(1024, -1, dtype=np.int32)
+        self.units = 0
 
-    def submit(self, work: Callable[..., Any], /, *args: Any) -> "StreamTicket":
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            value = work(*args)
-        return StreamTicket(self._stream.record_event(), self._stream.device, value)
+    @property
+    def capacity(self) -> int:
+        return self.unit_of.size
+
+    @property
+    def slot_of(self) -> np.ndarray:
+        return self._slot_of[: self.units]
+
+    def grow(self, count: int) -> np.ndarray:
+        """Number `count` new units, on the device nowhere yet; returns their numbers, ascending."""
+        first, self.units = self.units, self.units + count
+        if self.units > self._slot_of.size:
+            spare = max(self.units, 2 * self._slot_of.size) - self._slot_of.size
+            self._slot_of = np.concatenate([self._slot_of, np.full(spare, -1, dtype=np.int32)])
+        return np.arange(first, self.units, dtype=np.int32)
+
+    def free(self) -> np.ndarray:
+        """Slots that nobody owns, ascending."""
+        return np.flatnonzero(self.unit_of < 0)
+
+    def own(self, units: np.ndarray, slots: np.ndarray) -> None:
+        """Give free slots to units; they cannot be read there yet."""
+        self.unit_of[slots] = units
+
+    def publish(self, units: np.ndarray, slots: np.ndarray) -> None:
+        """The bytes of these units are in their slots: from now on they are read there."""
+        self._slot_of[units] = slots
+
+    def remove(self, slots: np.ndarray) -> np.ndarray:
+        """Free owned slots; returns the units that lose them."""
+        units = self.unit_of[slots]
+        self._slot_of[units] = -1
+        self.unit_of[slots] = -1
+        return units
+
+    def slots(self, units: np.ndarray) -> np.ndarray:
+        """The slots of units that are on the device, [n] int32. Raises InputError for one that is not."""
+        slots = self.slot_of[units]
+        if slots.size and slots.min() < 0:
+            absent = np.asarray(units)[slots < 0]
+            raise InputError(f"unit {absent[0]} ({absent.size} in all) is not on the device: fetch it before reading")
+        return slots
 
 
 @dataclass(frozen=True)
-class StreamTicket:
-    """Done when the device has passed `event`."""
+class FetchPlan:
+    """From what is on the device to `wanted` (ascending units). Unit fetch_units[i] goes to slot fetch_slots[i];
+    evict_units leave evict_slots, some of which the fetched ones take. All [n] int32."""
 
-    event: torch.cuda.Event
-    device: torch.device
-    value: Any
-
-    def done(self) -> bool:
-        return self.event.query()
-
-    def result(self) -> Any:
-        torch.cuda.current_stream(self.device).wait_event(self.event)
-        return self.value
+    wanted: np.ndarray
+    fetch_units: np.ndarray
+    fetch_slots: np.ndarray
+    evict_units: np.ndarray
+    evict_slots: np.ndarray
 
 
-def side_lane(device: torch.device) -> Lane:
-    """The lane for overlapped fetches into pools on this device."""
-    return SideStream(device) if device.type == "cuda" else ThreadPoolExecutor(max_workers=1)
+class Planner:
+    """Plans over one table. A unit that nobody wants stays while there is room, so that it may be wanted again.
+
+    protected: units that every wanted set contains; reserve: the most units admitted between two plans.
+    Raises InputError when the slots cannot hold these two.
+    """
+
+    def __init__(self, table: SlotTable, protected: int = 0, reserve: int = 0) -> None:
+        if protected + reserve > table.capacity:
+            raise InputError(
+                f"a hot pool of {table.capacity} slots is smaller than its protection: {protected} protected units "
+                f"and {reserve} for new ones: give it more slots or protect less"
+            )
+        self.table = table
+        self.reserve = reserve
+        self.open: FetchPlan | None = None
+        self._window = 0
+        self._in_force = 0
+        self._wanted_in = np.full(table.capacity, -1, dtype=np.int64)  # the last window that wanted a slot's unit
+
+    def plan(self, wanted: np.ndarray, overlap: bool = False) -> FetchPlan:
+        """FetchPlan towards `wanted` and take its slots; what is evicted cannot be read from now on.
+
+        overlap: the set in force is read on while the fetch runs, so none of its slots is taken. One plan at a time:
+        `finish` it before the next. Raises InputError, with nothing changed, when `wanted` is not an ascending list
+        of known units or does not fit.
+        """
+        if self.open is not None:
+            raise RuntimeError("the last plan is not finished")
+        wanted = self._checked(wanted)
+        slots = self.table.slot_of[wanted]
+        missing = slots < 0
+        kept = slots[~missing]
+        count = wanted.size - kept.size
+        droppable = self._droppable(self._in_force) if overlap else self.table.unit_of >= 0
+        droppable[kept] = False
+        free = self.table.free()
+        if count + self.reserve > free.size + np.count_nonzero(droppable):
+            both = " beside the set in force" if overlap else ""
+            raise InputError(
+                f"{wanted.size} wanted units and {self.reserve} for new ones do not fit into {self.table.capacity} "
+                f"slots{both}: raise the capacity or lower the cap of the selection"
+            )
+        evict_slots = self._oldest(droppable, count - free.size)
+        evict_units = self.table.remove(evict_slots)
+        fetch_units = wanted[missing]
+        fetch_slots = np.concatenate([free[:count], evict_slots]).astype(np.int32)
+        self.table.own(fetch_units, fetch_slots)
+        self._window += 1
+        self._wanted_in[kept] = self._window
+        self._wanted_in[fetch_slots] = self._window
+        self.open = FetchPlan(wanted, fetch_units, fetch_slots, evict_units, evict_slots)
+        return self.open
+
+    def finish(self) -> None:
+        """The fetch of the open plan is done: its units can be read, and its set is the one in force."""
+        if self.open is None:
+            raise RuntimeError("there is no plan to finish")
+        self.table.publish(self.open.fetch_units, self.open.fetch_slots)
+        self._in_force = self._window
+        self.open = None
+
+    def admit(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Number `count` new units and give them slots until the next plan; returns (units, slots).
+
+        Raises InputError when only units of the set in force, or of the open plan, could make room.
+        """
+        free = self.table.free()
+        droppable = self._droppable(self._in_force)
+        if count > free.size + np.count_nonzero(droppable):
+            raise InputError(
+                f"no slot for {count} new units: all {self.table.capacity} are in use in this window: "
+                "raise the capacity, or the planner's reserve"
+            )
+        dropped = self._oldest(droppable, count - free.size)
+        self.table.remove(dropped)
+        slots = np.concatenate([free[:count], dropped]).astype(np.int32)
+        units = self.table.grow(count)
+        self.table.own(units, slots)
+        self.table.publish(units, slots)
+        self._wanted_in[slots] = self._window
+        return units, slots
+
+    def room(self) -> int:
+        """Slots that could be given to new units now."""
+        return self.table.free().size + np.count_nonzero(self._droppable(self._in_force))
+
+    def _droppable(self, since: int) -> np.ndarray:
+        """[capacity] bool: owned slots whose unit no window from `since` on wanted."""
+        return (self.table.unit_of >= 0) & (self._wanted_in < since)
+
+    def _oldest(self, droppable: np.ndarray, count: int) -> np.ndarray:
+        """The `count` droppable slots that were wanted longest ago, [count] int32; none for a negative count."""
+        slots = np.flatnonzero(droppable).astype(np.int32)
+        count = max(count, 0)
+        if count < slots.size:
+            slots = slots[np.argpartition(self._wanted_in[slots], count)[:count]]
+        return slots
+
+    def _checked(self, wanted: np.ndarray) -> np.ndarray:
+        wanted = np.asarray(wanted)
+        if wanted.ndim != 1 or not (np.issubdtype(wanted.dtype, np.integer) or wanted.size == 0):
+            raise InputError(f"wanted units: shape {wanted.shape} of {wanted.dtype}: give a list of unit numbers")
+        wanted = wanted.astype(np.int64)
+        if wanted.size and (wanted[0] < 0 or wanted[-1] >= self.table.units or (np.diff(wanted) <= 0).any()):
+            raise InputError(f"wanted units must ascend, each once, within 0 .. {self.table.units - 1}")
+        return wanted.astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -81,7 +205,7 @@ class InForce:
 
 
 @dataclass(frozen=True)
-class Window:
+class Swap:
     """One refresh. resident: units in force from now on; fetched, evicted: units; bytes: moved to the device; late:
     the fetch of the last window is still under way, so the old set stays and nothing was planned; alone: the fetch
     ran by itself because both sets together had no room, or because there was no set before."""
@@ -107,10 +231,10 @@ class Residency:
     ) -> None:
         self.cold = cold
         self.hot = hot
-        self.table = Table(hot.capacity)
+        self.table = SlotTable(hot.capacity)
         self.planner = Planner(self.table, protected, reserve)
         self.table.grow(cold.units)
-        self._move = best_move(cold, hot)
+        self._copy = best_copy(cold, hot)
         self._lane = lane
         self._ticket: Ticket | None = None
         self._admitted: list[np.ndarray] = []  # since the open plan
@@ -144,12 +268,12 @@ class Residency:
         self.hot.slots[slot][place].copy_(data)
         self.cold[unit][place].copy_(data, non_blocking=self.cold.pinned)
 
-    def refresh(self, wanted: np.ndarray) -> Window:
+    def refresh(self, wanted: np.ndarray) -> Swap:
         """At the start of a window: towards `wanted`, ascending units. Raises InputError when it does not fit."""
         if self._ticket is not None:
             # A late fetch may go on as long as there is room for the units of another window.
             if not self._ticket.done() and self.planner.room() >= self.planner.reserve:
-                return Window(self.resident.units.size, late=True)
+                return Swap(self.resident.units.size, late=True)
             self._take()
         plan = self._plan_beside(wanted) if self._lane is not None and self.resident.units.size else None
         alone = plan is None
@@ -157,13 +281,13 @@ class Residency:
             plan = self.planner.plan(wanted)
         work = (self.cold, plan.fetch_units, self.hot, plan.fetch_slots)
         if alone:
-            self._move(*work)
+            self._copy(*work)
             self.planner.finish()
             self._enforce(plan.wanted)
         else:
-            self._ticket = self._lane.submit(self._move, *work)
+            self._ticket = self._lane.submit(self._copy, *work)
         fetched = plan.fetch_units.size
-        return Window(
+        return Swap(
             self.resident.units.size,
             fetched,
             plan.evict_units.size,
@@ -171,7 +295,7 @@ class Residency:
             alone=alone and self._lane is not None,
         )
 
-    def _plan_beside(self, wanted: np.ndarray) -> Plan | None:
+    def _plan_beside(self, wanted: np.ndarray) -> FetchPlan | None:
         try:
             return self.planner.plan(wanted, overlap=True)
         except InputError:  # no room for both sets; planning without the old one finds every other fault again

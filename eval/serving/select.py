@@ -1,63 +1,72 @@
-"""Level 1's selection: from joined scores to the compact ascending ids of what must be resident.
+"""Level 1's selection: from joined scores to the compact ascending ids of the chunks that must be resident.
 
 Which chunks are asked for is the rule of training and evaluation (indexer_train/selection.py); here come the protected
-chunks, a floor, a hard cap (the hot pool's capacity), and whole pages for engines that move nothing smaller.
+chunks, a floor, a hard cap (the hot pool's capacity), and what to do with a sequence that asks for more than the cap.
+
+Some queries need nearly all of the history (MRCR: the n-th of many like notes). No resident set of a fixed size serves
+them; an indexer with a calibrated threshold says so beforehand, because many chunks reach it. With a `Fallback` such a
+window is read with full attention, and counted.
 """
 
 from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from data_gen.core.chunks import Chunking
 from data_gen.core.config import Strict
 from data_gen.core.errors import InputError
-from data_gen.core.key_bytes import PAGE
 from indexer_train.scoring import select
 from indexer_train.selection import Budget, Threshold
 
+Served = Literal["demand", "cap", "full"]
+"""How a window was served: with what was asked for, with the best that the cap allows, or with everything."""
+
 
 class Limits(Strict):
-    """Fewest and most resident units, the protected ones included; the cap is the capacity of the ids' rows.
-
-    unit: single chunks, or pages of 64 for engines that move nothing smaller: then the pages of protected chunks and
-    those in which the rule asks for most chunks are resident, and there is no floor, because beyond what is asked for
-    no page is better than another.
-    """
+    """Fewest and most resident chunks, the protected ones included; the cap is the capacity of the ids' rows."""
 
     model_config = ConfigDict(frozen=True)
 
     floor: NonNegativeInt = 0
     cap: PositiveInt
-    unit: Literal["chunks", "pages"] = "chunks"
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.floor > self.cap:
             raise ValueError("floor must not exceed cap")
-        if self.floor and self.unit == "pages":
-            raise ValueError("floor: of pages there is none; leave it out")
         return self
 
     def check(self, chunking: Chunking) -> None:
-        """Raise InputError when the protected chunks alone, wherever they lie, exceed the cap."""
-        straddled = -(-(chunking.recent - 1) // PAGE) + 1 if chunking.recent else 0
-        if self.unit == "pages" and self.cap < (needed := -(-chunking.sink // PAGE) + straddled):
-            raise InputError(
-                f"cap: {self.cap} pages cannot hold the protected chunks (sink {chunking.sink}, recent "
-                f"{chunking.recent} can lie in {needed}); raise the cap or protect fewer"
-            )
-        if self.unit == "chunks" and self.cap < chunking.sink + chunking.recent:
+        """Raise InputError when the protected chunks alone exceed the cap."""
+        if self.cap < chunking.sink + chunking.recent:
             raise InputError(
                 f"cap: {self.cap} chunks cannot hold the {chunking.sink + chunking.recent} protected ones "
                 f"(sink {chunking.sink}, recent {chunking.recent}); raise the cap or protect fewer"
             )
 
 
+class Fallback(Strict):
+    """full_above: a window whose demand exceeds this multiple of the cap gets full attention; up to it, the best chunks
+    that the cap allows. Demand is what the bundle's threshold asks for beside the protected chunks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    full_above: float = Field(1.0, ge=1)
+
+    def check(self, selection: Budget | Threshold) -> None:
+        """Raise InputError where demand is not measured: the best so many are always as many."""
+        if isinstance(selection, Budget):
+            raise InputError(
+                "fallback: the bundle serves a budget, which asks for as many chunks whatever is needed; calibrate a "
+                "threshold (lookahead calibrate --recall 0.9) or pass one"
+            )
+
+
 @dataclass(frozen=True)
 class Resident:
-    """What must be resident, per sequence: chunks, or pages of 64 chunks.
+    """The chunks that must be resident, a row for each sequence.
 
     ids: [B, cap] int32, ascending, -1 behind the last; counts: [B] int32, ids in each row; demand: [B] int32, how many
     the rule asked for beside the protected ones, before floor and cap.
@@ -95,25 +104,16 @@ def resident_chunks(
     return _compact(chosen | protected, limits.cap, demand)
 
 
-def densest_pages(
-    scores: torch.Tensor,
-    positions: torch.Tensor,
-    chunking: Chunking,
-    selection: Budget | Threshold,
-    limits: Limits,
-) -> Resident:
-    """The pages of protected chunks and, up to the cap, those in which the rule asks for most chunks.
-
-    Arguments as `resident_chunks`; ids, counts, demand and the cap are of pages; ties go to the older page.
-    """
-    limits.check(chunking)
-    candidate, protected = _marks(scores, positions, chunking)
-    chosen = selection.choose(scores, candidate, positions.to(scores.device), chunking)
-    fixed = _by_page(protected) > 0
-    density = _by_page(chosen).masked_fill(fixed, 0)
-    asked = density > 0
-    best = select(density.float(), asked, limits.cap - fixed.sum(dim=1))
-    return _compact(best | fixed, limits.cap, asked.sum(dim=1))
+def serve(
+    resident: Resident, sequence: int, total: int, cap: int, protected: int, fallback: Fallback | None
+) -> tuple[torch.Tensor, Served]:
+    """(chunks to keep, [R] int64 ascending on the CPU; how). total: chunks so far, `protected` of them protected."""
+    asked = int(resident.demand[sequence]) + protected
+    if asked <= cap:
+        return resident.row(sequence).long().cpu(), "demand"
+    if fallback is not None and asked > fallback.full_above * cap:
+        return torch.arange(total), "full"
+    return resident.row(sequence).long().cpu(), "cap"
 
 
 def _marks(scores: torch.Tensor, positions: torch.Tensor, chunking: Chunking) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,11 +131,6 @@ def _marks(scores: torch.Tensor, positions: torch.Tensor, chunking: Chunking) ->
     if bool((scores.isnan() & candidate).any()):
         raise InputError("a chunk's score is NaN; the keys or the indexer's weights are damaged")
     return candidate, (chunk < visible) & ~candidate
-
-
-def _by_page(marks: torch.Tensor) -> torch.Tensor:
-    """Marks a page: [B, N] bool -> [B, ceil(N / 64)] int64."""
-    return torch.nn.functional.pad(marks, (0, -marks.shape[1] % PAGE)).unflatten(1, (-1, PAGE)).sum(dim=2)
 
 
 def _compact(marks: torch.Tensor, cap: int, demand: torch.Tensor) -> Resident:

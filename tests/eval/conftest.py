@@ -1,4 +1,4 @@
-"""Indexers for the evaluation's tests: one that knows nothing and one that knows the planted secret."""
+"""Indexers for the evaluation's tests, one that knows nothing and one that knows the planted secret; a fault."""
 
 import pytest
 import torch
@@ -57,3 +57,16 @@ def planted_indexer():
         encoder.wq_b.weight.data = torch.eye(2 * width)
         encoder.weights_proj.weight.data = turn.sum(dim=0).repeat(2, 1)  # keys hold a 4 and zeros: the sum is positive
     return indexer
+
+
+@pytest.fixture
+def cannot_pin(monkeypatch):
+    """A machine, with a GPU or without, that has no more memory to pin."""
+    plain = torch.empty
+
+    def empty(*sizes, **options):
+        if options.get("pin_memory"):
+            raise RuntimeError("CUDA error: out of memory\nand more lines")
+        return plain(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)

@@ -1,16 +1,19 @@
 """What the runtime asks of a model: read tokens, say what the indexer scores, keep exactly these chunks."""
 
+import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Self
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from data_gen.core.errors import InputError
 from data_gen.traces.types import BackboneInfo
-from eval.runtime.hosts.moving import Prepared
-from eval.runtime.hosts.resident import Move
+from eval.runtime.hosts.resident import Move, Prepared, ResidentChunks
+from eval.serving.level1 import PagedKeys
 
 
 @dataclass(frozen=True)
@@ -24,54 +27,83 @@ class ResidentBytes:
     keys: int
 
 
-class Host(Protocol):
+class Host(ABC):
     """A model and one batch of sequences of equal length that it decodes.
 
-    cache: what the model's own `generate` takes as `past_key_values`; its `reset` forgets the sequences, its
-    `reorder_cache` makes sequence i what another one was.
+    layers: what the memory indexer reads, in its order; cache: what the model's own `generate` takes as
+    `past_key_values`; its `reset` forgets the sequences, its `reorder_cache` makes sequence i what another one was.
     """
 
     model: PreTrainedModel
     info: BackboneInfo
-    cache: DynamicCache
+    layers: list[int]
+    cache: ResidentChunks
 
+    def fork(self) -> Self:
+        """An independent continuation of the same history."""
+        twin = copy.copy(self)
+        twin.cache = self.cache.fork()
+        return twin
+
+    @abstractmethod
     def attached(self) -> AbstractContextManager[None]:
         """The model may read into `cache` only while this is open."""
-        ...
 
+    @abstractmethod
+    def piece(self, sequences: int) -> int:
+        """Tokens of each sequence to read at once, so that memory is bounded."""
+
+    @torch.no_grad()
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Read tokens [B, S]; returns the logits behind the last ones, [B, vocabulary]. InputError past the context."""
-        ...
+        """Read tokens [B, S] with what is resident now; returns the logits behind the last ones, [B, vocabulary].
+
+        Raises InputError beyond the model's context.
+        """
+        if self.position + 1 + ids.shape[1] > self.info.context:
+            raise InputError(
+                f"{self.position + 1 + ids.shape[1]} tokens, the backbone's context is {self.info.context}"
+            )
+        with self.attached():
+            while True:
+                size = self.piece(len(ids))
+                now, ids = ids[:, :size].to(self.model.device), ids[:, size:]
+                logits = self.model(now, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+                if not ids.shape[1]:
+                    return logits
 
     @property
     def position(self) -> int:
         """Position of the newest token read, 0-based; -1 before any."""
-        ...
+        return self.cache.get_seq_length() - 1
 
     def hidden(self) -> torch.Tensor:
         """What enters the attention block of the indexer's layers at the newest token: [B, layers, hidden] bf16."""
-        ...
+        return torch.stack([self.cache.newest[layer].to(self.model.device) for layer in self.layers], dim=1)
 
+    @abstractmethod
     def keys(self) -> torch.Tensor:
         """Keys of all complete chunks as a trace holds them: [B, N, layers, width], fp16 or uint8."""
-        ...
+
+    def level1_keys(self) -> PagedKeys | torch.Tensor:
+        """The same as Level 1 scores them: rows, or pages where keys are fp8."""
+        return self.keys()
 
     def prepare(self, resident: Sequence[torch.Tensor]) -> Prepared:
         """Start fetching what is missing of a resident set, beside what is read next with the old one. InputError for
         another number of sequences, or ids that are not ascending complete chunks."""
-        ...
+        return self.cache.prepare(resident)
 
     def keep(self, resident: Sequence[torch.Tensor] | Prepared) -> Move:
         """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them, and
         those made since it was prepared. InputError as `prepare`; ValueError for a set prepared for rows that are
         gone."""
-        ...
+        return self.cache.keep(resident)
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one chunk in all layers, as the cold side holds it."""
-        ...
+        return self.cache.cold.unit_bytes
 
+    @abstractmethod
     def resident_bytes(self) -> ResidentBytes:
         """Summed over sequences."""
-        ...

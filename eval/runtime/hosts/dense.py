@@ -3,29 +3,210 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from data_gen.backbones.dense import DenseBackbone
-from data_gen.backbones.observe import observe
+from data_gen.backbones.observe import AttentionCall, observe
 from data_gen.core.errors import InputError
-from eval.runtime.hosts.base import ResidentBytes
-from eval.runtime.hosts.dense_cache import ResidentCache
-from eval.runtime.hosts.moving import Prepared
-from eval.runtime.hosts.resident import PAD, Move
+from data_gen.core.keys import KeyPooler, flatten_heads
+from eval.runtime.hosts.base import Host, ResidentBytes
+from eval.runtime.hosts.resident import PAD, Move, ResidentChunks
 
 PIECE_TOKENS = 4096
 """Tokens of a sequence read at once: their mask over 131,072 earlier ones takes half a GiB, in torch's bool."""
 
+TILE = 64
+"""Chunks that go to the cold side at once."""
 
-class DenseHost:
+ROOM = 64
+"""Rows for tokens to come: a layer is copied once in so many, not with every token."""
+
+
+class ResidentLayer(DynamicLayer):
+    """One full-attention layer. keys, values: [B, KV, rows, d], the kept chunks, then all tokens read since.
+
+    What is not resident takes no part in attention and no memory beside the model. New tokens are written behind the
+    others where the memory has room, which only one of those that share it may do: `leave_room` gives that up.
+    """
+
+    _layer_type = None  # or it would replace the stock class in every cache of the process
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+        self.leave_room()
+
+    def leave_room(self) -> None:
+        """Let the next tokens go to memory of their own."""
+        self._roomy: dict[str, torch.Tensor] = {}
+
+    @property
+    def rows(self) -> int:
+        """Resident tokens of a sequence, those that stand for no chunk included."""
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        first = not self.is_initialized
+        self.length += key_states.shape[-2]
+        if first:
+            return super().update(key_states, value_states)
+        self.keys, self.values = self._append("keys", key_states), self._append("values", value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        held, roomy = getattr(self, name), self._roomy.get(name)
+        rows, new = held.shape[2], states.shape[2]
+        if roomy is None or roomy.data_ptr() != held.data_ptr() or roomy.shape[2] < rows + new:
+            roomy = self._roomy[name] = held.new_empty(*held.shape[:2], rows + new + ROOM, held.shape[3])
+            roomy[:, :, :rows] = held
+        roomy[:, :, rows : rows + new] = states
+        return roomy[:, :, : rows + new]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All resident tokens lie before the new ones, so the mask is that of a shorter history."""
+        return self.rows + query_length, self.length - self.rows
+
+    def reset(self) -> None:
+        super().reset()
+        self.length = 0
+        self.leave_room()
+
+
+class ResidentCache(ResidentChunks):
+    """A ResidentLayer for every full-attention layer, one resident set for all; sliding-window layers stay stock.
+
+    Chunks are of `chunk_tokens` tokens; a token of an unfinished one is always resident. observed: layers whose chunk
+    keys and newest hidden state are kept, as `remember` is told; pooled: layer -> chunk keys of all sequences so far,
+    [B, KV, N, d]; pageable: as ColdPool's.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        full_layers: Sequence[int],
+        chunk_tokens: int,
+        observed: Sequence[int] = (),
+        pageable: bool | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        for layer in full_layers:
+            self.layers[layer] = ResidentLayer()
+        self.full_layers, self.chunk_tokens, self.observed = list(full_layers), chunk_tokens, list(observed)
+        self.pageable = pageable
+        self._forget()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.pooled = {layer: KeyPooler(self.chunk_tokens) for layer in self.observed}
+
+    @property
+    def full(self) -> list[ResidentLayer]:
+        """The full-attention layers, in order."""
+        return [self.layers[layer] for layer in self.full_layers]
+
+    @property
+    def total(self) -> int:
+        """Complete chunks of each sequence."""
+        return self.full[0].length // self.chunk_tokens
+
+    @property
+    def batch(self) -> int:
+        """Sequences read, 0 before any."""
+        return len(self.full[0].keys) if self.full[0].is_initialized else 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.full[0].device
+
+    def remember(self, call: AttentionCall) -> None:
+        """Note what an observed layer was asked, and the keys of the new tokens."""
+        if call.layer in self.pooled:
+            self.pooled[call.layer].append(call.new_keys())
+            self.newest[call.layer] = call.hidden[:, -1].to(torch.bfloat16, copy=True)
+
+    def chunk_keys(self, layers: Sequence[int]) -> torch.Tensor:
+        """Chunk keys of observed layers as traces store them: [B, N, layers, KV * d] fp16."""
+        return torch.stack([flatten_heads(self.pooled[layer].pooled).half().to(self.device) for layer in layers], dim=2)
+
+    def stage(self) -> None:
+        """Copy the chunks completed since the last time to the cold side: a unit is a chunk in all layers."""
+        size, behind = self.chunk_tokens, self.table.kept.shape[1] - self.table.fresh
+        while (first := self.cold.count) < self.total:
+            last = min(first + TILE, self.total)
+            columns = slice((first + behind) * size, (last + behind) * size)
+            parts = [
+                _by_chunk(side[:, :, columns], size).transpose(1, 2).flatten(2).to(self.device)
+                for layer in self.full
+                for side in (layer.keys, layer.values)
+            ]
+            self.cold.append(torch.cat(parts, dim=-1))
+
+    def _rewrite(self, move: Move, fetched: torch.Tensor | None) -> None:
+        """Beside the unfinished chunk, which stays. fetched: [n, keys and values of all layers], or None."""
+        width = self.table.rows(self.total)
+        first = 0
+        for layer in self.full:
+            layer.leave_room()  # or it would hold the old rows until the next token
+            for name in ("keys", "values"):
+                held = getattr(layer, name)
+                heads, _, head = held.shape[1:]
+                chunks = _by_chunk(held[:, :, : width * self.chunk_tokens], self.chunk_tokens)
+                rows = held.new_zeros(move.shape[0], heads, move.shape[1], self.chunk_tokens, head)
+                _put(rows, move.stay_to, chunks[move.stay[0].to(held.device), :, move.stay[1].to(held.device)])
+                size = heads * self.chunk_tokens * head
+                if fetched is not None:
+                    part = fetched[:, first : first + size].unflatten(1, (heads, self.chunk_tokens, head))
+                    _put(rows, move.fetch_to, part.to(held.device))
+                first += size
+                unfinished = held[:, :, width * self.chunk_tokens :]
+                setattr(layer, name, torch.cat([rows.flatten(2, 3), unfinished], dim=2))
+
+    def resident_bytes(self) -> int:
+        """Bytes of resident keys and values of the full-attention layers, as they lie."""
+        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.full if layer.is_initialized)
+
+    def fork(self) -> Self:
+        twin = super().fork()
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in (*self.full, *twin.full):
+            layer.leave_room()
+        twin.pooled = {layer: copy.copy(pooler) for layer, pooler in self.pooled.items()}
+        return twin
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        for pooler in self.pooled.values():
+            pooler.reorder(beam_idx)
+
+
+def _by_chunk(states: torch.Tensor, size: int) -> torch.Tensor:
+    """[B, KV, n * size, d] -> [B, KV, n, size, d]."""
+    return states.unflatten(2, (states.shape[2] // size, size))
+
+
+def _put(rows: torch.Tensor, where: tuple[torch.Tensor, torch.Tensor], chunks: torch.Tensor) -> None:
+    """Chunks [n, KV, size, d] to (sequence, row) pairs of rows [B, KV, R, size, d]."""
+    rows[where[0].to(rows.device), :, where[1].to(rows.device)] = chunks
+
+
+class DenseHost(Host):
     """A model and one batch of sequences that it decodes (see `Host`).
 
     layers: transformer layers that the memory indexer reads; pageable: as ColdPool's. Raises InputError when a layer
     has no full attention.
     """
+
+    cache: ResidentCache
 
     def __init__(
         self, model: PreTrainedModel, chunk_tokens: int, layers: Sequence[int], pageable: bool | None = None
@@ -37,14 +218,10 @@ class DenseHost:
             )
         self.model, self.info, self.modules = model, backbone.info, backbone.modules
         self.layers = list(layers)
-        self.cache = ResidentCache(model.config, backbone.info.full_layers, chunk_tokens, layers, pageable)
+        self.cache: ResidentCache = ResidentCache(
+            model.config, backbone.info.full_layers, chunk_tokens, layers, pageable
+        )
         self._mask: torch.Tensor | None = None
-
-    def fork(self) -> "DenseHost":
-        """An independent continuation of the same history."""
-        twin = copy.copy(self)
-        twin.cache = self.cache.fork()
-        return twin
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -60,46 +237,12 @@ class DenseHost:
                 stack.callback(module.register_forward_pre_hook(self._hide_padding, with_kwargs=True).remove)
             yield
 
-    @torch.no_grad()
-    def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Read tokens [B, S], in pieces that bound memory; returns the logits behind the last ones, [B, vocabulary].
-
-        Raises InputError beyond the model's context.
-        """
-        if self.position + 1 + ids.shape[1] > self.info.context:
-            raise InputError(
-                f"{self.position + 1 + ids.shape[1]} tokens, the backbone's context is {self.info.context}"
-            )
-        with self.attached():
-            for piece in ids.to(self.model.device).split(PIECE_TOKENS, dim=1):
-                logits = self.model(piece, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
-        return logits
-
-    @property
-    def position(self) -> int:
-        """Position of the newest token read, 0-based."""
-        return self.cache.get_seq_length() - 1
-
-    def hidden(self) -> torch.Tensor:
-        """What enters the attention block of the indexer's layers at the newest token: [B, layers, hidden] bf16."""
-        return torch.stack([self.cache.newest[layer].to(self.model.device) for layer in self.layers], dim=1)
+    def piece(self, sequences: int) -> int:
+        return PIECE_TOKENS
 
     def keys(self) -> torch.Tensor:
         """Mean keys of all complete chunks, as a trace holds them: [B, N, layers, KV * d] fp16."""
         return self.cache.chunk_keys(self.layers).to(self.model.device)
-
-    def prepare(self, resident: Sequence[torch.Tensor]) -> Prepared:
-        """Start fetching what is missing of a resident set, beside what is read next with the old one."""
-        return self.cache.prepare(resident)
-
-    def keep(self, resident: Sequence[torch.Tensor] | Prepared) -> Move:
-        """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them."""
-        return self.cache.keep(resident)
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Keys and values of one chunk in all full-attention layers."""
-        return self.cache.cold.unit_bytes
 
     def resident_bytes(self) -> ResidentBytes:
         """Summed over sequences; the unfinished chunk counts."""

@@ -1,9 +1,9 @@
 """Level 1 in Triton: score, join, threshold and ordered compaction in one launch.
 
 A program scores a run of pages of one layer with that layer's queries on chip; the program of the last layer waits for
-the others of its run, joins their logits, and writes the chosen ids behind those of the runs before. Programs wait only
-for programs of a lower number, which start earlier: that ends, however many fit on the device. Lengths, thresholds and
-counts stay on the device; nothing is sorted.
+the others of its run, joins their logits, and writes the chosen ids behind those of the runs before. Waiting is safe
+because the launch is cooperative: all programs of the grid are at work at once, so the caller launches no more than the
+device holds. Lengths, thresholds and counts stay on the device; nothing is sorted.
 """
 
 import triton

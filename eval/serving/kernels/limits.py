@@ -2,8 +2,9 @@
 
 In the ordinary case it only fills up the row of ids. Otherwise it finds the score of the last chunk to keep by counting
 its four bytes, one after the other, and writes the ids anew: no sort. The programs of a sequence share the scores and
-meet between the steps: each waits for all others, so the caller must launch no more of them than the device runs at
-once, one a multiprocessor. Where programs run one after the other (the interpreter), each step is a launch of its own.
+meet between the steps: each waits for all others, so the launch is cooperative, of no more programs than the device
+runs at once, one a multiprocessor. Where programs run one after the other (the interpreter), each step is a launch of
+its own.
 """
 
 import triton

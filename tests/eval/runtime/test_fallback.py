@@ -9,9 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data_gen.backbones.load import adapter
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from eval.runtime.fallback import Fallback, serve
 from eval.runtime.runtime import LSARuntime
-from eval.serving.select import Limits, Resident
+from eval.serving.select import Fallback, Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.formats.bundle import export_bundle
 from indexer_train.model import IndexerSpec, MemoryIndexer
@@ -147,19 +146,6 @@ def test_sequences_of_a_batch_fall_back_alone(model, bundle):
     assert window.served == ["full", "full", "demand", "demand"] and window.demand == [97, 97, 1, 1]
     assert window.resident == 2 * CHUNKS + 2 * 4
     assert wrote[:, -1].tolist() == [*counting[1][:2].tolist(), *finding[1][:2].tolist()]
-
-
-@pytest.mark.parametrize(
-    ("demand", "ratio", "expected"),
-    [(7, 1.0, "demand"), (8, 1.0, "full"), (8, 2.0, "cap"), (17, 2.0, "cap"), (18, 2.0, "full"), (90, None, "cap")],
-)
-def test_the_two_limits(demand, ratio, expected):
-    """A cap of 10 with 3 protected chunks: up to 7 are served as asked, up to ratio * 10 in all by the best."""
-    ids = torch.tensor([[0, 3, 9, -1]], dtype=torch.int32)
-    resident = Resident(ids, torch.tensor([3]), torch.tensor([demand]))
-    fallback = None if ratio is None else Fallback(full_above=ratio)
-    chunks, how = serve(resident, 0, 50, 10, 3, fallback)
-    assert how == expected and chunks.tolist() == (list(range(50)) if how == "full" else [0, 3, 9])
 
 
 def test_a_second_limit_below_the_cap_is_refused(bundle, model):

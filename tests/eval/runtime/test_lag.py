@@ -8,8 +8,7 @@ import torch
 from data_gen.backbones.load import adapter
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from eval.runtime.open import open_host
-from eval.runtime.runtime import LSARuntime
+from eval.runtime.runtime import LSARuntime, open_host
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget
@@ -167,7 +166,7 @@ def test_a_turn_after_one_that_was_broken_off_in_a_lag_is_like_the_first(model, 
 
     with pytest.raises(KeyboardInterrupt):
         runtime.generate(ids, max_new_tokens=20, stopping_criteria=[stop], **GREEDY)
-    assert (runtime._coming is not None) == (where == TAU + 1)  # the callers' criteria come before the runtime's
+    assert (runtime.cycle._coming is not None) == (where == TAU + 1)  # the callers' criteria come before the runtime's
     found = runtime.generate(ids, max_new_tokens=20, **GREEDY)
     assert torch.equal(torch.stack(found.logits), expected)
     runtime.reset()

@@ -9,9 +9,8 @@ from transformers import DynamicCache, GenerationConfig
 from data_gen.backbones.load import adapter
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from eval.runtime.fallback import Fallback
-from eval.runtime.runtime import LSARuntime, _paged
-from eval.serving.select import Limits
+from eval.runtime.runtime import LSARuntime
+from eval.serving.select import Fallback, Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
@@ -201,13 +200,6 @@ def test_no_criteria_are_no_criteria(model, indexer):
     assert runtime.generate(prompt(40), stopping_criteria=None, **FEW).shape == (1, 44)
 
 
-def test_page_tables_of_a_growing_history_come_in_few_widths():
-    rows = torch.arange(300 * 2 * 36).view(300, 2, 36).to(torch.uint8)
-    for chunks, width in [(1, 1), (64, 1), (65, 2), (129, 4), (193, 4), (300, 8)]:
-        keys = _paged(rows[:chunks])
-        assert keys.table.shape == (1, width) and torch.equal(keys.rows(0, 0, chunks), rows[:chunks])
-
-
 @two_families
 def test_a_machine_that_cannot_pin_memory_says_so_or_serves_from_pageable(model, indexer, cannot_pin):
     ids = prompt(60, 2)
@@ -221,9 +213,7 @@ def test_a_machine_that_cannot_pin_memory_says_so_or_serves_from_pageable(model,
 
 def test_what_does_not_work_is_refused(model, indexer):
     with pytest.raises(InputError, match="nothing was read yet"):
-        LSARuntime(indexer, model).refresh()
-    with pytest.raises(InputError, match="count the cap in chunks"):
-        LSARuntime(indexer, model, Limits(cap=9, unit="pages"))
+        LSARuntime(indexer, model).cycle.refresh()
     with pytest.raises(InputError, match="backend: cuda is none of auto, torch, triton"):
         LSARuntime(indexer, model, backend="cuda")
     with pytest.raises(InputError, match="cap"):

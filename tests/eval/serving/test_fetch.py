@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen.core.errors import InputError
-from eval.serving.fetch import best_move, gather_copies, index_copy, unit_copies
-from eval.serving.pools import ColdPool, HotPool
+from eval.serving.pools import ColdPool, HotPool, best_copy, gather_copies, index_copy, unit_copies
 
 
 def pools(units, capacity, shape=(5, 7), dtype=torch.uint8, segment_bytes=4 * 48, **kwargs):
@@ -39,9 +38,9 @@ def test_every_unit_lands_in_its_slot_and_nowhere_else(move, dtype, seed):
 
 def test_the_machine_chooses():
     _, cold = pools(3, 2, pageable=True)
-    assert best_move(cold, HotPool(2, (5, 7), torch.uint8, "cpu")) is index_copy
+    assert best_copy(cold, HotPool(2, (5, 7), torch.uint8, "cpu")) is index_copy
     with pytest.raises(InputError, match="give both the same units"):
-        best_move(cold, HotPool(2, (7, 5), torch.uint8, "cpu"))
+        best_copy(cold, HotPool(2, (7, 5), torch.uint8, "cpu"))
 
 
 def test_the_kernel_refuses_pageable_memory():
@@ -61,6 +60,6 @@ def test_on_a_device(move, pageable):
     hot.storage.fill_(255)
     units = np.random.default_rng(0).permutation(500)[:200].astype(np.int32)
     slots = np.random.default_rng(1).permutation(300)[:200].astype(np.int32)
-    (move or best_move(cold, hot))(cold, units, hot, slots)
+    (move or best_copy(cold, hot))(cold, units, hot, slots)
     assert torch.equal(hot.slots[torch.from_numpy(slots).long().cuda()].cpu(), data[torch.from_numpy(units).long()])
     assert (hot.storage[np.setdiff1d(np.arange(300), slots)] == 255).all()

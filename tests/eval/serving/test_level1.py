@@ -106,10 +106,11 @@ def test_sequences_share_a_pool_in_any_layout():
     for row, history in enumerate([keys, other]):
         alone = level1.resident(queries[row : row + 1], PagedKeys.from_rows(history))
         assert torch.equal(resident.row(row), alone.row(0)) and len(alone.row(0)) > 9
-    by_page = open_level1(level1.indexer, Limits(cap=4, unit="pages"), level1.selection)
-    pages = by_page.resident(queries, paged)
-    asked = set((resident.row(0) // 64).tolist())
-    assert pages.counts.tolist() == [4, 3] and set(pages.row(0).tolist()) < asked and pages.row(1).tolist() == [0, 1, 2]
+    rows = torch.stack(
+        [torch.cat([history, history[:0].new_zeros(300 - len(history), 3, 36)]) for history in (keys, other)]
+    )
+    by_row = level1.resident(queries, rows)
+    assert torch.equal(by_row.counts, resident.counts) and torch.equal(by_row.ids, resident.ids)
 
 
 def test_refusals():
@@ -124,6 +125,8 @@ def test_refusals():
         level1.joined_scores(queries, keys[:, :2])
     with pytest.raises(InputError, match="pages of 64 keys of its 3 layers"):
         level1.joined_scores(queries, PagedKeys.from_rows(keys[:, :2]))
+    with pytest.raises(InputError, match="keys of 3 sequences for 1 queries"):
+        level1.joined_scores(queries, keys.expand(3, -1, -1, -1))
     with pytest.raises(InputError, match="page table of 1 sequences for 2 queries"):
         level1.joined_scores(queries.expand(2, -1), PagedKeys.from_rows(keys))
     damaged = keys.clone()

@@ -4,12 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen.core.errors import InputError
-from eval.serving.planner import Planner
-from eval.serving.table import Table
+from eval.serving.residency import Planner, SlotTable
 
 
 def planner(capacity, units, **kwargs):
-    made = Planner(Table(capacity), **kwargs)
+    made = Planner(SlotTable(capacity), **kwargs)
     made.table.grow(units)
     return made
 
@@ -97,7 +96,7 @@ def test_bad_shapes_are_refused():
 
 def test_capacity_below_protection_is_refused():
     with pytest.raises(InputError, match="8 slots is smaller than its protection: 7 protected units and 2"):
-        Planner(Table(8), protected=7, reserve=2)
+        Planner(SlotTable(8), protected=7, reserve=2)
 
 
 def test_one_plan_at_a_time():

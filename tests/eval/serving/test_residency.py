@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from data_gen.core.errors import InputError
-from eval.serving.pools import ColdPool, HotPool
-from eval.serving.residency import Residency, side_lane
+from eval.serving.pools import ColdPool, HotPool, side_lane
+from eval.serving.residency import Residency
 
 SHAPE = (3, 5)
 

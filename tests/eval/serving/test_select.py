@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from eval.serving.select import Limits, Resident, densest_pages, resident_chunks
+from eval.serving.select import Fallback, Limits, Resident, resident_chunks, serve
 from indexer_train.selection import Budget, Cut, Threshold
 
 
@@ -44,17 +44,6 @@ def brute_chunks(scores, position, chunking, rule, limits) -> tuple[list[int], i
     return sorted(protected + best_first(scores, free)[:count]), len(wanted)
 
 
-def brute_pages(scores, position, chunking, rule, most) -> tuple[list[int], int]:
-    _, protected = parts(position, chunking)
-    fixed = {c // 64 for c in protected}
-    density: dict[int, int] = {}
-    for c in asked(scores, position, chunking, rule):
-        if c // 64 not in fixed:
-            density[c // 64] = density.get(c // 64, 0) + 1
-    best = sorted(density, key=lambda page: (-density[page], page))[: most - len(fixed)]
-    return sorted(fixed.union(best)), len(density)
-
-
 def check_row(found: Resident, row: int, expected: list[int], demand: int) -> None:
     assert found.ids.dtype == found.counts.dtype == found.demand.dtype == torch.int32
     assert found.row(row).tolist() == expected
@@ -81,14 +70,9 @@ def test_every_rule_is_the_brute_force_one(data):
     rule = data.draw(RULES)
     cap = chunking.sink + chunking.recent + data.draw(st.integers(1, 300))
     limits = Limits(floor=data.draw(st.integers(0, cap)), cap=cap)
-    most = 4 + data.draw(st.integers(0, 3))
     found = resident_chunks(torch.from_numpy(scores), torch.tensor(positions), chunking, rule, limits)
-    pages = densest_pages(
-        torch.from_numpy(scores), torch.tensor(positions), chunking, rule, Limits(cap=most, unit="pages")
-    )
     for row, position in enumerate(positions):
         check_row(found, row, *brute_chunks(scores[row], position, chunking, rule, limits))
-        check_row(pages, row, *brute_pages(scores[row], position, chunking, rule, most))
 
 
 def test_a_threshold_follows_the_length_of_its_context():
@@ -105,8 +89,6 @@ def test_refusals():
     scores, place = torch.zeros(1, 20), torch.tensor([79])
     with pytest.raises(InputError, match="cap: 8 chunks cannot hold the 9 protected"):
         resident_chunks(scores, place, chunking, threshold(0.0), Limits(cap=8))
-    with pytest.raises(InputError, match="cap: 2 pages cannot hold"):
-        densest_pages(scores, place, chunking, threshold(0.0), Limits(cap=2, unit="pages"))
     with pytest.raises(InputError, match="a position sees 21"):
         resident_chunks(scores, torch.tensor([83]), chunking, threshold(0.0), Limits(cap=20))
     with pytest.raises(InputError, match="not \\[sequences, chunks\\]"):
@@ -116,5 +98,16 @@ def test_refusals():
         resident_chunks(damaged, place, chunking, threshold(0.0), Limits(cap=20))
     with pytest.raises(ValidationError, match="floor must not exceed cap"):
         Limits(floor=5, cap=4)
-    with pytest.raises(ValidationError, match="of pages there is none"):
-        Limits(floor=1, cap=4, unit="pages")
+
+
+@pytest.mark.parametrize(
+    ("demand", "ratio", "expected"),
+    [(7, 1.0, "demand"), (8, 1.0, "full"), (8, 2.0, "cap"), (17, 2.0, "cap"), (18, 2.0, "full"), (90, None, "cap")],
+)
+def test_the_two_limits(demand, ratio, expected):
+    """A cap of 10 with 3 protected chunks: up to 7 are served as asked, up to ratio * 10 in all by the best."""
+    ids = torch.tensor([[0, 3, 9, -1]], dtype=torch.int32)
+    resident = Resident(ids, torch.tensor([3]), torch.tensor([demand]))
+    fallback = None if ratio is None else Fallback(full_above=ratio)
+    chunks, how = serve(resident, 0, 50, 10, 3, fallback)
+    assert how == expected and chunks.tolist() == (list(range(50)) if how == "full" else [0, 3, 9])

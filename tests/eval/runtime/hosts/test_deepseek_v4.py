@@ -8,8 +8,7 @@ from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from eval.runtime.hosts.deepseek_v4 import DeepseekV4Host
-from eval.runtime.hosts.deepseek_v4_cache import ResidentCsaCache
+from eval.runtime.hosts.deepseek_v4 import DeepseekV4Host, ResidentCsaCache
 from eval.runtime.runtime import LSARuntime
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer

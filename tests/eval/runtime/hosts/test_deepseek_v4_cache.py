@@ -1,6 +1,7 @@
 """With everything resident the cache is the stock cache, bit for bit; moving entries out and back loses nothing."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DynamicCache
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache
 
 from data_gen.core.errors import InputError
-from eval.runtime.hosts.deepseek_v4_cache import ResidentCsaCache
+from data_gen.core.key_bytes import encode_keys
+from eval.runtime.hosts.deepseek_v4 import KeyPages, ResidentCsaCache
+from eval.serving.level1 import PagedKeys
 from tests.conftest import TINY_V4, tiny_model
 
 IDS = torch.randint(0, 128, (3, 150), generator=torch.Generator().manual_seed(5))
@@ -104,7 +107,7 @@ def test_forks_go_their_own_ways(models):
     model = models["fp32"]
     cache, ids = ResidentCsaCache(model.config, [0, 3]), IDS[:2]
     read(model, cache, ids[:, :62], [62])
-    cache.keys()
+    cache.key_pages()
     cache.keep([torch.arange(12)] * 2)
     twin, third = cache.fork(), cache.fork()
     twin.keep([torch.arange(3, 9)] * 2)
@@ -113,9 +116,46 @@ def test_forks_go_their_own_ways(models):
     assert torch.equal(read(model, third, ids[:, 62:92], [1] * 30), ours)
     assert not torch.equal(cache.index_entries(0), twin.index_entries(0))
     assert torch.equal(cache.index_entries(0), third.index_entries(0))
-    assert torch.equal(cache.keys(), third.keys())
-    assert torch.equal(cache.keys()[:, :15], twin.keys()[:, :15])
+    assert torch.equal(cache.key_pages().rows(), third.key_pages().rows())
+    assert torch.equal(cache.key_pages().rows()[:, :15], twin.key_pages().rows()[:, :15])
     assert len(cache.resident()[0]) == 12 + 8 and len(twin.resident()[0]) == 6 + 8
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_pages_of_a_growing_history_are_those_of_the_whole_one(shared):
+    """However it arrives; in few widths, and what a fork goes on from stays its own."""
+    rows = torch.randint(0, 256, (2, 300, 3, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    keys, widths, forks = KeyPages(), [], []
+    for first, last in pairwise([0, 0, 1, 64, 65, 129, 190, 193, 300]):
+        if shared:
+            forks.append((keys.fork(), first))
+        keys.append(rows[:, first:last])
+        paged = keys.paged()
+        widths.append(paged.table.shape[1])
+        for sequence in range(2):
+            assert not last or torch.equal(paged.rows(sequence, 0, last), rows[sequence, :last])
+            whole = PagedKeys.from_rows(rows[sequence, :last])
+            assert torch.equal(paged.pages[paged.table[sequence, : len(whole.pages)].long()], whole.pages)
+        assert torch.equal(keys.rows(), rows[:, :last])
+    assert widths == [1, 1, 1, 2, 4, 4, 4, 8]
+    for fork, chunks in forks[1:]:
+        fork.append(rows[:, :7])
+        assert torch.equal(fork.rows(), torch.cat([rows[:, :chunks], rows[:, :7]], dim=1))
+    keys.reorder(torch.tensor([1, 1]))
+    assert torch.equal(keys.rows(), rows[[1, 1]])
+
+
+def test_only_new_chunks_are_encoded_and_paged(models, monkeypatch):
+    """A refresh costs what came since the one before, not the history."""
+    model, encoded = models["fp32"], []
+    monkeypatch.setattr(
+        "eval.runtime.hosts.deepseek_v4.encode_keys", lambda keys: encoded.append(keys.shape[1]) or encode_keys(keys)
+    )
+    cache = ResidentCsaCache(model.config, [0, 3])
+    read(model, cache, IDS[:2, :100], [100])
+    before = cache.key_pages().pages
+    read(model, cache, IDS[:2, 100:120], [1] * 20)
+    assert cache.key_pages().pages is before and encoded == [25, 5]
 
 
 def test_taking_tokens_back_is_refused(models):

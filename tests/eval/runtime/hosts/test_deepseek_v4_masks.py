@@ -5,8 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from data_gen.core.errors import InputError
-from eval.runtime.hosts.deepseek_v4_cache import ResidentCsaCache
-from eval.runtime.hosts.deepseek_v4_masks import resident_masks
+from eval.runtime.hosts.deepseek_v4 import ResidentCsaCache, resident_masks
 from tests.conftest import tiny_model
 from tests.eval.runtime.hosts.masked_v4 import masked
 

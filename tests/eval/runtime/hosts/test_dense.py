@@ -8,8 +8,7 @@ from transformers import DynamicCache
 
 from data_gen.backbones.observe import attention_modules
 from data_gen.core.errors import InputError
-from eval.runtime.hosts.dense import DenseHost
-from eval.runtime.hosts.dense_cache import ROOM
+from eval.runtime.hosts.dense import ROOM, DenseHost
 from tests.conftest import tiny_model
 
 SIZE, PROMPT = 4, 90  # 22 chunks, and two tokens of the next

@@ -19,11 +19,13 @@ HOPPER = GPUTarget("cuda", 90, 32)
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel for sm_90. ptx: its assembly; cubin: its machine code; shared: bytes of shared memory a program."""
+    """A kernel for sm_90. ptx: its assembly; cubin: its machine code; shared: bytes of shared memory a program;
+    cooperative: whether the driver is told to start all programs at once."""
 
     ptx: str
     cubin: bytes
     shared: int
+    cooperative: bool
 
     @cached_property
     def _resources(self) -> dict[str, int]:
@@ -86,4 +88,5 @@ def compile_sm90(kernel: Any, signature: dict[str, str], constants: dict[str, An
         attrs={(places[name],): [["tt.divisibility", 16]] for name in aligned},
     )
     compiled = triton.compile(source, target=HOPPER, options=options)
-    return Compiled(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
+    found = compiled.metadata
+    return Compiled(compiled.asm["ptx"], compiled.asm["cubin"], found.shared, found.launch_cooperative_grid)

@@ -8,9 +8,8 @@ pytest.importorskip("triton", reason="the gather kernel needs triton")
 
 from triton.runtime.interpreter import InterpretedFunction
 
-from eval.serving.fetch import gather_copies, index_copy
 from eval.serving.kernels import gather as kernel
-from eval.serving.pools import ColdPool, HotPool, UnitLayout
+from eval.serving.pools import ColdPool, HotPool, UnitLayout, gather_copies, index_copy
 from tests.eval.serving.kernels.aot import compile_sm90
 from tests.eval.serving.kernels.speed import speed
 

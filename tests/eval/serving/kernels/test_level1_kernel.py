@@ -14,14 +14,19 @@ from eval.serving import level1_triton
 from eval.serving.kernels.device import check_fp8
 from eval.serving.kernels.level1 import score_kernel
 from eval.serving.kernels.limits import limit_kernel
-from eval.serving.level1 import Level1, PagedKeys, open_level1
+from eval.serving.level1 import Level1, PagedKeys, _say_once, open_level1
 from eval.serving.level1_triton import (
+    LIMIT_OPTIONS,
     PROGRAMS_AN_SM,
     REGISTERS,
+    SCORE_OPTIONS,
     TritonLevel1,
     limit_constants,
     limit_programs,
+    program_bytes,
+    programs_an_sm,
     score_constants,
+    sequences_at_once,
 )
 from eval.serving.select import Limits
 from indexer_train.config import IndexerConfig
@@ -77,13 +82,10 @@ def check_against_torch(indexer, queries, keys, limits, selection) -> None:
     scores = kernel.joined_scores(queries, keys)
     expected = torch_backend.joined_scores(in_half(indexer, queries), keys)
     torch.testing.assert_close(scores, expected, atol=2e-4, rtol=2e-4)
-    pages = Limits(cap=4, unit="pages")
-    pairs = ((torch_backend, kernel), (Level1(indexer, pages, selection), TritonLevel1(indexer, pages, selection)))
-    for reference, level1 in pairs:
-        reference.scores = lambda *_: scores
-        wanted, found = (each.resident(queries, keys) for each in (reference, level1))
-        for name in ("counts", "demand", "ids"):
-            assert torch.equal(getattr(found, name), getattr(wanted, name)), (level1.limits.unit, name)
+    torch_backend.scores = lambda *_: scores
+    wanted, found = (each.resident(queries, keys) for each in (torch_backend, kernel))
+    for name in ("counts", "demand", "ids"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
 
 
 def middle(indexer: MemoryIndexer, queries: torch.Tensor, keys: PagedKeys) -> Threshold:
@@ -137,6 +139,16 @@ def test_budgets_ties_and_cuts_by_length(many_programs):
     cut = middle(indexer, queries, keys).cuts[0].score
     rule = Threshold(cuts=[Cut(longest=310, score=cut), Cut(longest=1000, score=99.0), Cut(score=cut)])
     check_against_torch(indexer, queries, keys, Limits(cap=300), rule)
+
+
+@in_interpreter
+def test_batches_beyond_the_device_go_in_parts(monkeypatch):
+    """Two sequences a launch, of five; the sets are those of each sequence alone."""
+    monkeypatch.setattr(level1_triton, "sequences_at_once", lambda *_: 2)
+    indexer = make_indexer(layers=2)
+    queries, keys = inputs(indexer, 90, 5, 130, 64, 77)
+    check_against_torch(indexer, queries, keys, Limits(cap=40), middle(indexer, queries, keys))
+    check_against_torch(indexer, queries, keys, Limits(cap=40), Budget(budget=0.3))
 
 
 @in_interpreter
@@ -196,22 +208,30 @@ LIMIT_ARGUMENTS = {
 def test_scores_on_tensor_cores_without_spills(fp8, bumps):
     """The release's shape: three programs an SM must fit, as the grid assumes."""
     spec = make_indexer(bumps=bumps, terms=bumps > 0, heads=128, width=128).spec
-    found = compile_sm90(
-        score_kernel, SCORE_ARGUMENTS, score_constants(spec, 2, 132, fp8), num_warps=4, maxnreg=REGISTERS
-    )
-    assert found.spilled == 0 and found.registers <= REGISTERS
+    found = compile_sm90(score_kernel, SCORE_ARGUMENTS, score_constants(spec, 2, 132, fp8), **SCORE_OPTIONS)
+    assert found.cooperative and found.spilled == 0 and found.registers <= REGISTERS
     assert PROGRAMS_AN_SM * (found.shared + 1024) <= 228 * 1024
+    assert found.shared + 1024 <= program_bytes(spec) and programs_an_sm(228 * 1024, spec) == PROGRAMS_AN_SM
     assert found.tensor_core["wgmma"] == (4 if fp8 else 8) and not found.tensor_core["mma"]  # steps of 32 or 16 bytes
     assert not {1, 2} & set(found.load_bytes) and found.load_bytes[16 if fp8 else 8] >= 8  # keys
     assert ("QGMMA" if fp8 else "HGMMA") in found.sass
 
 
 @compiled_only
+@pytest.mark.parametrize(("heads", "width"), [(16, 32), (64, 64), (64, 128)])
+def test_a_program_needs_no_more_shared_memory_than_the_grid_assumes(heads, width):
+    """A cooperative launch of more programs than fit at once fails."""
+    spec = make_indexer(heads=heads, width=width).spec
+    found = compile_sm90(score_kernel, SCORE_ARGUMENTS, score_constants(spec, 1, 132, False), **SCORE_OPTIONS)
+    assert found.shared + 1024 <= program_bytes(spec)
+
+
+@compiled_only
 @pytest.mark.parametrize("budget", [False, True])
 def test_limits_without_spills(budget):
     constants = limit_constants(make_indexer().spec, budget, 396, 128) | {"FIRST": 0, "LAST": 6}
-    found = compile_sm90(limit_kernel, LIMIT_ARGUMENTS, constants, num_warps=8)
-    assert found.spilled == 0
+    found = compile_sm90(limit_kernel, LIMIT_ARGUMENTS, constants, **LIMIT_OPTIONS)
+    assert found.cooperative and found.spilled == 0
     assert not {1, 2} & set(found.load_bytes) and found.load_bytes[16] >= 6
 
 
@@ -286,13 +306,20 @@ def test_programs_that_wait_for_one_another_run_at_once(processors, sequences):
     parts = limit_programs(processors, sequences, 262_144)
     assert parts == 1 or parts * sequences <= processors
     assert limit_programs(processors, sequences, 64) == 1
+    for layers in (1, 3, 21):
+        at_once = sequences_at_once(processors, 3 * processors, layers)
+        assert at_once == 1 or (at_once * layers <= 3 * processors and at_once <= processors)
 
 
 @compiled_only
-def test_gpus_older_than_fp8_get_torch(monkeypatch):
+def test_gpus_older_than_fp8_get_torch_and_it_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     indexer = SimpleNamespace(spec=make_indexer().spec, device=torch.device("cuda"))
-    assert type(open_level1(indexer, Limits(cap=40))) is Level1
+    _say_once.cache_clear()
+    for _ in range(2):
+        assert type(open_level1(indexer, Limits(cap=40))) is Level1
+    (said,) = caplog.messages
+    assert "computed by torch, not by Triton" in said and "this GPU has 8.6" in said
     for backend in ("triton", "triton-fp8"):
         with pytest.raises(InputError, match=r"capability 8\.9 for fp8 keys, and this GPU has 8\.6"):
             open_level1(indexer, Limits(cap=40), backend=backend)
@@ -308,6 +335,23 @@ def test_fp8_products_can_be_asked_for(monkeypatch):
     monkeypatch.setattr(level1_triton.triton.knobs.runtime, "interpret", True)  # a device is not asked for
     for backend, fp8 in (("triton", False), ("triton-fp8", True), ("auto", False)):
         assert open_level1(make_indexer(), Limits(cap=40), backend=backend).fp8 == fp8
+
+
+@compiled_only
+def test_a_bundle_that_triton_lacks_gets_torch_and_it_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr("eval.serving.level1.lacks", lambda device: None)
+    _say_once.cache_clear()
+    for _ in range(2):
+        assert type(open_level1(make_indexer(heads=12), Limits(cap=40))) is Level1
+    with pytest.raises(InputError, match="cap: 8 chunks"):  # not the backend's fault
+        open_level1(make_indexer(), Limits(cap=8))
+    (said,) = caplog.messages
+    assert "heads, key_width: 12 x 32" in said
+    caplog.clear()
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        open_level1(make_indexer(), Limits(cap=40))
+        assert not caplog.messages  # on a CPU torch is no second choice
 
 
 @compiled_only

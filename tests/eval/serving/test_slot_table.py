@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from data_gen.core.errors import InputError
-from eval.serving.table import Table
+from eval.serving.residency import SlotTable
 
 
 def test_a_unit_is_owned_first_and_readable_later():
-    table = Table(3)
+    table = SlotTable(3)
     units = table.grow(5)
     assert units.tolist() == [0, 1, 2, 3, 4]
     table.own(units[1:3], np.array([2, 0]))
@@ -21,7 +21,7 @@ def test_a_unit_is_owned_first_and_readable_later():
 
 
 def test_growing_keeps_what_is_there():
-    table = Table(2)
+    table = SlotTable(2)
     table.grow(1000)
     table.own(np.array([999]), np.array([1]))
     table.publish(np.array([999]), np.array([1]))
@@ -33,4 +33,4 @@ def test_growing_keeps_what_is_there():
 
 def test_no_slots_are_refused():
     with pytest.raises(InputError, match="holds nothing"):
-        Table(0)
+        SlotTable(0)
