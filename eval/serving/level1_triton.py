@@ -7,6 +7,7 @@ in parts.
 
 from dataclasses import dataclass, fields
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 import torch
 import triton
 

@@ -5,6 +5,7 @@ Called by both sides: `Residency`, for serving engines, and the hosts of Hugging
 """
 
 import copy
+from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class ColdPool:
         self.check(data)
         self.reserve(data.shape[0])
         while data.shape[0]:
-            segment, row = self.locate(self.units)
+            segment, row = self._place(self.units)
             count = min(data.shape[0], len(self.segments[segment]) - row)
             self.layout.view(self.segments[segment])[row : row + count].copy_(data[:count], non_blocking=self.pinned)
             self.units += count
@@ -104,8 +105,8 @@ class ColdPool:
             twin.segments[full][:rest].copy_(self.segments[full][:rest])
         return twin
 
-    def locate(self, units: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
-        """(segment, row in it) of units."""
+    def locate(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(segment, row in it) of units, [n] each."""
         segment = np.searchsorted(self.starts, units, side="right") - 1
         return segment, units - np.asarray(self.starts, dtype=np.int64)[segment]
 
@@ -119,7 +120,7 @@ class ColdPool:
 
     def storage(self, unit: int) -> torch.Tensor:
         """The bytes of one unit, [stride] uint8: the memory itself."""
-        segment, row = self.locate(int(unit))
+        segment, row = self._place(int(unit))
         return self.segments[segment][row]
 
     def __getitem__(self, unit: int) -> torch.Tensor:
@@ -131,6 +132,11 @@ class ColdPool:
         bases = np.array([segment.data_ptr() for segment in self.segments], dtype=np.int64)
         segment, row = self.locate(np.asarray(units, dtype=np.int64))
         return torch.from_numpy(bases[segment] + row * self.layout.stride)
+
+    def _place(self, unit: int) -> tuple[int, int]:
+        """(segment, row in it) of one unit."""
+        segment = bisect_right(self.starts, unit) - 1
+        return segment, unit - self.starts[segment]
 
     def _segment(self, units: int) -> torch.Tensor:
         try:
@@ -230,7 +236,9 @@ class SideStream:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             value = work(*args)
-        return StreamTicket(self._stream.record_event(), self._stream.device, value)
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return StreamTicket(event, self._stream.device, value)
 
 
 @dataclass(frozen=True)

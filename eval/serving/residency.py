@@ -141,13 +141,14 @@ class Planner:
         self.open = FetchPlan(wanted, fetch_units, fetch_slots, evict_units, evict_slots)
         return self.open
 
-    def finish(self) -> None:
-        """The fetch of the open plan is done: its units can be read, and its set is the one in force."""
+    def finish(self) -> FetchPlan:
+        """The fetch of the open plan, returned, is done: its units can be read, and its set is the one in force."""
         if self.open is None:
             raise RuntimeError("there is no plan to finish")
-        self.table.publish(self.open.fetch_units, self.open.fetch_slots)
+        done, self.open = self.open, None
+        self.table.publish(done.fetch_units, done.fetch_slots)
         self._in_force = self._window
-        self.open = None
+        return done
 
     def admit(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Number `count` new units and give them slots until the next plan; returns (units, slots).
@@ -172,7 +173,7 @@ class Planner:
 
     def room(self) -> int:
         """Slots that could be given to new units now."""
-        return self.table.free().size + np.count_nonzero(self._droppable(self._in_force))
+        return int(self.table.free().size + np.count_nonzero(self._droppable(self._in_force)))
 
     def _droppable(self, since: int) -> np.ndarray:
         """[capacity] bool: owned slots whose unit no window from `since` on wanted."""
@@ -274,25 +275,23 @@ class Residency:
             # A late fetch may go on as long as there is room for the units of another window.
             if not self._ticket.done() and self.planner.room() >= self.planner.reserve:
                 return Swap(self.resident.units.size, late=True)
-            self._take()
-        plan = self._plan_beside(wanted) if self._lane is not None and self.resident.units.size else None
-        alone = plan is None
-        if plan is None:
-            plan = self.planner.plan(wanted)
+            self._take(self._ticket)
+        lane = self._lane if self.resident.units.size else None
+        beside = None if lane is None else self._plan_beside(wanted)
+        plan = beside or self.planner.plan(wanted)
         work = (self.cold, plan.fetch_units, self.hot, plan.fetch_slots)
-        if alone:
-            self._copy(*work)
-            self.planner.finish()
-            self._enforce(plan.wanted)
+        if lane is not None and beside is not None:
+            self._ticket = lane.submit(self._copy, *work)
         else:
-            self._ticket = self._lane.submit(self._copy, *work)
+            self._copy(*work)
+            self._enforce(self.planner.finish().wanted)
         fetched = plan.fetch_units.size
         return Swap(
             self.resident.units.size,
             fetched,
             plan.evict_units.size,
             fetched * self.cold.layout.stride,
-            alone=alone and self._lane is not None,
+            alone=beside is None and self._lane is not None,
         )
 
     def _plan_beside(self, wanted: np.ndarray) -> FetchPlan | None:
@@ -301,11 +300,10 @@ class Residency:
         except InputError:  # no room for both sets; planning without the old one finds every other fault again
             return None
 
-    def _take(self) -> None:
+    def _take(self, ticket: Ticket) -> None:
         """The next set comes into force, with the units that were made since it was planned."""
-        self._ticket.result()
-        wanted = self.planner.open.wanted
-        self.planner.finish()
+        ticket.result()
+        wanted = self.planner.finish().wanted
         self._ticket = None
         self._enforce(np.concatenate([wanted, *self._admitted]))
         self._admitted = []

@@ -6,12 +6,11 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache
 
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone, piece_tokens
@@ -104,7 +103,7 @@ class ResidentCsaCache(ResidentChunks):
 
     @property
     def _csa_layers(self) -> list[DeepseekV4CSACache]:
-        return [self.layers[layer] for layer in self.csa]
+        return [cast(DeepseekV4CSACache, self.layers[layer]) for layer in self.csa]
 
     @property
     def total(self) -> int:
@@ -124,17 +123,17 @@ class ResidentCsaCache(ResidentChunks):
     def stage(self) -> None:
         """Copy the chunks made since the last time to the cold side, and encode their keys."""
         while (first := self.cold.count) < self.total or not self.cold.pools:  # no chunks yet: pools all the same
-            held = self._csa_layers[0].compressed_kv["compressor"].shape[1]
+            held = _hot(self._csa_layers[0], "compressor").shape[1]
             rows = slice(held - self.total + first, held - self.total + min(first + TILE, self.total))
             units = torch.stack(
                 [
-                    torch.cat([layer.compressed_kv[name][:, rows].to(self.device) for name in NAMES], dim=-1)
+                    torch.cat([_hot(layer, name)[:, rows].to(self.device) for name in NAMES], dim=-1)
                     for layer in self._csa_layers
                 ],
                 dim=2,
             )
             self.cold.append(units)
-            width = self._csa_layers[0].compressed_kv["indexer"].shape[-1]
+            width = _hot(self._csa_layers[0], "indexer").shape[-1]
             if self.observed:
                 self._keys.append(encode_keys(hadamard(units[:, :, self.observed, -width:])))
 
@@ -146,7 +145,7 @@ class ResidentCsaCache(ResidentChunks):
     def index_entries(self, sequence: int) -> torch.Tensor:
         """Keys of the backbone's own indexers, from the cold side: [N, CSA layers, d] on the CPU."""
         self.stage()
-        width = self._csa_layers[0].compressed_kv["indexer"].shape[-1]
+        width = _hot(self._csa_layers[0], "indexer").shape[-1]
         return self.cold.units(sequence)[..., -width:]
 
     def _rewrite(self, move: Move, fetched: torch.Tensor | None) -> None:
@@ -154,7 +153,7 @@ class ResidentCsaCache(ResidentChunks):
         for ordinal, layer in enumerate(self._csa_layers):
             first = 0
             for name in NAMES:
-                hot = layer.compressed_kv[name]
+                hot = _hot(layer, name)
                 rows = hot.new_zeros(*move.shape, hot.shape[-1])
                 rows[_on(hot, move.stay_to)] = hot[_on(hot, move.stay)]
                 if fetched is not None:
@@ -179,7 +178,12 @@ class ResidentCsaCache(ResidentChunks):
         self._keys.reorder(beam_idx)
 
 
-def _fork_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
+def _hot(layer: DeepseekV4CSACache, name: str) -> torch.Tensor:
+    """What a CSA layer that has read something holds of `name`: [B, rows, width]."""
+    return cast(torch.Tensor, layer.compressed_kv[name])
+
+
+def _fork_layer(layer: Any) -> Any:
     """Stock layers replace their tensors and never write into them, so that new dicts around the same ones do."""
     twin = copy.copy(layer)
     for name, state in vars(layer).items():

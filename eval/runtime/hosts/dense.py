@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ class ResidentLayer(DynamicLayer):
     @property
     def rows(self) -> int:
         """Resident tokens of a sequence, those that stand for no chunk included."""
-        return self.keys.shape[-2] if self.is_initialized else 0
+        return 0 if self.keys is None else self.keys.shape[-2]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -112,7 +112,7 @@ class ResidentCache(ResidentChunks):
     @property
     def full(self) -> list[ResidentLayer]:
         """The full-attention layers, in order."""
-        return [self.layers[layer] for layer in self.full_layers]
+        return [cast(ResidentLayer, self.layers[layer]) for layer in self.full_layers]
 
     @property
     def total(self) -> int:
@@ -122,7 +122,8 @@ class ResidentCache(ResidentChunks):
     @property
     def batch(self) -> int:
         """Sequences read, 0 before any."""
-        return len(self.full[0].keys) if self.full[0].is_initialized else 0
+        keys = self.full[0].keys
+        return 0 if keys is None else len(keys)
 
     @property
     def device(self) -> torch.device:
@@ -145,9 +146,9 @@ class ResidentCache(ResidentChunks):
             last = min(first + TILE, self.total)
             columns = slice((first + behind) * size, (last + behind) * size)
             parts = [
-                _by_chunk(side[:, :, columns], size).transpose(1, 2).flatten(2).to(self.device)
+                _by_chunk(getattr(layer, side)[:, :, columns], size).transpose(1, 2).flatten(2).to(self.device)
                 for layer in self.full
-                for side in (layer.keys, layer.values)
+                for side in ("keys", "values")
             ]
             self.cold.append(torch.cat(parts, dim=-1))
 
@@ -173,7 +174,7 @@ class ResidentCache(ResidentChunks):
 
     def resident_bytes(self) -> int:
         """Bytes of resident keys and values of the full-attention layers, as they lie."""
-        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.full if layer.is_initialized)
+        return sum(2 * layer.keys.nbytes for layer in self.full if layer.keys is not None)
 
     def fork(self) -> Self:
         twin = super().fork()

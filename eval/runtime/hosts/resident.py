@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -308,7 +309,7 @@ class ResidentChunks(DynamicCache, ABC):
         self.table.fix(move, self.total)
         return move
 
-    def fork(self) -> "ResidentChunks":
+    def fork(self) -> Self:
         """An independent continuation of the same history; tensors are shared until either side goes on."""
         self.stage()
         twin = copy.copy(self)

@@ -1,4 +1,5 @@
 """Fetch: units straight from pinned host memory into device slots, 16 bytes a load, by a few programs."""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import torch
 import triton

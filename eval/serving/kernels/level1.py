@@ -5,6 +5,7 @@ the others of its run, joins their logits, and writes the chosen ids behind thos
 because the launch is cooperative: all programs of the grid are at work at once, so the caller launches no more than the
 device holds. Lengths, thresholds and counts stay on the device; nothing is sorted.
 """
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

@@ -6,6 +6,7 @@ meet between the steps: each waits for all others, so the launch is cooperative,
 runs at once, one a multiprocessor. Where programs run one after the other (the interpreter), each step is a launch of
 its own.
 """
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

@@ -4,6 +4,7 @@ An output row of 512 values for 64 heads fills half of a program's registers. So
 values or fewer, and runs along its share of the entries with a running softmax: a tile of them at a time is read once,
 dequantised once, and serves as keys and as values. A second kernel joins the shares and the sinks.
 """
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import math
 

@@ -6,6 +6,7 @@ about 0.7 COLUMNS scores lie above the median of the column maxima, whatever the
 little below the maxima's mean, and it is usually the last. Bisection follows. Where it finds no cut, because too many
 scores are equal, it ends at the k-th largest itself.
 """
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import torch
 import triton
