@@ -152,7 +152,7 @@ def evaluate(
         indexers = dict(zip("AB", compare, strict=True))
     else:
         raise InputError("evaluate needs one indexer (--indexer A) or two (--compare A B)")
-    evaluate_traces(_recipe(recipe).train, indexers, traces, out, every_token, typer.echo)
+    evaluate_traces(_recipe(recipe).train, indexers, traces, out, recipe, every_token, typer.echo)
 
 
 @app.command()
@@ -265,7 +265,7 @@ def decode(
     if prompt is None:
         settings = _recipe(recipe, backbone, documents)
         given = settings.backbone, settings.documents, settings.trace, settings.decode
-        decode_documents(bundle, *given, out, typer.echo, _progress)
+        decode_documents(bundle, *given, out, recipe, typer.echo, _progress)
     else:
         model = _recipe(recipe, backbone).backbone
         continue_text(model, bundle, prompt, new_tokens, out, cap, fallback, budget, typer.echo)
@@ -299,7 +299,7 @@ def benchmark(
     config = config.changed(
         file or [], lengths=length, tasks=task, examples=examples, budgets=budget, haystack=documents
     )
-    benchmark_bundle(bundle, model, config, out, typer.echo, _progress)
+    benchmark_bundle(bundle, model, config, out, recipe, typer.echo, _progress)
 
 
 @app.command()
@@ -312,10 +312,11 @@ def run(recipe: RecipeName, out: Out, backbone: BackbonePath = None, documents: 
     settings = _recipe(recipe, backbone, documents)
     loaded = _generate(settings, out / "traces")
     _train(settings, {out / "traces" / "train": 1.0}, out)
-    evaluate_traces(settings.train, {"indexer": out / "indexer"}, out / "traces" / "heldout", out, False, typer.echo)
+    indexers, heldout = {"indexer": out / "indexer"}, out / "traces" / "heldout"
+    evaluate_traces(settings.train, indexers, heldout, out, recipe, False, typer.echo)
     export(out / "indexer", out / "bundle")
     given = loaded, settings.documents, settings.trace, settings.decode
-    decode_documents(out / "bundle", *given, out, typer.echo, _progress)
+    decode_documents(out / "bundle", *given, out, recipe, typer.echo, _progress)
 
 
 @app.command("select-layers")

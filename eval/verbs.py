@@ -14,13 +14,15 @@ from eval.offline.evaluation import evaluate
 from eval.online.benchmark import benchmark
 from eval.online.check import as_rows, check_backbone, decode_check
 from eval.online.config import BenchmarkConfig, DecodeConfig
+from eval.report.figures import plot_recall
 from eval.report.page import write_report
+from eval.report.rows import Results
+from eval.report.setting import documents_line, examples_line, setting_of
 from eval.report.tables import (
     RESULTS,
     comparison_table,
     decode_summary,
     decode_table,
-    plot_recall,
     read_results,
     recall_table,
     threshold_lines,
@@ -39,22 +41,27 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def evaluate_traces(
-    train: TrainConfig, paths: dict[str, Path], traces: Path, out: Path, every_token: bool, say: Say
+    train: TrainConfig, paths: dict[str, Path], traces: Path, out: Path, recipe: str, every_token: bool, say: Say
 ) -> None:
-    """Recall of the indexers in `paths`, by name, on held-out traces: adds to `out`/results.json and the report."""
+    """Recall of the indexers in `paths`, by name, on held-out traces: adds to `out`/results.json and the report.
+
+    recipe: what the report calls it, here and below.
+    """
     read_results(out)  # what cannot be added to is found before the work
     indexers = {name: load_indexer(path) for name, path in paths.items()}
     store = open_traces(traces, indexers.values())
     found = evaluate(indexers, store, train.golden, train.budget, every_token)
-    found = write_results(out, **found).content()
-    plot_recall(found["recall"], out / "recall.png")
-    say("\n".join([recall_table(found["recall"]), *threshold_lines(found), *found["evaluated"]["notes"]]))
-    if found["comparison"]:
-        say(
-            "\n".join(
-                [*(f"{name}: {path}" for name, path in paths.items()), comparison_table(found["comparison"], *paths)]
-            )
-        )
+    read = [(document.meta.task, document.meta.length) for document in store]
+    told = documents_line(read, store.manifest.documents.get("source"))
+    setting = setting_of(next(iter(indexers.values())), recipe, told)
+    results = write_results(out, **found, measured={"evaluate": setting})
+    rows = results.recall or []
+    plot_recall(rows, out / "recall.png")
+    notes = results.evaluated.notes if results.evaluated else []
+    say("\n".join([str(recall_table(rows)), *threshold_lines(results), *notes]))
+    if results.comparison:
+        named = [f"{name}: {path}" for name, path in paths.items()]
+        say("\n".join([*named, str(comparison_table(results.comparison))]))
     page, _ = write_report(out)
     say(f"results: {out / RESULTS}\nplot: {out / 'recall.png'}\nreport: {page}")
 
@@ -66,6 +73,7 @@ def decode_documents(
     trace: TraceConfig,
     config: DecodeConfig,
     out: Path,
+    recipe: str,
     say: Say,
     progress: Progress,
 ) -> None:
@@ -83,8 +91,10 @@ def decode_documents(
     check_backbone(indexer, backbone)
     heldout = build_documents(documents, trace, tokenizer, backbone.info.context, "heldout")
     rows, answers = decode_check(backbone.model, tokenizer, indexer, heldout, config, progress)
-    found = as_rows(rows)
-    write_results(out, decode=found, answers=answers)
+    told = documents_line([(document.task, len(document.tokens)) for document in heldout], documents.source)
+    setting = setting_of(indexer, recipe, told)
+    results = write_results(out, decode=as_rows(rows), answers=answers, measured={"decode": setting})
+    found = results.decode or []
     page, _ = write_report(out)
     plot = f"plot: {out / 'recall.png'}\n" if (out / "recall.png").exists() else ""
     say(f"{decode_table(found)}\nresults: {out / RESULTS}\n{plot}report: {page}\n{decode_summary(found)}")
@@ -123,16 +133,24 @@ def continue_text(
 
 
 def benchmark_bundle(
-    bundle: Path, backbone: BackboneConfig, config: BenchmarkConfig, out: Path, say: Say, progress: Progress
+    bundle: Path,
+    backbone: BackboneConfig,
+    config: BenchmarkConfig,
+    out: Path,
+    recipe: str | None,
+    say: Say,
+    progress: Progress,
 ) -> None:
     """Long-context tasks under every policy: adds to `out`/results.json and the report."""
     read_results(out)
     indexer = load_bundle(bundle)
     model, tokenizer = load_backbone(backbone)
     found, notes = benchmark(adapter(model), tokenizer, indexer, config, out, progress)
-    write_results(out, **found)
+    setting = setting_of(indexer, recipe, examples_line(Results.model_validate(found)))
+    results = write_results(out, **found, measured={"benchmark": setting})
+    rows = results.benchmark or []
     page, _ = write_report(out)
-    say(f"{benchmark_table(found['benchmark'])}\n\n{difference_table(found['benchmark'])}\n")
-    if found["benchmark_text"]:
-        say(f"{fidelity_table(found['benchmark_text'])}\n")
+    say(f"{benchmark_table(rows)}\n\n{difference_table(rows)}\n")
+    if results.benchmark_text:
+        say(f"{fidelity_table(results.benchmark_text)}\n")
     say("\n".join([*notes, f"results: {out / RESULTS}", f"report: {page}"]))

@@ -1,18 +1,13 @@
-"""Results on disk and on the terminal: results.json, a plot, and tables."""
+"""Results on disk and as tables: what Markdown, the terminal and the page show of results.json."""
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
 from data_gen.core.files import whole, write_atomically
-from eval.report.rows import Results
+from eval.report.rows import ComparisonRow, DecodeRow, RecallRow, Results
 
 RESULTS = "results.json"
 """What evaluate, decode and benchmark add to."""
@@ -20,98 +15,11 @@ STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "A": ("tab:red
           "native": ("tab:purple", "-"), "exact_attention": ("tab:purple", "-"), "native_votes": ("tab:purple", "-"),
           "mean_pooled": ("tab:blue", "-"), "frequency": ("tab:orange", "-"), "recency": ("tab:green", "-"),
           "random": ("tab:gray", ":"), "protected": ("tab:gray", "-.")}  # fmt: skip
-"""Line colour and style of each policy."""
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table with aligned columns; floats with three decimals, None as a dash."""
-
-    def text(value: Any) -> str:
-        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    lines = [list(header), *[[text(value) for value in row] for row in rows]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    rendered = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-                for line in lines]  # fmt: skip
-    rendered.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(rendered)
-
-
-def recall_table(rows: list[dict[str, Any]]) -> str:
-    """Mass recall and golden recall (macro) by policy, a column pair per budget, for each group of tasks."""
-    lines = []
-    rows = [row for row in rows if row["policy"] in STYLES]
-    budgets = sorted({row["budget"] for row in rows if isinstance(row["budget"], float)})
-    cells = {(row["task"], row["policy"], row["budget"]): row for row in rows}
-    for task, policy in dict.fromkeys((row["task"], row["policy"]) for row in sorted(rows, key=_order)):
-        found = [cells[task, policy, budget] for budget in budgets]
-        values = [f"{row['mass_recall']:.3f} / {_share(row['golden_recall'])}" for row in found]
-        lines.append([task, policy, *values, found[0]["documents"]])
-    header = ["mass / golden recall (macro)", "kept:", *[f"{budget:.1%}" for budget in budgets], "documents"]
-    return table(header, lines)
-
-
-def comparison_table(rows: list[dict[str, Any]], one: str, other: str) -> str:
-    """Two indexers at every budget and at their thresholds: macro averages, the paired difference and its interval."""
-    lines = []
-    for row in rows:
-        if not str(row["budget"]).startswith("top"):
-            interval = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
-            lines.append([row["task"], row["metric"], cut_name(row["budget"]), row[one], row[other],
-                          f"{row['difference']:+.3f}{interval}", row["documents"]])  # fmt: skip
-    return table(["task", "metric (macro)", "cut", one, other, f"{one} - {other}, 95 % interval", "documents"], lines)
-
-
-def cut_name(cut: float | str) -> str:
-    """A share as a percentage, "threshold" and "top K" as they are."""
-    return cut if isinstance(cut, str) else f"{cut:.1%}"
-
-
-def threshold_lines(found: dict[str, Any]) -> list[str]:
-    """What each indexer's threshold kept of every group of tasks, and both recalls it had."""
-    lines, thresholds = [], found["evaluated"]["thresholds"]
-    for row in found["recall"]:
-        if row["budget"] == "threshold" and row["policy"] in thresholds:
-            who = "threshold" if row["policy"] == "indexer" else f"threshold of {row['policy']}"
-            recall = f"macro mass recall {_share(row['mass_recall'])}, golden recall {_share(row['golden_recall'])}"
-            lines.append(f"{who}, {row['task']}: {thresholds[row['policy']]}: kept {row['kept']:.1%}, {recall}")
-    return lines
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _order(row: dict[str, Any]) -> tuple:
-    return (row["task"] != "needles", row["task"], list(STYLES).index(row["policy"]))
-
-
-def plot_recall(rows: list[dict[str, Any]], path: Path) -> None:
-    """Mass recall (top) and golden recall (bottom) against the budget, a column per task group; PNG."""
-    rows = [row for row in rows if row["policy"] in STYLES]
-    tasks = list(dict.fromkeys(row["task"] for row in sorted(rows, key=_order)))
-    figure, axes = pyplot.subplots(2, len(tasks), figsize=(3.4 * len(tasks), 6.2), sharex=True, squeeze=False)
-    for column, task in enumerate(tasks):
-        for line, metric in enumerate(("mass_recall", "golden_recall")):
-            axis = axes[line][column]
-            for policy, (color, style) in STYLES.items():
-                points = [row for row in rows if (row["task"], row["policy"]) == (task, policy)]
-                points = [row for row in points if isinstance(row["budget"], float) and row[metric] is not None]
-                if not points:
-                    continue
-                xs = [100 * row["budget"] for row in points]
-                axis.plot(xs, [row[metric] for row in points], style, color=color, marker="o", ms=3, label=policy)
-            axis.set_ylim(0, 1)
-            axis.grid(alpha=0.3)
-            axis.set_title(f"{task}: {points[0]['documents'] if points else 0} documents" if line == 0 else "")
-            if column == 0:
-                axis.set_ylabel(f"{('attention-mass', 'golden-chunk')[line]} recall (macro)")
-            if line == 1:
-                axis.set_xlabel("chunks kept, % (protected apart)")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
-    pyplot.close(figure)
+"""Line colour and style of each policy, in the order of the tables."""
+GROUPS = ("needles", "text", "document", "chat")
+"""Groups of tasks that together hold every document once, in the order of the tables."""
+FEW = 20
+"""Below so many documents or examples a third decimal says nothing."""
 
 
 def read_results(folder: Path) -> Results:
@@ -129,64 +37,149 @@ def write_results(folder: Path, **sections: Any) -> Results:
     Returns the whole. Raises InputError when the file there is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    results = read_results(folder).with_sections(**{name: _typed(name, rows) for name, rows in sections.items()})
+    results = read_results(folder).with_sections(**sections)
     text = json.dumps(results.content(), indent=1)
     write_atomically(folder / RESULTS, lambda file: file.write_text(text))
     return results
 
 
-def _typed(section: str, rows: Any) -> Any:
-    """Rows that are dicts still, with the fields that their names are made of; to go with the last such rows."""
-    if section not in ("recall", "by_length", "by_depth", "heat", "comparison") or not rows:
-        return rows
-    return [_with_fields(section, row) if isinstance(row, dict) else row for row in rows]
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table with aligned columns; floats with three decimals, None as a dash."""
+    return str(Table(header, rows))
 
 
-def _with_fields(section: str, row: dict[str, Any]) -> dict[str, Any]:
-    more: dict[str, Any] = {}
-    if str(row["budget"]).startswith("top "):
-        more["top"] = int(row["budget"].split()[1])
-    if layer := re.fullmatch(r"(?:(.+) )?layer (\d+)", row.get("policy", "")):
-        more |= {"indexer": layer[1] or "indexer", "layer": int(layer[2])}
-    elif row.get("policy") in ("indexer", "A", "B"):
-        more["indexer"] = row["policy"]
-    places = dict(zip(("depth", "length"), row["task"].split(" | "), strict=True)) if section == "heat" else {}
-    places |= {section.removeprefix("by_"): row["task"]} if section.startswith("by_") else {}
-    if "length" in places:
-        ends = [int(end.replace(",", "")) for end in places["length"].split("-")]
-        more["length"] = (ends[0], ends[-1])
-    if "depth" in places:
-        more["depth"] = tuple(int(end.rstrip("%")) / 100 for end in places["depth"].split("-"))
-    return row | more
+@dataclass(frozen=True)
+class Table:
+    """A table for Markdown (`str`) and for the page; floats with three decimals, None as a dash."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The rows as text."""
+        return [[_text(value) for value in row] for row in self.rows]
+
+    @property
+    def words(self) -> list[bool]:
+        """Which columns hold names rather than figures."""
+        return [any(cell[:1].isalpha() for cell in column) for column in zip(*self.cells, strict=True)]
+
+    def __str__(self) -> str:
+        lines = [list(self.header), *self.cells]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        rendered = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+                    for line in lines]  # fmt: skip
+        rendered.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        return "\n".join(rendered)
 
 
-def decode_table(rows: list[dict[str, Any]]) -> str:
+def _text(value: Any) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def number(value: float | None, count: int) -> str:
+    """A figure that `count` documents or examples stand behind: two decimals of fewer than FEW, else three."""
+    return "-" if value is None else f"{value:.{2 if count < FEW else 3}f}"
+
+
+def bounds(interval: Sequence[float | None] | None, count: int) -> str:
+    """ " [low, high]" with the decimals of `number`; empty where there is no interval."""
+    if interval is None or None in interval:
+        return ""
+    low, high = (number(bound, count) for bound in interval)
+    return f" [{low}, {high}]"
+
+
+def cut_name(cut: float | str) -> str:
+    """A share as a percentage, "threshold" and "top K" as they are."""
+    return cut if isinstance(cut, str) else f"{cut:.1%}"
+
+
+def depth_name(depth: tuple[float, float]) -> str:
+    """A bin of depths, as `Evaluated.bins` names it."""
+    return f"{depth[0]:.0%}-{depth[1]:.0%}"
+
+
+def length_name(length: tuple[int, int]) -> str:
+    """A bin of lengths, as `Evaluated.bins` names it."""
+    return f"{length[0]:,}-{length[1]:,}" if length[0] < length[1] else f"{length[0]:,}"
+
+
+def policy_order(policy: str) -> tuple[int, str]:
+    """Sorts policies as STYLES does, layers of indexers behind."""
+    names = list(STYLES)
+    return (names.index(policy) if policy in names else len(names)), policy
+
+
+def recall_table(rows: Iterable[RecallRow]) -> Table:
+    """Mass recall and golden recall (macro) by policy, a column pair per budget, for each group of tasks."""
+    lines = []
+    rows = [row for row in rows if row.policy in STYLES]
+    budgets = sorted({row.budget for row in rows if isinstance(row.budget, float)})
+    cells = {(row.task, row.policy, row.budget): row for row in rows}
+    order = sorted(rows, key=lambda row: (row.task != "needles", row.task, policy_order(row.policy)))
+    for task, policy in dict.fromkeys((row.task, row.policy) for row in order):
+        found = [cells[task, policy, budget] for budget in budgets]
+        values = [f"{number(r.mass_recall, r.documents)} / {number(r.golden_recall, r.documents)}" for r in found]
+        lines.append([task, policy, *values, found[0].documents])
+    header = ["mass / golden recall (macro)", "kept:", *[f"{budget:.1%}" for budget in budgets], "documents"]
+    return Table(header, lines)
+
+
+def comparison_table(rows: Iterable[ComparisonRow]) -> Table:
+    """Two indexers at every budget and at their thresholds: macro averages, the paired difference and its interval."""
+    lines = []
+    for row in rows:
+        if row.top is None:
+            few = 2 if row.documents < FEW else 3
+            interval = "" if row.low is None else f" [{row.low:+.{few}f}, {row.high:+.{few}f}]"
+            averages = [number(value, row.documents) for value in (row.A, row.B)]
+            lines.append([row.task, row.metric, cut_name(row.budget), *averages,
+                          f"{row.difference:+.{few}f}{interval}", row.documents])  # fmt: skip
+    return Table(["task", "metric (macro)", "cut", "A", "B", "A - B, 95 % interval", "documents"], lines)
+
+
+def threshold_lines(results: Results) -> list[str]:
+    """What each indexer's threshold kept of every group of tasks, and both recalls it had."""
+    if results.evaluated is None:
+        return []
+    lines, thresholds = [], results.evaluated.thresholds
+    for row in results.recall or []:
+        if row.budget == "threshold" and row.policy in thresholds:
+            who = "threshold" if row.policy == "indexer" else f"threshold of {row.policy}"
+            recall = f"macro mass recall {_text(row.mass_recall)}, golden recall {_text(row.golden_recall)}"
+            lines.append(f"{who}, {row.task}: {thresholds[row.policy]}: kept {row.kept:.1%}, {recall}")
+    return lines
+
+
+def decode_table(rows: Iterable[DecodeRow]) -> Table:
     """The decode check, a line per policy."""
     header = ["policy", "needles right", "95 % interval", "text agreement", "text KL", "chunks", "KV share", "KV MB"]
     lines = [
         [
-            row["policy"],
-            f"{row['correct']} of {row['examples']}" if row["examples"] else None,
-            f"{row['low']:.2f}-{row['high']:.2f}" if row["examples"] else None,
-            row["agreement"],
-            row["kl"],
-            f"{row['chunks']:.1f}",
-            f"{row['kv_share']:.1%}",
-            f"{row['kv_mb']:.1f}",
+            row.policy,
+            f"{row.correct} of {row.examples}" if row.examples else None,
+            f"{row.low:.2f}-{row.high:.2f}" if row.examples else None,
+            row.agreement,
+            row.kl,
+            f"{row.chunks:.1f}",
+            f"{row.kv_share:.1%}",
+            f"{row.kv_mb:.1f}",
         ]
         for row in rows
     ]
-    return table(header, lines)
+    return Table(header, lines)
 
 
-def decode_summary(rows: list[dict[str, Any]]) -> str:
+def decode_summary(rows: Sequence[DecodeRow]) -> str:
     """One plain sentence: what was kept and what it cost."""
-    full, kept = (next(row for row in rows if row["policy"] == name) for name in ("full", "indexer"))
+    full, kept = (next(row for row in rows if row.policy == name) for name in ("full", "indexer"))
     said = []
-    if kept["examples"]:
-        answered = f"the model answered {kept['correct']} of {kept['examples']} needle questions"
-        said.append(f"{answered}; with all of it, {full['correct']}")
-    if kept["agreement"] is not None:
-        said.append(f"its next token on text agreed with full attention's {kept['agreement']:.0%} of the time")
-    resident = f"{kept['kv_share']:.0%} of the KV cache resident ({kept['kv_mb']:.1f} of {full['kv_mb']:.1f} MB)"
+    if kept.examples:
+        answered = f"the model answered {kept.correct} of {kept.examples} needle questions"
+        said.append(f"{answered}; with all of it, {full.correct}")
+    if kept.agreement is not None:
+        said.append(f"its next token on text agreed with full attention's {kept.agreement:.0%} of the time")
+    resident = f"{kept.kv_share:.0%} of the KV cache resident ({kept.kv_mb:.1f} of {full.kv_mb:.1f} MB)"
     return f"With {resident}, {'; '.join(said)}."

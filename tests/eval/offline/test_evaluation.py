@@ -4,14 +4,12 @@ import shutil
 from collections import Counter
 
 import pytest
-from matplotlib import pyplot
 
 from data_gen.core.errors import InputError
 from data_gen.traces.store import TraceStore
 from data_gen.traces.types import DocumentMeta
 from eval.offline.evaluation import depth_bin, evaluate, length_bins, sampled_reliability, threshold_for, unseen_notes
 from eval.offline.refresh import timeline
-from eval.report.figures import depth_by_length
 from indexer_train.card import Provenance
 from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.selection import Budget, Cut, Threshold
@@ -46,9 +44,7 @@ def test_cells_of_depth_and_length_add_up(stores, compared):
 
 def test_two_indexers_are_compared_document_by_document(compared):
     recall = {(r.policy, r.task, r.budget): r for r in compared["recall"]}
-    row = next(
-        r for r in compared["comparison"] if (r.task, r.budget, r.metric) == ("text", 0.1, "mass_recall")
-    )
+    row = next(r for r in compared["comparison"] if (r.task, r.budget, r.metric) == ("text", 0.1, "mass_recall"))
     assert pytest.approx(recall["A", "text", 0.1].mass_recall) == row.A
     assert pytest.approx(recall["B", "text", 0.1].mass_recall) == row.B
     assert row.difference == pytest.approx(row.A - row.B)
@@ -108,19 +104,6 @@ def test_rows_by_depth_are_those_of_the_documents_there(stores, compared):
         there = [each.name for each in needles if depth_bin(each) == row.task]
         kept = [each.kept for each in compared["documents"] if each.name in there]
         assert row.kept == pytest.approx(sum(kept) / len(kept))
-
-
-def test_the_heat_map_leaves_empty_cells_between_blank():
-    def row(depth, length):
-        return {"task": f"{depth} | {length}", "mass_recall": 0.4, "golden_recall": None, "documents": 1}
-
-    bins = (["0%-20%", "20%-40%", "40%-60%", "60%-80%"], ["1-2", "2-3", "3-4"])
-    figure = depth_by_length([row("0%-20%", "1-2"), row("40%-60%", "3-4")], bins)
-    axis = figure.axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == bins[0][:3]
-    assert [label.get_text() for label in axis.get_xticklabels()] == bins[1]
-    assert axis.images[0].get_array().count() == 2 and len(axis.texts) == 2
-    pyplot.close(figure)
 
 
 def test_pieces_change_neither_reliability_nor_timeline(stores, indexer, monkeypatch):

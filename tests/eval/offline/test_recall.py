@@ -12,7 +12,8 @@ from data_gen.traces.store import TraceStore
 from data_gen.traces.types import DocumentMeta, Manifest, RawTrace, Span
 from eval.offline.policies import POLICIES, Frequency, Random, mean_pooled, oracle, policies, recency, used_now
 from eval.offline.recall import BUDGETS, evaluate_recall, measure, recall_rows
-from eval.report.tables import STYLES, plot_recall, recall_table
+from eval.report.figures import plot_recall
+from eval.report.tables import STYLES, recall_table
 from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.selection import Cut, Threshold
 from tests.eval.conftest import planted_indexer
@@ -171,9 +172,9 @@ def test_random_goes_on_from_window_to_window(stores):
 
 
 def test_tables_and_plot_show_every_policy(rows, tmp_path):
-    text = recall_table([row.model_dump() for row in rows])
+    text = str(recall_table(rows))
     assert all(policy in text for policy in SHOWN)
-    plot_recall([row.model_dump() for row in rows], tmp_path / "recall.png")
+    plot_recall(rows, tmp_path / "recall.png")
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -6,7 +6,12 @@ import pytest
 
 from eval.online.check import wilson
 from eval.online.summary import accuracy_rows, depth_rows, fidelity_rows, left_out_lines
+from eval.report.rows import AccuracyRow, FidelityRow
 from eval.report.tasks import benchmark_table, fidelity_table
+
+
+def shown(rows):
+    return str(benchmark_table([AccuracyRow.model_validate(row) for row in rows]))
 
 
 def record(name, task, length, scores, depth=None, left_out=""):
@@ -47,12 +52,12 @@ def test_windows_under_full_attention_are_summed_and_shown():
         each["runs"][1] |= counted
     full, fallback = accuracy_rows(records, None)
     assert (fallback["fallbacks"], fallback["windows"]) == (1, 5) and "windows" not in full
-    assert "100 [34-100] / 2.0, 1 of 5 full |" in benchmark_table([full, fallback])
+    assert "100 [34-100] / 2.0, 1 of 5 full |" in shown([full, fallback])
 
 
 def test_one_example_has_no_bootstrap_interval():
     (row,) = accuracy_rows([RECORDS[3] | {"runs": RECORDS[3]["runs"][:1]}], None)
-    assert row["low"] is None and "50 / 10.0" in benchmark_table([row])
+    assert row["low"] is None and "50 / 10.0" in shown([row])
 
 
 def test_left_out_is_said():
@@ -68,7 +73,7 @@ def test_depth_rows():
 
 
 def test_table_has_the_paper_s_shape_and_averages():
-    lines = benchmark_table(accuracy_rows(RECORDS, 1000)).splitlines()
+    lines = shown(accuracy_rows(RECORDS, 1000)).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0][1:] == ["tokens", "n", "full", "indexer 10%"]
     assert cells[2] == ["needles single", "1000", "2", "100 [34-100] / 10.0", "50 [9-91] / 2.0"]
@@ -88,5 +93,7 @@ def test_fidelity():
     (row,) = fidelity_rows(records, 250)
     assert row["agreement"] == pytest.approx(0.8) and row["perplexity"] == pytest.approx(8) and row["texts"] == 2
     assert row["agreement_interval"] == pytest.approx((0.7, 0.9)) and row["kl_interval"] == pytest.approx((0.1, 0.3))
-    assert "0.800 [0.700, 0.900]" in fidelity_table([row]) and "500 (2.0x trained)" in fidelity_table([row])
+    for texts, agreement in ((2, "0.80 [0.70, 0.90]"), (20, "0.800 [0.700, 0.900]")):
+        table = str(fidelity_table([FidelityRow.model_validate(row | {"texts": texts})]))
+        assert f"| {agreement} " in table and "0.200 [0.100, 0.300]" in table and "500 (2.0x trained)" in table
     assert accuracy_rows(records, 250) == []
