@@ -24,10 +24,9 @@ from benchmarks.machine import origin
 from data_gen.backbones.load import load_backbone, resolve
 from data_gen.config import BackboneConfig
 from data_gen.core.files import write_atomically
-from eval.online.capped import calibrated
-from eval.online.check import wilson
-from eval.online.open import open_session
-from eval.online.policies import indexer_policy
+from eval.online.online_policies import calibrated, indexer_policy
+from eval.online.session import open_session
+from eval.online.summary import wilson
 from eval.report.tables import table
 from eval.runtime.runtime import LSARuntime
 from eval.serving.select import Fallback, Limits
@@ -74,7 +73,7 @@ def answered(
         most = len(question.answer.split())
         runtime.reset()
         written = runtime.generate(ids, max_new_tokens=most, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
-        yield question, solved(question, tokenizer.decode(written))
+        yield question, solved(question, str(tokenizer.decode(written)))
 
 
 def measure(
@@ -141,7 +140,8 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure, print a table, and write it where --output says."""
+    parser = argparse.ArgumentParser(description="Demand fallback on a trained model, on dense and sparse questions.")
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--count", type=int, default=8, help="texts; as many others calibrate")

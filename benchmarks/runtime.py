@@ -31,7 +31,7 @@ from data_gen.backbones.load import adapter, load_backbone
 from data_gen.config import BackboneConfig
 from data_gen.core.errors import InputError
 from data_gen.text.documents import heldout_share
-from eval.online.haystack import Haystack
+from eval.online.generated import Haystack
 from eval.runtime.hosts.resident import Prepared
 from eval.runtime.runtime import LSARuntime
 from eval.serving.level1 import Level1

@@ -12,8 +12,9 @@ from data_gen.core.errors import InputError
 from data_gen.text.documents import build_documents
 from eval.offline.evaluation import evaluate
 from eval.online.benchmark import benchmark
-from eval.online.check import as_rows, check_backbone, decode_check
 from eval.online.config import BenchmarkConfig, DecodeConfig
+from eval.online.decode import decode_check
+from eval.online.runner import check_backbone
 from eval.report.figures import plot_recall
 from eval.report.page import write_report
 from eval.report.rows import Results
@@ -93,7 +94,7 @@ def decode_documents(
     rows, answers = decode_check(backbone.model, tokenizer, indexer, heldout, config, progress)
     told = documents_line([(document.task, len(document.tokens)) for document in heldout], documents.source)
     setting = setting_of(indexer, recipe, told)
-    results = write_results(out, decode=as_rows(rows), answers=answers, measured={"decode": setting})
+    results = write_results(out, decode=rows, answers=answers, measured={"decode": setting})
     found = results.decode or []
     page, _ = write_report(out)
     plot = f"plot: {out / 'recall.png'}\n" if (out / "recall.png").exists() else ""
@@ -145,9 +146,9 @@ def benchmark_bundle(
     read_results(out)
     indexer = load_bundle(bundle)
     model, tokenizer = load_backbone(backbone)
-    found, notes = benchmark(adapter(model), tokenizer, indexer, config, out, progress)
-    setting = setting_of(indexer, recipe, examples_line(Results.model_validate(found)))
-    results = write_results(out, **found, measured={"benchmark": setting})
+    sections, notes = benchmark(adapter(model), tokenizer, indexer, config, out, progress)
+    setting = setting_of(indexer, recipe, examples_line(Results.model_validate(sections)))
+    results = write_results(out, **sections, measured={"benchmark": setting})
     rows = results.benchmark or []
     page, _ = write_report(out)
     say(f"{benchmark_table(rows)}\n\n{difference_table(rows)}\n")

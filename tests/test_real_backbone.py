@@ -1,7 +1,5 @@
 """The whole path at small size on the real SmolLM2-135M, and its traces against its own eager attention."""
 
-import json
-
 import pytest
 import torch
 
@@ -11,8 +9,8 @@ from data_gen.generate import generate
 from data_gen.text.documents import build_documents
 from data_gen.traces.labels import SparseOracle
 from eval.offline.recall import evaluate_recall
-from eval.online.check import decode_check
-from eval.online.session import Session
+from eval.online.decode import decode_check
+from eval.online.session import DenseSession
 from indexer_train.formats.bundle import export_bundle, load_bundle
 from indexer_train.training.trainer import train
 from recipes import load_recipe
@@ -58,7 +56,7 @@ def test_stored_probabilities_are_the_models_own(recipe, loaded):
 def test_everything_resident_is_bitwise_the_stock_model(recipe, loaded):
     model, tokenizer = loaded
     ids = tokenizer("The lookahead window of sixty-four tokens decides which chunks stay. " * 12).input_ids
-    session = Session(model, recipe.trace.chunking)
+    session = DenseSession(model, recipe.trace.chunking)
     ours = [session.read(ids[:-4])] + [session.read([token]) for token in ids[-4:]]
     with torch.no_grad():
         output = model(torch.tensor([ids[:-4]]), logits_to_keep=1)
@@ -92,4 +90,4 @@ def test_documents_to_decoding(recipe, loaded, tmp_path):
     assert by_policy["indexer"].kv_share < 0.6  # short documents: protection weighs
     assert by_policy["indexer"].refreshes == 2  # 34 tokens, windows of 32
     assert by_policy["full"].kl == 0 < by_policy["indexer"].kl
-    assert by_policy["full"].correct == 2, json.dumps(answers)
+    assert by_policy["full"].correct == 2, answers

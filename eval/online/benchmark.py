@@ -12,19 +12,19 @@ from data_gen.backbones.load import Backbone
 from data_gen.config import DocumentsConfig
 from data_gen.core.errors import InputError
 from data_gen.text.documents import heldout_share
-from eval.online.answers import Runner
-from eval.online.check import check_backbone
 from eval.online.config import BenchmarkConfig
-from eval.online.examples import Example, TextExample
+from eval.online.examples import Example, TextExample, in_order
 from eval.online.formats import read_benchmark
-from eval.online.generated import generate_examples
-from eval.online.haystack import Haystack
-from eval.online.journal import Journal
-from eval.online.prefill import in_order
+from eval.online.generated import Haystack, generate_examples
+from eval.online.online_policies import ONLINE_POLICIES
+from eval.online.records import Journal
+from eval.online.runner import Runner, check_backbone
 from eval.online.summary import accuracy_rows, depth_rows, fidelity_rows, left_out_lines
+from eval.report.rows import Row
 from indexer_train.model import MemoryIndexer
 
 JOURNAL = "answers.jsonl"
+"""The finished examples of a folder."""
 
 
 def benchmark(
@@ -34,25 +34,23 @@ def benchmark(
     config: BenchmarkConfig,
     out: Path,
     progress: Callable[[Iterable[str], str], Iterable[str]],
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, list[Row]], list[str]]:
     """Ask every example; OUT/answers.jsonl keeps the finished ones, and the same call continues behind them.
 
     Returns (sections for results.json, lines on what is not in them). Raises InputError for a bundle of another
     backbone, lengths beyond the backbone's context, too little held-out text, files of other formats, and a folder with
     answers of other settings.
     """
-    check_backbone(indexer, backbone)
+    runner = open_runner(backbone, tokenizer, indexer, config)
     documents = trained_documents(indexer)
     trained = None if documents is None else documents.tokens[1]
-    thinking = documents is not None and documents.thinking
-    runner = Runner(backbone.model, tokenizer, indexer, config, thinking, backbone.info.context)
     generated: dict[str, Callable[[], Example | TextExample]] = {}
     haystack, notes = None, []
     if config.tasks or not config.files:
         try:
             lengths, notes = _lengths(config, trained, backbone.info.context)
             haystack = unseen_text(config, documents, tokenizer, max(lengths))
-            generated |= generate_examples(config, lengths, haystack, tokenizer, thinking)
+            generated |= generate_examples(config, lengths, haystack, tokenizer, runner.thinking)
         except InputError as error:  # files are asked all the same where nothing was said of what to generate
             if not config.files or config.tasks != ["mrcr"] or config.lengths or config.haystack:
                 raise
@@ -64,28 +62,43 @@ def benchmark(
         name: lambda build=build: (build(), None) for name, build in generated.items()
     }
     asked |= {example.name: lambda pair=(example, after): pair for example, after in in_order(read)}
-    journal = Journal(out / JOURNAL, answer_settings(runner, haystack))
+    journal = Journal(out / JOURNAL, answer_settings(runner, config, haystack))
     for name in progress([name for name in asked if name not in journal.records], "asking"):
         journal.add(runner.run(*asked[name]()))
     records = [journal.records[name] for name in [*generated, *(example.name for example in read)]]
     notes += left_out_lines(records)
-    if missing := [name for name in config.policies if name not in runner.policies]:
+    available = [policy.name for policy in runner.available]
+    if missing := [name for name in runner.policies if name not in available]:
         notes.append(f"not run: {', '.join(missing)} (this backbone or bundle has none)")
-    sections = {
-        "benchmark": accuracy_rows(records, trained),
-        "benchmark_text": fidelity_rows(records, trained),
-        "benchmark_depth": depth_rows(records),
+    sections: dict[str, list[Row]] = {
+        "benchmark": [*accuracy_rows(records, trained)],
+        "benchmark_text": [*fidelity_rows(records, trained)],
+        "benchmark_depth": [*depth_rows(records)],
     }
     return sections, notes
 
 
-def answer_settings(runner: Runner, haystack: Haystack | None) -> dict[str, Any]:
+def open_runner(
+    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, indexer: MemoryIndexer, config: BenchmarkConfig
+) -> Runner:
+    """What asks examples as `config` says. Raises InputError for a bundle of another backbone."""
+    check_backbone(indexer, backbone)
+    documents = trained_documents(indexer)
+    policies = [policy.name for policy in ONLINE_POLICIES] if config.policies is None else config.policies
+    thinking = documents is not None and documents.thinking
+    return Runner(
+        backbone.model, tokenizer, indexer, policies, config.budgets, config.cap, thinking, backbone.info.context
+    )
+
+
+def answer_settings(runner: Runner, config: BenchmarkConfig, haystack: Haystack | None) -> dict[str, Any]:
     """What the answer to an example depends on; how many are asked, and which, is not part of it."""
     weights = hashlib.sha256()
     for name, value in sorted(runner.indexer.query_encoder.state_dict().items()):
         weights.update(name.encode() + value.float().cpu().numpy().tobytes())
-    config = runner.config.model_dump(mode="json", exclude={"lengths", "tasks", "examples", "texts", "files"})
-    return config | {
+    settings = config.model_dump(mode="json", exclude={"lengths", "tasks", "examples", "texts", "files"})
+    return settings | {
+        "policies": runner.policies,
         "backbone": runner.indexer.spec.backbone,
         "precision": str(runner.model.dtype),
         "indexer": runner.indexer.spec.model_dump(mode="json", exclude={"provenance"}),

@@ -1,8 +1,9 @@
 """Validated settings of `lookahead decode` and `lookahead benchmark`."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic_core import PydanticCustomError
 
 from data_gen.core.config import Strict
 from data_gen.core.errors import InputError
@@ -10,17 +11,23 @@ from data_gen.core.errors import InputError
 GeneratedTask = Literal[
     "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text", "mrcr"
 ]  # fmt: skip
-TASKS: list[GeneratedTask] = [
-    "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text", "mrcr",
-]  # fmt: skip
-PolicyName = Literal[
-    "indexer", "mean_pooled", "native", "recency", "random", "protected", "oracle", "indexer+fallback"
-]  # fmt: skip
-POLICIES: list[PolicyName] = [
-    "indexer", "mean_pooled", "native", "recency", "random", "protected", "oracle", "indexer+fallback",
-]  # fmt: skip
-"""Beside full attention, which is always run. `indexer+fallback`: the bundle's threshold under a cap (capped.py)."""
+TASKS: list[GeneratedTask] = list(get_args(GeneratedTask))
+
+
 Format = Literal["ruler", "longbench-v2", "longmemeval", "mrcr"]
+
+
+def _known_policy(value: Any) -> Any:
+    from eval.online.online_policies import ONLINE_POLICIES  # torch, which recipes that name none are read without
+
+    known = [policy.name for policy in ONLINE_POLICIES]
+    if value not in known:
+        listed = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": listed})
+    return value
+
+
+PolicyName = Annotated[str, BeforeValidator(_known_policy)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -55,10 +62,11 @@ class BenchmarkConfig(Strict):
     demand where sparse attention is known to fail, is asked with them in any case; none beside files: the files only,
     for models that read no text of ours (a line says that mrcr was not asked); `text` is plain text to follow;
     examples: of each task and length; texts: of each length; text_tokens: followed of each text; budgets: shares of
-    chunks kept on top of the protected ones; policies: beside full attention; cap: as budgets, for `indexer+fallback`:
-    windows that ask for more are read with full attention; keys, values, queries, hops: sizes of the needle tasks;
-    common: words to find by `aggregation`; haystack: plain text that training has not seen, a source as
-    documents.source is; None: what the indexer's training held out; files: published benchmarks.
+    chunks kept on top of the protected ones; policies: beside full attention, names of `ONLINE_POLICIES`, None for
+    all; cap: as budgets, for `indexer+fallback`: windows that ask for more are read with full attention; keys, values,
+    queries, hops: sizes of the needle tasks; common: words to find by `aggregation`; haystack: plain text that training
+    has not seen, a source as documents.source is; None: what the indexer's training held out; files: published
+    benchmarks.
     """
 
     lengths: list[PositiveInt] | None = None
@@ -67,7 +75,7 @@ class BenchmarkConfig(Strict):
     texts: PositiveInt = 4
     text_tokens: PositiveInt = 256
     budgets: list[Share] = Field(default=[0.1], min_length=1)
-    policies: list[PolicyName] = Field(default=POLICIES)
+    policies: list[PolicyName] | None = None
     cap: Share = 0.2
     keys: PositiveInt = 3
     values: PositiveInt = 2

@@ -3,13 +3,11 @@
 Policies go in step: they continue the same history, so one forward pass reads a token of each.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
-from eval.online.policies import DecodePolicy
 from eval.online.session import Session
 
 Keep = Callable[[Session], None]
@@ -18,7 +16,7 @@ Keep = Callable[[Session], None]
 
 @dataclass
 class Usage:
-    """What a decode run kept, summed over its steps. tokens: resident ones; bytes: of resident keys and values."""
+    """What a course kept, summed over its steps. resident, total: tokens; bytes: of resident keys and values."""
 
     steps: int = 0
     refreshes: int = 0
@@ -33,31 +31,28 @@ class Usage:
 
     @property
     def mean_bytes(self) -> float:
+        """Bytes of resident keys and values, averaged over steps."""
         return self.bytes / self.steps
 
 
-def fidelity(log_p: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1 where the likeliest next token is full attention's, KL(full || policy) in nats), of log-probs [..., V]."""
-    agrees = (log_p.argmax(dim=-1) == full.argmax(dim=-1)).float()
-    return agrees, (full.exp() * (full - log_p)).sum(dim=-1)
-
-
-def best(policy: DecodePolicy | None, budget: float) -> Keep | None:
-    """Keeps the best chunks under `budget` by the policy's scores; None keeps everything."""
-    return None if policy is None else lambda session: session.keep(policy(session), budget)
-
-
 @dataclass
-class Run:
-    """A session that goes on under one policy.
+class Course:
+    """How a session goes on under one policy: it reads `given`, then writes greedily.
 
-    keep: fixes the resident set, None keeps everything; follow: logits -> the next token to read, None to stop.
+    session: its own, which has read the prompt; keep: fixes the resident set, None keeps everything; given: at least
+    one token; most: tokens that it may write; ended: whether what it wrote so far is all, its newest token included;
+    watchers: called with the session and the logits [vocabulary] behind every token that it reads; answer: the tokens
+    that it wrote.
     """
 
     session: Session
     keep: Keep | None
-    follow: Callable[[torch.Tensor], int | None]
+    given: list[int]
+    most: int = 0
+    ended: Callable[[list[int]], bool] = lambda answer: False
+    watchers: list[Callable[[Session, torch.Tensor], None]] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
+    answer: list[int] = field(default_factory=list)
 
     def refresh(self, tau: int) -> None:
         """Fix the resident set where a window of `tau` tokens starts."""
@@ -66,62 +61,33 @@ class Run:
             self.usage.refreshes += 1
 
     def after(self, logits: torch.Tensor) -> int | None:
-        """Count the token just read; the next one, None to stop."""
+        """Count the token just read; the next one, None to stop. logits: behind it, [vocabulary]."""
         self.usage.steps += 1
         self.usage.resident += self.session.resident_tokens
         self.usage.total += self.session.position + 1
-        self.usage.bytes += self.session.cache.resident_bytes()
-        return self.follow(logits)
+        self.usage.bytes += self.session.resident_bytes
+        for watch in self.watchers:
+            watch(self.session, logits)
+        if self.usage.steps < len(self.given):
+            return self.given[self.usage.steps]
+        if len(self.answer) < self.most:
+            self.answer.append(int(logits.argmax()))
+            if len(self.answer) < self.most and not self.ended(self.answer):
+                return self.answer[-1]
+        return None
 
 
-def go_on(runs: Sequence[Run], tau: int, first: int) -> None:
-    """Read `first` and what follows it, until every run has stopped; all start at the same position.
+def go_on(courses: Sequence[Course], tau: int) -> None:
+    """Read and write until every course has stopped; all start at the same position.
 
     The set in force for a token was fixed before it was read, every `tau` tokens: every predicted token, the first
     included, comes from sparse attention.
     """
-    going = [(run, first) for run in runs]
+    going = [(course, course.given[0]) for course in courses]
     while going:
-        for run, _ in going:
-            run.refresh(tau)
-        sessions, tokens = [run.session for run, _ in going], [token for _, token in going]
+        for course, _ in going:
+            course.refresh(tau)
+        sessions, tokens = [course.session for course, _ in going], [token for _, token in going]
         logits = sessions[0].read_each(sessions, tokens)
-        following = [(run, run.after(row)) for (run, _), row in zip(going, logits, strict=True)]
-        going = [(run, token) for run, token in following if token is not None]
-
-
-def generate(
-    session: Session,
-    policies: Mapping[str, DecodePolicy | None],
-    budget: float,
-    tau: int,
-    first: int,
-    most: int,
-    ended: Callable[[list[int]], bool],
-) -> dict[str, tuple[list[int], Run]]:
-    """Greedy answer under each policy, of at most `most` tokens, the last one being that which made `ended` true."""
-    answers: dict[str, list[int]] = {name: [] for name in policies}
-
-    def follow(name: str, logits: torch.Tensor) -> int | None:
-        answer = answers[name]
-        answer.append(int(logits.argmax()))
-        return None if len(answer) == most or ended(answer) else answer[-1]
-
-    runs = {name: Run(session.fork(), best(policy, budget), partial(follow, name)) for name, policy in policies.items()}
-    go_on(list(runs.values()), tau, first)
-    return {name: (answers[name], run) for name, run in runs.items()}
-
-
-def follow_text(
-    session: Session, policies: Mapping[str, DecodePolicy | None], budget: float, tau: int, tokens: list[int]
-) -> dict[str, tuple[torch.Tensor, Run]]:
-    """Logits [len(tokens), vocabulary] under each policy while reading a given continuation."""
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in policies}
-
-    def follow(name: str, logits: torch.Tensor) -> int | None:
-        seen[name].append(logits)
-        return tokens[len(seen[name])] if len(seen[name]) < len(tokens) else None
-
-    runs = {name: Run(session.fork(), best(policy, budget), partial(follow, name)) for name, policy in policies.items()}
-    go_on(list(runs.values()), tau, tokens[0])
-    return {name: (torch.stack(seen[name]), run) for name, run in runs.items()}
+        following = [(course, course.after(row)) for (course, _), row in zip(going, logits, strict=True)]
+        going = [(course, token) for course, token in following if token is not None]

@@ -1,44 +1,76 @@
 """Published benchmarks in their own formats: RULER, LongBench-v2, LongMemEval, OpenAI MRCR.
 
+A format is a reader in `FORMATS`: a row -> an example. Rows come from a .json, .jsonl or .parquet file, or from a
+`datasets` name.
 Fields are those of the releases (NVIDIA/RULER `prepare.py`, THUDM/LongBench-v2, xiaowu0162/LongMemEval, openai/mrcr).
 Answers are scored by eval/online/scorers.py; the words around LongBench-v2's and LongMemEval's questions are our own.
 """
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from data_gen.core.errors import InputError
-from eval.online.config import BenchmarkFile
+from eval.online.config import BenchmarkFile, Format
 from eval.online.examples import Example, user
-from eval.online.files import Row, is_file, read_rows
 
 RULER_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 """Tokens that RULER lets each kind of task generate, by how the task's name starts."""
 
 
+class FileRow:
+    """One row and where it is. `text`, `items` and `number` give a field or raise InputError that names it."""
+
+    def __init__(self, fields: dict[str, Any], where: str) -> None:
+        self.fields, self.where = fields, where
+
+    def text(self, name: str) -> str:
+        """The field, text."""
+        return self._of(name, str, "text")
+
+    def items(self, name: str) -> list[Any]:
+        """The field, a list."""
+        return self._of(name, list, "a list")
+
+    def number(self, name: str) -> int:
+        """The field, a whole number."""
+        return self._of(name, int, "a whole number")
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.fields.get(name) is not None
+
+    def _of(self, name: str, kind: type, words: str) -> Any:
+        if not self.has(name):
+            raise InputError(f"{self.where}: no field {name!r}; it has {', '.join(sorted(self.fields)) or 'none'}")
+        if not isinstance(self.fields[name], kind):
+            raise InputError(f"{self.where}: field {name!r} is not {words}")
+        return self.fields[name]
+
+
+Reader = Callable[[FileRow, str, BenchmarkFile, PreTrainedTokenizerBase], Example]
+"""(row, the example's name, the file, tokenizer) -> the example. Raises InputError that names row and field."""
+
+
 def read_benchmark(file: BenchmarkFile, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Every example of a file. Raises InputError for a file of another format, naming row and field."""
-    name = "-".join(filter(None, [file.format, file.source, file.subset, file.split]))
-    readers = {
-        "ruler": lambda row, each: _ruler(row, each, file),
-        "longbench-v2": _longbench,
-        "longmemeval": _longmemeval,
-        "mrcr": lambda row, each: _mrcr(row, each, tokenizer),
-    }
-    read = readers[file.format]
-    examples = [read(row, f"{name}-{_digest(row)}-{index:05d}") for index, row in enumerate(read_rows(file))]
+    name, read = "-".join(filter(None, [file.format, file.source, file.subset, file.split])), FORMATS[file.format]
+    examples = [
+        read(row, f"{name}-{_digest(row)}-{index:05d}", file, tokenizer) for index, row in enumerate(read_rows(file))
+    ]
     if file.format == "mrcr":
         return examples  # each in the bin of its own length
     longest = max((example.length or 0 for example in examples), default=0)
     return [replace(example, length=longest or None) for example in examples]
 
 
-def _ruler(row: Row, name: str, file: BenchmarkFile) -> Example:
+def ruler(row: FileRow, name: str, file: BenchmarkFile, tokenizer: PreTrainedTokenizerBase) -> Example:
     """RULER as its `base` template writes it; the task is that of the path, TASK/validation.jsonl or TASK.jsonl."""
     path, text, outputs = Path(file.source), row.text("input"), row.items("outputs")
     if not outputs or not all(isinstance(output, str) for output in outputs):
@@ -61,7 +93,7 @@ def _ruler(row: Row, name: str, file: BenchmarkFile) -> Example:
     )
 
 
-def _longbench(row: Row, name: str) -> Example:
+def longbench(row: FileRow, name: str, file: BenchmarkFile, tokenizer: PreTrainedTokenizerBase) -> Example:
     """LongBench-v2 without chain of thought; its tasks are here its lengths: short, medium, long.
 
     Texts longer than the backbone's context are left out and counted, not cut in the middle.
@@ -87,7 +119,7 @@ def _longbench(row: Row, name: str) -> Example:
     )
 
 
-def _longmemeval(row: Row, name: str) -> Example:
+def longmemeval(row: FileRow, name: str, file: BenchmarkFile, tokenizer: PreTrainedTokenizerBase) -> Example:
     """LongMemEval with its whole history; its tasks are its question types, `abstention` for ids that end in _abs.
 
     Names end in `:` and the question's id, so that answers.jsonl gives the official judge its question_id, hypothesis.
@@ -125,7 +157,7 @@ def _longmemeval(row: Row, name: str) -> Example:
     )
 
 
-def _mrcr(row: Row, name: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+def mrcr(row: FileRow, name: str, file: BenchmarkFile, tokenizer: PreTrainedTokenizerBase) -> Example:
     """OpenAI MRCR as it is: the model itself must write the random string first. Its tasks: how many needles.
 
     Lengths are the release's bins of prompt and answer, up to 8,192 tokens and doubling, in the backbone's tokens.
@@ -150,18 +182,26 @@ def _mrcr(row: Row, name: str, tokenizer: PreTrainedTokenizerBase) -> Example:
     )
 
 
+FORMATS: dict[Format, Reader] = {
+    "ruler": ruler,
+    "longbench-v2": longbench,
+    "longmemeval": longmemeval,
+    "mrcr": mrcr,
+}
+
+
 def _mrcr_bin(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> int:
     """The upper end of the bin that the texts' tokens are in."""
     tokens = sum(map(len, tokenizer(texts, add_special_tokens=False, verbose=False).input_ids))
     return max(8192, 1 << (tokens - 1).bit_length())
 
 
-def _digest(row: Row) -> str:
+def _digest(row: FileRow) -> str:
     """So that answers to a file that changed are not taken for answers to this one."""
     return hashlib.sha256(json.dumps(row.fields, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def _turns(turns: Any, row: Row) -> str:
+def _turns(turns: Any, row: FileRow) -> str:
     if not isinstance(turns, list) or not all(_is_message(turn) for turn in turns):
         raise InputError(f"{row.where}: field 'haystack_sessions' is not a list of lists of role and content")
     return "\n".join(f"{turn['role']}: {turn['content'].strip()}" for turn in turns)
@@ -169,3 +209,72 @@ def _turns(turns: Any, row: Row) -> str:
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is a file's path, not the name of a data set."""
+    return Path(source).suffix in (".json", ".jsonl", ".parquet")
+
+
+def read_rows(file: BenchmarkFile) -> list[FileRow]:
+    """The rows of `file`, its first `limit`. Raises InputError for a missing, empty or unreadable one."""
+    path = Path(file.source).expanduser()
+    if is_file(file.source):
+        if not path.is_file():
+            raise InputError(f"benchmark {path}: no such file")
+        found: Iterable[Any] = {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix](path)
+    else:
+        found = _datasets(file)
+    rows = []
+    for number, fields in enumerate(islice(found, file.limit), 1):
+        where = f"benchmark {file.source} row {number} (as {file.format})"
+        if not isinstance(fields, dict):
+            raise InputError(f"{where}: not an object with fields")
+        rows.append(FileRow(fields, where))
+    if not rows:
+        raise InputError(f"benchmark {file.source}: no rows")
+    return rows
+
+
+def _json(path: Path) -> list[Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise InputError(f"benchmark {path}: not JSON ({error})") from error
+    if not isinstance(content, list):
+        raise InputError(f"benchmark {path}: not a list of examples")
+    return content
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line.decode("utf-8"))
+                except ValueError as error:
+                    raise InputError(f"benchmark {path} line {number}: not JSON in UTF-8") from error
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        for batch in ParquetFile(path).iter_batches(batch_size=16):
+            yield from batch.to_pylist()
+    except (ArrowInvalid, OSError) as error:
+        raise InputError(f"benchmark {path}: not a Parquet file ({error})") from error
+
+
+def _datasets(file: BenchmarkFile) -> Iterator[Any]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield from datasets.load_dataset(file.source, file.subset, split=file.split, streaming=True)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"benchmark {file.source}: neither a .json, .jsonl or .parquet file nor a data set ({reason})"
+        ) from error

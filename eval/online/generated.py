@@ -1,25 +1,93 @@
-"""Generated examples of the lengths asked for: needles after RULER, common words, like notes after MRCR, plain text."""
+"""Generated examples of the lengths asked for, about text that training has not seen.
 
+Needles after RULER (arXiv 2404.06654), in wordings and with keys that no training document has; the most common words
+of a list; like notes after MRCR; plain text to follow.
+"""
+
+import hashlib
 import random
 import string
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from math import ceil
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from data_gen.core.errors import InputError
 from data_gen.text.documents import INSTRUCTION
-from data_gen.text.needles import DEEPEST, KEYS
+from data_gen.text.needles import DEEPEST, KEYS, PARITY, WORDINGS, make_task
+from data_gen.text.sources import read_source, split_paragraphs
 from eval.online.config import BenchmarkConfig
 from eval.online.examples import Example, TextExample, assistant, user
-from eval.online.haystack import Haystack
-from eval.online.questions import QUESTIONS, hide
 
+ENOUGH = 64
+"""Times the longest length asked for at which reading stops: a large source is not read to its end."""
 NOTE_TOKENS = 64
 """Length of an MRCR note: what has to be repeated word for word."""
 LEAST_TEXT = 64
 """Tokens of haystack below which there is nothing to search."""
+
+
+class Haystack:
+    """Paragraphs in the order of the source, drawn in runs; runs of different examples may overlap.
+
+    heldout_share: of the source's documents that are used, the same ones as in text/documents.py, 1 for text that
+    no training ever saw; longest: tokens of the longest run that will be asked for. Raises InputError for chats and
+    when there is less text than that.
+    """
+
+    def __init__(
+        self, source: str, text_field: str, heldout_share: float, tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.paragraphs: list[tuple[str, int]] = []
+        found = 0
+        texts = (_plain(raw, source) for raw in read_source(source, text_field))
+        for heldout, paragraphs in split_paragraphs(texts, heldout_share):
+            if heldout:
+                counted = [(text, len(ids) + 1) for text, ids in zip(paragraphs, self._ids(paragraphs), strict=True)]
+                self.paragraphs += counted
+                found += sum(length for _, length in counted)
+            if found > ENOUGH * longest:
+                break
+        if found < longest:
+            raise InputError(
+                f"benchmark: {source} has {found} tokens of text that training did not see, but {longest} are asked "
+                "for; name other text (benchmark.haystack) or ask for shorter examples"
+            )
+
+    def draw(self, rng: random.Random, tokens: int) -> list[str]:
+        """Consecutive paragraphs of about `tokens` tokens from a random place on, the last one cut."""
+        place, taken = rng.randrange(len(self.paragraphs)), []
+        while tokens > 0:
+            text, length = self.paragraphs[place % len(self.paragraphs)]
+            if length > tokens:
+                text = str(self.tokenizer.decode(self._ids([text])[0][:tokens]))
+            taken.append(text)
+            tokens -= length
+            place += 1
+        return taken
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text."""
+        return hashlib.sha256("\n\n".join(text for text, _ in self.paragraphs).encode()).hexdigest()
+
+    def words(self) -> list[str]:
+        """Lower-case words of four to nine ASCII letters, each once, sorted."""
+        words = {word for text, _ in self.paragraphs for word in text.split() if word.isascii() and word.isalpha()}
+        return sorted(word for word in words if 4 <= len(word) <= 9 and word.islower())
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+
+
+def _plain(raw: object, source: str) -> str:
+    if not isinstance(raw, str):
+        raise InputError(f"benchmark: {source} holds chats, no text to hide needles in; name text: benchmark.haystack")
+    return raw
 
 
 def generate_examples(
@@ -29,7 +97,7 @@ def generate_examples(
 
     Raises InputError where a length leaves no room.
     """
-    builder = _Builder(config, haystack, tokenizer, thinking)
+    builder = _ExampleBuilder(config, haystack, tokenizer, thinking)
     examples: dict[str, Callable[[], Example | TextExample]] = {}
     for length in sorted(set(lengths)):
         for task in dict.fromkeys([*config.tasks, "mrcr"]):
@@ -40,7 +108,7 @@ def generate_examples(
     return examples
 
 
-class _Builder:
+class _ExampleBuilder:
     def __init__(
         self, config: BenchmarkConfig, haystack: Haystack, tokenizer: PreTrainedTokenizerBase, thinking: bool
     ) -> None:
@@ -139,7 +207,8 @@ class _Builder:
             text = " ".join(" ".join(self._haystack(name, max(tokens, NOTE_TOKENS))).split())
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
             turns = max(1, tokens // per_turn)
-            notes = [self.tokenizer.decode(ids[k * NOTE_TOKENS : (k + 1) * NOTE_TOKENS]).strip() for k in range(turns)]
+            cut = [ids[turn * NOTE_TOKENS : (turn + 1) * NOTE_TOKENS] for turn in range(turns)]
+            notes = [str(self.tokenizer.decode(each)).strip() for each in cut]
             messages = []
             for place, note in enumerate(notes):
                 messages += [user(f"Write a note about the {topics[place % len(topics)]}."), assistant(note)]
@@ -152,6 +221,78 @@ class _Builder:
             )
 
         return draft
+
+
+class Question(NamedTuple):
+    """needles: (sentence, depth 0 to 1), the first `asked` are asked for; prefix, answer: the answer in two parts."""
+
+    needles: list[tuple[str, float]]
+    asked: int
+    text: str
+    prefix: str
+    answer: str
+    references: list[str]
+
+
+def hide(paragraphs: list[str], needles: list[tuple[str, float]]) -> list[str]:
+    """The paragraphs with each needle at the joint nearest to its depth; needles of one joint in order of depth."""
+    ends = [0, *accumulate(len(paragraph) for paragraph in paragraphs)]
+    hidden = list(paragraphs)
+    for sentence, depth in sorted(needles, key=lambda needle: -needle[1]):
+        joint = min(range(len(ends)), key=lambda place: abs(ends[place] - depth * ends[-1]))
+        hidden.insert(joint, sentence)
+    return hidden
+
+
+def _needle_task(name: str) -> Callable[[random.Random, BenchmarkConfig], Question]:
+    def ask(rng: random.Random, config: BenchmarkConfig) -> Question:
+        task = make_task(name, "heldout", rng, config.keys, config.values)
+        prefix, value, rest = task.answer.partition(f" {task.values[0]}")
+        return Question(task.needles, task.asked, task.question, prefix, value + rest, task.values)
+
+    return ask
+
+
+def _multi_query(rng: random.Random, config: BenchmarkConfig) -> Question:
+    """Several keys asked for at once."""
+    wording, keys = rng.choice(WORDINGS["heldout"]), rng.sample(KEYS["heldout"], config.queries)
+    values = [str(2 * n + PARITY["heldout"]) for n in rng.sample(range(5_000, 50_000), len(keys))]
+    sentences = [wording.needle.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
+    listed, answer = " and the ".join(keys), " ".join(["", " and ".join(values)])
+    return Question(
+        needles=[(sentence, rng.uniform(0, DEEPEST)) for sentence in sentences],
+        asked=len(keys),
+        text=wording.question_all.format(key=listed),
+        prefix=wording.answer_all.format(key=listed, value="").removesuffix(" ."),
+        answer=answer,
+        references=values,
+    )
+
+
+def _variable_tracking(rng: random.Random, config: BenchmarkConfig) -> Question:
+    """A chain of assignments through the text, in order; all its names are asked for."""
+    names: list[str] = []
+    while len(names) <= config.hops:
+        name = "".join(rng.choices(string.ascii_uppercase, k=5))
+        names += [name] if name not in names else []
+    value = str(rng.randrange(10_001, 99_999, 2))
+    sources = [value, *[f"VAR {name}" for name in names[:-1]]]
+    depths = sorted(rng.uniform(0, DEEPEST) for _ in names)
+    return Question(
+        needles=[(f"VAR {n} = {s}.", depth) for n, s, depth in zip(names, sources, depths, strict=True)],
+        asked=len(names),
+        text=f"Find all variables that are assigned the value {value} in the text above.",
+        prefix=f"By the chain of assignments in the text above, {len(names)} variables are assigned the value {value}:",
+        answer=f" {' '.join(names)}",
+        references=names,
+    )
+
+
+QUESTIONS: dict[str, Callable[[random.Random, BenchmarkConfig], Question]] = {
+    **{name: _needle_task(name) for name in ("single", "multi_key", "multi_value")},
+    "multi_query": _multi_query,
+    "variable_tracking": _variable_tracking,
+}
 
 
 def _ordinal(number: int) -> str:

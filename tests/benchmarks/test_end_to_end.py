@@ -2,53 +2,58 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from benchmarks import end_to_end
-from benchmarks.end_to_end import answer, answered, rows, tables
+from benchmarks.end_to_end import answer, answered, tables
 from data_gen.core.errors import InputError
 from eval.online.config import BenchmarkConfig
+from eval.online.records import Record, RunRecord
+from eval.online.summary import lead_rows, wilson
 from tests.eval.conftest import indexer  # noqa: F401 - a fixture
 from tests.eval.online.test_benchmark import tiny_backbone, trained  # noqa: F401 - a fixture
 
 
 def run(policy, budget, **values):
-    return {"policy": policy, "budget": budget, "kept": 0.5, "chunks": 4.0, "kv_bytes": 2e6, **values}
+    return RunRecord(policy=policy, budget=budget, kept=0.5, chunks=4.0, kv_bytes=2e6, refreshes=1, **values)
+
+
+def of(*runs):
+    return Record(name="x", benchmark="x", task="x", length=512, depth=None, tokens=512, left_out="", runs=list(runs))
 
 
 def record(full, ours, recency, protected):
-    runs = [run("full", None, score=full), run("indexer", 0.1, score=ours), run("recency", 0.1, score=recency),
-            run("protected", None, score=protected)]  # fmt: skip
-    return {"runs": runs}
+    return of(run("full", None, score=full), run("indexer", 0.1, score=ours), run("recency", 0.1, score=recency),
+              run("protected", None, score=protected))  # fmt: skip
 
 
 def test_a_lead_is_over_the_same_examples_and_only_where_the_indexer_ran():
     answers = [record(1, 1, 0, 0), record(1, 0, 0, 0), record(0, 1, 1, 0), record(1, 1, 0, 0)]
-    found = {row["policy"]: row for row in rows([*answers, {"runs": []}], "single", 512)}
-    assert {(row["examples"], row["left_out"], row["solved"]) for row in found.values()} == {(4, 1, 3)}
+    found = {row.policy: row for row in lead_rows([*answers, of()], "single", 512)}
+    assert {(row.examples, row.left_out, row.solved) for row in found.values()} == {(4, 1, 3)}
     recency = found["recency"]
-    assert recency["score"][0] == 0.25 and recency["score_lead"][0] == 0.5
-    assert recency["score_of_solved"][0] == 0 and recency["lead_of_solved"][0] == pytest.approx(2 / 3)
-    assert recency["score_lead"][1] < 0.5 < recency["score_lead"][2]
-    assert found["indexer"]["score"][0] == 0.75
+    assert recency.score[0] == 0.25 and recency.score_lead[0] == 0.5
+    assert recency.score_of_solved[0] == 0 and recency.lead_of_solved[0] == pytest.approx(2 / 3)
+    assert recency.score_lead[1] < 0.5 < recency.score_lead[2]
+    assert found["indexer"].score == (0.75, *wilson(3, 4))
     for policy in ("full", "protected", "indexer"):
-        assert found[policy]["score_lead"] == found[policy]["lead_of_solved"] == [None] * 3
+        assert found[policy].score_lead == found[policy].lead_of_solved == (None,) * 3
     protected = next(line for line in tables([*found.values()]).splitlines() if "protected" in line)
     assert [cell.strip() for cell in protected.split("|")][9:11] == ["-", "-"]
 
 
 def test_text_has_leads_in_nats():
-    texts = [{"runs": [run("full", None, kl=0.0, agreement=1.0), run("indexer", 0.1, kl=kl, agreement=0.5),
-                       run("recency", 0.1, kl=2 * kl, agreement=0.25)]} for kl in (0.1, 0.3)]  # fmt: skip
-    found = {row["policy"]: row for row in rows(texts, "text", 512)}
-    assert found["recency"]["kl_lead"][0] == pytest.approx(-0.2) and found["indexer"]["kl"][0] == pytest.approx(0.2)
-    assert found["recency"]["agreement_lead"][0] == 0.25 and found["full"]["solved"] == 2
+    texts = [of(run("full", None, kl=0.0, agreement=1.0), run("indexer", 0.1, kl=kl, agreement=0.5),
+                run("recency", 0.1, kl=2 * kl, agreement=0.25)) for kl in (0.1, 0.3)]  # fmt: skip
+    found = {row.policy: row for row in lead_rows(texts, "text", 512)}
+    assert found["recency"].kl_lead[0] == pytest.approx(-0.2) and found["indexer"].kl[0] == pytest.approx(0.2)
+    assert found["recency"].agreement_lead[0] == 0.25 and found["full"].solved == 2
 
 
 def test_nothing_answered_has_no_mean():
-    assert rows([{"runs": []}], "single", 512) == []
-    assert end_to_end.interval(np.array([])) == [None] * 3
+    assert lead_rows([of()], "single", 512) == []
+    (row,) = lead_rows([of(run("full", None, score=0.5))], "single", 512)
+    assert row.score == (0.5, None, None) and row.score_of_solved == (None, None, None)
 
 
 @pytest.fixture

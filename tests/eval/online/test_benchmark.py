@@ -1,7 +1,5 @@
 """The whole benchmark on a tiny model: resumed, extended, refused."""
 
-import json
-
 import pytest
 
 from data_gen.backbones.dense import DenseBackbone
@@ -48,16 +46,16 @@ def test_every_task_has_every_policy_within_and_beyond_the_training_lengths(fini
     _, sections, notes = finished
     rows = sections["benchmark"]
     tasks = {"single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "mrcr"}
-    assert {(row["task"], row["length"]) for row in rows} == {(task, n) for task in tasks for n in (500, 1000)}
-    assert {row["policy"] for row in rows} == {"full", "indexer", "recency"}
+    assert {(row.task, row.length) for row in rows} == {(task, n) for task in tasks for n in (500, 1000)}
+    assert {row.policy for row in rows} == {"full", "indexer", "recency"}
     for row in rows:
-        assert row["examples"] == 2 and 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
-        assert (row["beyond"] > 1.5) == (row["length"] == 1000)
-        assert row["kept"] == 1 if row["policy"] == "full" else row["kept"] < 0.5
+        assert row.examples == 2 and 0 <= row.low <= row.accuracy <= row.high <= 1
+        assert (row.beyond > 1.5) == (row.length == 1000)
+        assert row.kept == 1 if row.policy == "full" else row.kept < 0.5
     text = sections["benchmark_text"]
-    assert [row["length"] for row in text] == [500] * 3 + [1000] * 3 and text[0]["agreement"] == 1
-    assert {row["policy"] for row in sections["benchmark_depth"]} == {"full", "indexer", "recency"}
-    assert notes == [] and json.dumps(sections)
+    assert [row.length for row in text] == [500] * 3 + [1000] * 3 and text[0].agreement == 1
+    assert {row.policy for row in sections["benchmark_depth"]} == {"full", "indexer", "recency"}
+    assert notes == []
 
 
 def test_a_killed_run_continues_and_gives_the_same(finished, trained, tokenizer, tmp_path, monkeypatch):
@@ -89,8 +87,8 @@ def test_a_finished_run_can_be_extended_but_not_mixed(finished, trained, tokeniz
     config = BenchmarkConfig.model_validate(CONFIG.model_dump() | {"files": files, "examples": 1})
     sections, notes = ask(trained, tokenizer, out, config, lambda names, _: asked.extend(names) or names)
     assert len(asked) == 2 and all(name.startswith("ruler") for name in asked)
-    rows = [row for row in sections["benchmark"] if row["benchmark"] == "ruler"]
-    assert [(row["task"], row["examples"], row["left_out"]) for row in rows] == [("niah_single_1", 1, 1)] * 3
+    rows = [row for row in sections["benchmark"] if row.benchmark == "ruler"]
+    assert [(row.task, row.examples, row.left_out) for row in rows] == [("niah_single_1", 1, 1)] * 3
     assert notes == ["left out: 1 of ruler niah_single_1: longer than the backbone's context (1200 tokens)"]
     with pytest.raises(InputError, match=r"other settings \(budgets\)"):
         ask(trained, tokenizer, out, budgets=[0.2])
@@ -101,7 +99,7 @@ def test_a_finished_run_can_be_extended_but_not_mixed(finished, trained, tokeniz
 def test_policies_that_the_backbone_lacks_are_named(trained, tokenizer, tmp_path):
     config = CONFIG.model_copy(update={"policies": ["native", "indexer"], "tasks": [], "lengths": [500], "examples": 1})
     sections, notes = ask(trained, tokenizer, tmp_path, config)
-    found = [(row["task"], row["length"], row["policy"]) for row in sections["benchmark"]]  # mrcr, and beyond training
+    found = [(row.task, row.length, row.policy) for row in sections["benchmark"]]  # mrcr, and beyond training
     assert found == [("mrcr", length, policy) for length in (500, 1000) for policy in ("full", "indexer")]
     assert notes == ["not run: native (this backbone or bundle has none)"]
 
@@ -129,9 +127,7 @@ def test_files_alone_need_no_text_and_no_lengths(indexer, tokenizer, tmp_path):
     assert config.tasks == ["mrcr"] and config.budgets == [0.3]
     assert CONFIG.changed([f"ruler={path}"], tasks=["text"]).tasks == ["text"]
     sections, (note,) = ask(indexer, tokenizer, tmp_path / "out", config)
-    assert {(row["benchmark"], row["task"], row["examples"]) for row in sections["benchmark"]} == {
-        ("ruler", "niah_single_1", 1)
-    }
+    assert {(row.benchmark, row.task, row.examples) for row in sections["benchmark"]} == {("ruler", "niah_single_1", 1)}
     assert note.startswith("mrcr not asked: the bundle does not say on which lengths")
     alone = config.model_copy(update={"tasks": []}).changed([])  # as a recipe says it
     assert alone.tasks == [] and alone.changed([f"ruler={path}"]).tasks == []
@@ -146,10 +142,10 @@ def test_files_are_asked_with_dense_demand_beyond_training(trained, tokenizer, t
     config = CONFIG.changed([f"ruler={path}"], examples=1).model_copy(update={"policies": ["protected"]})
     sections, notes = ask(trained, tokenizer, tmp_path / "out", config)
     rows = sections["benchmark"]
-    assert [(r["task"], r["length"]) for r in rows if r["policy"] == "full"] == [
-        ("mrcr", 500), ("mrcr", 1000), ("niah_single_1", rows[-1]["length"])
+    assert [(r.task, r.length) for r in rows if r.policy == "full"] == [
+        ("mrcr", 500), ("mrcr", 1000), ("niah_single_1", rows[-1].length)
     ]  # fmt: skip
-    kept = {row["policy"]: row["chunks"] for row in rows}
+    kept = {row.policy: row.chunks for row in rows}
     assert kept["protected"] < 0.2 * kept["full"] and notes == []
 
 
@@ -172,5 +168,5 @@ def test_unseen_text_may_be_named(indexer, tokenizer, tmp_path):
     source.write_text("\n\n".join(f"Paragraph {n} tells of a river that bends {n} times." for n in range(60)))
     config = CONFIG.model_copy(update={"haystack": str(tmp_path), "tasks": ["single"], "lengths": [500], "examples": 1})
     sections, _ = ask(indexer, tokenizer, tmp_path / "out", config)
-    assert {row["task"] for row in sections["benchmark"]} == {"single", "mrcr"}
-    assert sections["benchmark"][0]["beyond"] is None
+    assert {row.task for row in sections["benchmark"]} == {"single", "mrcr"}
+    assert sections["benchmark"][0].beyond is None

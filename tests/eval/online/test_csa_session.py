@@ -10,12 +10,12 @@ from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.traces.labels import SparseOracle
-from eval.online.cycle import follow_text
-from eval.online.open import open_session
-from eval.online.policies import decode_policies
+from eval.online.online_policies import indexer_policy, native, recency
+from eval.online.session import open_session
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from tests.conftest import tiny_model
+from tests.eval.online.courses import followed, keeps, ranked
 
 IDS = torch.randint(0, 128, (200,), generator=torch.Generator().manual_seed(9)).tolist()
 CHUNKING = Chunking(tokens=4, sink=1, recent=2)
@@ -50,18 +50,18 @@ def test_scores_while_decoding_are_those_of_the_trace(pocket, pocket_indexer):
     hidden, keys = (torch.stack([found[layer] for layer in layers], dim=1) for found in (raw.hidden, raw.keys))
     expected = indexer.joined_scores(hidden, keys, torch.tensor([read - 1]))[0]
     assert float(expected.max() - expected.median()) > 1  # it has an opinion
-    scores = {name: policy(session) for name, policy in decode_policies(indexer).items() if policy is not None}
-    assert list(scores) == ["indexer", "native", "recency", "random"]
+    assert list(keeps(indexer, 0.2)) == ["full", "indexer", "native", "recency", "random"]
+    scores = {"indexer": indexer_policy(indexer)(session), "native": native(session)}
     torch.testing.assert_close(scores["indexer"], expected, atol=1e-5, rtol=1e-6)
     mass = SparseOracle.of(raw.oracle, read // 4).dense()[0][0]
     assert float(mass.sum()) > 0.1
     torch.testing.assert_close(session.mass(), mass, atol=1e-3, rtol=2e-3)  # stored in fp16
-    native = []
+    expected = []
     hooks = [
         model.get_decoder()
         .layers[layer]
         .self_attn.compressor.indexer.scorer.register_forward_hook(
-            lambda _, __, output: native.append(output[0, -1].softmax(dim=-1))
+            lambda _, __, output: expected.append(output[0, -1].softmax(dim=-1))
         )
         for layer in csa_layers(model)
     ]
@@ -69,10 +69,10 @@ def test_scores_while_decoding_are_those_of_the_trace(pocket, pocket_indexer):
         model(torch.tensor([ids[:read]]))
     for hook in hooks:
         hook.remove()
-    torch.testing.assert_close(scores["native"], torch.stack(native).mean(dim=0), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(scores["native"], torch.stack(expected).mean(dim=0), atol=1e-5, rtol=1e-3)
     session.keep(scores["indexer"], 0.2)
     session.read(ids[read : read + 1])
-    assert len(decode_policies(indexer)["native"](session)) == (read + 1) // 4  # evicted chunks are scored all the same
+    assert len(native(session)) == (read + 1) // 4  # evicted chunks are scored all the same
     with pytest.raises(ValueError, match="full attention only"):
         session.mass()
 
@@ -80,13 +80,12 @@ def test_scores_while_decoding_are_those_of_the_trace(pocket, pocket_indexer):
 def test_the_cycle_keeps_what_the_policy_chose(model, indexer):
     session = open_session(model, indexer.spec)
     session.read(IDS[:120])
-    policy = {"recency": decode_policies(indexer)["recency"]}
-    logits, run = follow_text(session, policy, 0.2, 16, IDS[120:160])["recency"]
+    logits, run = followed(session, ranked(0.2, recency=recency), 16, IDS[120:160])["recency"]
     resident = run.session.cache.resident()[0].tolist()
     # At position 151 there were 38 chunks: the sink, 7 (a fifth) recent ones, 2 protected, and 2 made since.
     assert resident == [0, *range(29, 40)]
     assert run.usage.refreshes == 3 and run.session.resident_tokens == 4 * 12
-    both = follow_text(session, {"full": None, **policy}, 1.0, 16, IDS[120:160])
+    both = followed(session, {"full": None} | ranked(1.0, recency=recency), 16, IDS[120:160])
     full, everything = both["full"][0], both["recency"][0]
     assert torch.equal(full, everything) and float((full - logits).abs().max()) > 0.1
 
@@ -94,7 +93,7 @@ def test_the_cycle_keeps_what_the_policy_chose(model, indexer):
 def test_before_the_first_chunk_there_is_nothing_to_choose(model, indexer):
     session = open_session(model, indexer.spec)
     session.read(IDS[:2])
-    for logits, run in follow_text(session, decode_policies(indexer), 0.2, 16, IDS[2:9]).values():
+    for logits, run in followed(session, keeps(indexer, 0.2), 16, IDS[2:9]).values():
         assert run.session.cache.total == 2 and run.session.resident_tokens == 9 and run.usage.kept_share == 1
         expected = model(torch.tensor([IDS[:9]])).logits[0, 2:]
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

@@ -1,14 +1,15 @@
 """Small files in the published formats, written for these tests; and files that are something else."""
 
 import json
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_gen.core.errors import InputError
-from eval.online.config import BenchmarkFile
-from eval.online.formats import read_benchmark
+from eval.online.config import BenchmarkFile, Format
+from eval.online.formats import FORMATS, read_benchmark
 from eval.online.scorers import SCORERS
 
 RULER = {
@@ -181,3 +182,14 @@ def test_unreadable_files_are_one_line(tmp_path, tokenizer):
     fails("g.parquet", b"PAR", "not a Parquet file")
     with pytest.raises(InputError, match=r"neither a \.json, \.jsonl or \.parquet file nor a data set"):
         read("nobody/nothing-of-this-name", "ruler", tokenizer)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_reader_of_the_list_reads_its_own_rows_and_no_others(tmp_path, tokenizer, kind):
+    rows = {"ruler": RULER, "longbench-v2": LONGBENCH, "longmemeval": LONGMEMEVAL, "mrcr": MRCR}
+    assert list(FORMATS) == list(get_args(Format)) == list(rows)
+    (found,) = read(write(tmp_path / "own.json", rows.pop(kind)), kind, tokenizer)
+    assert found.benchmark == kind and found.scorer in SCORERS and found.name.startswith(kind) and not found.left_out
+    for other in rows.values():
+        with pytest.raises(InputError, match=rf"other.json row 1 \(as {kind}\): (no )?field"):
+            read(write(tmp_path / "other.json", other), kind, tokenizer)

@@ -9,9 +9,7 @@ from data_gen.core.errors import InputError
 from data_gen.text.needles import KEYS, WORDINGS
 from eval.online.config import TASKS, BenchmarkConfig
 from eval.online.examples import TextExample
-from eval.online.generated import generate_examples
-from eval.online.haystack import Haystack
-from eval.online.questions import hide
+from eval.online.generated import Haystack, generate_examples, hide
 from eval.online.scorers import SCORERS
 
 LENGTHS = [3000, 6000]

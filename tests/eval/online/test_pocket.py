@@ -5,12 +5,10 @@ import torch
 from transformers import DynamicCache
 
 from data_gen.generate import generate
-from eval.online.answers import Runner
-from eval.online.config import BenchmarkConfig
-from eval.online.cycle import follow_text
 from eval.online.examples import Example, user
-from eval.online.open import open_session
-from eval.online.policies import decode_policies
+from eval.online.online_policies import indexer_policy
+from eval.online.runner import Runner
+from eval.online.session import open_session
 from eval.runtime.runtime import LSARuntime
 from indexer_train.formats.bundle import export_bundle, load_bundle
 from indexer_train.formats.native import read_native
@@ -19,6 +17,7 @@ from indexer_train.training.trainer import train
 from recipes import load_recipe
 from recipes.pocket_v4.config import load_config
 from recipes.pocket_v4.documents import write_chats
+from tests.eval.online.courses import followed, ranked
 
 BUDGET, QUESTIONS, LENGTH = 0.06, 8, 600
 """Of the chunks, half of what the paper allows: a fact can be read in any of the eight chunks whose window holds it, so
@@ -52,9 +51,9 @@ def questions(pocket):
 @pytest.fixture(scope="module")
 def records(pocket, trained, questions):
     """The questions under every policy."""
-    config = BenchmarkConfig(budgets=[BUDGET], policies=POLICIES)
-    context = pocket.backbone.info.context
-    runner = Runner(pocket.backbone.model, pocket.tokenizer, trained, config, False, context)
+    runner = Runner(
+        pocket.backbone.model, pocket.tokenizer, trained, POLICIES, [BUDGET], context=pocket.backbone.info.context
+    )
     return [
         runner.run(Example(str(index), "pocket", document.task, None, [user(document.prompt)], [document.answer],
                            "string_match_all", answer_tokens=1))
@@ -63,7 +62,7 @@ def records(pocket, trained, questions):
 
 
 def runs(records, policy):
-    return [run for record in records for run in record["runs"] if run["policy"] == policy]
+    return [run for record in records for run in record.runs if run.policy == policy]
 
 
 def test_the_indexer_was_trained(pocket, trained):
@@ -75,7 +74,7 @@ def test_the_indexer_was_trained(pocket, trained):
 
 
 def test_an_indexer_answers_what_recency_and_chance_do_not(records):
-    right = {policy: sum(run["score"] for run in runs(records, policy)) for policy in ["full", *POLICIES]}
+    right = {policy: sum(run.score for run in runs(records, policy)) for policy in ["full", *POLICIES]}
     assert right["full"] == QUESTIONS
     assert min(right["indexer"], right["native"]) >= 0.7 * QUESTIONS, right
     assert max(right["recency"], right["random"]) <= 0.25 * QUESTIONS, right
@@ -90,15 +89,15 @@ def test_the_runtime_answers_as_many(pocket, trained, questions, records):
         written = runtime.generate(ids, max_new_tokens=1, do_sample=False, eos_token_id=None)[0, -1:]
         right += pocket.tokenizer.decode(written) == question.answer
         assert runtime.windows[0].resident <= 0.075 * runtime.windows[0].chunks
-    chance = max(sum(run["score"] for run in runs(records, policy)) for policy in ("recency", "random"))
+    chance = max(sum(run.score for run in runs(records, policy)) for policy in ("recency", "random"))
     assert right >= max(0.7 * QUESTIONS, chance + 4), (right, chance)
 
 
 def test_no_policy_kept_more_than_its_budget(records):
     for policy in POLICIES:
         for run, full in zip(runs(records, policy), runs(records, "full"), strict=True):
-            assert 0.05 < run["kept"] <= 0.075
-            assert run["kv_bytes"] < 0.3 * full["kv_bytes"]
+            assert 0.05 < run.kept <= 0.075
+            assert run.kv_bytes < 0.3 * full.kv_bytes
 
 
 def test_with_everything_resident_it_is_the_stock_model(pocket, pocket_indexer):
@@ -109,8 +108,8 @@ def test_with_everything_resident_it_is_the_stock_model(pocket, pocket_indexer):
     prompt, rest = ids[:180], ids[180:]  # the prompt is one piece
     session = open_session(model, pocket_indexer.spec)
     session.read(prompt)
-    policy = {"indexer": decode_policies(pocket_indexer)["indexer"]}
-    logits, run = follow_text(session, policy, 1.0, 16, rest)["indexer"]
+    policy = ranked(1.0, indexer=indexer_policy(pocket_indexer))
+    logits, run = followed(session, policy, 16, rest)["indexer"]
     cache, expected = DynamicCache(config=model.config), []
     with torch.no_grad():
         model(torch.tensor([prompt]), past_key_values=cache)

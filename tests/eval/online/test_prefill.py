@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from data_gen.core.chunks import Chunking
-from eval.online.examples import Example, user
-from eval.online.prefill import Prefill, common, in_order
-from eval.online.session import Session
+from eval.online.examples import Example, common, in_order, user
+from eval.online.runner import Prefill
+from eval.online.session import DenseSession
 from tests.conftest import tiny_model
 
 
@@ -30,14 +30,14 @@ def test_those_that_begin_alike_are_neighbours():
 def test_the_same_session_in_fewer_tokens(monkeypatch):
     model, chunking = tiny_model("llama"), Chunking(tokens=4)
     read = []
-    plain = Session.read
-    monkeypatch.setattr(Session, "read", lambda self, tokens: read.append(len(tokens)) or plain(self, tokens))
+    plain = DenseSession.read
+    monkeypatch.setattr(DenseSession, "read", lambda self, tokens: read.append(len(tokens)) or plain(self, tokens))
     body = torch.arange(60).tolist()
     prompts = [[*body, 1, 2, 3], [*body, 4, 5], [*body[:50], 6, 7, 8], [9, 8, 7]]
-    prefill = Prefill(lambda: Session(model, chunking))
+    prefill = Prefill(lambda: DenseSession(model, chunking))
     for prompt, after in zip(prompts, [*prompts[1:], None], strict=True):
         session = prefill.read(prompt, after)
-        fresh = Session(model, chunking)
+        fresh = DenseSession(model, chunking)
         plain(fresh, prompt)
         assert session.position == fresh.position == len(prompt) - 1
         mine, whole = plain(session, [11]), plain(fresh, [11])
@@ -48,7 +48,7 @@ def test_the_same_session_in_fewer_tokens(monkeypatch):
 @pytest.mark.parametrize("again", [1, 2])
 def test_the_same_prompt_twice(again):
     model, chunking = tiny_model("llama"), Chunking(tokens=4)
-    prefill = Prefill(lambda: Session(model, chunking))
+    prefill = Prefill(lambda: DenseSession(model, chunking))
     prompt = torch.arange(40).tolist()
     positions = [prefill.read(prompt, prompt).position for _ in range(again + 1)]
     assert positions == [39] * (again + 1)

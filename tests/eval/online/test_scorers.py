@@ -1,10 +1,14 @@
 """Scores worked out by hand."""
 
 import pytest
+import torch
+from torch.nn import functional
 
 from eval.online.scorers import (
+    FOLLOWERS,
     SCORERS,
     answer_words,
+    every_value,
     multiple_choice,
     refusal,
     sequence_ratio,
@@ -63,4 +67,43 @@ def test_refusal():
 
 
 def test_scorers_by_name():
-    assert SCORERS["refusal"] is refusal and len(SCORERS) == 6
+    assert SCORERS["refusal"] is refusal and list(SCORERS) == list(RIGHT)
+
+
+RIGHT = {
+    "string_match_all": ("12, 34", ["12", "34"]),
+    "string_match_part": ("34", ["12", "34"]),
+    "multiple_choice": ("The correct answer is (B)", ["B"]),
+    "sequence_ratio": ("xyz The fox.", ["xyz The fox.", "xyz"]),
+    "answer_words": ("a red kite", ["The red kite"]),
+    "refusal": ("You never mentioned it.", [""]),
+    "every_value": ("12, 34 and more", ["12", "34"]),
+}
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_scorer_of_the_list_tells_right_from_nothing(name):
+    response, references = RIGHT[name]
+    assert SCORERS[name](response, references) == 1 and SCORERS[name]("", references) == 0
+
+
+def test_every_value_is_all_or_nothing_and_minds_case():
+    assert [every_value(said, ["Ab", "1"]) for said in ("1 Ab!", "Ab", "ab 1")] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_every_follower_of_the_list_has_the_means_over_the_text(name):
+    generator = torch.Generator().manual_seed(1)
+    full, other = 3 * torch.randn(2, 7, 50, generator=generator)
+    targets = torch.randint(50, (7,), generator=generator)
+    first = FOLLOWERS[name](targets.tolist(), None)
+    second = FOLLOWERS[name](targets.tolist(), first)
+    for row, beside in zip(full, other, strict=True):
+        first.add(row)
+        second.add(beside)
+    assert first.means() | {"loss": 0} == {"agreement": 1, "kl": 0, "loss": 0}
+    log_p = other.log_softmax(-1)
+    kl = functional.kl_div(log_p, full.log_softmax(-1), reduction="batchmean", log_target=True)
+    agreement = (full.argmax(-1) == other.argmax(-1)).double().mean()
+    expected = {"agreement": agreement, "kl": kl, "loss": functional.cross_entropy(other, targets)}
+    assert second.means() == pytest.approx({key: float(value) for key, value in expected.items()}, rel=1e-5)

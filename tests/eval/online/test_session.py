@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data_gen.core.chunks import Chunking
-from eval.online.session import Session
+from eval.online.session import DenseSession
 
 CHUNKING = Chunking(tokens=4, sink=1, recent=2)
 
@@ -27,7 +27,7 @@ def stock_logits(model, ids, prompt):
 def test_everything_resident_is_bitwise_stock(model, dtype):
     model = model.to(dtype)
     ids = tokens(90)
-    session = Session(model, CHUNKING)
+    session = DenseSession(model, CHUNKING)
     logits = [session.read(ids[:70])]
     session = session.fork()
     session.keep_chunks(torch.arange(14, 17))
@@ -39,7 +39,7 @@ def test_everything_resident_is_bitwise_stock(model, dtype):
 
 def test_restricted_set_equals_a_masked_forward(model):
     ids = tokens(80)
-    session = Session(model, CHUNKING)
+    session = DenseSession(model, CHUNKING)
     session.read(ids[:70])
     resident = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11, 40, 41, 42, 43, *range(60, 70)])
     session.keep_chunks(torch.tensor([0, 2, 10, 15, 16]))
@@ -72,7 +72,7 @@ def test_restricted_set_equals_a_masked_forward(model):
 
 def test_evicted_values_cannot_leak(model):
     ids = tokens(71)
-    sessions = [Session(model, CHUNKING) for _ in range(2)]
+    sessions = [DenseSession(model, CHUNKING) for _ in range(2)]
     for session in sessions:
         session.read(ids[:70])
     sessions[1].keep_chunks(torch.arange(17))  # all of it goes cold
@@ -85,7 +85,7 @@ def test_evicted_values_cannot_leak(model):
 
 def test_forks_do_not_disturb_each_other(model):
     ids = tokens(80)
-    session = Session(model, CHUNKING)
+    session = DenseSession(model, CHUNKING)
     session.read(ids[:70])
     twin = session.fork()
     twin.keep_chunks(torch.arange(15, 17))
@@ -98,14 +98,14 @@ def test_forks_do_not_disturb_each_other(model):
 
 
 def test_keep_protects_and_fills_the_budget(model):
-    session = Session(model, CHUNKING)
+    session = DenseSession(model, CHUNKING)
     session.read(tokens(70))  # 17 complete chunks, candidates 1..14, tokens 68 and 69 unfinished
     scores = torch.zeros(17)
     scores[[5, 9, 0, 16]] = torch.tensor([2.0, 3.0, 9.0, 9.0])
     session.keep(scores, 0.12)  # floor(0.12 * 17) = 2
     kept = session.cache.layers[session.cache.full_layers[0]].keys
     expected = [*range(4), *range(20, 24), *range(36, 40), *range(60, 70)]
-    full = Session(model, CHUNKING)
+    full = DenseSession(model, CHUNKING)
     full.read(tokens(70))
     stored = full.cache.layers[full.cache.full_layers[0]].keys
     assert torch.equal(kept, stored[..., expected, :])
@@ -116,7 +116,7 @@ def test_chunk_keys_are_those_of_the_trace(model):
     from data_gen.config import TraceConfig
 
     ids = tokens(90)
-    session = Session(model, CHUNKING)
+    session = DenseSession(model, CHUNKING)
     session.read(ids[:70])
     session.keep_chunks(torch.arange(10, 17))
     session.keep_chunks(torch.arange(17))
@@ -133,7 +133,7 @@ def test_chunk_keys_are_those_of_the_trace(model):
 def test_reading_together_is_reading_alone(model):
     """Different resident sets in one forward pass: what each saw, noted and holds is as if it were alone."""
     ids = tokens(80)
-    session = Session(model, CHUNKING)
+    session = DenseSession(model, CHUNKING)
     session.read(ids[:70])
     kept = [torch.arange(17), torch.tensor([0, 2, 10, 15, 16]), torch.tensor([0, 15, 16])]
     alone, together = ([session.fork() for _ in kept] for _ in range(2))
@@ -142,7 +142,7 @@ def test_reading_together_is_reading_alone(model):
             one.keep_chunks(chunks)
     for token in ids[70:]:
         expected = torch.stack([one.read([token]) for one in alone])
-        torch.testing.assert_close(Session.read_each(together, [token] * 3), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(DenseSession.read_each(together, [token] * 3), expected, atol=1e-4, rtol=1e-4)
     for one, other in zip(alone, together, strict=True):
         assert one.position == other.position == 79 and one.resident_tokens == other.resident_tokens
         layers = one.cache.full_layers
@@ -153,17 +153,17 @@ def test_reading_together_is_reading_alone(model):
 
 
 def test_only_sessions_at_one_position_are_read_together(model):
-    session = Session(model, CHUNKING)
+    session = DenseSession(model, CHUNKING)
     session.read(tokens(70))
     ahead = session.fork()
     ahead.read([1])
     with pytest.raises(ValueError, match=r"\[70, 71\] tokens"):
-        Session.read_each([session, ahead], [1, 2])
+        DenseSession.read_each([session, ahead], [1, 2])
 
 
 def test_forks_write_behind_their_history_not_into_each_other(model):
     ids = tokens(73)
-    session = Session(model, CHUNKING)
+    session = DenseSession(model, CHUNKING)
     session.read(ids[:70])
     for token in ids[70:]:
         session.read([token])  # from here on there is room behind the last token

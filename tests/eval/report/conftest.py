@@ -1,5 +1,6 @@
 """Rows of decode and benchmark that the report's tests are about."""
 
+from eval.online.records import Record
 from eval.online.summary import accuracy_rows, depth_rows, fidelity_rows
 
 DECODE = [
@@ -14,17 +15,24 @@ RUNS = [
     for policy, budget, kept, score in (("full", None, 1.0, 1.0), ("indexer", 0.1, 0.15, 0.5), ("random", 0.1, 0.2, 0))
 ]  # fmt: skip
 RECORDS = [
-    {"name": f"{depth}-{length}", "benchmark": "needles", "task": "single", "length": length, "tokens": length,
-     "depth": depth, "left_out": "", "runs": RUNS}
+    Record.model_validate(
+        {"name": f"{depth}-{length}", "benchmark": "needles", "task": "single", "length": length, "tokens": length,
+         "depth": depth, "left_out": "", "runs": RUNS}
+    )
     for depth in (0.1, 0.5, 0.9) for length in (500, 1000)
 ]  # fmt: skip
-BENCHMARK = {"benchmark": accuracy_rows(RECORDS, 500), "benchmark_depth": depth_rows(RECORDS)}
+BENCHMARK = {
+    "benchmark": [row.model_dump() for row in accuracy_rows(RECORDS, 500)],
+    "benchmark_depth": [row.model_dump() for row in depth_rows(RECORDS)],
+}
 FOLLOWED = [
     {name: run[name] for name in run if name != "score"} | {"agreement": 0.9, "kl": 0.05, "loss": 2.0} for run in RUNS
 ]
 TEXTS = [
-    {"name": str(number), "benchmark": "text", "task": "text", "length": 500, "tokens": 500, "depth": None,
-     "left_out": "", "runs": FOLLOWED}
+    Record.model_validate(
+        {"name": str(number), "benchmark": "text", "task": "text", "length": 500, "tokens": 500, "depth": None,
+         "left_out": "", "runs": FOLLOWED}
+    )
     for number in range(3)
 ]  # fmt: skip
-TEXT = {"benchmark_text": fidelity_rows(TEXTS, 500)}
+TEXT = {"benchmark_text": [row.model_dump() for row in fidelity_rows(TEXTS, 500)]}

@@ -10,14 +10,14 @@ from eval.online.summary import accuracy_rows, depth_rows
 from eval.report.diagnosis import reliability_curve
 from eval.report.figures import accuracy_by_bytes, answers_by_depth, depth_by_length, kl_against_bytes, recall_curves
 from eval.report.page import write_report
-from eval.report.rows import AccuracyRow, CellRecall, DecodeRow, DepthRow, FidelityRow, RecallRow, ReliabilityRow
+from eval.report.rows import CellRecall, DecodeRow, FidelityRow, RecallRow, ReliabilityRow
 from eval.report.tables import write_results
 from tests.eval.online.test_summary import RECORDS
 from tests.eval.report.conftest import DECODE, TEXT
 
 
 def test_a_panel_for_each_length_and_a_point_for_each_policy():
-    figure = accuracy_by_bytes([AccuracyRow.model_validate(row) for row in accuracy_rows(RECORDS, 1000)])
+    figure = accuracy_by_bytes(accuracy_rows(RECORDS, 1000))
     assert [axis.get_title() for axis in figure.axes] == ["needles, 1,000 tokens", "needles, 2,000 tokens"]
     points = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert points == {"full": [[10.0, 1.0]], "indexer": [[2.0, 0.5]]}
@@ -26,7 +26,7 @@ def test_a_panel_for_each_length_and_a_point_for_each_policy():
 
 
 def test_a_heat_map_for_each_policy():
-    figure = answers_by_depth([DepthRow.model_validate(row) for row in depth_rows(RECORDS)])
+    figure = answers_by_depth(depth_rows(RECORDS))
     full, indexer, _ = figure.axes
     assert (full.get_title(), indexer.get_title()) == ("full", "indexer")
     assert {text.get_text() for text in indexer.texts} == {"0.50\nn=2"}

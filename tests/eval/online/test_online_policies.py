@@ -1,17 +1,21 @@
 """Decode-time policies score what the trace of the same document says, and the cycle refreshes when it should."""
 
+import re
+
 import pytest
 import torch
+from pydantic import ValidationError
 
 from data_gen.core.chunks import Chunking
 from data_gen.text.documents import build_documents
-from eval.online.check import wilson
-from eval.online.cycle import follow_text, generate
-from eval.online.policies import indexer_policy, mean_pooled, random, recency
-from eval.online.session import Session
+from eval.online.config import BenchmarkConfig
+from eval.online.online_policies import ONLINE_POLICIES, indexer_policy, mean_pooled, random, recency
+from eval.online.session import DenseSession
+from eval.online.summary import wilson
 from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.training.trainer import train
 from tests.conftest import tiny_model
+from tests.eval.online.courses import followed, ranked, written
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def test_scores_while_decoding_are_those_of_the_trace(trained, stores, tiny_reci
     compared = 0
     for document, served in zip(documents, served_windows(stores[1]), strict=True):
         position = int(served.positions[0])
-        session = Session(tiny_model("llama"), tiny_recipe.trace.chunking)
+        session = DenseSession(tiny_model("llama"), tiny_recipe.trace.chunking)
         session.read(document.tokens[: position - 3])
         for token in document.tokens[position - 3 : position + 1]:
             session.read([token])
@@ -42,7 +46,7 @@ def test_scores_while_decoding_are_those_of_the_trace(trained, stores, tiny_reci
 
 def test_the_cycle_refreshes_every_window_and_before_the_first_token(tiny_recipe):
     ids = torch.randint(0, 128, (120,), generator=torch.Generator().manual_seed(5)).tolist()
-    session = Session(tiny_model("llama"), tiny_recipe.trace.chunking)
+    session = DenseSession(tiny_model("llama"), tiny_recipe.trace.chunking)
     session.read(ids[:80])
     asked = []
 
@@ -50,8 +54,9 @@ def test_the_cycle_refreshes_every_window_and_before_the_first_token(tiny_recipe
         asked.append(state.position)
         return torch.arange(state.chunking.visible(state.position)).float().neg()  # oldest first
 
-    (logits, run), (full, whole) = follow_text(session, {"oldest": policy, "full": None}, 0.1, 8, ids[80:100]).values()
-    usage = run.usage
+    both = ranked(0.1, oldest=policy) | {"full": None}
+    (logits, course), (full, whole) = followed(session, both, 8, ids[80:100]).values()
+    usage = course.usage
     assert asked == [79, 87, 95] and usage.refreshes == 3 and usage.steps == len(logits) == 20
     expected = 0
     for position, reads in ((79, 8), (87, 8), (95, 4)):
@@ -63,11 +68,11 @@ def test_the_cycle_refreshes_every_window_and_before_the_first_token(tiny_recipe
 
 
 def test_generation_stops_at_a_stop_token_or_at_its_length():
-    session = Session(tiny_model("llama"), Chunking(tokens=4, sink=1, recent=2))
+    session = DenseSession(tiny_model("llama"), Chunking(tokens=4, sink=1, recent=2))
     session.read([5, 6, 7] * 20)
-    answer, _ = generate(session, {"full": None}, 0.1, 8, 5, 6, lambda _: False)["full"]
+    answer, _ = written(session, {"full": None}, 8, 5, 6)["full"]
     assert len(answer) == 6
-    stopped, _ = generate(session, {"full": None}, 0.1, 8, 5, 6, lambda written: written[-1] == answer[2])["full"]
+    stopped, _ = written(session, {"full": None}, 8, 5, 6, lambda said: said[-1] == answer[2])["full"]
     assert stopped == answer[: answer.index(answer[2]) + 1]
 
 
@@ -75,3 +80,12 @@ def test_wilson_interval():
     low, high = wilson(20, 36)
     assert (round(low, 3), round(high, 3)) == (0.396, 0.705)
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_a_recipe_may_name_every_policy_and_no_other():
+    names = [policy.name for policy in ONLINE_POLICIES]
+    assert BenchmarkConfig(policies=names).policies == names and len(set(names)) == len(names)
+    listed = f"Input should be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+    with pytest.raises(ValidationError, match=re.escape(listed)) as caught:
+        BenchmarkConfig(policies=["indexer", "full"])
+    assert caught.value.errors()[0]["loc"] == ("policies", 1)

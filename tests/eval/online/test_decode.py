@@ -4,12 +4,12 @@ import pytest
 
 from data_gen.core.errors import InputError
 from data_gen.text.documents import Document
-from eval.online.check import decode_check, stop_tokens
 from eval.online.config import DecodeConfig
-from eval.online.cycle import generate
-from eval.online.open import open_session
-from eval.online.policies import decode_policies
+from eval.online.decode import decode_check
+from eval.online.runner import stop_tokens
+from eval.online.session import open_session
 from tests.conftest import tiny_model
+from tests.eval.online.courses import keeps, written
 
 
 @pytest.mark.parametrize(("length", "fits"), [(40, False), (64, False), (65, False), (66, True)])
@@ -30,15 +30,15 @@ def test_an_answer_that_ends_when_it_is_right_is_judged_as_the_whole_one(indexer
     ids = [65 + n * n % 26 for n in range(80)]
     session = open_session(model, indexer.spec)
     session.read(ids[:69])
-    policies, window = decode_policies(indexer), indexer.spec.window
     stop = stop_tokens(model, tokenizer)
-    whole = generate(session, policies, config.budget, window, ids[69], 24, lambda answer: answer[-1] in stop)
+    policies = keeps(indexer, config.budget)
+    whole = written(session, policies, indexer.spec.window, ids[69], 24, lambda answer: answer[-1] in stop)
     texts = {name: tokenizer.decode(answer, skip_special_tokens=True) for name, (answer, _) in whole.items()}
     middle = max(texts.values(), key=len)[8:11]
     document = Document("heldout-single-0000", "single", ids, 70, [], [], values=[middle])
     rows, (answers,) = decode_check(model, tokenizer, indexer, [document], config, lambda items, _: items)
     for row in rows:
         assert row.correct == (middle in texts[row.policy])
-        answer, text = answers[row.policy], texts[row.policy]
+        answer, text = answers.said[row.policy], texts[row.policy]
         assert answer == (text[: text.index(middle) + len(middle)] if row.correct else text)
     assert 0 < sum(row.correct for row in rows) < len(rows)
