@@ -1,6 +1,5 @@
 """The `lookahead` command: each verb is a few lines over one public function."""
 
-import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -36,6 +35,13 @@ Source = Annotated[str | None, typer.Option(help="Instead of the recipe's: folde
 Out = Annotated[Path, typer.Option(help="Output folder.")]
 Layers = Annotated[str | None, typer.Option(help="Keep these layers only: 10,12,20.")]
 ExportFormat = Literal["bundle", "flashmemory-joint", "flashmemory-layers", "flashmemory-safetensors"]
+
+
+@app.callback()
+def _before_any_verb() -> None:
+    from data_gen.core.cpu import ask_for_huge_pages
+
+    ask_for_huge_pages()
 
 
 def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
@@ -420,8 +426,6 @@ def _train(recipe: "Recipe", traces: dict[Path, float], out: Path) -> None:
 
 def main() -> None:
     """Run the command; bad input ends in one line and exit code 2, Ctrl-C in 130."""
-    # Training allocates every gradient anew: without huge pages their page faults take a sixth of a step on the CPU.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read once, when torch first allocates
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = app(standalone_mode=False)

@@ -13,13 +13,12 @@ from data_gen.core.errors import InputError
 from data_gen.core.files import whole
 from data_gen.traces.store import MANIFEST, TraceStore
 from data_gen.traces.validate import check_document
+from indexer_train.checkpoints import LAST, SETTINGS, STATE, checkpoints, damage
 from indexer_train.data.hard_negatives import FOLDER, HardNegatives
 from indexer_train.formats.bundle import HEADER, WEIGHTS, load_bundle
 from indexer_train.formats.flashmemory import read_checkpoint
 from indexer_train.load import load_indexer
 from indexer_train.model import MemoryIndexer
-from indexer_train.training.checkpoints import LAST, STATE, checkpoints, damage
-from indexer_train.training.trainer import SETTINGS
 
 RESULTS = "results.json"
 """What evaluate, decode and benchmark add to."""

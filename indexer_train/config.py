@@ -69,7 +69,9 @@ class TrainConfig(Strict):
     `budget` of the chunks are kept; select: how they are chosen, then and when served: the best of each window
     (`budget`), or all that reach one `threshold`;
     workers: processes that make batches while the device computes; without a number two beside a GPU that shares enough
-    memory with them (indexer_train/training/processes.py), and none elsewhere; no result depends on it;
+    memory with them (indexer_train/processes.py), and none elsewhere; no result depends on it;
+    report_to: trackers that get every measurement, by the stock trainer's names (`wandb`, `tensorboard`, ...), whose
+    packages must be installed; no result depends on them;
     eval_epochs: epochs between two such checks, which are checkpoints too; patience: checks without a better one before
     training stops; the best one is kept;
     seed: of the first weights, the order of documents and the negatives;
@@ -98,5 +100,6 @@ class TrainConfig(Strict):
     eval_epochs: PositiveInt = 2
     patience: PositiveInt = 5
     workers: NonNegativeInt | None = None
+    report_to: list[str] = Field(default_factory=list)
     seed: int = Field(0, ge=0, lt=1 << 32)
     init: str | None = None

@@ -1,5 +1,6 @@
 """MemoryIndexer: a query encoder per backbone layer beside frozen keys, made of sentence-transformers modules."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,10 +26,11 @@ class QueryEncoder(Scorer, InputModule):
     config_file_name = "spec.json"
 
     @property
-    def modalities(self) -> list[str]:
+    def modalities(self) -> list[Any]:
+        """What sentence-transformers asks of an input module: no text, no image."""
         return ["hidden_states"]
 
-    def preprocess(self, inputs: list[tuple[torch.Tensor, int]], **kwargs: Any) -> dict[str, torch.Tensor]:
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Batch (hidden states [L, hidden], position) pairs; a pair, because a bare tensor is taken for audio."""
         hidden, places = zip(*inputs, strict=True)
         positions = torch.tensor(places)
@@ -42,20 +44,34 @@ class QueryEncoder(Scorer, InputModule):
         return features
 
     def get_embedding_dimension(self) -> int:
+        """Width of the packed queries."""
         return len(self.spec.layers) * self.spec.packed.size + 1
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Write spec and weights into an existing folder."""
         (Path(output_path) / self.config_file_name).write_text(self.spec.model_dump_json(indent=2))
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Self:
-        hub = {key: kwargs[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in kwargs}
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """The saved module, by sentence-transformers' own arguments. Raises InputError when it is damaged."""
+        hub: dict[str, Any] = {"token": token, "cache_folder": cache_folder, "revision": revision}
+        hub["local_files_only"] = local_files_only
         folder = Path(model_name_or_path) / subfolder
         with whole(folder / cls.config_file_name, "indexer", REMEDY):
             module = cls(IndexerSpec.model_validate(cls.load_config(model_name_or_path, subfolder=subfolder, **hub)))
         with whole(folder / "model.safetensors", "indexer", REMEDY):
-            return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module, **hub)
+            cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module, **hub)
+        return module
 
 
 class KeyDecoder(InputModule):
@@ -64,10 +80,11 @@ class KeyDecoder(InputModule):
     save_in_root = False
 
     @property
-    def modalities(self) -> list[str]:
+    def modalities(self) -> list[Any]:
+        """What sentence-transformers asks of an input module: no text, no image."""
         return ["keys"]
 
-    def preprocess(self, inputs: list[tuple[torch.Tensor]], **kwargs: Any) -> dict[str, torch.Tensor]:
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Stack (keys [L, ...] as stored,) of N chunks into [N, L, ...]."""
         stored = torch.stack([keys for (keys,) in inputs])
         check_stored(stored)
@@ -82,7 +99,8 @@ class KeyDecoder(InputModule):
         """Nothing to save: it has no weights and no settings."""
 
     @classmethod
-    def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:
+    def load(cls, *args: Any, **kwargs: Any) -> Self:
+        """A new one: there is nothing to read."""
         return cls()
 
 
@@ -109,10 +127,13 @@ class MemoryIndexer(SentenceTransformer):
 
     @property
     def query_encoder(self) -> QueryEncoder:
-        return self[0].sub_modules["query"][0]
+        """The query route's module."""
+        router: Any = self[0]
+        return router.sub_modules["query"][0]
 
     @property
     def spec(self) -> IndexerSpec:
+        """What it is besides its weights."""
         return self.query_encoder.spec
 
     def pack(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -149,7 +170,7 @@ class MemoryIndexer(SentenceTransformer):
         """What serving ranks by: hidden [B, L, hidden], stored keys [N, L, ...], positions [B] -> [B, N] fp32."""
         return self.similarity(self.pack(hidden, positions), key_vectors(keys, self.device).flatten(1))
 
-    def similarity(self, embeddings1: torch.Tensor, embeddings2: torch.Tensor) -> torch.Tensor:
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Joined scores of packed queries [B, L * size + 1] and decoded keys [N, L * key_width]: [B, N] fp32."""
         logits = self.layer_logits(torch.as_tensor(embeddings1), torch.as_tensor(embeddings2))
         return join_layers(logits, self.spec.shape.join)

@@ -3,9 +3,30 @@
 import torch
 from torch import nn
 
-from data_gen.core.tensors import product
-from indexer_train.cpu import SteadyLinear
+from data_gen.core.cpu import SteadyLinear, product
+from data_gen.core.keys import KEY_RECIPES
+from indexer_train.scoring import TILE_ELEMENTS
 from indexer_train.spec import IndexerSpec
+
+
+def turn(spec: IndexerSpec, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Queries [B, H, key_width] at `positions` [B] -> the same turned the way the keys are.
+
+    Without a gradient the CPU turns a few at a time, in its cache and in the memory of `query`. Raises InputError at
+    positions beyond the backbone's range.
+    """
+    if query.requires_grad or not query.is_cpu:
+        return _turn(spec, query, positions)
+    few = max(1, TILE_ELEMENTS // max(1, query[:1].numel()))
+    for part, place in zip(query.split(few), positions.split(few), strict=True):
+        part.copy_(_turn(spec, part, place))
+    return query
+
+
+def _turn(spec: IndexerSpec, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    if spec.rope is not None:
+        query = spec.rope.rotate(query, positions[:, None])
+    return KEY_RECIPES[spec.key].turn(query)
 
 
 class LayerEncoder(nn.Module):
@@ -13,8 +34,8 @@ class LayerEncoder(nn.Module):
 
     def __init__(self, spec: IndexerSpec) -> None:
         super().__init__()
+        self.spec = spec
         packed = spec.packed
-        self.turn = spec.turn
         self.wq_a = SteadyLinear(spec.hidden, spec.shape.rank)
         self.q_norm = nn.RMSNorm(spec.shape.rank, eps=1e-6)
         self.wq_b = SteadyLinear(spec.shape.rank, packed.heads * packed.width)
@@ -31,7 +52,7 @@ class LayerEncoder(nn.Module):
         """hidden: [B, hidden], positions: [B] -> the packed query's parts without the bias, [B, size] together."""
         latent = self.q_norm(_project(self.wq_a, hidden).float())
         query = _project(self.wq_b, latent).unflatten(-1, (self.heads, -1))
-        parts = [self.turn(query, positions).flatten(1), self.weights_proj(hidden) * self.weight_scale]
+        parts = [turn(self.spec, query, positions).flatten(1), self.weights_proj(hidden) * self.weight_scale]
         if self.extras is not None:
             parts.append(self.extras(hidden))
         return parts
@@ -45,14 +66,23 @@ def _project(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 class Scorer(nn.Module):
     """Hidden states -> packed queries -> logits of chunks. Training, evaluation and serving use this one."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, spec: IndexerSpec) -> None:
         super().__init__()
         self.spec = spec
         self.encoders = nn.ModuleDict({str(layer): LayerEncoder(spec) for layer in spec.layers})
         self.register_parameter("bias", nn.Parameter(torch.zeros(1)) if spec.shape.bias else None)
 
+    def encoder(self, layer: int) -> LayerEncoder:
+        """Of one of the backbone's layers, by its number there."""
+        found = self.encoders[str(layer)]
+        assert isinstance(found, LayerEncoder)
+        return found
+
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.parameters()).device
 
     def pack(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from data_gen.core.tensors import lightning_scores, product, tiled_scores
+from data_gen.core.cpu import product
+from data_gen.core.tensors import lightning_scores, tiled_scores
 
 TILE_ELEMENTS = 1 << 15
 """Matches of candidates held in the CPU's cache at once (128 KiB in fp32)."""
@@ -92,8 +93,10 @@ class CandidateScores(torch.autograd.Function):
         return scores
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable  # loses the name of its first parameter, which the base class has
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         weights, keys, candidates, *matches = ctx.saved_tensors
         query_gradient, weights_gradient = keys.new_empty(*weights.shape, keys.shape[1]), torch.empty_like(weights)
         for rows, match in zip(_tiles(candidates, weights.shape[1]), matches, strict=True):
@@ -172,6 +175,6 @@ def select(scores: torch.Tensor, candidate: torch.Tensor, kept: torch.Tensor) ->
     return torch.zeros_like(candidate).scatter_(1, order, taken) & candidate
 
 
-def above(scores: torch.Tensor, candidate: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Mark the candidates with a score of at least `threshold`: [W, N] bool."""
+def above(scores: torch.Tensor, candidate: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
+    """Mark the candidates with a score of at least `threshold`, one number or [W, 1]: [W, N] bool."""
     return candidate & (scores >= threshold)

@@ -55,8 +55,9 @@ class Threshold(Strict):
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:
-        lengths = [cut.longest for cut in self.cuts[:-1]]
-        if None in lengths or sorted(set(lengths)) != lengths or self.cuts[-1].longest is not None:
+        lengths = [cut.longest for cut in self.cuts if cut.longest is not None]
+        last = self.cuts[-1].longest is None and len(lengths) == len(self.cuts) - 1
+        if not last or sorted(set(lengths)) != lengths:
             raise ValueError("cuts must ascend in length, and the last one hold for any")
         return self
 

@@ -1,17 +1,68 @@
-"""What an indexer is besides its weights."""
+"""What an indexer is besides its weights, and where it comes from."""
 
 from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from data_gen.core.chunks import Chunking
-from data_gen.core.keys import KEY_RECIPES, KeyKind
+from data_gen.core.keys import KeyKind
 from data_gen.core.rope import Rope
-from indexer_train.card import Provenance
 from indexer_train.config import IndexerConfig
-from indexer_train.scoring import TILE_ELEMENTS, PackedQuery
+from indexer_train.scoring import PackedQuery
 from indexer_train.selection import Budget, Cut, Selection, Threshold
+
+
+class Metric(BaseModel):
+    """One measured row. data: documents it was measured on; values: means over windows, documents, tasks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: str
+    task: str
+    selection: str
+    values: dict[str, float]
+
+
+class Source(BaseModel):
+    """A trace store that an indexer learned from.
+
+    documents: settings of its documents; training: how many of them it learned from; weight: how often an epoch read
+    them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: dict[str, Any]
+    training: int
+    weight: float = 1.0
+
+
+class Provenance(BaseModel):
+    """What an indexer was made of and what it then measured.
+
+    backbone: model type; model: its public name (`BackboneInfo`); oracle: who labelled; sources: the
+    trace stores; validation: documents held back from all of them; train: the recipe's section; metrics: see Metric.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    backbone: str
+    model: str | None = None
+    oracle: str
+    sources: list[Source] = Field(min_length=1)
+    validation: int
+    train: dict[str, Any]
+    metrics: list[Metric] = []
+
+    @property
+    def training(self) -> int:
+        """Documents it learned from."""
+        return sum(source.training for source in self.sources)
+
+    @property
+    def traced_from(self) -> str:
+        """The backbone by name, where the traces know it, and type."""
+        return self.backbone if self.model is None else f"{self.model} ({self.backbone})"
 
 
 class IndexerSpec(BaseModel):
@@ -36,18 +87,6 @@ class IndexerSpec(BaseModel):
     selections: list[Selection] = []
     provenance: Provenance | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _earlier(cls, values: Any) -> Any:
-        """Earlier files say `thresholds`: score by share kept."""
-        if isinstance(values, dict) and "thresholds" in values:
-            selections = [
-                Threshold(target="budget", value=float(share), cuts=[Cut(score=score)])
-                for share, score in values["thresholds"].items()
-            ]
-            return {name: value for name, value in values.items() if name != "thresholds"} | {"selections": selections}
-        return values
-
     @property
     def selection(self) -> Budget | Threshold:
         """How the indexer is served: what was chosen in training or by `lookahead calibrate`, else the paper's 0.5."""
@@ -61,23 +100,6 @@ class IndexerSpec(BaseModel):
 
     @property
     def packed(self) -> PackedQuery:
+        """Where the parts of one layer's packed query lie."""
         shape = self.shape
         return PackedQuery(shape.heads, self.key_width, shape.distance_bumps, shape.scale, shape.slot, shape.bias)
-
-    def turn(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Queries [B, H, key_width] at `positions` ([B]) -> the same turned the way the keys are.
-
-        Without a gradient the CPU turns a few at a time, in its cache and in the memory of `query`. Raises InputError
-        at positions beyond the backbone's range.
-        """
-        if query.requires_grad or not query.is_cpu:
-            return self._turn(query, positions)
-        few = max(1, TILE_ELEMENTS // max(1, query[:1].numel()))
-        for part, place in zip(query.split(few), positions.split(few), strict=True):
-            part.copy_(self._turn(part, place))
-        return query
-
-    def _turn(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        if self.rope is not None:
-            query = self.rope.rotate(query, positions[:, None])
-        return KEY_RECIPES[self.key].turn(query)

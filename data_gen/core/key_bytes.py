@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from data_gen.core.cpu import product
 from data_gen.core.errors import InputError
-from data_gen.core.tensors import product, require
+from data_gen.core.tensors import require
 
 PAGE = 64
 """Chunks in a page."""

@@ -1,21 +1,15 @@
-"""Tensor arithmetic that everybody shares: products, the lightning indexer's score, checks of values, sets of integers.
-
-On CPUs with AVX-512 oneDNN's products are used: PyTorch's default library leaves it unused on AMD processors, and half
-of their speed with it. On others the default library is a little faster.
-"""
+"""Tensor arithmetic that everybody shares: the lightning indexer's score, checks of values, sets of integers."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from data_gen.core.cpu import CACHE_ELEMENTS, product
 from data_gen.core.errors import InputError
 
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 TILE_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in fp32): the key tile shrinks as heads and rows grow."""
-CACHE_ELEMENTS = 1 << 18
-"""Matches of queries and keys held in the CPU's cache at once (1 MiB in fp32)."""
 CACHE_ROWS = 512
 """Heads times queries of such a tile: enough for the matrix product to run at full speed."""
 
@@ -30,23 +24,6 @@ def require(holds: torch.Tensor, message: Callable[[], str]) -> None:
         torch._assert_async(holds.all(), failed)  # pyright: ignore[reportPrivateImportUsage] - no public name has it
     elif not bool(holds.all()):
         raise InputError(message())
-
-
-def product(x: torch.Tensor, weight: torch.Tensor, relu: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x weight^T, negative values set to zero if asked. x: [M, K]; weight: [N, K]. Returns [M, N].
-
-    out: [M, N], memory that may be used for the result: a loop need not ask the system for more each time.
-    """
-    if ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.numel():  # it refuses empty sums
-        found = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), None, "none", [], "")
-    else:
-        found = torch.mm(x, weight.T, out=out)
-    return found.relu_() if relu else found  # oneDNN's own turns NaN into zero
-
-
-def _dense(matrix: torch.Tensor) -> torch.Tensor:
-    """Rows (or columns) with gaps between them would be multiplied by a slow reference kernel."""
-    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
 
 
 def lightning_scores(query: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, SupportsFloat
 import numpy as np
 import torch
 
+from data_gen.core.cpu import return_freed_memory
 from data_gen.traces.store import TraceDocument, TraceStore
 from data_gen.traces.types import DocumentMeta
 from eval.offline.policies import golden_oracle, policies
 from eval.report.rows import Interval, Ratios, RatiosOf, RecallRow
-from indexer_train.cpu import return_freed_memory
 from indexer_train.measure.intervals import bootstrap_means
 from indexer_train.measure.metrics import RATIOS, DocumentScorer, ServedWindows, Tally, ranked_tally, tally
 from indexer_train.model import MemoryIndexer

@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 from data_gen.core.tensors import distinct
 from data_gen.traces.labels import SparseOracle, WindowOracle
 from data_gen.traces.store import TraceDocument, TraceStore
+from indexer_train import processes
 from indexer_train.config import CandidatesConfig
 from indexer_train.data.hard_negatives import HardNegatives
 from indexer_train.data.sampling import as_tensor, draw, generator, uniform, without
-from indexer_train.training import processes
 
 OPEN_DOCUMENTS = 32
 """Documents that stay open, each with its oracle unpacked (up to 256 MiB): memory must not grow with the store."""
@@ -53,7 +53,8 @@ class DocumentBatchSampler(DefaultBatchSampler):
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, drop_last: bool = False, seed: int = 0, **_: Any) -> None:
-        super().__init__(range(len(dataset)), batch_size=batch_size, drop_last=drop_last)
+        rows: Any = range(len(dataset))  # what the base class would draw from
+        super().__init__(rows, batch_size=batch_size, drop_last=drop_last)
         self.windows = batch_size
         self.batch_size = None  # batches differ in size; with a number here, accelerate drops the smaller ones
         self.seed, self.epoch = seed, 0

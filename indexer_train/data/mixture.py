@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_gen.core.errors import InputError
 from data_gen.traces.store import TraceStore
-from indexer_train.card import Source
+from indexer_train.spec import Source
 
 
 def mix(roots: Iterable[Path]) -> TraceStore:

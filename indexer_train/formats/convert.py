@@ -42,7 +42,7 @@ def keep_layers(indexer: MemoryIndexer, layers: list[int]) -> MemoryIndexer:
     budgets = [each for each in spec.selections if isinstance(each, Budget)]
     made = spec.provenance and spec.provenance.model_copy(update={"metrics": []})
     fewer = spec.model_copy(update={"layers": sorted(layers), "selections": budgets, "provenance": made})
-    kept = MemoryIndexer.from_spec(fewer, indexer.device)
+    kept = MemoryIndexer.from_spec(fewer, str(indexer.device))
     places = kept.query_encoder.state_dict()
     kept.query_encoder.load_state_dict({name: indexer.query_encoder.state_dict()[name] for name in places})
     return kept.eval()
@@ -80,8 +80,7 @@ def _export_checkpoint(indexer: MemoryIndexer, out: Path, format: Format) -> Exp
         )
     if spec.key != V4_FLASH.key or spec.rope is None:
         raise InputError(f"{format} is for DeepSeek-V4's indexer keys; this indexer reads {spec.key} keys")
-    encoders = indexer.query_encoder.encoders
-    weights = {layer: LayerWeights.of(encoders[str(layer)]) for layer in spec.layers}
+    weights = {layer: LayerWeights.of(indexer.query_encoder.encoder(layer)) for layer in spec.layers}
     return Exported(write_checkpoint(weights, spec.rope, out, format), serving_notes(indexer, format))
 
 
@@ -113,9 +112,10 @@ def import_checkpoints(
     kept = {layer: weights[layer] for layer in sorted(layers or weights)}
     indexer = MemoryIndexer.from_spec(_spec(found, kept, manifest, offset, positions), device="cpu")
     for layer, native in kept.items():
-        native.copy_into(indexer.query_encoder.encoders[str(layer)])
-    if offset:
-        torch.nn.init.constant_(indexer.query_encoder.bias, offset)
+        native.copy_into(indexer.query_encoder.encoder(layer))
+    bias = indexer.query_encoder.bias
+    if offset and bias is not None:
+        torch.nn.init.constant_(bias, offset)
     return indexer.eval()
 
 

@@ -135,11 +135,13 @@ def _single_layer(path: Path, name: str, layer: int | None) -> int:
     if name not in (*NAMES.values(), TABLE):
         raise InputError(f"{path}: tensor {name!r} belongs to no format of the release")
     match = re.search(r"(?:^|[^a-z])l(\d+)(?:[^0-9]|$)", path.stem)
-    if match is None and layer is None:
-        raise InputError(f"{path}: a single layer, but the name does not say which (..._l10_...); pass --layers")
-    if match is not None and layer is not None and int(match[1]) != layer:
+    if match is None:
+        if layer is None:
+            raise InputError(f"{path}: a single layer, but the name does not say which (..._l10_...); pass --layers")
+        return layer
+    if layer is not None and int(match[1]) != layer:
         raise InputError(f"{path}: layer {int(match[1])} by its name, but --layers {layer} was asked for; rename it")
-    return int(match[1]) if layer is None else layer
+    return int(match[1])
 
 
 def _layer(path: Path, ordinal: int, tensors: dict[str, torch.Tensor]) -> LayerWeights:

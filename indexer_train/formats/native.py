@@ -56,7 +56,7 @@ def initialise(indexer: MemoryIndexer, folder: Path) -> None:
                 f"{folder}: the native indexer has {native.heads} heads and rank {native.rank}, more than the recipe's "
                 f"{spec.shape.heads} and {spec.shape.rank}; raise indexer.heads and indexer.rank"
             )
-        native.copy_into(indexer.query_encoder.encoders[str(layer)])
+        native.copy_into(indexer.query_encoder.encoder(layer))
 
 
 def read_native(folder: Path, layers: list[int]) -> dict[int, LayerWeights]:

@@ -14,17 +14,18 @@ WINDOW = 64
 
 def serving_notes(indexer: MemoryIndexer, format: Format) -> list[str]:
     """A line on each thing that a checkpoint of `indexer` does not say: settings to serve it with, and what is lost."""
-    spec = indexer.spec
+    spec, rope = indexer.spec, indexer.spec.rope
+    assert rope is not None and V4_FLASH.rope is not None  # what has none is not exported
     notes = [*_offsets(indexer), _environment(indexer)]
     ours = {"hidden width": spec.hidden, "key width": spec.key_width, "chunk tokens": spec.chunking.tokens}
     theirs = (V4_FLASH.hidden, V4_FLASH.key_width, CHUNK_TOKENS)
     for (name, value), served in zip(ours.items(), theirs, strict=True):
         if value != served:
             notes.append(f"{name} {value}: the release's serving is made for V4-Flash, {name} {served}")
-    if spec.rope.model_copy(update={"positions": V4_FLASH.rope.positions}) != V4_FLASH.rope:
+    if rope.model_copy(update={"positions": V4_FLASH.rope.positions}) != V4_FLASH.rope:
         notes.append("the release's serving computes V4-Flash's RoPE, which is not this indexer's")
-    if format == "flashmemory-safetensors" and spec.rope.positions != V4_FLASH.rope.positions:
-        notes.append(f"the file has no RoPE table: convert it back with --positions {spec.rope.positions}")
+    if format == "flashmemory-safetensors" and rope.positions != V4_FLASH.rope.positions:
+        notes.append(f"the file has no RoPE table: convert it back with --positions {rope.positions}")
     return notes
 
 

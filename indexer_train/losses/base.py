@@ -55,7 +55,9 @@ class IndexerLoss(nn.Module, ABC):
     where nothing is golden.
     """
 
-    Options = LossOptions
+    Options: type[LossOptions] = LossOptions
+    options: Any
+    """An instance of the class's own Options."""
     pointwise = False
     graded = False
     scoring = torch.float32

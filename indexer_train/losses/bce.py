@@ -8,7 +8,18 @@ from indexer_train.losses.base import IndexerLoss, LossOptions, Targets
 
 
 class BceLoss(IndexerLoss):
-    """Per layer: BCE of each candidate against golden or not."""
+    """Plain classification: a score of one half divides what is golden from what is not.
+
+    Of a candidate with logit z and p = sigmoid(z), per layer, where y is 1 - smoothing if golden and else smoothing:
+
+        -y log p - (1 - y) log(1 - p)
+
+    averaged over candidates, each times its weight.
+
+    Labels: golden, the candidates whose peak (or votes) reaches `train.golden`; weight, `candidates.common_weight`.
+    Requires: a golden chunk in some window. Made for `candidates: {kind: sampled}`.
+    Source: the release's training/train.py, its default; label smoothing as there.
+    """
 
     pointwise = True
 

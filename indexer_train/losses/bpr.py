@@ -9,7 +9,20 @@ from indexer_train.losses.base import IndexerLoss, Targets
 
 
 class BprLoss(IndexerLoss):
-    """Per layer: -log sigmoid(z_p - z_n), averaged over all pairs of a golden chunk p and another candidate n."""
+    """Ranking: every golden chunk above every other candidate of its window, by as much as can be.
+
+    Over all pairs of a golden chunk p and another candidate n of one window, per layer:
+
+        -log sigmoid(z_p - z_n)
+
+    averaged over the pairs, so that windows with many of them count more. Scores have no zero: serve by budget, or
+    calibrate a threshold.
+
+    Labels: golden, the candidates whose peak (or votes) reaches `train.golden`.
+    Requires: a golden chunk in some window.
+    Source: Rendle et al. 2009, "BPR: Bayesian Personalized Ranking from Implicit Feedback" (arXiv 1205.2618),
+    BPR-Opt; the release's training/train.py, --pairwise-loss bpr.
+    """
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         golden = targets.golden(self.golden)
@@ -44,5 +57,5 @@ class _PairwiseSoftplus(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.saved_tensors[0] * outer, None, None, None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.saved_tensors[0] * grad_outputs[0], None, None, None

@@ -11,9 +11,20 @@ from indexer_train.model import MemoryIndexer
 
 
 class ContrastiveLoss(IndexerLoss):
-    """Per layer: -log(e^z_p / (e^z_p + sum over negatives e^z_n)), averaged over the golden chunks p.
+    """Retrieval: each golden chunk against all candidates of its window that are not golden.
 
-    Golden chunks do not compete with each other. Logits are divided by a learned temperature.
+    Of a golden chunk p, per layer, with the negatives n of its window and z the logits over a learned temperature:
+
+        -log(e^z_p / (e^z_p + sum_n e^z_n))
+
+    averaged over golden chunks. Golden chunks do not compete with each other.
+
+    Labels: golden, the candidates whose peak (or votes) reaches `train.golden`.
+    Requires: a golden chunk in some window. Gains from many negatives: `candidates: {kind: all}`, or a `source` of
+    negatives that are hard.
+    Source: van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding" (arXiv 1807.03748),
+    equation 4, for several positives as in Khosla et al. 2020 (arXiv 2004.11362), equation 2, without the other
+    positives in the denominator.
     """
 
     class Options(LossOptions):

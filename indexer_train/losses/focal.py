@@ -8,7 +8,21 @@ from indexer_train.losses.base import IndexerLoss, LossOptions, Targets
 
 
 class FocalLoss(IndexerLoss):
-    """Per layer: BCE of each candidate against golden or not, weighed by (1 - p of the truth)^gamma."""
+    """The release's loss: golden or not, with the weight on candidates that are still scored wrongly.
+
+    Of a candidate with logit z and p = sigmoid(z), per layer:
+
+        golden:   -alpha (1 - p)^gamma log p
+        other:    -(1 - alpha) p^gamma log(1 - p)
+
+    without the factors of alpha where it is None; averaged over candidates, each times its weight.
+
+    Labels: golden, the candidates whose peak (or votes) reaches `train.golden`; weight, `candidates.common_weight`.
+    Requires: a golden chunk in some window. Made for `candidates: {kind: sampled}`: among all chunks golden ones are
+    a few in a hundred.
+    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection" (arXiv 1708.02002), equations 4 and 5; the
+    release's training/train.py, --focal-loss.
+    """
 
     pointwise = True
 

@@ -16,8 +16,8 @@ class ListwiseLoss(IndexerLoss):
 
         joined: bool = False
 
-    def scores(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-        """[L, B, N], or [1, B, N] when joined; minus infinity where there is no candidate."""
+    def compared(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """Layer logits [L, B, N], or the joined score [1, B, N]; minus infinity where there is no candidate."""
         if self.options.joined:
             logits = join_layers(logits, self.inner.spec.shape.join)[None]
         return logits.masked_fill(~targets.candidate, -torch.inf)

@@ -8,10 +8,20 @@ from indexer_train.losses.listwise import ListwiseLoss, cross_entropy
 
 
 class ListwiseMassLoss(ListwiseLoss):
-    """Per layer, or joined: softmax over all candidates and one slot of logit zero (the score is relative to it).
+    """The share of attention that each chunk will get: the best attention-mass recall among the losses tried.
 
-    Targets are the window's attention probabilities, averaged over heads, layers and tokens; the slot's is what lies
-    on protected chunks. The best attention-mass recall among the losses tried.
+    Cross-entropy from the window's attention mass m to a softmax over its candidates and one slot of logit zero, which
+    stands for the protected chunks (the logits are relative to it); per layer, or of the joined score:
+
+        -m_protected log(1 / Z) - sum_s m_s log(e^z_s / Z),    Z = 1 + sum_s e^z_s
+
+    averaged over windows.
+
+    Labels: mass, attention probability averaged over heads, layers and the window's tokens; protected, the mass on
+    protected chunks; peak where `peaks` is above 0.
+    Requires: nothing; windows without a golden chunk train too. Best with `indexer.slot`, and all candidates.
+    Source: the top-one cross-entropy of Cao et al. 2007, "Learning to Rank: From Pairwise Approach to Listwise
+    Approach" (ListNet), with attention for relevance; the slot is this project's own.
     """
 
     class Options(ListwiseLoss.Options):
@@ -21,7 +31,7 @@ class ListwiseMassLoss(ListwiseLoss):
         peaks: float = Field(0.0, ge=0, le=1)
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-        logits = self.scores(logits, targets)
+        logits = self.compared(logits, targets)
         slot = torch.zeros_like(logits[..., :1])
         mass = targets.mass
         if self.options.peaks:

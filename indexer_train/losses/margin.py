@@ -7,10 +7,19 @@ from indexer_train.losses.base import IndexerLoss, LossOptions, Targets
 
 
 class MarginLoss(IndexerLoss):
-    """Per layer: max(0, margin - z_p + z_n), averaged over all pairs of a golden chunk p and another candidate n.
+    """Ranking: every golden chunk above every other candidate of its window, by a margin and no more.
 
-    Sorted scores and their running sums give each golden chunk the count and the sum of the negatives inside its
-    margin, so that no [B, N, N] table is ever built.
+    Over all pairs of a golden chunk p and another candidate n of one window, per layer:
+
+        max(0, margin - z_p + z_n)
+
+    averaged over the pairs. Sorted logits and their running sums give each golden chunk the count and the sum of the
+    negatives inside its margin, so that no [B, N, N] table is ever built.
+
+    Labels: golden, the candidates whose peak (or votes) reaches `train.golden`.
+    Requires: a golden chunk in some window.
+    Source: Herbrich et al. 2000, "Large Margin Rank Boundaries for Ordinal Regression"; the release's
+    training/train.py, --pairwise-loss margin.
     """
 
     class Options(LossOptions):

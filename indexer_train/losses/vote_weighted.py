@@ -7,9 +7,19 @@ from indexer_train.losses.base import IndexerLoss, Targets
 
 
 class VoteWeightedLoss(IndexerLoss):
-    """Per layer: BCE against golden or not; a golden chunk weighs its votes (or peak) over the threshold.
+    """Classification in which a chunk counts by how much it was needed.
 
-    The weight is 1 at the threshold, and grows with the layers that voted or with the head-maximum probability.
+    Of a candidate with logit z and p = sigmoid(z), per layer, where t is `train.golden`:
+
+        golden:   -(peak / t) log p
+        other:    -log(1 - p)
+
+    averaged over candidates, each times its weight. A chunk at the threshold counts once; one that more layers voted
+    for, or that has a higher head-maximum probability, counts in proportion.
+
+    Labels: golden, the candidates whose peak (or votes) reaches t; peak; weight, `candidates.common_weight`.
+    Requires: a golden chunk in some window. Made for traces of the oracle `indexer`, whose peaks are votes.
+    Source: the release's training/train.py, --weighted-loss.
     """
 
     pointwise = True

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 
 from data_gen.core.errors import InputError
-from indexer_train.card import Metric
 from indexer_train.measure.metrics import DocumentScorer, ServedWindows, golden_recall, mass_recall, needed_mass
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.spec import Metric
 
 Target = Literal["budget", "recall"]
 

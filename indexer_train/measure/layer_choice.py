@@ -6,13 +6,13 @@ from typing import Literal, get_args
 
 from data_gen.core.errors import InputError
 from data_gen.traces.store import TraceStore
-from indexer_train.card import Metric
 from indexer_train.formats.convert import keep_layers
 from indexer_train.measure.calibration import ScoredWindows, task_mean
 from indexer_train.measure.metrics import DocumentScorer, mass_recall, served_windows
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import join_layers
 from indexer_train.selection import Budget
+from indexer_train.spec import Metric
 
 Join = Literal["sum", "mean", "max"]
 EXHAUSTIVE = 8

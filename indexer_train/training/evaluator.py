@@ -1,13 +1,12 @@
 """The held-out metric that selects checkpoints: attention-mass recall, chunks selected as they will be served."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from data_gen.traces.store import TraceStore
 from indexer_train.measure.calibration import ScoredWindows, calibrate, score_windows, task_mean
 from indexer_train.measure.metrics import mass_recall, served_windows
-from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Threshold
 
 
@@ -29,9 +28,9 @@ class MassRecallEvaluator(BaseEvaluator):
         return Budget(budget=self.budget) if self.select == "budget" else calibrate(scored, "budget", self.budget)
 
     def __call__(
-        self, model: MemoryIndexer, output_path: str | None = None, epoch: float = -1, steps: int = -1
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        """{mass_recall, mass_recall_TASK ...}; writes nothing: the trainer logs it."""
+        """{mass_recall, mass_recall_TASK ...} of a MemoryIndexer; writes nothing: the trainer logs it."""
         model.eval()
         scored = score_windows(model, self.served)
         selection = self.selection(scored)

@@ -1,30 +1,52 @@
-"""Logging to Weights & Biases: online for who is logged in, else offline, and always with the recipe."""
+"""Trackers that the recipe names in `train.report_to`; wandb begins online for who is logged in, else offline."""
 
 import netrc
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from transformers import TrainerCallback
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from indexer_train.training import processes
+from data_gen.core.errors import InputError
+from indexer_train import processes
+
+PROJECT = "lookahead-indexer"
 
 
-def report_to(out: Path) -> str:
-    """What the trainer reports to: "wandb", or "none" where WANDB_MODE=disabled (and in all processes but the first).
+def check_trackers(report_to: list[str]) -> None:
+    """Raise InputError unless the stock trainer knows every tracker and its package is installed."""
+    installed = get_available_reporting_integrations()
+    if unknown := [name for name in report_to if name not in installed]:
+        raise InputError(
+            f"train.report_to: {', '.join(unknown)} is no tracker that is installed; choose from {', '.join(installed)}"
+        )
 
-    Who has neither a key nor a login gets a run in `out` that `wandb sync` can upload later: asked for a key in the
-    middle of training, wandb would raise.
+
+def begin(report_to: list[str], out: Path, recipe: dict[str, Any]) -> None:
+    """Begin the run of wandb, where it is asked for, with the recipe in its config, on the first process.
+
+    What the environment says of project, folder and mode holds. The stock trainer's callback joins a run that has
+    begun; one that it begins itself would raise in the middle of training for who has neither a key nor a login.
     """
-    if processes.rank() or os.environ.get("WANDB_MODE") == "disabled":
-        return "none"
-    if "WANDB_API_KEY" not in os.environ and not _logged_in():
-        os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_DIR", str(out))
-    os.environ.setdefault("WANDB_PROJECT", "lookahead-indexer")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    return "wandb"
+    if "wandb" not in report_to or processes.rank():
+        return
+    import wandb
+
+    if wandb.run is None:
+        wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            dir=os.environ.get("WANDB_DIR", str(out)),
+            mode=wandb_mode(),
+            settings=None if "WANDB_SILENT" in os.environ else wandb.Settings(silent=True),
+        )
+    wandb.config.update({"recipe": recipe}, allow_val_change=True)
+
+
+def wandb_mode() -> Literal["offline"] | None:
+    """`offline`, a run that `wandb sync` can upload later, without a key or login; None: as wandb itself decides."""
+    told = "WANDB_MODE" in os.environ or "WANDB_API_KEY" in os.environ
+    return None if told or _logged_in() else "offline"
 
 
 def _logged_in() -> bool:
@@ -37,16 +59,3 @@ def _logged_in() -> bool:
         except (OSError, netrc.NetrcParseError):
             continue
     return False
-
-
-class RecipeToWandb(TrainerCallback):
-    """Puts the recipe into the run's config; metrics and trainer arguments get there on their own."""
-
-    def __init__(self, recipe: dict[str, Any]) -> None:
-        self.recipe = recipe
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if "wandb" in args.report_to:
-            import wandb
-
-            wandb.config.update({"recipe": self.recipe}, allow_val_change=True)

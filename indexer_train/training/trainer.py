@@ -1,35 +1,49 @@
-"""Training: the stock sentence-transformers trainer, wired to trace stores."""
+"""Training: the stock sentence-transformers trainer, wired to trace stores.
 
-import json
+A run is: refuse what cannot go well, build the indexer's spec and the indexer, its loss and its batches, hand them to
+the stock trainer, resume or begin, and save the best checkpoint with the way it is served.
+"""
+
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from transformers import EarlyStoppingCallback, set_seed
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
+from data_gen.core.cpu import keep_freed_memory
 from data_gen.core.errors import InputError
-from data_gen.core.files import write_atomically
 from data_gen.traces.store import TraceStore
 from data_gen.traces.validate import check_store
-from indexer_train.card import Provenance
+from indexer_train import processes
 from indexer_train.config import IndexerConfig, TrainConfig
-from indexer_train.cpu import keep_freed_memory
-from indexer_train.data.batches import AllCandidates, DocumentBatchSampler, SampledCandidates, TellEpoch, window_index
+from indexer_train.data.batches import (
+    AllCandidates,
+    Collator,
+    DocumentBatchSampler,
+    SampledCandidates,
+    TellEpoch,
+    window_index,
+)
 from indexer_train.data.mixture import sources
 from indexer_train.data.sampling import any_golden
 from indexer_train.formats.native import initialise
 from indexer_train.load import load_indexer
-from indexer_train.losses import LOSSES
+from indexer_train.losses import LOSSES, IndexerLoss
 from indexer_train.measure.calibration import calibrate, measure, score_windows
-from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, served_first
-from indexer_train.training import processes, tracking
-from indexer_train.training.checkpoints import KeepLoss, newest_whole, over, restore_loss, stay_with_best
+from indexer_train.spec import IndexerSpec, Provenance
+from indexer_train.training import tracking
+from indexer_train.training.arguments import training_arguments
 from indexer_train.training.evaluator import MassRecallEvaluator
+from indexer_train.training.resume import KeepLoss, newest_whole, over, restore_loss, same_settings, stay_with_best
 
-SETTINGS = "training.json"
+WITHOUT_EFFECT = {"workers", "report_to"}
+"""Settings of training that change no result: a run may go on with others."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +57,15 @@ def train(
 ) -> MemoryIndexer:
     """Train an indexer on `store`, keep the checkpoint with the best recall on its held-back documents.
 
-    The indexer is saved to `out`/indexer.
-
-    Checkpoints lie under `out`/checkpoints; a run that was stopped continues from the newest one. weights: how often
-    an epoch reads the documents of each mixed store, by its folder. Raises InputError before training when a trace is
-    damaged, when there are too few or none has anything golden for a loss that needs it, and when another number of
-    processes trained so far; in training when it diverges.
+    The indexer is saved to `out`/indexer. Checkpoints lie under `out`/checkpoints; a run that was stopped continues
+    from the newest one. weights: how often an epoch reads the documents of each mixed store, by its folder. Raises
+    InputError before training when a trace is damaged, when there are too few or none has anything golden for a loss
+    that needs it, and when another number of processes trained so far; in training when it diverges.
     """
     if config.one_by_one and len(store.manifest.trace.layers) > 1:
         return _train_one_by_one(store, shape, config, out, weights)
-    trainer = make_trainer(store, shape, config, out, weights)
+    run = prepare(store, shape, config, out, weights)
+    trainer = stock_trainer(run, config, out)
     if (out / "indexer").exists():
         logger.info("%s is trained already", out / "indexer")
         return load_indexer(out / "indexer")
@@ -62,11 +75,12 @@ def train(
         trainer.accelerator.wait_for_everyone()
         if over(state):
             best = load_indexer(Path(state.best_model_checkpoint or checkpoint))
-            trainer.model.load_state_dict(best.state_dict())
-            return _finish(trainer.model, trainer.evaluator, config, out)
-        restore_loss(trainer.loss, checkpoint)
+            run.indexer.load_state_dict(best.state_dict())
+            return _finish(run.indexer, run.evaluator, config, out)
+        restore_loss(run.loss, checkpoint)
+    tracking.begin(config.report_to, out, run.settings)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return _finish(trainer.model, trainer.evaluator, config, out)
+    return _finish(run.indexer, run.evaluator, config, out)
 
 
 def _finish(indexer: MemoryIndexer, evaluator: MassRecallEvaluator, config: TrainConfig, out: Path) -> MemoryIndexer:
@@ -74,7 +88,8 @@ def _finish(indexer: MemoryIndexer, evaluator: MassRecallEvaluator, config: Trai
     scored = score_windows(indexer, evaluator.served)
     others = [Budget(budget=config.budget), calibrate(scored, "budget", config.budget)]
     indexer.spec.selections = served_first(evaluator.selection(scored), others)
-    indexer.spec.provenance.metrics = measure(scored, indexer.spec.selections, config.golden, "validation")
+    if indexer.spec.provenance is not None:
+        indexer.spec.provenance.metrics = measure(scored, indexer.spec.selections, config.golden, "validation")
     if processes.rank() == 0:
         indexer.save_whole(out / "indexer")
     return indexer
@@ -87,7 +102,7 @@ def _train_one_by_one(
     if shape.bias or config.loss_options.get("joined"):
         raise InputError("train.one_by_one: `bias` and a `joined` loss are of all layers together; leave them out")
     if processes.rank() == 0:
-        _same_settings(out, _settings(store, shape, config, {"weights": [*(weights or {}).values()]}))
+        same_settings(out, _settings(store, shape, config, weights, None))
     traces, validation = store.hold_back(config.validation_every)
     indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config, weights))
     for layer in store.manifest.trace.layers:
@@ -102,6 +117,23 @@ def _train_one_by_one(
     return _finish(indexer, MassRecallEvaluator(validation, config.budget, config.select), config, out)
 
 
+@dataclass(frozen=True)
+class Run:
+    """What one run trains, on what, and who judges it.
+
+    index: a row for each training window (`window_index`); steps: of one epoch; settings: all that the run is made of,
+    as `out`/training.json keeps it.
+    """
+
+    indexer: MemoryIndexer
+    loss: IndexerLoss
+    index: Dataset
+    collator: Collator
+    evaluator: MassRecallEvaluator
+    steps: int
+    settings: dict[str, Any]
+
+
 def make_trainer(
     store: TraceStore,
     shape: IndexerConfig,
@@ -109,8 +141,57 @@ def make_trainer(
     out: Path,
     weights: dict[Path, float] | None = None,
 ) -> SentenceTransformerTrainer:
-    """The stock trainer as `train` runs it, with a new indexer."""
+    """The stock trainer as `train` runs it, with a new indexer; arguments and errors as there."""
+    return stock_trainer(prepare(store, shape, config, out, weights), config, out)
+
+
+def stock_trainer(run: Run, config: TrainConfig, out: Path) -> SentenceTransformerTrainer:
+    """The stock sentence-transformers trainer for `run`, with what it lacks as callbacks."""
+    callbacks: list[TrainerCallback] = [
+        EarlyStoppingCallback(config.patience),
+        TellEpoch(run.collator),
+        KeepLoss(run.loss),
+    ]
+    collate: Any = run.collator  # the stock trainer's own kind of collator makes tokens of texts
+    return SentenceTransformerTrainer(
+        model=run.indexer,
+        args=training_arguments(config, out, run.steps),
+        train_dataset=run.index,
+        loss=run.loss,
+        evaluator=run.evaluator,
+        data_collator=collate,
+        callbacks=callbacks,
+    )
+
+
+def prepare(
+    store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Path, weights: dict[Path, float] | None
+) -> Run:
+    """Refuse what cannot go well, then make what a run needs; the first process writes `out`/training.json.
+
+    Raises InputError as `train` does before training.
+    """
     keep_freed_memory()
+    _check(store, config)
+    traces, validation = store.hold_back(config.validation_every)
+    index = window_index(traces, config.stride, config.tails, weights)
+    _check_windows(traces, validation, index, config)
+    set_seed(config.seed)
+    indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config, weights))
+    if config.init is not None:
+        initialise(indexer, Path(config.init))
+    loss = _loss(indexer, config)
+    collator, mined = _collator(traces, config)
+    settings = _settings(store, shape, config, weights, mined)
+    if processes.rank() == 0:
+        same_settings(out, settings)
+    steps = _steps(store, index, config)
+    evaluator = MassRecallEvaluator(validation, config.budget, config.select)
+    return Run(indexer, loss, index, collator, evaluator, steps, settings)
+
+
+def _check(store: TraceStore, config: TrainConfig) -> None:
+    """Raise InputError for settings that do not fit the traces, or damage in this process's share of them."""
     if config.loss not in LOSSES:
         raise InputError(f"train.loss: unknown loss {config.loss!r}; choose from {', '.join(LOSSES)}")
     oracle = store.manifest.trace.oracle
@@ -119,88 +200,20 @@ def make_trainer(
         raise InputError(f"train.golden {config.golden:g}: the oracle `{oracle}` says {highest} at most")
     if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
         raise InputError(f"train.candidates.common_weight: {config.loss} weighs no single chunk; leave it out")
+    tracking.check_trackers(config.report_to)
     own = store.paths()[processes.rank() :: processes.count()]
     check_store(TraceStore(store.root, store.manifest, own))
-    traces, validation = store.hold_back(config.validation_every)
-    index = window_index(traces, config.stride, config.tails, weights)
+
+
+def _check_windows(traces: TraceStore, validation: TraceStore, index: Dataset, config: TrainConfig) -> None:
+    """Raise InputError where there is nothing to learn from, or nothing to judge it by."""
     if not len(index) or not len(window_index(validation)):
-        raise InputError(f"{store.root}: too few documents with a whole lookahead window to train and validate on")
+        raise InputError(f"{traces.root}: too few documents with a whole lookahead window to train and validate on")
     if not LOSSES[config.loss].graded and not any_golden(traces, index, config.golden):
         raise InputError(
-            f"{store.root}: no training window has a golden chunk (at least {config.golden:g}), so that {config.loss} "
+            f"{traces.root}: no training window has a golden chunk (at least {config.golden:g}), so that {config.loss} "
             "would learn nothing; lower train.golden"
         )
-    set_seed(config.seed)
-    indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config, weights))
-    if config.init is not None:
-        initialise(indexer, Path(config.init))
-    loss = LOSSES[config.loss](indexer, config.golden, **config.loss_options)
-    loss.scoring = getattr(torch, config.precision)
-    for parameter in loss.own_parameters().values():
-        parameter.register_hook(processes.average)
-    settings = (traces, traces.manifest.trace.layers, config.golden, config.candidates)
-    sampled = config.candidates.kind == "sampled"
-    collator = SampledCandidates(*settings, config.seed) if sampled else AllCandidates(*settings)
-    mined = collator.hard.made_by if sampled and collator.hard else None
-    run = _settings(store, shape, config, {"weights": [*(weights or {}).values()], "hard_negatives": mined})
-    if processes.rank() == 0:
-        _same_settings(out, run)
-    batches = len(DocumentBatchSampler(index, config.windows_per_document))
-    if not batches:
-        raise InputError(f"{store.root}: fewer documents to train on than the {processes.count()} processes")
-    steps = -(-batches // (processes.count() * config.accumulation))
-    if config.warmup >= max(1, config.epochs * steps):
-        raise InputError(f"train.warmup {config.warmup:g}: the whole run is only {config.epochs * steps} steps long")
-    every = config.eval_epochs * steps
-    cuda = torch.cuda.is_available()
-    workers = processes.workers(config.workers, cuda)
-    return SentenceTransformerTrainer(
-        model=indexer,
-        args=SentenceTransformerTrainingArguments(
-            output_dir=str(out / "checkpoints"),
-            num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.windows_per_document,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            warmup_steps=config.warmup,
-            lr_scheduler_type="cosine",
-            optim="adamw_torch_fused",
-            gradient_accumulation_steps=config.accumulation,
-            max_grad_norm=config.clip,
-            bf16=config.precision == "bfloat16",
-            use_cpu=not cuda,
-            ddp_find_unused_parameters=False,
-            batch_sampler=DocumentBatchSampler,
-            router_mapping={"query": "query", "document": "document"},
-            eval_strategy="steps",
-            eval_steps=every,
-            save_steps=every,
-            save_total_limit=2,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_mass_recall",
-            greater_is_better=True,
-            logging_steps=every,
-            logging_nan_inf_filter=False,  # it would wait for the GPU in every step
-            restore_callback_states_from_checkpoint=True,
-            dataloader_pin_memory=cuda,
-            dataloader_num_workers=workers,
-            dataloader_persistent_workers=workers > 0,
-            accelerator_config={"non_blocking": cuda},
-            report_to=tracking.report_to(out),
-            remove_unused_columns=False,
-            seed=config.seed,
-        ),
-        train_dataset=index,
-        loss=loss,
-        evaluator=MassRecallEvaluator(validation, config.budget, config.select),
-        data_collator=collator,
-        callbacks=[
-            EarlyStoppingCallback(config.patience),
-            TellEpoch(collator),
-            KeepLoss(loss),
-            tracking.RecipeToWandb(run),
-        ],
-    )
 
 
 def _spec(
@@ -224,29 +237,50 @@ def _spec(
             oracle=trace.oracle,
             sources=sources(traces, weights),
             validation=validation,
-            train=config.model_dump(exclude={"workers"}),
+            train=config.model_dump(exclude=WITHOUT_EFFECT),
         ),
     )
 
 
+def _loss(indexer: MemoryIndexer, config: TrainConfig) -> IndexerLoss:
+    """The recipe's loss. What it learns itself is averaged over processes, as the stock wrapper does for the model."""
+    loss = LOSSES[config.loss](indexer, config.golden, **config.loss_options)
+    loss.scoring = getattr(torch, config.precision)
+    for parameter in loss.own_parameters().values():
+        parameter.register_hook(processes.average)
+    return loss
 
-def _settings(store: TraceStore, shape: IndexerConfig, config: TrainConfig, more: dict[str, Any]) -> dict[str, Any]:
+
+def _collator(traces: TraceStore, config: TrainConfig) -> tuple[Collator, list[str] | None]:
+    """What makes batches of `traces`, and what its hard negatives were mined by (None without any)."""
+    layers = traces.manifest.trace.layers
+    if config.candidates.kind == "all":
+        return AllCandidates(traces, layers, config.golden, config.candidates), None
+    collator = SampledCandidates(traces, layers, config.golden, config.candidates, config.seed)
+    return collator, collator.hard.made_by if collator.hard else None
+
+
+def _settings(
+    store: TraceStore,
+    shape: IndexerConfig,
+    config: TrainConfig,
+    weights: dict[Path, float] | None,
+    mined: list[str] | None,
+) -> dict[str, Any]:
     """All that a run is made of; what the backbone is called changes nothing."""
     traces = store.manifest.model_dump(exclude={"backbone": {"name"}})
     traces["files"] = [f"{document.path.name} {document.checksum}" for document in store]
-    settings = {"indexer": shape.model_dump(), "train": config.model_dump(exclude={"workers"}), "traces": traces}
+    settings = {"indexer": shape.model_dump(), "train": config.model_dump(exclude=WITHOUT_EFFECT), "traces": traces}
+    more = {"weights": [*(weights or {}).values()], "hard_negatives": mined}
     return settings | {name: value for name, value in more.items() if value}
 
 
-def _same_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Remember what a run is made of; a run in the same folder with anything else is refused, not mixed in.
-
-    A run that never reached a checkpoint left nothing to mix with: its settings may be corrected.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=1)
-    path = out / SETTINGS
-    begun = (out / "checkpoints").exists() or (out / "indexer").exists()
-    if begun and path.exists() and path.read_bytes() != text.encode():
-        raise InputError(f"{out}: holds a training run with other settings or traces; choose another folder")
-    write_atomically(path, lambda file: file.write_text(text))
+def _steps(store: TraceStore, index: Dataset, config: TrainConfig) -> int:
+    """Optimizer steps of one epoch. Raises InputError where a process would have no batch, or warming up no end."""
+    batches = len(DocumentBatchSampler(index, config.windows_per_document))
+    if not batches:
+        raise InputError(f"{store.root}: fewer documents to train on than the {processes.count()} processes")
+    steps = -(-batches // (processes.count() * config.accumulation))
+    if config.warmup >= max(1, config.epochs * steps):
+        raise InputError(f"train.warmup {config.warmup:g}: the whole run is only {config.epochs * steps} steps long")
+    return steps

@@ -67,17 +67,6 @@ def test_every_mixed_store_the_labels_and_the_backbones_name_are_told(stores, ti
     assert facts["trained on"].startswith("9 documents traced from somebody/llama (llama), labels: attention")
 
 
-def test_an_indexer_saved_by_an_earlier_version_is_read(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "indexer")
-    (path,) = (tmp_path / "indexer").rglob("spec.json")
-    spec = json.loads(path.read_text())
-    made = spec["provenance"]
-    (source,) = made.pop("sources")
-    del made["model"], source["weight"]
-    path.write_text(json.dumps(spec | {"provenance": made | source}))
-    assert MemoryIndexer(str(tmp_path / "indexer")).spec == MemoryIndexer(str(saved)).spec
-
-
 def test_the_code_in_the_card_runs(saved):
     (code,) = re.findall(r"```python\n(.*?)```", (saved / "README.md").read_text(), re.S)
     scope = {"hidden": torch.randn(2, 32), "position": 200, "history": torch.randn(50, 2, 32)}

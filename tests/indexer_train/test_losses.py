@@ -142,7 +142,6 @@ def focal(p, golden, peak):
         ("bce", {"smoothing": 0.1}, lambda p, golden, peak: bce(p, 0.9 if golden else 0.1)),
         ("focal", {"gamma": 2.0, "alpha": 0.25, "smoothing": 0.1}, focal),
         ("focal", {}, lambda p, golden, peak: (1 - p if golden else p) ** 2 * bce(p, golden)),
-        ("soft_bce", {}, lambda p, golden, peak: bce(p, min(1, peak / 0.2))),
         ("vote_weighted", {}, lambda p, golden, peak: bce(p, golden) * (peak / 0.1 if golden else 1)),
     ],
 )

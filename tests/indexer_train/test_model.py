@@ -13,6 +13,7 @@ from indexer_train.formats.bundle import export_bundle, load_bundle
 from indexer_train.load import load_indexer
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.scoring import distance_bumps
+from indexer_train.selection import Cut, Threshold
 
 
 def make(**shape):
@@ -25,7 +26,7 @@ def make(**shape):
         chunking=Chunking(tokens=4),
         window=16,
         backbone="abc",
-        thresholds={"0.1": -1.5},
+        selections=[Threshold(target="budget", value=0.1, cuts=[Cut(score=-1.5)])],
     )
     indexer = MemoryIndexer.from_spec(spec, device="cpu").eval()
     for parameter in indexer.parameters():

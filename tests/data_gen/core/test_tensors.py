@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from data_gen.core.tensors import lightning_scores, product, tiled_scores
+from data_gen.core.cpu import product
+from data_gen.core.tensors import lightning_scores, tiled_scores
 
 
 @pytest.mark.parametrize("relu", [False, True])

@@ -10,9 +10,9 @@ from data_gen.traces.store import TraceStore
 from data_gen.traces.types import DocumentMeta
 from eval.offline.evaluation import depth_bin, evaluate, length_bins, sampled_reliability, threshold_for, unseen_notes
 from eval.offline.refresh import timeline
-from indexer_train.card import Provenance
 from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.spec import Provenance
 from tests.eval.conftest import planted_indexer
 
 GOLDEN = 0.05

@@ -6,8 +6,8 @@ from data_gen.backbones.dense import DenseBackbone
 from data_gen.core.errors import InputError
 from eval.online.benchmark import _lengths, benchmark
 from eval.online.config import BenchmarkConfig
-from indexer_train.card import Provenance
 from indexer_train.model import MemoryIndexer
+from indexer_train.spec import Provenance
 from tests.conftest import tiny_model
 from tests.eval.online.test_formats import RULER, write
 

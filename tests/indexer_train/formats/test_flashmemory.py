@@ -34,6 +34,11 @@ SMALL = Manifest(
 )
 
 
+def keeps(share, score):
+    """A threshold that was calibrated to keep a share of the chunks."""
+    return Threshold(target="budget", value=share, cuts=[Cut(score=score)])
+
+
 def read_back(paths, **settings):
     """An indexer for a V4-Flash of small hidden states."""
     return import_checkpoints(paths, manifest=SMALL, **settings)
@@ -155,7 +160,7 @@ def test_strict_loading_where_the_table_is_a_buffer(tmp_path, make_indexer):
 
 
 def test_eight_trained_layers_to_three_served(tmp_path, make_indexer, arguments):
-    indexer = make_indexer(layers=range(6, 22, 2), thresholds={"0.1": -1.0})
+    indexer = make_indexer(layers=range(6, 22, 2), selections=[keeps(0.1, -1.0)])
     hidden, keys, positions = arguments
     wide = hidden[:, :1].repeat(1, 8, 1) + torch.arange(8)[None, :, None] / 8
     logits = indexer.layer_logits(
@@ -180,7 +185,7 @@ def test_eight_trained_layers_to_three_served(tmp_path, make_indexer, arguments)
 
 
 def test_bias_and_thresholds_become_offsets(tmp_path, make_indexer, arguments):
-    indexer = make_indexer(shape={"bias": True}, thresholds={"0.1": 3.25})
+    indexer = make_indexer(shape={"bias": True}, selections=[keeps(0.1, 3.25)])
     nn.init.constant_(indexer.query_encoder.bias, 1.5)
     notes = export_indexer(indexer, tmp_path / "a.pt", "flashmemory-joint").notes
     assert any("SGLANG_RETRIEVER_LOGIT_OFFSET=1.5" in note for note in notes)

@@ -17,17 +17,19 @@ from transformers import TrainerCallback
 
 from data_gen.core.errors import InputError
 from data_gen.traces.store import TraceStore
+from indexer_train import processes
+from indexer_train.checkpoints import damage
 from indexer_train.config import IndexerConfig
 from indexer_train.data.batches import DocumentBatchSampler, window_index
 from indexer_train.load import load_indexer
 from indexer_train.model import MemoryIndexer
 from indexer_train.training import tracking
 from indexer_train.training import trainer as trainer_module
-from indexer_train.training.checkpoints import damage, newest_whole, stay_with_best
 from indexer_train.training.evaluator import MassRecallEvaluator
+from indexer_train.training.resume import newest_whole, stay_with_best
 from indexer_train.training.trainer import make_trainer, train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHAPE = IndexerConfig(heads=16, rank=32)
 SCRIPT = """
 import os, signal, sys
@@ -312,7 +314,7 @@ def test_two_processes_end_with_the_same_weights_from_disjoint_documents(planted
 
 def test_documents_that_do_not_go_round_are_left_out_in_turns(planted, monkeypatch):
     index = window_index(planted[0])
-    monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setattr(processes, "count", lambda: 5)
     sampler, left_out = DocumentBatchSampler(index, batch_size=8), []
     for epoch in range(4):
         sampler.set_epoch(epoch)
@@ -322,10 +324,22 @@ def test_documents_that_do_not_go_round_are_left_out_in_turns(planted, monkeypat
     assert len(set(left_out)) == 4
 
 
+def test_nothing_is_tracked_unless_the_recipe_says_so(planted, settings, tmp_path):
+    done = call(planted[0], tmp_path / "out", settings.model_copy(update={"epochs": 1}))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "wandb" not in done.stderr and not (tmp_path / "out" / "wandb").exists()
+
+
+def test_an_unknown_tracker_is_refused(planted, settings, tmp_path):
+    asked = settings.model_copy(update={"report_to": ["wandb", "nowhere"]})
+    with pytest.raises(InputError, match=r"report_to: nowhere is no tracker that is installed; choose from .*wandb"):
+        train(planted[0], SHAPE, asked, tmp_path)
+
+
 def test_unconfigured_wandb_is_offline_and_holds_recipe_and_recall(planted, settings, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     (tmp_path / "home").mkdir()
-    settings = settings.model_copy(update={"epochs": 1})
+    settings = settings.model_copy(update={"epochs": 1, "report_to": ["wandb"]})
     done = call(planted[0], tmp_path / "out", settings, environment=environment | {"HOME": str(tmp_path / "home")})
     assert done.returncode == 0, done.stderr[-2000:]
     (log,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
@@ -338,8 +352,6 @@ def test_unconfigured_wandb_is_offline_and_holds_recipe_and_recall(planted, sett
 def test_a_wandb_login_is_honoured(tmp_path, monkeypatch, where):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("WANDB_DIR", "WANDB_PROJECT", "WANDB_SILENT"):
-        monkeypatch.setenv(name, "x")  # so that what is set here is taken back
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
     login = tmp_path / (".netrc" if where == "HOME" else "elsewhere")
@@ -347,10 +359,10 @@ def test_a_wandb_login_is_honoured(tmp_path, monkeypatch, where):
         monkeypatch.setenv("NETRC", str(login))
     login.write_text("machine wandb.example login user password made-up\n")
     login.chmod(0o600)
-    assert tracking.report_to(tmp_path) == "wandb"
-    assert "WANDB_MODE" not in os.environ
-    monkeypatch.setenv("WANDB_MODE", "online")  # likewise
-    monkeypatch.delenv("WANDB_MODE")
+    before = dict(os.environ)
+    assert tracking.wandb_mode() is None
     monkeypatch.setenv("WANDB_BASE_URL", "https://another.example")
-    assert tracking.report_to(tmp_path) == "wandb"
-    assert os.environ.pop("WANDB_MODE") == "offline"
+    assert tracking.wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert tracking.wandb_mode() is None
+    assert os.environ == before | {"WANDB_BASE_URL": "https://another.example", "WANDB_MODE": "online"}

@@ -190,7 +190,7 @@ def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path)
 def test_a_loss_that_needs_golden_chunks_is_refused_where_there_are_none(planted, tiny_recipe, tmp_path, loss):
     """Every planted chunk has a probability of .9."""
     settings = tiny_recipe.train.model_copy(update={"loss": loss, "golden": 0.95})
-    if loss in ("listwise_mass", "listwise_peak", "soft_bce"):
+    if loss in ("listwise_mass", "listwise_peak"):
         make_trainer(planted[0], tiny_recipe.indexer, settings, tmp_path)
         return
     with pytest.raises(InputError, match=rf"no training window has a golden chunk \(at least 0.95\), so that {loss}"):

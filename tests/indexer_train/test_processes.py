@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from indexer_train.training.processes import workers
+from indexer_train.processes import workers
 
 GIB = 1 << 30
 

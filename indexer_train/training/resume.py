@@ -1,34 +1,35 @@
-"""Checkpoints of a run: what the stock trainer leaves out of them, and which are whole.
-
-checkpoint-100/loss.safetensors     the loss's own parameters, and how many processes train; the first process writes it
-                                    last, so that a checkpoint with it and every process's random state is whole
-"""
+"""A run that was stopped goes on to the same bits: what the stock trainer leaves out of its checkpoints, or forgets."""
 
 import json
 import logging
-import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerState
 
 from data_gen.core.errors import InputError
 from data_gen.core.files import write_atomically
+from indexer_train import processes
+from indexer_train.checkpoints import LAST, SETTINGS, STATE, checkpoints, damage, processes_of
 from indexer_train.losses.base import IndexerLoss
-from indexer_train.model import IndexerSpec, QueryEncoder
-from indexer_train.training import processes
-
-LAST = "loss.safetensors"
-STATE = "trainer_state.json"
-IN_STATE = {"epoch", "global_step", "max_steps", "best_metric", "best_global_step", "stateful_callbacks"}
-"""What resuming and inspecting read of it."""
 
 logger = logging.getLogger(__name__)
+
+
+def same_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Remember what a run is made of; a run in the same folder with anything else is refused, not mixed in.
+
+    A run that never reached a checkpoint left nothing to mix with: its settings may be corrected. Raises InputError.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=1)
+    path = out / SETTINGS
+    begun = (out / "checkpoints").exists() or (out / "indexer").exists()
+    if begun and path.exists() and path.read_bytes() != text.encode():
+        raise InputError(f"{out}: holds a training run with other settings or traces; choose another folder")
+    write_atomically(path, lambda file: file.write_text(text))
 
 
 class KeepLoss(TrainerCallback):
@@ -38,17 +39,12 @@ class KeepLoss(TrainerCallback):
         self.loss = loss
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write it, last of all that belongs to the checkpoint."""
         if state.is_world_process_zero:
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / LAST
             learned = {name: value.detach().cpu() for name, value in self.loss.own_parameters().items()}
             metadata = {"processes": str(processes.count())}
             write_atomically(path, lambda file: save_file(learned, file, metadata))
-
-
-def processes_of(checkpoint: Path) -> int:
-    """How many processes trained until `checkpoint`."""
-    with safe_open(checkpoint / LAST, framework="pt") as file:
-        return int((file.metadata() or {}).get("processes", 1))
 
 
 def restore_loss(loss: IndexerLoss, checkpoint: Path) -> None:
@@ -76,12 +72,6 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints in `folder`, whole or not, the oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
 def stay_with_best(checkpoint: Path) -> TrainerState:
     """The trainer's state at `checkpoint`, its best checkpoint looked for beside it: the run may have been moved.
 
@@ -102,32 +92,5 @@ def stay_with_best(checkpoint: Path) -> TrainerState:
 
 def over(state: TrainerState) -> bool:
     """Whether training had ended by then, early or not; the stock trainer forgets it and would train on."""
-    return state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
-
-
-def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be continued from; None when it is whole."""
-    try:
-        for name in (LAST, STATE, "optimizer.pt", "scheduler.pt", "modules.json"):
-            if not (checkpoint / name).exists():
-                return f"{name} is missing"
-        count = processes_of(checkpoint)
-        for name in ["rng_state.pth"] if count == 1 else [f"rng_state_{rank}.pth" for rank in range(count)]:
-            if not (checkpoint / name).exists():
-                return f"{name} is missing"
-        state = json.loads((checkpoint / STATE).read_bytes())
-        if not isinstance(state, dict) or not state.keys() >= IN_STATE:
-            return f"{STATE} is not the trainer's"
-        for path in checkpoint.rglob(QueryEncoder.config_file_name):
-            IndexerSpec.model_validate_json(path.read_bytes())
-        for path in checkpoint.rglob("*.safetensors"):
-            with safe_open(path, framework="pt"):  # compares the size with the header
-                pass
-        for path in checkpoint.rglob("*.pt*"):
-            if not zipfile.is_zipfile(path):  # the directory of a zip file lies at its end
-                return f"{path.name} is cut short"
-    except ValidationError:
-        return f"{QueryEncoder.config_file_name} is no indexer's"
-    except (OSError, ValueError, SafetensorError) as error:
-        return str(error).splitlines()[0]
-    return None
+    callbacks: Any = state.stateful_callbacks
+    return callbacks["TrainerControl"]["args"]["should_training_stop"]

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from indexer_train.cpu import SteadyLinear, keep_freed_memory
+from data_gen.core.cpu import SteadyLinear, keep_freed_memory
 
 
 def run(layer, batches):

@@ -1,6 +1,7 @@
-"""Training on the CPU without fresh memory in every step: the kernel clears each new page, a sixth of the time."""
+"""What is done for the CPU alone; `python -m benchmarks.cpu_tricks` prints the gain of each, on and off in turns."""
 
 import ctypes
+import os
 import sys
 from typing import Any
 
@@ -8,8 +9,11 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from data_gen.core.tensors import CACHE_ELEMENTS, product
-
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether products are oneDNN's: PyTorch's default library leaves AVX-512 unused on AMD processors, and half of their
+speed with it. On processors without it the default library is a little faster."""
+CACHE_ELEMENTS = 1 << 18
+"""Matches of queries and keys held in the CPU's cache at once (1 MiB in fp32)."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 
@@ -28,6 +32,31 @@ def return_freed_memory() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, 8 << 20)
 
 
+def ask_for_huge_pages() -> None:
+    """Let torch ask the kernel for huge pages, unless the environment says otherwise; before torch first allocates.
+
+    Training makes every gradient anew, and the kernel clears each new page.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once and has no other switch
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, relu: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight^T, negative values set to zero if asked. x: [M, K]; weight: [N, K]. Returns [M, N].
+
+    out: [M, N], memory that may be used for the result: a loop need not ask the system for more each time.
+    """
+    if ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.numel():  # it refuses empty sums
+        found = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), None, "none", [], "")
+    else:
+        found = torch.mm(x, weight.T, out=out)
+    return found.relu_() if relu else found  # oneDNN's own turns NaN into zero
+
+
+def _dense(matrix: torch.Tensor) -> torch.Tensor:
+    """Rows (or columns) with gaps between them would be multiplied by a slow reference kernel."""
+    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
+
+
 class SteadyLinear(nn.Linear):
     """nn.Linear without bias whose weight's gradient lies in the same memory in every step (in fp32 on the CPU).
 
@@ -38,10 +67,10 @@ class SteadyLinear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
         self.memory: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs]."""
-        plain = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not self.weight.requires_grad
-        return super().forward(x) if plain or x.ndim != 2 else _Product.apply(x, self.weight, self)
+        plain = input.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not self.weight.requires_grad
+        return super().forward(input) if plain or input.ndim != 2 else _Product.apply(input, self.weight, self)
 
 
 class _Product(torch.autograd.Function):
@@ -54,8 +83,10 @@ class _Product(torch.autograd.Function):
         return product(x, weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
+    @once_differentiable  # loses the name of its first parameter, which the base class has
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         x, weight = ctx.saved_tensors
         inner = product(gradient, weight.T) if ctx.needs_input_grad[0] else None
         if weight.grad is not None:

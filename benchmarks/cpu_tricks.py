@@ -1,0 +1,149 @@
+"""What each trick of data_gen/core/cpu.py gains on this processor: all tricks on, and all but one, in turns.
+
+    python -m benchmarks.cpu_tricks [--only SteadyLinear ...] [--rounds 3] [--steps 16] [--output FILE.json]
+
+Time: CPU-seconds of training steps as `lookahead train` takes them, on the documents of benchmarks/train.py (4,096
+chunks, 3 layers, hidden 4096, 128 heads of rank 2048, sampled candidates, one thread), batches made in the same
+thread. Memory (of `return_freed_memory`): the most that evaluating long documents held. A ratio above 1 is a gain; 5 %
+either way is noise. Each side runs in a process of its own: the allocator and torch read their settings once.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.documents import LAYERS, WINDOW, write_store
+from benchmarks.evaluate import measure_whole, write_documents
+from benchmarks.machine import machine, origin
+from benchmarks.train import BATCH, HUGE_PAGES, measure_ours, peak_memory
+from data_gen.config import TraceConfig
+from data_gen.core import cpu
+from data_gen.core.chunks import Chunking
+from data_gen.flashmemory.folder import import_dumps
+
+HEADS, RANK = 128, 2048
+LONG_CHUNKS, LONG_TOKENS, LONG_DOCUMENTS = 98_304, 64, 3
+
+
+def without_steady_linear() -> None:
+    """Stock layers, which make every gradient anew."""
+    from indexer_train import scorer
+
+    scorer.SteadyLinear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
+
+
+def without_onednn() -> None:
+    """PyTorch's default library for every product."""
+    cpu.ONEDNN = False
+
+
+def without_kept_memory() -> None:
+    """glibc gives large blocks back as soon as they are free."""
+    from indexer_train.training import trainer
+
+    trainer.keep_freed_memory = lambda: None
+
+
+def without_returned_memory() -> None:
+    """glibc moves its bound up with the blocks that it sees freed, and keeps them."""
+    from eval.offline import recall
+
+    recall.return_freed_memory = lambda: None
+
+
+TRICKS = {
+    "keep_freed_memory": without_kept_memory,
+    "ask_for_huge_pages": lambda: None,  # the environment of the process says it
+    "ONEDNN": without_onednn,
+    "SteadyLinear": without_steady_linear,
+    "return_freed_memory": without_returned_memory,
+}
+"""By its name in data_gen/core/cpu.py: how to do without it."""
+
+
+def write_long(folder: Path) -> Path:
+    """Documents whose scores are blocks of many MiB, in `folder`, and the same as a trace store."""
+    folder.mkdir()
+    write_documents(folder, LONG_DOCUMENTS, LONG_CHUNKS, LONG_TOKENS)
+    chunking = Chunking(tokens=4, sink=0, recent=0)
+    trace = TraceConfig(chunking=chunking, layers=LAYERS, oracle="indexer", window=WINDOW, tail=1)
+    import_dumps(folder, folder / "store", trace, lambda items, _: items)
+    return folder
+
+
+def measure(trick: str, off: bool, folder: Path, steps: int) -> float:
+    """CPU-seconds of a training step, or GiB."""
+    torch.set_num_threads(1)
+    if off:
+        TRICKS[trick]()
+    if trick == "return_freed_memory":
+        measure_whole(folder, 8, 64)
+        return peak_memory()
+    return BATCH / measure_ours(folder, HEADS, RANK, steps)["speed"]
+
+
+def run(trick: str, off: bool, folder: Path, steps: int) -> float:
+    """`measure` in a process of its own."""
+    asked = ["--measure", trick, "--folder", str(folder), "--steps", str(steps), *(["--off"] if off else [])]
+    pages = "0" if off and trick == "ask_for_huge_pages" else "1"
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **dict.fromkeys(HUGE_PAGES, pages)}
+    command = [sys.executable, "-m", "benchmarks.cpu_tricks", *asked]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    if done.returncode:
+        sys.exit(f"{trick} failed:\n{done.stderr[-2000:]}")
+    return float(re.findall(r"^measured (.*)$", done.stdout, re.M)[-1])
+
+
+def compare(trick: str, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
+    """Medians with and without a trick, and what it gains."""
+    sides: dict[str, list[float]] = {"on": [], "off": []}
+    for _ in range(rounds):
+        for side, found in sides.items():
+            found.append(run(trick, side == "off", folder, steps))
+    on, off = (statistics.median(found) for found in sides.values())
+    unit = "GiB" if trick == "return_freed_memory" else "CPU-seconds a step"
+    print(f"{trick}: {off / on:.2f}x ({on:.3f} {unit} with it, {off:.3f} without)", flush=True)
+    return {"trick": trick, "ratio": off / on, "unit": unit, **sides}
+
+
+def main() -> None:
+    """Write the documents, then compare trick by trick."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(TRICKS), default=list(TRICKS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--output", type=Path, help="Write all figures there, with commit and hardware.")
+    parser.add_argument("--measure", choices=list(TRICKS), help=argparse.SUPPRESS)
+    parser.add_argument("--off", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(f"\nmeasured {measure(arguments.measure, arguments.off, arguments.folder, arguments.steps)}")
+        return
+    print(machine())
+    with tempfile.TemporaryDirectory() as name:
+        data = write_store(Path(name) / "data", 8, 4096)
+        long = data
+        if "return_freed_memory" in arguments.only:
+            long = write_long(Path(name) / "long")
+        results = [
+            compare(trick, long if trick == "return_freed_memory" else data, arguments.rounds, arguments.steps)
+            for trick in arguments.only
+        ]
+    if arguments.output:
+        content = origin() | {"results": results}
+        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
