@@ -24,7 +24,10 @@ class DocumentsConfig(Strict):
     """Where text comes from and what documents are made of it.
 
     source: `builtin` (CPython's language reference, then its library's docstrings), `stdlib` (the source code of its
-    library), `package:NAME` (that of an installed package), a folder, a .jsonl or .parquet file, or a `datasets` name.
+    library), `package:NAME` (that of an installed package), a folder of texts, a file (.jsonl, .jsonl.gz, .jsonl.zst, a
+    .json list, .parquet), a glob of such files, or a `datasets` name or folder as NAME, NAME:SUBSET or
+    NAME:SUBSET:SPLIT; or a list of these.
+    bad_rows: what a row does that holds neither text nor a chat: `stop`, or be left out (`skip`), counted and said.
     tokens: shortest and longest document; lengths are drawn between them.
     train, heldout: how many documents of each task (see data_gen/text/needles.py; `text` is plain text).
     keys: needles with other keys beside the asked one (multi_key); values: values of one key (multi_value).
@@ -34,8 +37,9 @@ class DocumentsConfig(Strict):
     documents asked for. A share that is said stays the same when their numbers change.
     """
 
-    source: str = "builtin"
+    source: str | list[str] = "builtin"
     text_field: str = "text"
+    bad_rows: Literal["stop", "skip"] = "stop"
     tokens: tuple[PositiveInt, PositiveInt]
     train: dict[str, NonNegativeInt]
     heldout: dict[str, NonNegativeInt]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +13,7 @@ from data_gen.config import DocumentsConfig, TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.text.documents import Document, build_documents
 from data_gen.text.needles import NEEDLE_TASKS, Split, vocabulary
+from data_gen.text.rows import Skipped
 from data_gen.text.sources import measure_overlap
 from data_gen.traces.store import TraceStore
 from data_gen.traces.types import DocumentMeta, Manifest, RawTrace, Span
@@ -27,12 +28,24 @@ def prepare(
     documents: DocumentsConfig,
     trace: TraceConfig,
     split: Split,
+    skipped: Skipped | None = None,
 ) -> list[Document]:
-    """The documents of `split`. Raises InputError on bad ones, on none, and when `trace` does not fit the backbone."""
+    """The documents of `split`; `skipped` counts bad rows where the recipe skips them.
+
+    Raises InputError on bad documents, on none, and when `trace` does not fit the backbone.
+    """
     backbone.check(trace)
-    built = build_documents(documents, trace, tokenizer, backbone.info.context - trace.own_tokens, split)
+    built = build_documents(documents, trace, tokenizer, backbone.info.context - trace.own_tokens, split, skipped)
     if not built:
         raise InputError(f"documents.{split}: the recipe asks for no {split} document")
+    embeddings: Any = backbone.model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    for document in built:
+        if (highest := max(document.tokens)) >= rows:
+            raise InputError(
+                f"{document.name}: token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is beyond the "
+                f"model's vocabulary of {rows}; the tokenizer is not this model's"
+            )
     return built
 
 
@@ -48,7 +61,12 @@ def generate_sides(
 
     What is wrong with either side is found before the first document is traced, see `prepare`.
     """
-    built = {split: prepare(backbone, tokenizer, documents, trace, split) for split in get_args(Split)}
+    built: dict[Split, list[Document]] = {}
+    for split in get_args(Split):
+        skipped = Skipped()
+        built[split] = prepare(backbone, tokenizer, documents, trace, split, skipped)
+        if skipped.count:
+            yield f"{split}: {skipped}"
     if (overlap := measure_overlap(documents)).sharing:
         yield f"warning: {overlap}; recall there is not of unseen text alone"
     for split in get_args(Split):
@@ -92,7 +110,7 @@ def trace_side(
     manifest = Manifest(
         backbone=backbone.info,
         trace=trace,
-        documents=documents.model_dump(mode="json") | {"split": split} | needles,
+        documents=documents.model_dump(mode="json", exclude={"bad_rows"}) | {"split": split} | needles,
         versions={name: version(name) for name in ("torch", "transformers")},
     )
     store = TraceStore.create(root, manifest)

@@ -6,7 +6,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from data_gen.backbones.deepseek_v4_hooks import CSA, CsaCall, csa_attention, csa_layers, observe_csa
-from data_gen.backbones.dense import fingerprint
+from data_gen.backbones.dense import check_finite, fingerprint
+from data_gen.backbones.observe import context_of
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import encode_keys, hadamard
@@ -43,7 +44,7 @@ class DeepseekV4Backbone:
             full_layers=list(range(len(self.layers))),
             hidden=config.hidden_size,
             key_width=config.index_head_dim,
-            context=config.max_position_embeddings,
+            context=context_of(model),
             key="fp8_rope_hadamard",
             rope=_rope(model, self.layers[0]),
         )
@@ -142,6 +143,7 @@ class _Reader:
     def _keep(self, call: CsaCall) -> None:
         if not len(self.rows):
             return
+        check_finite(call.hidden, f"CSA layer {call.ordinal}")
         rows = self.rows.to(call.hidden.device)
         visible = (rows + self.length + 1) // self.backbone.chunk_tokens
         query, weights, picks = call.query[rows], call.weights[rows], call.picks[rows]

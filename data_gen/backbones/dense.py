@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from data_gen.backbones.observe import AttentionCall, attention_modules, observe
+from data_gen.backbones.observe import AttentionCall, attention_modules, context_of, observe
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.core.keys import KeyPooler, flatten_heads, mean_pooled_scores
@@ -25,10 +27,48 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
+TERMS: dict[str, Callable[[Any, Any], bool]] = {
+    "sparse attention chosen by an indexer of its own (DSA)": lambda attention, _: (
+        getattr(attention, "indexer", None) is not None or hasattr(attention, "skip_topk")
+    ),
+    "multi-head latent attention (MLA), whose cache holds no keys of heads": lambda attention, _: (
+        hasattr(attention, "kv_a_proj_with_mqa") or hasattr(attention, "kv_b_proj")
+    ),
+    "differential attention": lambda attention, _: hasattr(attention, "lambda_q1"),
+    "a mask that it learned (dynamic mask attention)": lambda attention, _: hasattr(attention, "dt_proj"),
+    "partial rotary positions, which turn a part of each head outside of apply_rotary_pos_emb": lambda attention, _: (
+        getattr(attention, "rotary_ndims", None) is not None
+    ),
+    "learned positions, which no key can be freed of": lambda attention, decoder: (
+        hasattr(decoder, "embed_positions") or hasattr(decoder, "wpe")
+    ),
+    "a norm of keys without weight": lambda attention, _: (
+        hasattr(attention, "k_norm") and getattr(attention.k_norm, "weight", None) is None
+        and not isinstance(attention.k_norm, nn.Identity)
+    ),
+}  # fmt: skip
+"""Parts of an attention block that this adapter cannot undo, by name: (attention, decoder) -> whether it has one."""
+
+
+def refuse_terms(model: PreTrainedModel) -> None:
+    """Raise InputError, which names the term, when attention has a part that the dense adapter does not know."""
+    decoder: Any = model.get_decoder()
+    for index, layer in enumerate(getattr(decoder, "layers", None) or []):
+        for term, has in TERMS.items():
+            if hasattr(layer, "self_attn") and has(layer.self_attn, decoder):
+                raise InputError(f"{type(model).__name__} is not supported: layer {index} has {term}")
+
+
 class DenseBackbone:
-    """A decoder whose attention goes through the attention interface; hybrids contribute their full layers."""
+    """A decoder whose attention goes through the attention interface; hybrids contribute their full layers.
+
+    chunk_tokens: None, any chunk will do. Raises InputError for attention that the adapter does not know.
+    """
+
+    chunk_tokens = None
 
     def __init__(self, model: PreTrainedModel) -> None:
+        refuse_terms(model)
         self.model = model.eval()
         self.modules = attention_modules(model)
         config = model.config.get_text_config(decoder=True)
@@ -40,7 +80,7 @@ class DenseBackbone:
             full_layers=sorted(self.modules),
             hidden=config.hidden_size,
             key_width=(config.num_key_value_heads or config.num_attention_heads) * head_dim,
-            context=config.max_position_embeddings,
+            context=context_of(model),
         )
 
     def check(self, config: TraceConfig) -> None:
@@ -104,6 +144,7 @@ class _Recorder:
             ..., :chunks
         ]
         keys = call.new_keys()[0]
+        check_finite(call.hidden, f"layer {call.layer}")
         _check(call, keys, int(rows[-1]))
         self.mean.append(probability.mean(dim=0).cpu())
         self.peak.append(probability.amax(dim=0).cpu())
@@ -113,7 +154,7 @@ class _Recorder:
         self.mean_pooled.append(mean_pooled_scores(content, pooler.pooled, call.scaling, self.visible).cpu())
         if call.layer in self.config.layers:
             self.hidden[call.layer] = call.hidden[0, rows].to("cpu", torch.bfloat16)
-            self.keys[call.layer] = flatten_heads(pooler.pooled).to("cpu", torch.float16)
+            self.keys[call.layer] = _stored(flatten_heads(pooler.pooled), call.layer)
 
     def finish(self) -> RawTrace:
         mean, peak = torch.stack(self.mean, dim=-1), torch.stack(self.peak, dim=-1)
@@ -125,6 +166,23 @@ class _Recorder:
             oracle=SparseAttention.from_dense(mean, peak, visible, self.config.top_chunks),
             mean_pooled=torch.stack(self.mean_pooled).mean(dim=0).half(),
         )
+
+
+def check_finite(hidden: torch.Tensor, where: str) -> None:
+    """Raise InputError where hidden states are no numbers."""
+    if not bool(torch.stack(hidden.aminmax()).isfinite().all()):
+        raise InputError(
+            f"{where}: the model's own hidden states are NaN or infinite; it is damaged, or its numbers do not fit the "
+            "type that it was loaded in"
+        )
+
+
+def _stored(keys: torch.Tensor, layer: int) -> torch.Tensor:
+    """Keys [N, d] fp32 as a trace stores them, fp16 on the CPU. Raises InputError where they do not fit."""
+    largest = float(keys.abs().max()) if keys.numel() else 0.0
+    if not largest <= torch.finfo(torch.float16).max:
+        raise InputError(f"layer {layer}: its keys reach {largest:.3g}, more than the fp16 that traces store can hold")
+    return keys.to("cpu", torch.float16)
 
 
 def _check(call: AttentionCall, keys: torch.Tensor, row: int) -> None:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.tiny import tiny_backbone
 from data_gen.config import BackboneConfig, TraceConfig
+from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from data_gen.core.files import package_folder
+from data_gen.core.files import one_line, package_folder
 from data_gen.traces.types import BackboneInfo, RawTrace
 
 
@@ -27,6 +27,8 @@ class Backbone(Protocol):
 
     model: PreTrainedModel
     info: BackboneInfo
+    chunk_tokens: int | None
+    """The one size of a chunk that it has; None where any will do."""
 
     def check(self, config: TraceConfig) -> None:
         """Raise InputError unless the settings fit the backbone: its layers, its oracles, its chunks."""
@@ -49,6 +51,8 @@ ADAPTERS: dict[str, Callable[[PreTrainedModel], Backbone]] = {"deepseek_v4": Dee
 """Families with an adapter of their own, by `model_type`; any other model is read as an ordinary decoder."""
 SPREADABLE = ("deepseek_v4",)
 """Families that are read while they lie on several GPUs."""
+PROBE_TOKENS = 24
+"""Read when a backbone is opened, to see whether it can be traced."""
 TINY = "tiny"
 """The path that stands for data_gen/backbones/tiny.py."""
 
@@ -107,10 +111,19 @@ def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTo
     try:
         with reading:
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra, **spread)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(f"backbone {config.path} cannot be loaded as a causal LM: {first_line}") from error
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, **extra, **spread
+            )
+    except Exception as error:  # of many parsers, which raise whatever a file that is not theirs leads them to
+        raise InputError(f"backbone {config.path} cannot be loaded as a causal LM: {one_line(error)}") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        others = sorted(found["unexpected_keys"])
+        unknown = f"; it holds {len(others)} that the model does not know ({_few(others)})" if others else ""
+        raise InputError(
+            f"backbone {config.path}: the checkpoint is not whole: {len(missing)} tensors of the model are missing "
+            f"({_few(missing)}){unknown}"
+        )
     if config.spread and model.config.model_type not in SPREADABLE:
         raise InputError(f"backbone.spread: only the DeepSeek-V4 adapter reads a model on several GPUs; {path} is none")
     with contextlib.suppress(AttributeError):
@@ -120,8 +133,33 @@ def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTo
     return model.eval(), tokenizer
 
 
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
 def adapter(model: PreTrainedModel, name: str | None = None) -> Backbone:
-    """The adapter of the model's family; `name` is told in its `info`. Raises InputError when there is none."""
+    """The adapter of the model's family, tried on a few tokens; `name` is told in its `info`.
+
+    Raises InputError, which names what is in the way, when the model cannot be traced.
+    """
+    if away := [name for name, value in model.named_parameters() if value.is_meta]:
+        raise InputError(f"{type(model).__name__}: {len(away)} tensors lie on no device (meta: {_few(away)}); load the "
+                         "model where all of it fits")  # fmt: skip
     found = ADAPTERS.get(model.config.model_type, DenseBackbone)(model)
     found.info = replace(found.info, name=name)
+    _probe(found)
     return found
+
+
+def _probe(backbone: Backbone) -> None:
+    """Trace a few tokens. Raises InputError unless what is recomputed is what the model computes."""
+    length = min(PROBE_TOKENS, backbone.info.context)
+    chunking = Chunking(tokens=backbone.chunk_tokens or 4, sink=0, recent=0)
+    layers = backbone.info.full_layers[-1:]
+    config = TraceConfig(chunking=chunking, layers=layers, window=1, tail=1, text_rows=1, top_chunks=8)
+    try:
+        backbone.trace(list(range(length)), torch.arange(length - 2, length), config)
+    except InputError as error:
+        raise InputError(f"{type(backbone.model).__name__} is not supported: {error}") from error
+    except Exception as error:  # of a model's own code, met where it differs from all that is known
+        raise InputError(f"{type(backbone.model).__name__} cannot be traced: {one_line(error)}") from error

@@ -58,21 +58,32 @@ class AttentionCall:
         return self.unrotated(self.key[:, :, -self.query.shape[2] :])
 
 
+def context_of(model: PreTrainedModel) -> int:
+    """Longest text in tokens. Raises InputError where the model's config does not say."""
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(found, int) or found < 1:
+        raise InputError(f"{type(model).__name__}: its config says max_position_embeddings {found}, so how long a text "
+                         "may be is not known")  # fmt: skip
+    return found
+
+
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Layer index -> attention module of the full-attention layers; sliding-window layers are left out."""
     decoder = model.get_decoder()
-    config = model.config.get_text_config(decoder=True)
+    config: Any = model.config.get_text_config(decoder=True)
     layers = getattr(decoder, "layers", None)
     if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
         raise InputError(f"{type(model).__name__} is not a decoder with layers[i].self_attn: no adapter for it")
+    window = getattr(config, "sliding_window", None)
+    endless = window is not None and window >= context_of(model)  # a window that holds all there can be is none
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+        sliding = window is not None and getattr(config, "use_sliding_window", True)
         kinds = ["sliding_attention" if sliding else "full_attention"] * len(layers)
     modules = {
         index: layer.self_attn
         for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True))
-        if kind == "full_attention"
+        if kind == "full_attention" or (kind == "sliding_attention" and endless)
     }
     if not modules:
         raise InputError(f"{type(model).__name__} has no full-attention layer: there is no long history to index")

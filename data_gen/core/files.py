@@ -1,6 +1,7 @@
 """Files: written whole or not at all, read whole or refused in one line; where installed packages lie."""
 
 import importlib.util
+import json
 import os
 import tempfile
 import zlib
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from data_gen.core.errors import InputError
 
@@ -24,10 +26,10 @@ def whole(path: Path, what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except READING as error:
-        raise InputError(f"{path}: damaged {what} ({_reason(error)}); {remedy}") from error
+        raise InputError(f"{path}: damaged {what} ({one_line(error)}); {remedy}") from error
 
 
-def _reason(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """One line of an error that a reader raised."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
@@ -49,6 +51,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file whose bytes are a function of what it holds: the library writes metadata in any order."""
+    save_file(dict(tensors), path, dict(metadata))
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(ordered) != size:
+            raise InputError(f"{path}: its header cannot be put in order: this safetensors writes it otherwise")
+        file.seek(8)
+        file.write(ordered)
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:

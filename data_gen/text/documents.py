@@ -7,18 +7,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data_gen.config import DocumentsConfig, TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
+from data_gen.core.files import one_line
 from data_gen.text.needles import NEEDLE_TASKS, Split, make_task
-from data_gen.text.sources import WHOLE, RawDocument, read_source, split_paragraphs, whole_documents
+from data_gen.text.rows import RawDocument, Skipped
+from data_gen.text.sources import WHOLE, documents_of, split_paragraphs, whole_documents
 from data_gen.traces.types import Span
 
 TASKS = ("text", "document", "chat", *NEEDLE_TASKS)
 Kind = TypeVar("Kind")
+LONG = 16
+"""Characters that few tokens have."""
 INSTRUCTION = "Read the text below, then answer the question at its end.\n\n"
 
 
@@ -40,9 +43,14 @@ class Document:
 
 
 def build_documents(
-    config: DocumentsConfig, trace: TraceConfig, tokenizer: PreTrainedTokenizerBase, context: int, split: Split
+    config: DocumentsConfig,
+    trace: TraceConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    split: Split,
+    skipped: Skipped | None = None,
 ) -> list[Document]:
-    """All documents of one split, the same ones on every call.
+    """All documents of one split, the same ones on every call. skipped: counts bad rows where the recipe skips them.
 
     Raises InputError when the source has too little text, or a document is shorter than one window or longer than
     `context` tokens.
@@ -50,7 +58,7 @@ def build_documents(
     counts = {"train": config.train, "heldout": config.heldout}
     if unknown := sorted((config.train.keys() | config.heldout.keys()) - set(TASKS)):
         raise InputError(f"documents: unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
-    builder = _Builder(config, trace, tokenizer, context, split, counts)
+    builder = _Builder(config, trace, tokenizer, context, split, counts, skipped)
     documents = []
     for task in TASKS:
         for index in range(counts[split].get(task, 0)):
@@ -67,6 +75,7 @@ class _Builder:
         context: int,
         split: Split,
         counts: dict[str, dict[str, int]],
+        skipped: Skipped | None,
     ) -> None:
         self.config, self.trace, self.tokenizer, self.context = config, trace, tokenizer, context
         self.split: Split = split
@@ -76,9 +85,9 @@ class _Builder:
             if any(count for tasks in counts.values() for task, count in tasks.items() if task not in WHOLE):
                 raise InputError("documents: whole documents or chats and packed text need separate recipes")
             skip = whole["train"] if split == "heldout" else 0
-            self.whole = itertools.islice(whole_documents(config), skip, None)
+            self.whole = itertools.islice(whole_documents(config, skipped), skip, None)
         else:
-            raw = read_source(config.source, config.text_field)
+            raw = documents_of(config, skipped)
             self.stream = _Stream(raw, heldout_share(config), tokenizer, split)
 
     def build(self, task: str, name: str) -> Document:
@@ -104,7 +113,17 @@ class _Builder:
     def _text_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, verbose=False).input_ids
 
+    def _refuse_longer(self, name: str, text: str) -> None:
+        """Raise InputError where the beginning of `text` alone is too long: tokenising all of it could take minutes."""
+        beginning = text[: LONG * self.context]
+        if len(beginning) < len(text) and (tokens := len(self._text_ids(beginning))) > self.context:
+            raise InputError(
+                f"{name}: {len(text)} characters, of which the first {len(beginning)} are {tokens} tokens already, but "
+                f"the backbone's context is {self.context}"
+            )
+
     def _text(self, name: str, text: str, task: str) -> Document:
+        self._refuse_longer(name, text)
         return self._plain(name, task, self._text_ids(text))
 
     def _plain(self, name: str, task: str, ids: list[int]) -> Document:
@@ -132,6 +151,7 @@ class _Builder:
 
     def _chat(self, name: str) -> Document:
         messages = self._next(list, name)
+        self._refuse_longer(name, "\n".join(message["content"] for message in messages))
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise InputError(f"documents {self.config.source}: {name} must end with an assistant message")
         if self.config.turns == "last":
@@ -209,8 +229,9 @@ def conversation(
             messages, add_generation_prompt=prompt, enable_thinking=thinking, return_dict=False
         )
         return ids
-    except TemplateError as error:
-        raise InputError(f"the model's chat template refuses the messages ({error}); mend or leave them out") from error
+    except Exception as error:  # a template is a program of whoever made the model
+        reason = f"the model's chat template refuses the messages ({one_line(error)}); mend or leave them out"
+        raise InputError(reason) from error
 
 
 def located(
@@ -235,6 +256,8 @@ def located(
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[list[int]]:
     """Message by message, so that no token spans two of them; special tokens in the first one only."""
+    if any(message.get("tool_calls") for message in messages):
+        raise InputError("messages with tool calls need a chat template to write them, and the model has none")
     pieces = [tokenizer(f"{message['content']}\n\n", verbose=False).input_ids for message in messages]
     special = set(tokenizer.all_special_ids)
     return [*pieces[:1], *([token for token in piece if token not in special] for piece in pieces[1:])]

@@ -1,8 +1,10 @@
-"""Raw text from a folder, a JSONL or Parquet file, a `datasets` name, the interpreter or an installed package."""
+"""Raw text from folders, files of rows, data sets, the interpreter or a package, and its two sides told apart."""
 
 import ast
+import glob
 import hashlib
 import json
+import re
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +16,8 @@ from pathlib import Path
 from data_gen.config import DocumentsConfig
 from data_gen.core.errors import InputError
 from data_gen.core.files import package_folder
+from data_gen.text.rows import RawDocument, Skipped, read_dataset, read_lines, read_list
 
-RawDocument = str | list[dict[str, str]]
-"""Plain text, or the messages of a chat ({role, content} each)."""
 WHOLE = ("document", "chat")
 """Tasks that read a source's documents as they are; the others pack its paragraphs to a length."""
 TEXT_FILES = {".txt", ".md", ".markdown", ".rst"}
@@ -25,19 +26,31 @@ LEAST = 80
 """Characters of a paragraph that counts: headings and thanks are everybody's."""
 
 
-def read_source(source: str, text_field: str) -> Iterator[RawDocument]:
-    """Raw documents of `source` in a fixed order. Raises InputError for a missing, empty or malformed one."""
+def read_source(source: str | list[str], text_field: str, skipped: Skipped | None = None) -> Iterator[RawDocument]:
+    """Raw documents of `source`, one after the other if it is several, each in a fixed order.
+
+    skipped: counts rows that hold no document, which are left out; None: the first ends it. Raises InputError for a
+    missing, empty or damaged source.
+    """
+    for one in [source] if isinstance(source, str) else source:
+        found = False
+        for document in _read(one, text_field):
+            if isinstance(document, InputError):
+                if skipped is None:
+                    raise document
+                skipped.add(document)
+                continue
+            found = True
+            if not document or (isinstance(document, str) and not document.strip()):
+                raise InputError(f"documents {one}: an empty document")
+            yield document
+        if not found:
+            raise InputError(f"documents {one}: no document there")
+
+
+def _read(source: str, text_field: str) -> Iterator[RawDocument | InputError]:
     path = Path(source).expanduser()
-    kind = next(kind for kind in SOURCES.values() if kind.takes(source, path))
-    documents = kind.read(source, path, text_field)
-    found = False
-    for document in documents:
-        found = True
-        if not document or (isinstance(document, str) and not document.strip()):
-            raise InputError(f"documents {source}: an empty document")
-        yield document
-    if not found:
-        raise InputError(f"documents {source}: no document there")
+    return next(kind for kind in SOURCES.values() if kind.takes(source, path)).read(source, path, text_field)
 
 
 def _existing(path: Path) -> Path:
@@ -90,83 +103,69 @@ def _folder(path: Path) -> Iterator[str]:
             yield text
 
 
-def _jsonl(path: Path, text_field: str) -> Iterator[RawDocument]:
-    with open(_existing(path), "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise InputError(f"documents {path} line {number}: not JSON in UTF-8") from error
-            yield _content(row, text_field, f"{path} line {number}")
-
-
-def _datasets(name: str, text_field: str, where: str, data_files: str | None = None) -> Iterator[RawDocument]:
-    """where: what the user called it."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    number = 0
-    try:
-        rows = load_dataset(name, split="train", streaming=True, data_files=data_files)
-        for number, row in enumerate(rows, 1):
-            yield _content(row, text_field, f"{where} row {number}")
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if data_files or number:
-            raise InputError(f"documents {where}: cannot be read after row {number} ({reason})") from error
-        raise InputError(f"documents {where}: no such file or folder, and no data set either ({reason})") from error
-
-
-def _content(row: object, text_field: str, where: str) -> RawDocument:
-    content = row.get(text_field, row.get("messages")) if isinstance(row, dict) else None
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in content
-    ):
-        return content
-    raise InputError(f"documents {where}: needs a text field {text_field!r} or chat `messages` of role and content")
-
-
 @dataclass(frozen=True)
 class SourceKind:
     """One kind of place that text comes from.
 
     takes: (source, the same as a path) -> whether it is one; read: (source, path, text_field) -> its raw documents, in
-    a fixed order.
+    a fixed order, and an InputError in the place of each bad row.
     """
 
     takes: Callable[[str, Path], bool]
-    read: Callable[[str, Path, str], Iterator[RawDocument]]
+    read: Callable[[str, Path, str], Iterator[RawDocument | InputError]]
 
 
 def _read_package(source: str, path: Path, text_field: str) -> Iterator[str]:
     return _code(package_folder(source.removeprefix("package:"), f"documents {source}"))
 
 
-def _read_parquet(source: str, path: Path, text_field: str) -> Iterator[RawDocument]:
-    return _datasets("parquet", text_field, str(_existing(path)), data_files=str(path))
+def _read_glob(source: str, path: Path, text_field: str) -> Iterator[RawDocument | InputError]:
+    files = sorted(glob.glob(str(path), recursive=True))
+    if not files:
+        raise InputError(f"documents {source}: no file has such a name")
+    for file in files:
+        yield from _read(file, text_field)
 
 
-def _refuse(source: str, path: Path, text_field: str) -> Iterator[RawDocument]:
+def _read_parquet(source: str, path: Path, text_field: str) -> Iterator[RawDocument | InputError]:
+    return read_dataset("parquet", text_field, str(_existing(path)), None, "train", data_files=str(path))
+
+
+def _refuse(source: str, path: Path, text_field: str) -> Iterator[RawDocument | InputError]:
     raise InputError(f"documents {_existing(path)}: expected a folder, .jsonl or .parquet")
 
 
+def _read_named(source: str, path: Path, text_field: str) -> Iterator[RawDocument | InputError]:
+    name, *rest = source.split(":")
+    subset, split = [*rest, "", ""][:2]
+    if len(rest) > 2:
+        raise InputError(f"documents {source}: more than NAME:SUBSET:SPLIT")
+    return read_dataset(str(Path(name).expanduser()), text_field, source, subset or None, split or "train")
+
+
+_GLOB = re.compile(r"[*?\[]")
+_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SOURCES: dict[str, SourceKind] = {
     "builtin": SourceKind(lambda source, path: source == "builtin", lambda *_: _builtin()),
     "stdlib": SourceKind(lambda source, path: source == "stdlib", lambda *_: _code(Path(sysconfig.get_path("stdlib")))),
     "package": SourceKind(lambda source, path: source.startswith("package:"), _read_package),
     "folder": SourceKind(lambda source, path: path.is_dir(), lambda source, path, field: _folder(path)),
-    "jsonl": SourceKind(lambda source, path: path.suffix == ".jsonl", lambda source, path, field: _jsonl(path, field)),
+    "glob": SourceKind(lambda source, path: bool(_GLOB.search(source)) and not path.exists(), _read_glob),
+    "jsonl": SourceKind(
+        lambda source, path: path.name.endswith(_LINES),
+        lambda source, path, field: read_lines(_existing(path), field),
+    ),
+    "json": SourceKind(
+        lambda source, path: path.suffix == ".json", lambda source, path, field: read_list(_existing(path), field)
+    ),
     "parquet": SourceKind(lambda source, path: path.suffix == ".parquet", _read_parquet),
     "other": SourceKind(
-        lambda source, path: path.exists() or path.suffix.lower() in TEXT_FILES or source.startswith((".", "/", "~")),
+        lambda source, path: path.exists() or path.suffix.lower() in TEXT_FILES
+        or (source.startswith((".", "/", "~")) and ":" not in source),
         _refuse,
     ),
-    "datasets": SourceKind(lambda source, path: True, lambda source, path, field: _datasets(source, field, source)),
-}
+    "datasets": SourceKind(lambda source, path: True, _read_named),
+}  # fmt: skip
 """Every kind of source; the first that takes a source reads it."""
 
 
@@ -189,9 +188,15 @@ def split_paragraphs(documents: Iterable[str], heldout_share: float) -> Iterator
             yield int.from_bytes(digest[:4], "big") / 2**32 < heldout_share, paragraphs
 
 
-def whole_documents(config: DocumentsConfig) -> Iterator[RawDocument]:
+def documents_of(config: DocumentsConfig, skipped: Skipped | None = None) -> Iterator[RawDocument]:
+    """The raw documents of a recipe's source; `skipped` counts bad rows where the recipe skips them."""
+    skip = config.bad_rows == "skip"
+    return read_source(config.source, config.text_field, (skipped or Skipped()) if skip else None)
+
+
+def whole_documents(config: DocumentsConfig, skipped: Skipped | None = None) -> Iterator[RawDocument]:
     """The source's documents for the tasks of WHOLE: first those to train on, then the held-out ones."""
-    return _once(read_source(config.source, config.text_field))
+    return _once(documents_of(config, skipped))
 
 
 def _once(documents: Iterable[RawDocument]) -> Iterator[RawDocument]:

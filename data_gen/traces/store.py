@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
-from data_gen.core.files import checksum, write_atomically
+from data_gen.core.files import checksum, save_tensors, write_atomically
 from data_gen.traces.labels import SparseOracle, WindowLabels, lookahead_windows
 from data_gen.traces.types import DocumentMeta, GoldenChunks, Manifest, NativeRow, RawTrace, SparseAttention
 
@@ -235,4 +234,4 @@ class TraceStore:
         metadata = {"document": json.dumps(meta.model_dump()), "checksum": checksum(tensors)}
         if source:
             metadata["source"] = json.dumps(source)  # as ASCII: half a surrogate pair in a prompt has no UTF-8
-        write_atomically(self.path(index), lambda file: save_file(tensors, file, metadata))
+        write_atomically(self.path(index), lambda file: save_tensors(tensors, file, metadata))

@@ -47,15 +47,21 @@ def text_file(folder, suffix):
         for number, text in enumerate(texts):
             (folder / f"{number}.md").write_text(text)
         return folder
+    if suffix == "glob":
+        for number, text in enumerate(texts):
+            (folder / f"{number}.jsonl").write_text(json.dumps({"text": text}))
+        return folder / "?.jsonl"
     path = folder / f"texts.{suffix}"
     if suffix == "jsonl":
         path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    elif suffix == "json":
+        path.write_text(json.dumps([{"text": text} for text in texts]))
     else:
         Dataset.from_dict({"text": texts}).to_parquet(path)
     return path
 
 
-OFFLINE = ("builtin", "stdlib", "package", "folder", "jsonl", "parquet")
+OFFLINE = ("builtin", "stdlib", "package", "folder", "glob", "jsonl", "json", "parquet")
 """Kinds that read something without a network; `other` and `datasets` refuse what is missing."""
 
 
