@@ -69,6 +69,7 @@ TRICKS = {
     "return_freed_memory": without_returned_memory,
 }
 """By its name in data_gen/core/cpu.py: how to do without it."""
+UNITS = {"time": "CPU-seconds a step", "memory": "GiB"}
 
 
 def write_long(folder: Path) -> Path:
@@ -81,39 +82,41 @@ def write_long(folder: Path) -> Path:
     return folder
 
 
-def measure(trick: str, off: bool, folder: Path, steps: int) -> float:
-    """CPU-seconds of a training step, or GiB."""
+def measure(what: str, off: str, folder: Path, steps: int) -> float:
+    """CPU-seconds of a training step, or GiB, without the trick `off` ("" for none)."""
     torch.set_num_threads(1)
     if off:
-        TRICKS[trick]()
-    if trick == "return_freed_memory":
+        TRICKS[off]()
+    if what == "memory":
         measure_whole(folder, 8, 64)
         return peak_memory()
     return BATCH / measure_ours(folder, HEADS, RANK, steps)["speed"]
 
 
-def run(trick: str, off: bool, folder: Path, steps: int) -> float:
+def run(what: str, off: str, folder: Path, steps: int) -> float:
     """`measure` in a process of its own."""
-    asked = ["--measure", trick, "--folder", str(folder), "--steps", str(steps), *(["--off"] if off else [])]
-    pages = "0" if off and trick == "ask_for_huge_pages" else "1"
+    asked = ["--measure", what, "--off", off, "--folder", str(folder), "--steps", str(steps)]
+    pages = "0" if off == "ask_for_huge_pages" else "1"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **dict.fromkeys(HUGE_PAGES, pages)}
     command = [sys.executable, "-m", "benchmarks.cpu_tricks", *asked]
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
     if done.returncode:
-        sys.exit(f"{trick} failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"{what} without {off or 'nothing'} failed:\n{done.stderr[-2000:]}")
     return float(re.findall(r"^measured (.*)$", done.stdout, re.M)[-1])
 
 
-def compare(trick: str, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
-    """Medians with and without a trick, and what it gains."""
-    sides: dict[str, list[float]] = {"on": [], "off": []}
+def compare(what: str, tricks: list[str], folder: Path, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Medians with all tricks and without each, in turns, and what each gains."""
+    sides: dict[str, list[float]] = {off: [] for off in ("", *tricks)}
     for _ in range(rounds):
-        for side, found in sides.items():
-            found.append(run(trick, side == "off", folder, steps))
-    on, off = (statistics.median(found) for found in sides.values())
-    unit = "GiB" if trick == "return_freed_memory" else "CPU-seconds a step"
-    print(f"{trick}: {off / on:.2f}x ({on:.3f} {unit} with it, {off:.3f} without)", flush=True)
-    return {"trick": trick, "ratio": off / on, "unit": unit, **sides}
+        for off, found in sides.items():
+            found.append(run(what, off, folder, steps))
+    unit, on, results = UNITS[what], statistics.median(sides[""]), []
+    for trick in tricks:
+        off = statistics.median(sides[trick])
+        print(f"{trick}: {off / on:.2f}x ({on:.3f} {unit} with it, {off:.3f} without)", flush=True)
+        results.append({"trick": trick, "ratio": off / on, "unit": unit, "on": sides[""], "off": sides[trick]})
+    return results
 
 
 def main() -> None:
@@ -123,8 +126,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--output", type=Path, help="Write all figures there, with commit and hardware.")
-    parser.add_argument("--measure", choices=list(TRICKS), help=argparse.SUPPRESS)
-    parser.add_argument("--off", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=list(UNITS), help=argparse.SUPPRESS)
+    parser.add_argument("--off", default="", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -132,14 +135,14 @@ def main() -> None:
         return
     print(machine())
     with tempfile.TemporaryDirectory() as name:
-        data = write_store(Path(name) / "data", 8, 4096)
-        long = data
+        timed = [trick for trick in arguments.only if trick != "return_freed_memory"]
+        results = []
+        if timed:
+            data = write_store(Path(name) / "data", 8, 4096)
+            results += compare("time", timed, data, arguments.rounds, arguments.steps)
         if "return_freed_memory" in arguments.only:
             long = write_long(Path(name) / "long")
-        results = [
-            compare(trick, long if trick == "return_freed_memory" else data, arguments.rounds, arguments.steps)
-            for trick in arguments.only
-        ]
+            results += compare("memory", ["return_freed_memory"], long, arguments.rounds, arguments.steps)
     if arguments.output:
         content = origin() | {"results": results}
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")
