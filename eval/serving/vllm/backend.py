@@ -1,0 +1,66 @@
+"""Attention backends whose metadata builder hands decode rows a shorter block table and length."""
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from eval.serving.vllm.tables import Tables
+from eval.serving.vllm.worker import current
+
+
+class SparseTables:
+    """Mixed into an AttentionMetadataBuilder, before its own class.
+
+    A hybrid model has a builder a group of layers: those of sliding layers change nothing, and among those of full
+    layers the one that is asked first in a step has the sets chosen.
+    """
+
+    supports_update_block_table = False  # a full table would be put into another group's shorter metadata
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._full = isinstance(kv_cache_spec, FullAttentionSpec)
+        self._rows, self._device = vllm_config.scheduler_config.max_num_seqs, device
+        self._tokens = kv_cache_spec.block_size
+        self._tables: Tables | None = None
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        meta = self._restrict(common_attn_metadata) if self._full else common_attn_metadata
+        return super().build(common_prefix_len, meta, fast_build)
+
+    def _restrict(self, meta: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        worker = current()
+        if not worker.runner.kv_caches:  # a run that measures memory, before there is a cache
+            return meta
+        visible = worker.visible(self, meta)
+        if all(chunks is None for chunks in visible):
+            return meta
+        if self._tables is None:
+            self._tables = Tables(self._rows, meta.block_table_tensor.shape[1], self._device)
+        table, lengths, bounds = self._tables.fill(
+            meta.block_table_tensor, meta.seq_lens, meta.seq_lens_cpu_upper_bound, visible, self._tokens
+        )
+        return meta.replace(
+            block_table_tensor=table, seq_lens=lengths, seq_lens_cpu_upper_bound=bounds, _num_computed_tokens_cache=None
+        )
+
+
+class LookaheadCPUBuilder(SparseTables, CPUAttentionMetadataBuilder):
+    pass
+
+
+class LookaheadCPUBackend(CPUAttentionBackend):
+    """The stock backend, with blocks of 16 tokens: it declares multiples of 32, its kernels know 16 as well."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list:
+        return [MultipleOf(16)]
+
+    @staticmethod
+    def get_builder_cls() -> type[LookaheadCPUBuilder]:
+        return LookaheadCPUBuilder

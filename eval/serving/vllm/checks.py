@@ -1,0 +1,97 @@
+"""What is refused when the server starts: another model's bundle, other block sizes, options that are not supported."""
+
+from pathlib import Path
+from typing import Any
+
+from data_gen.core.errors import InputError
+from data_gen.core.fingerprint import checkpoint_fingerprint
+from eval.serving.vllm.settings import load_settings
+from indexer_train.formats.bundle import load_scorer
+from indexer_train.spec import IndexerSpec
+
+CONNECTOR = "LookaheadConnector"
+PLAIN_CACHE = ("auto", "float16", "bfloat16", "float32")
+
+
+def check(config: Any) -> None:
+    """Raise InputError, in one line, unless this server can decode with the bundle. config: vLLM's `VllmConfig`."""
+    settings = load_settings(config.additional_config)
+    spec = load_scorer(settings.bundle).spec
+    if settings.fallback is not None:
+        settings.fallback.check(spec, settings.selection or spec.selection)
+    check_options(config)
+    check_shape(spec, config)
+    found = checkpoint_fingerprint(checkpoint_folder(config))
+    if found != spec.backbone:
+        raise InputError(
+            f"the bundle {settings.bundle} is for a model with fingerprint {spec.backbone}, "
+            f"{config.model_config.model} has {found}"
+        )
+
+
+def check_options(config: Any) -> None:
+    """Raise InputError for options of the engine under which resident sets would be wrong or were never tested."""
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    transfer = config.kv_transfer_config
+    wrong = {
+        "speculative decoding": config.speculative_config is not None,
+        "LoRA adapters": config.lora_config is not None,
+        "tensor parallelism": parallel.tensor_parallel_size > 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+        "dual batch overlap": parallel.enable_dbo,
+        f"a KV cache in {cache.cache_dtype}": cache.cache_dtype not in PLAIN_CACHE,
+        "multimodal input": model.is_multimodal_model,
+        "pooling": model.runner_type != "generate",
+        "KV transfer to or from other caches": transfer is not None and transfer.kv_connector != CONNECTOR,
+        "hybrid models without the hybrid KV cache manager": bool(config.scheduler_config.disable_hybrid_kv_cache_manager)
+        and _sliding(model.hf_text_config),
+    }  # fmt: skip
+    for what, asked in wrong.items():
+        if asked:
+            raise InputError(f"{what}: not supported together with lookahead sparse attention; start without")
+    model.disable_cascade_attn = True  # it reads a prefix common to the batch's full tables
+
+
+def check_shape(spec: IndexerSpec, config: Any) -> None:
+    """Raise InputError for a bundle whose chunks, layers or widths are not the engine's."""
+    text, tokens = config.model_config.hf_text_config, spec.chunking.tokens
+    if config.cache_config.block_size != tokens:
+        raise InputError(
+            f"the bundle's chunks have {tokens} tokens, the cache's blocks {config.cache_config.block_size}; "
+            f"start with --block-size {tokens}"
+        )
+    if spec.key != "mean_pre_rope":
+        raise InputError(f"the bundle's keys are of the kind {spec.key}; in vLLM only mean_pre_rope can be computed")
+    kinds = layer_kinds(text)
+    if bad := [layer for layer in spec.layers if layer >= len(kinds) or kinds[layer] != "full_attention"]:
+        raise InputError(f"the indexer reads layers {bad}, which have no full attention in this model")
+    width = text.num_key_value_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+    if (text.hidden_size, width) != (spec.hidden, spec.key_width):
+        raise InputError(
+            f"the indexer reads hidden states of {spec.hidden} and keys of {spec.key_width} values, "
+            f"the model has {text.hidden_size} and {width}"
+        )
+
+
+def layer_kinds(text: Any) -> list[str]:
+    """Kinds of attention by layer, from a Hugging Face text configuration."""
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        return list(kinds)
+    sliding = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
+    return ["sliding_attention" if sliding else "full_attention"] * text.num_hidden_layers
+
+
+def _sliding(text: Any) -> bool:
+    return len(set(layer_kinds(text))) > 1
+
+
+def checkpoint_folder(config: Any) -> Path:
+    """Where the checkpoint's files lie: the folder named, or the hub's copy, which is fetched if need be."""
+    model = config.model_config
+    if Path(model.model).is_dir():
+        return Path(model.model)
+    from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
+
+    return Path(download_weights_from_hf(model.model, config.load_config.download_dir, ["*.safetensors"], model.revision))

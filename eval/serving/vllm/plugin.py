@@ -1,0 +1,70 @@
+"""Entry point `vllm.general_plugins`. Without LOOKAHEAD_BUNDLE it does nothing at all."""
+
+import functools
+import os
+from typing import Any
+
+from eval.serving.vllm.settings import PREFIX
+
+
+def register() -> None:
+    """Called by vLLM in every process, perhaps several times."""
+    if not os.environ.get(f"{PREFIX}BUNDLE"):
+        return
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if current_platform.is_cpu():  # it takes no CUSTOM backend, but its own may be replaced
+        register_backend(AttentionBackendEnum.CPU_ATTN, "eval.serving.vllm.backend.LookaheadCPUBackend")
+    else:
+        register_backend(AttentionBackendEnum.CUSTOM, "eval.serving.vllm.backend_triton.LookaheadTritonBackend")
+    _once(EngineArgs, "create_engine_config", _refuse)
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    for runner in (CPUModelRunner, GPUModelRunner):
+        _once(runner, "load_model", _attach)
+
+
+def _once(owner: type, name: str, wrap: Any) -> None:
+    """Replace a method by `wrap(method)`, once in a process."""
+    method = getattr(owner, name)
+    if not hasattr(method, "lookahead"):
+        wrapped = functools.wraps(method)(wrap(method))
+        wrapped.lookahead = True
+        setattr(owner, name, wrapped)
+
+
+def _refuse(create: Any) -> Any:
+    """What cannot be served is said where the server starts: in one line."""
+
+    def create_engine_config(self: Any, usage_context: Any = None, *args: Any, **options: Any) -> Any:
+        from vllm.usage.usage_lib import UsageContext
+
+        from data_gen.core.errors import InputError
+        from eval.serving.vllm.checks import check
+
+        config = create(self, usage_context, *args, **options)
+        try:
+            check(config)
+        except InputError as error:
+            if usage_context == UsageContext.OPENAI_API_SERVER:
+                raise SystemExit(f"lookahead: {error}") from None
+            raise
+        return config
+
+    return create_engine_config
+
+
+def _attach(load: Any) -> Any:
+    """The model is there and the runner is in hand."""
+
+    def load_model(self: Any, *args: Any, **options: Any) -> Any:
+        from eval.serving.vllm.worker import attach
+
+        result = load(self, *args, **options)
+        attach(self)
+        return result
+
+    return load_model

@@ -1,0 +1,96 @@
+"""Which sequences are being decoded, what each may read, and when that was chosen: no engine, no tensors of keys."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A resident set. position: the newest token read when it was chosen; chunks: complete then; resident: [R] int64
+    on the CPU, ascending."""
+
+    position: int
+    chunks: int
+    resident: torch.Tensor
+
+
+@dataclass
+class Sequence:
+    """position: its newest token read; force: the set in force, None while everything may be read; coming: one that
+    comes into force with the next token but one (lag 1); newest: [L, hidden] bf16, what entered the attention blocks
+    of the indexer's layers at `position`, where a set is due behind it."""
+
+    position: int = -1
+    force: Chosen | None = None
+    coming: Chosen | None = None
+    newest: torch.Tensor | None = None
+
+    def due(self, window: int) -> bool:
+        """Is a set to be chosen behind the newest token?"""
+        latest = self.coming or self.force
+        return latest is None or self.position - latest.position >= window
+
+    def restart(self) -> None:
+        """Read with full attention again: a prompt, or all of it after a preemption."""
+        self.force = self.coming = self.newest = None
+
+    def begin(self, position: int) -> None:
+        """Before token `position` is read alone: a set that was on its way is in force; a gap starts anew."""
+        if self.position != position - 1:
+            self.restart()
+        if self.coming is not None:
+            self.force, self.coming = self.coming, None
+
+    def choose(self, chosen: Chosen, lag: int) -> None:
+        """A new set: in force at once, but one token later where another one still serves."""
+        if lag and self.force is not None:
+            self.coming = chosen
+        else:
+            self.force = chosen
+        self.newest = None
+
+    def visible(self, position: int, tokens: int) -> torch.Tensor | None:
+        """Chunks to read with token `position`, the unfinished one included, [n] int64; None: all of them."""
+        if self.force is None:
+            return None
+        made_since = torch.arange(self.force.chunks, position // tokens + 1)
+        return torch.cat([self.force.resident, made_since])
+
+
+@dataclass
+class Counters:
+    """Since the start. refreshes: sets chosen; capped, full: of them, those that asked for more than the cap and got
+    the best it allows, or everything; rows: tokens read with a set; read, made: their blocks, and what full attention
+    would have read."""
+
+    refreshes: int = 0
+    capped: int = 0
+    full: int = 0
+    rows: int = 0
+    read: int = 0
+    made: int = 0
+
+
+@dataclass
+class Sequences:
+    """All sequences of one engine process, by the engine's name for the request."""
+
+    window: int
+    tokens: int
+    lag: int = 0
+    held: dict[str, Sequence] = field(default_factory=dict)
+
+    def forget(self, alive: "set[str] | dict") -> None:
+        """Drop those that the engine no longer has: finished and aborted ones."""
+        for name in [name for name in self.held if name not in alive]:
+            del self.held[name]
+
+    def enter(self, name: str, position: int, alone: bool) -> Sequence:
+        """The sequence whose token `position` is about to be read, the last of several unless `alone`."""
+        sequence = self.held.setdefault(name, Sequence())
+        if alone:
+            sequence.begin(position)
+        else:
+            sequence.restart()
+        return sequence

@@ -1,0 +1,183 @@
+"""One engine process: what the indexer reads is caught on the way, and every step gets its visible chunks."""
+
+import json
+import re
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from data_gen.core.errors import InputError
+from eval.runtime.fallback import serve
+from eval.serving.level1 import open_level1
+from eval.serving.select import Limits
+from eval.serving.vllm.keys import BlockKeys
+from eval.serving.vllm.sequences import Chosen, Counters, Sequence, Sequences
+from eval.serving.vllm.settings import Settings, load_settings
+from indexer_train.formats.bundle import load_scorer
+
+ATTENTION = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn$")
+
+
+# An opaque operator, so that a compiled model sees one write in place and nothing of the bookkeeping.
+@torch.library.custom_op("lookahead::capture", mutates_args=("buffer",))
+def capture(buffer: torch.Tensor, rows: torch.Tensor) -> None:
+    """buffer[:T] = rows [T, ...], flattened behind the first axis."""
+    buffer[: rows.shape[0]].copy_(rows.flatten(1))
+
+
+@capture.register_fake
+def _(buffer: torch.Tensor, rows: torch.Tensor) -> None:
+    return None
+
+
+class Captured:
+    """What the indexer's layers were given in the newest step: [most tokens of a step, width] a layer, never moved."""
+
+    def __init__(self, model: nn.Module, layers: list[int], hidden: int, width: int, rows: int) -> None:
+        like = next(model.parameters())
+        self.hidden = [like.new_zeros(rows, hidden) for _ in layers]
+        self.keys = [like.new_zeros(rows, width) for _ in layers]
+        modules = {int(found[1]): module for name, module in model.named_modules() if (found := ATTENTION.search(name))}
+        for slot, layer in enumerate(layers):
+            attention = modules.get(layer)
+            if attention is None or not hasattr(attention, "qkv_proj") or not hasattr(attention, "rotary_emb"):
+                raise InputError(f"layer {layer} of {type(model).__name__} has no self_attn with qkv_proj and rotary_emb")
+            self._watch(attention, slot)
+
+    def _watch(self, attention: nn.Module, slot: int) -> None:
+        first, last = attention.q_size, attention.q_size + attention.kv_size
+
+        def projected(module: nn.Module, args: tuple, output: Any) -> None:
+            capture(self.hidden[slot], args[0])
+            if not normed:
+                capture(self.keys[slot], (output[0] if isinstance(output, tuple) else output)[:, first:last])
+
+        def normalised(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            capture(self.keys[slot], output.view(-1, last - first))
+
+        normed = hasattr(attention, "k_norm")
+        attention.qkv_proj.register_forward_hook(projected)
+        if normed:  # the key before RoPE is what comes out of it
+            attention.k_norm.register_forward_hook(normalised)
+
+
+class Worker:
+    """Sequences, keys and Level 1 of one model runner (`gpu_model_runner`'s, which the CPU's inherits)."""
+
+    def __init__(self, runner: Any, settings: Settings) -> None:
+        scorer = load_scorer(settings.bundle)
+        self.runner, self.settings, self.spec = runner, settings, scorer.spec
+        device = next(runner.get_model().parameters()).device
+        self.cap = settings.cap or -(-runner.model_config.max_model_len // self.spec.chunking.tokens)
+        self.level1 = open_level1(scorer.to(device), Limits(cap=self.cap), settings.selection)
+        rows = runner.scheduler_config.max_num_batched_tokens
+        spec = self.spec
+        self.captured = Captured(runner.get_model(), spec.layers, spec.hidden, spec.key_width, rows)
+        self.sequences = Sequences(spec.window, spec.chunking.tokens, settings.lag)
+        self.counters = Counters()
+        self.keys: BlockKeys | None = None
+        self._leader: object = None
+        self._plan: list[torch.Tensor | None] = []
+        self._last: list[tuple[str, int]] = []  # of the step before: request and its last row
+        self._slots: torch.Tensor | None = None
+
+    def visible(self, builder: object, meta: Any) -> list[torch.Tensor | None]:
+        """Before a step: the chunks that each row may read, None for all. meta: vLLM's CommonAttentionMetadata.
+
+        Of several groups of full layers, the builder that is asked first leads, and the others get what it got.
+        """
+        self._leader = self._leader or builder
+        if builder is self._leader:
+            self._plan = self._step(meta)
+        return self._plan
+
+    def _step(self, meta: Any) -> list[torch.Tensor | None]:
+        self._take()
+        self.sequences.forget(self.runner.requests)
+        lengths = meta.seq_lens_cpu_upper_bound.tolist()  # exact without speculative decoding
+        starts = meta.query_start_loc_cpu.tolist()
+        prompt = meta.is_prefilling.tolist()
+        names = self.runner.input_batch.req_ids
+        visible: list[torch.Tensor | None] = [None] * meta.num_reqs
+        for row, name in enumerate(names[: meta.num_reqs]):
+            new, position = starts[row + 1] - starts[row], lengths[row] - 1
+            if new <= 0:
+                continue
+            alone = new == 1 and not prompt[row]
+            sequence = self.sequences.enter(name, position, alone)
+            if alone:
+                if sequence.due(self.spec.window) and sequence.newest is not None:
+                    self._choose(name, sequence, meta.block_table_tensor[row])
+                visible[row] = self._reads(sequence, position)
+            sequence.position = position
+            self._last.append((name, starts[row + 1] - 1))
+        self._slots = meta.slot_mapping[: starts[meta.num_reqs]].clone()
+        return visible
+
+    def _take(self) -> None:
+        """What the step before left behind: its keys, and the newest states where a set is due behind them."""
+        if self._slots is None:
+            return
+        if self.keys is None:
+            blocks = self.runner.kv_cache_config.num_blocks
+            self.keys = BlockKeys(
+                blocks, len(self.spec.layers), self.spec.key_width, self.spec.chunking.tokens, self._slots.device
+            )
+        rows = len(self._slots)
+        self.keys.add(self._slots, [keys[:rows] for keys in self.captured.keys])
+        for name, row in self._last:
+            sequence = self.sequences.held[name]
+            if sequence.due(self.spec.window):
+                sequence.newest = torch.stack([hidden[row] for hidden in self.captured.hidden]).to(torch.bfloat16)
+        self._last, self._slots = [], None
+
+    def _choose(self, name: str, sequence: Sequence, table: torch.Tensor) -> None:
+        """The set behind the sequence's newest token. table: [width], its blocks."""
+        chunking, position = self.spec.chunking, sequence.position
+        total = chunking.visible(position)
+        first, last = chunking.candidates(position)
+        queries = self.level1.queries(sequence.newest[None], torch.tensor([position]))
+        resident = self.level1.resident(queries, self.keys.means(table[:total]))
+        chunks, how = serve(resident, 0, total, self.cap, total - (last - first), self.settings.fallback)
+        sequence.choose(Chosen(position, total, chunks), self.settings.lag)
+        self.counters.refreshes += 1
+        self.counters.capped += how == "cap"
+        self.counters.full += how == "full"
+        if self.settings.trace is not None:
+            line = {"request": name, "position": position, "chunks": total, "how": how, "resident": chunks.tolist()}
+            self._write(line)
+
+    def _reads(self, sequence: Sequence, position: int) -> torch.Tensor | None:
+        chunks = sequence.visible(position, self.spec.chunking.tokens)
+        if chunks is not None:
+            self.counters.rows += 1
+            self.counters.read += len(chunks)
+            self.counters.made += position // self.spec.chunking.tokens + 1
+        return chunks
+
+    def report(self) -> dict[str, int]:
+        """Counters, and how many sequences are held now."""
+        self.sequences.forget(self.runner.requests)
+        return asdict(self.counters) | {"held": len(self.sequences.held)}
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with open(self.settings.trace, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+_workers: dict[int, Worker] = {}
+
+
+def attach(runner: Any) -> None:
+    """Give a runner whose model was just loaded its worker."""
+    if not hasattr(runner, "input_batch"):
+        raise InputError("vLLM's second model runner: not supported; set VLLM_USE_V2_MODEL_RUNNER=0")
+    runner.lookahead = Worker(runner, load_settings(runner.vllm_config.additional_config))
+    _workers[0] = runner.lookahead
+
+
+def current() -> Worker:
+    """The worker of this process: attention backends are not told which runner they serve."""
+    return _workers[0]
