@@ -1,5 +1,6 @@
 """Attention backends whose metadata builder hands decode rows a shorter block table and length."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from eval.serving.vllm.blocks import LookaheadSpec
 from eval.serving.vllm.tables import Tables
 from eval.serving.vllm.worker import current
 
@@ -35,7 +37,7 @@ class SparseTables:
 
     def _restrict(self, meta: CommonAttentionMetadata) -> CommonAttentionMetadata:
         worker = current()
-        if not worker.runner.kv_caches:  # a run that measures memory, before there is a cache
+        if worker is None or not worker.runner.kv_caches:  # a run that measures memory, before there is a cache
             return meta
         visible = worker.visible(self, meta)
         if all(chunks is None for chunks in visible):
@@ -54,12 +56,24 @@ class LookaheadCPUBuilder(SparseTables, CPUAttentionMetadataBuilder):
     pass
 
 
+def with_memory(spec: Any) -> Any:
+    """A layer's cache under this plugin's block manager, where cold blocks are to leave the pool."""
+    worker = current()
+    if type(spec) is not FullAttentionSpec or worker is None or worker.settings.host_gib is None:
+        return spec
+    return LookaheadSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)})
+
+
 class LookaheadCPUBackend(CPUAttentionBackend):
     """The stock backend, with blocks of 16 tokens: it declares multiples of 32, its kernels know 16 as well."""
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list:
         return [MultipleOf(16)]
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        return with_memory(super().customize_spec(spec))
 
     @staticmethod
     def get_builder_cls() -> type[LookaheadCPUBuilder]:

@@ -20,6 +20,8 @@ def check(config: Any) -> None:
     if settings.fallback is not None:
         settings.fallback.check(spec, settings.selection or spec.selection)
     check_options(config)
+    if settings.host_gib is not None and _sliding(config.model_config.hf_text_config):
+        raise InputError("host_gib: cold blocks of models with sliding layers stay in the pool; leave it out")
     check_shape(spec, config)
     found = checkpoint_fingerprint(checkpoint_folder(config))
     if found != spec.backbone:
@@ -44,8 +46,8 @@ def check_options(config: Any) -> None:
         "multimodal input": model.is_multimodal_model,
         "pooling": model.runner_type != "generate",
         "KV transfer to or from other caches": transfer is not None and transfer.kv_connector != CONNECTOR,
-        "hybrid models without the hybrid KV cache manager": bool(config.scheduler_config.disable_hybrid_kv_cache_manager)
-        and _sliding(model.hf_text_config),
+        "sliding layers without the hybrid KV cache manager": _sliding(model.hf_text_config)
+        and bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
     }  # fmt: skip
     for what, asked in wrong.items():
         if asked:
@@ -94,4 +96,6 @@ def checkpoint_folder(config: Any) -> Path:
         return Path(model.model)
     from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
-    return Path(download_weights_from_hf(model.model, config.load_config.download_dir, ["*.safetensors"], model.revision))
+    return Path(
+        download_weights_from_hf(model.model, config.load_config.download_dir, ["*.safetensors"], model.revision)
+    )

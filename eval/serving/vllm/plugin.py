@@ -11,14 +11,21 @@ def register() -> None:
     """Called by vLLM in every process, perhaps several times."""
     if not os.environ.get(f"{PREFIX}BUNDLE"):
         return
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from eval.serving.vllm.blocks import register_spec
+    from eval.serving.vllm.checks import CONNECTOR
 
     if current_platform.is_cpu():  # it takes no CUSTOM backend, but its own may be replaced
         register_backend(AttentionBackendEnum.CPU_ATTN, "eval.serving.vllm.backend.LookaheadCPUBackend")
     else:
         register_backend(AttentionBackendEnum.CUSTOM, "eval.serving.vllm.backend_triton.LookaheadTritonBackend")
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR, "eval.serving.vllm.connector", CONNECTOR)
+    register_spec()
     _once(EngineArgs, "create_engine_config", _refuse)
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -40,11 +47,14 @@ def _refuse(create: Any) -> Any:
     """What cannot be served is said where the server starts: in one line."""
 
     def create_engine_config(self: Any, usage_context: Any = None, *args: Any, **options: Any) -> Any:
+        from vllm.config import KVTransferConfig
         from vllm.usage.usage_lib import UsageContext
 
         from data_gen.core.errors import InputError
-        from eval.serving.vllm.checks import check
+        from eval.serving.vllm.checks import CONNECTOR, check
 
+        if self.kv_transfer_config is None:  # counters and moves travel by it
+            self.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_both")
         config = create(self, usage_context, *args, **options)
         try:
             check(config)

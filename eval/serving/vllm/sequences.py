@@ -19,12 +19,13 @@ class Chosen:
 class Sequence:
     """position: its newest token read; force: the set in force, None while everything may be read; coming: one that
     comes into force with the next token but one (lag 1); newest: [L, hidden] bf16, what entered the attention blocks
-    of the indexer's layers at `position`, where a set is due behind it."""
+    of the indexer's layers at `position`, where a set is due behind it; reads: blocks it read last under a set."""
 
     position: int = -1
     force: Chosen | None = None
     coming: Chosen | None = None
     newest: torch.Tensor | None = None
+    reads: int = 0
 
     def due(self, window: int) -> bool:
         """Is a set to be chosen behind the newest token?"""
@@ -34,6 +35,7 @@ class Sequence:
     def restart(self) -> None:
         """Read with full attention again: a prompt, or all of it after a preemption."""
         self.force = self.coming = self.newest = None
+        self.reads = 0
 
     def begin(self, position: int) -> None:
         """Before token `position` is read alone: a set that was on its way is in force; a gap starts anew."""
@@ -76,15 +78,7 @@ class Counters:
 class Sequences:
     """All sequences of one engine process, by the engine's name for the request."""
 
-    window: int
-    tokens: int
-    lag: int = 0
     held: dict[str, Sequence] = field(default_factory=dict)
-
-    def forget(self, alive: "set[str] | dict") -> None:
-        """Drop those that the engine no longer has: finished and aborted ones."""
-        for name in [name for name in self.held if name not in alive]:
-            del self.held[name]
 
     def enter(self, name: str, position: int, alone: bool) -> Sequence:
         """The sequence whose token `position` is about to be read, the last of several unless `alone`."""

@@ -18,10 +18,11 @@ SECTION = "lookahead"
 
 
 class Settings(Strict):
-    """bundle: the indexer's folder; budget or threshold: how chunks are chosen, by default as the bundle says; cap: most
-    resident chunks, protected ones included; full_above: a window that asks for more than this multiple of the cap
-    reads everything (`Fallback`); lag: 1 lets one more token be read with the old set; trace: a file to which each
-    window's set is appended, one JSON line a window."""
+    """bundle: the indexer's folder; budget or threshold: how chunks are chosen, by default as the bundle says; cap:
+    most resident chunks, protected ones included; full_above: a window that asks for more than this multiple of the cap
+    reads everything (`Fallback`); lag: 1 lets one more token be read with the old set; host_gib: host memory for cold
+    blocks, which then leave the engine's pool; trace: a file to which each window's set is appended, one JSON line a
+    window."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -31,6 +32,7 @@ class Settings(Strict):
     cap: PositiveInt | None = None
     full_above: float | None = Field(None, ge=1)
     lag: Literal[0, 1] = 0
+    host_gib: float | None = Field(None, gt=0)
     trace: Path | None = None
 
     @model_validator(mode="before")
@@ -46,6 +48,8 @@ class Settings(Strict):
             raise ValueError("budget and threshold: give one of them")
         if self.full_above is not None and self.cap is None:
             raise ValueError("full_above: a multiple of the cap, which is missing")
+        if self.lag and self.host_gib is not None:
+            raise ValueError("lag: blocks that come back from host memory are a token late anyway; leave lag out")
         return self
 
     @property

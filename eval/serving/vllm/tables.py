@@ -11,11 +11,16 @@ class Tables:
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
 
     def fill(
-        self, table: torch.Tensor, lengths: torch.Tensor, bounds: torch.Tensor, visible: list[torch.Tensor | None], tokens: int
+        self,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        bounds: torch.Tensor,
+        visible: list[torch.Tensor | None],
+        tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Copy the engine's table [B, width] and lengths [B], and shorten rows that read only `visible` chunks.
+        """Copy the engine's table [B, width] and lengths [B], and shorten rows that read only `visible` blocks.
 
-        bounds: [B], the lengths on the CPU; visible: a row's chunks, ascending, the unfinished one last, or None.
+        bounds: [B], the lengths on the CPU; visible: a row's blocks, the unfinished one last, or None.
         Positions are in the keys already, so leaving blocks out moves no token. Returns views of the copies and new
         bounds.
         """
@@ -23,10 +28,10 @@ class Tables:
         self.table[:rows].copy_(table)
         self.lengths[:rows].copy_(lengths)
         bounds = bounds.clone()
-        for row, chunks in enumerate(visible):
-            if chunks is None:
+        for row, blocks in enumerate(visible):
+            if blocks is None:
                 continue
-            self.table[row, : len(chunks)] = table[row, chunks.to(table.device)]
+            self.table[row, : len(blocks)] = blocks
             last = (int(bounds[row]) - 1) % tokens + 1
-            self.lengths[row] = bounds[row] = (len(chunks) - 1) * tokens + last
+            self.lengths[row] = bounds[row] = (len(blocks) - 1) * tokens + last
         return self.table[:rows], self.lengths[:rows], bounds

@@ -1,6 +1,7 @@
 """One engine process: what the indexer reads is caught on the way, and every step gets its visible chunks."""
 
 import json
+import logging
 import re
 from dataclasses import asdict
 from typing import Any
@@ -13,10 +14,12 @@ from eval.runtime.fallback import serve
 from eval.serving.level1 import open_level1
 from eval.serving.select import Limits
 from eval.serving.vllm.keys import BlockKeys
+from eval.serving.vllm.memory import Memory, Moves
 from eval.serving.vllm.sequences import Chosen, Counters, Sequence, Sequences
 from eval.serving.vllm.settings import Settings, load_settings
 from indexer_train.formats.bundle import load_scorer
 
+LOGGER = logging.getLogger("vllm.lookahead")
 ATTENTION = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn$")
 
 
@@ -43,7 +46,9 @@ class Captured:
         for slot, layer in enumerate(layers):
             attention = modules.get(layer)
             if attention is None or not hasattr(attention, "qkv_proj") or not hasattr(attention, "rotary_emb"):
-                raise InputError(f"layer {layer} of {type(model).__name__} has no self_attn with qkv_proj and rotary_emb")
+                raise InputError(
+                    f"layer {layer} of {type(model).__name__} has no self_attn with qkv_proj and rotary_emb"
+                )
             self._watch(attention, slot)
 
     def _watch(self, attention: nn.Module, slot: int) -> None:
@@ -75,46 +80,57 @@ class Worker:
         rows = runner.scheduler_config.max_num_batched_tokens
         spec = self.spec
         self.captured = Captured(runner.get_model(), spec.layers, spec.hidden, spec.key_width, rows)
-        self.sequences = Sequences(spec.window, spec.chunking.tokens, settings.lag)
+        self.sequences = Sequences()
         self.counters = Counters()
         self.keys: BlockKeys | None = None
+        self.memory: Memory | None = None
         self._leader: object = None
-        self._plan: list[torch.Tensor | None] = []
+        self._plan: list[tuple[str, torch.Tensor] | None] = []
+        self._said = False
         self._last: list[tuple[str, int]] = []  # of the step before: request and its last row
         self._slots: torch.Tensor | None = None
 
     def visible(self, builder: object, meta: Any) -> list[torch.Tensor | None]:
-        """Before a step: the chunks that each row may read, None for all. meta: vLLM's CommonAttentionMetadata.
+        """Before a step: the blocks that each row may read, in order, None for all.
 
-        Of several groups of full layers, the builder that is asked first leads, and the others get what it got.
+        meta: vLLM's CommonAttentionMetadata.
+        Of several groups of full layers, the builder that is asked first leads; the others, with tables of their own,
+        read the same chunks.
         """
         self._leader = self._leader or builder
         if builder is self._leader:
             self._plan = self._step(meta)
-        return self._plan
+        return [
+            None if read is None else self._blocks(*read, meta.block_table_tensor[row])
+            for row, read in enumerate(self._plan)
+        ]
 
-    def _step(self, meta: Any) -> list[torch.Tensor | None]:
+    def _step(self, meta: Any) -> list[tuple[str, torch.Tensor] | None]:
+        """Of each row the request and the chunks to read, None for all."""
         self._take()
-        self.sequences.forget(self.runner.requests)
+        self._forget()
         lengths = meta.seq_lens_cpu_upper_bound.tolist()  # exact without speculative decoding
         starts = meta.query_start_loc_cpu.tolist()
         prompt = meta.is_prefilling.tolist()
         names = self.runner.input_batch.req_ids
-        visible: list[torch.Tensor | None] = [None] * meta.num_reqs
+        plan: list[tuple[str, torch.Tensor] | None] = [None] * meta.num_reqs
         for row, name in enumerate(names[: meta.num_reqs]):
             new, position = starts[row + 1] - starts[row], lengths[row] - 1
             if new <= 0:
                 continue
             alone = new == 1 and not prompt[row]
             sequence = self.sequences.enter(name, position, alone)
+            if self.memory is not None and sequence.force is None:
+                self.memory.forget(name)  # it is read anew, into blocks of the engine's choice
             if alone:
                 if sequence.due(self.spec.window) and sequence.newest is not None:
                     self._choose(name, sequence, meta.block_table_tensor[row])
-                visible[row] = self._reads(sequence, position)
+                chunks = self._reads(name, sequence, position)
+                plan[row] = (name, chunks) if chunks is not None else None
             sequence.position = position
             self._last.append((name, starts[row + 1] - 1))
         self._slots = meta.slot_mapping[: starts[meta.num_reqs]].clone()
-        return visible
+        return plan
 
     def _take(self) -> None:
         """What the step before left behind: its keys, and the newest states where a set is due behind them."""
@@ -139,32 +155,99 @@ class Worker:
         total = chunking.visible(position)
         first, last = chunking.candidates(position)
         queries = self.level1.queries(sequence.newest[None], torch.tensor([position]))
-        resident = self.level1.resident(queries, self.keys.means(table[:total]))
+        keys = self.keys.means(table[:total])
+        if self.memory is not None:  # blocks that were freed hold other keys by now
+            residence = self.memory.of(name)
+            keys = residence.add_keys(keys[0 if residence.keys is None else len(residence.keys) :])
+        resident = self.level1.resident(queries, keys)
         chunks, how = serve(resident, 0, total, self.cap, total - (last - first), self.settings.fallback)
         sequence.choose(Chosen(position, total, chunks), self.settings.lag)
         self.counters.refreshes += 1
         self.counters.capped += how == "cap"
         self.counters.full += how == "full"
-        if self.settings.trace is not None:
-            line = {"request": name, "position": position, "chunks": total, "how": how, "resident": chunks.tolist()}
-            self._write(line)
+        if self.memory is not None:
+            self.memory.settle(name, set(chunks.tolist()), total, table)
+            self._say_full()
+            chunks = self.memory.of(name).visible(total)
+        self._write(name, position, total, how, chunks)
 
-    def _reads(self, sequence: Sequence, position: int) -> torch.Tensor | None:
+    def _reads(self, name: str, sequence: Sequence, position: int) -> torch.Tensor | None:
+        """Chunks that token `position` reads, ascending, the unfinished one last; None: all."""
         chunks = sequence.visible(position, self.spec.chunking.tokens)
-        if chunks is not None:
-            self.counters.rows += 1
-            self.counters.read += len(chunks)
-            self.counters.made += position // self.spec.chunking.tokens + 1
+        if chunks is None:
+            return None
+        made = position // self.spec.chunking.tokens + 1
+        if self.memory is not None:
+            chunks = self.memory.of(name).visible(made)
+        sequence.reads = len(chunks)
+        self.counters.rows += 1
+        self.counters.read += len(chunks)
+        self.counters.made += made
         return chunks
 
-    def report(self) -> dict[str, int]:
-        """Counters, and how many sequences are held now."""
-        self.sequences.forget(self.runner.requests)
-        return asdict(self.counters) | {"held": len(self.sequences.held)}
+    def _blocks(self, name: str, chunks: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Where chunks lie, by the engine's table [width] and what has moved since."""
+        if self.memory is not None:
+            return self.memory.of(name).blocks(chunks, table)
+        return table[chunks.to(table.device)]
 
-    def _write(self, line: dict[str, Any]) -> None:
-        with open(self.settings.trace, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    def _write(self, name: str, position: int, total: int, how: str, chunks: torch.Tensor) -> None:
+        """A line of the trace. how: as `serve` says, or "arrived" where fetched chunks join the set in force."""
+        if self.settings.trace is not None:
+            line = {"request": name, "position": position, "chunks": total, "how": how, "resident": chunks.tolist()}
+            with open(self.settings.trace, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    # --- called by the connector ---
+
+    def register_caches(self, caches: list[torch.Tensor]) -> None:
+        """The engine's keys and values, a tensor a layer."""
+        if self.settings.host_gib is not None:
+            self.memory = Memory(caches, int(self.settings.host_gib * 2**30))
+
+    def load(self, places: dict[str, dict[int, int]]) -> None:
+        """Bring chunks back into the blocks that the scheduler gave them."""
+        for name, chunks in places.items():
+            if self.memory.load(name, chunks):
+                sequence = self.sequences.held[name]
+                total = sequence.force.chunks
+                self._write(name, sequence.position, total, "arrived", self.memory.of(name).visible(total))
+
+    def take_moves(self) -> dict[str, Moves]:
+        return self.memory.take_moves() if self.memory is not None else {}
+
+    def finish(self, names: set[str]) -> None:
+        """These requests are finished or aborted."""
+        for name in names:
+            self._drop(name)
+
+    def report(self) -> dict[str, int]:
+        """Counters since the start and gauges."""
+        counted, memory = asdict(self.counters), self.memory
+        if memory is not None:
+            counted |= {"evicted": memory.evicted, "fetched": memory.fetched}
+        return counted | {
+            "sequences": len(self.sequences.held),
+            "resident_blocks": sum(sequence.reads for sequence in self.sequences.held.values()),
+            "host_bytes": memory.used if memory is not None else 0,
+        }
+
+    def _forget(self) -> None:
+        """The engine's own list of requests is the truth."""
+        for name in [name for name in self.sequences.held if name not in self.runner.requests]:
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self.sequences.held.pop(name, None)
+        if self.memory is not None:
+            self.memory.forget(name)
+
+    def _say_full(self) -> None:
+        if self.memory.full and not self._said:
+            self._said = True
+            LOGGER.warning(
+                "lookahead: host memory of %.3f GiB is full; more cold blocks stay in the pool", self.settings.host_gib
+            )
 
 
 _workers: dict[int, Worker] = {}
@@ -178,6 +261,6 @@ def attach(runner: Any) -> None:
     _workers[0] = runner.lookahead
 
 
-def current() -> Worker:
-    """The worker of this process: attention backends are not told which runner they serve."""
-    return _workers[0]
+def current() -> Worker | None:
+    """The worker of this process, once its model is loaded: backends and connectors are not told their runner."""
+    return _workers.get(0)

@@ -1,0 +1,163 @@
+"""Settings, sequences, keys, tables and memory, without an engine."""
+
+import pytest
+import torch
+
+from data_gen.core.errors import InputError
+from data_gen.core.keys import KeyPooler
+from eval.serving.vllm.keys import BlockKeys
+from eval.serving.vllm.memory import Memory
+from eval.serving.vllm.sequences import Chosen, Sequence, Sequences
+from eval.serving.vllm.settings import load_settings
+from eval.serving.vllm.tables import Tables
+from indexer_train.selection import Budget, Threshold
+
+
+def test_settings_come_from_the_environment_and_the_engine():
+    environment = {"LOOKAHEAD_BUNDLE": "b", "LOOKAHEAD_BUDGET": "0.1", "LOOKAHEAD_LAG": "1", "PATH": "/bin"}
+    settings = load_settings({"lookahead": {"budget": 0.2}}, environment)
+    assert (settings.selection, settings.lag, settings.fallback) == (Budget(budget=0.2), 1, None)
+    settings = load_settings(
+        {}, {"LOOKAHEAD_BUNDLE": "b", "LOOKAHEAD_THRESHOLD": "0", "LOOKAHEAD_CAP": "9", "LOOKAHEAD_FULL_ABOVE": "2"}
+    )
+    assert isinstance(settings.selection, Threshold)
+    assert settings.fallback.full_above == 2
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({}, "bundle: Field required"),
+        ({"bundle": "b", "budgets": "0.1"}, "budgets: Extra inputs"),
+        ({"bundle": "b", "budget": "0"}, "budget: Input should be greater than 0"),
+        ({"bundle": "b", "budget": ".1", "threshold": "0"}, "budget and threshold: give one"),
+        ({"bundle": "b", "full_above": "2"}, "full_above: a multiple of the cap"),
+        ({"bundle": "b", "lag": "2"}, "lag: Input should be 0 or 1"),
+        ({"bundle": "b", "lag": "1", "host_gib": "1"}, "lag: blocks that come back"),
+        ({"bundle": "b", "threshold": "nan"}, "threshold: Input should be a finite number"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(given, said):
+    with pytest.raises(InputError, match=said) as error:
+        load_settings({}, {f"LOOKAHEAD_{name.upper()}": value for name, value in given.items()})
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="not a table"):
+        load_settings({"lookahead": 3}, {})
+
+
+def read(sequence, position, lag=0, window=4):
+    """One token read alone; returns what it could read, with sets named by their position."""
+    sequence.begin(position)
+    if sequence.due(window):
+        sequence.choose(Chosen(sequence.position, (sequence.position + 1) // 2, torch.tensor([sequence.position])), lag)
+    sequence.position = position
+    return sequence.force.position
+
+
+def test_a_set_serves_a_window():
+    sequence = Sequence(position=9)
+    assert [read(sequence, position) for position in range(10, 20)] == [9, 9, 9, 9, 13, 13, 13, 13, 17, 17]
+
+
+def test_with_lag_the_first_set_serves_at_once_and_others_a_token_later():
+    sequence = Sequence(position=9)
+    assert [read(sequence, position, lag=1) for position in range(10, 20)] == [9] * 5 + [13] * 4 + [17]
+
+
+def test_a_gap_and_a_prompt_start_anew():
+    sequences = Sequences()
+    sequence = sequences.enter("a", 9, alone=False)
+    sequence.position = 9
+    read(sequence, 10)
+    assert sequences.enter("a", 11, alone=True).force is not None
+    assert sequences.enter("a", 14, alone=True).force is None  # preempted and read again meanwhile
+    sequence.position = 14
+    read(sequence, 15)
+    assert sequences.enter("a", 40, alone=False).visible(40, 2) is None
+
+
+def test_chunks_made_since_are_visible():
+    sequence = Sequence(position=30, force=Chosen(20, 5, torch.tensor([0, 3])))
+    assert sequence.visible(31, 4).tolist() == [0, 3, 5, 6, 7]
+
+
+def test_keys_are_those_of_the_pooler_whatever_the_pieces():
+    """Blocks in any order, two sequences mixed, a block used again."""
+    torch.manual_seed(0)
+    keys = BlockKeys(8, 2, 6, 4, torch.device("cpu"))
+    states = torch.randn(2, 2, 12, 6)  # sequence, layer, token
+    tables = [[5, 2, 7], [1, 6, 3]]
+    keys.add(torch.arange(20, 24), [torch.ones(4, 6), torch.ones(4, 6)])  # somebody before, in block 5
+    for first, last in ((0, 3), (3, 4), (4, 11), (11, 12)):
+        slots = [table[token // 4] * 4 + token % 4 for table in tables for token in range(first, last)]
+        rows = [states[:, layer, first:last].reshape(-1, 6) for layer in range(2)]
+        keys.add(torch.tensor([*slots, -1]), [torch.cat([part, torch.full((1, 6), 9.0)]) for part in rows])
+    for sequence, table in enumerate(tables):
+        pooler = KeyPooler(4)
+        pooler.append(states[sequence])
+        expected = pooler.pooled.transpose(0, 1)
+        assert (keys.means(torch.tensor(table)).float() - expected).abs().max() < 2e-3
+
+
+def test_tables_hold_visible_blocks_and_their_length():
+    tables = Tables(4, 6, torch.device("cpu"))
+    table = torch.arange(18, dtype=torch.int32).view(3, 6)
+    lengths = torch.tensor([18, 23, 24], dtype=torch.int32)
+    visible = [None, torch.tensor([6, 8, 11]), torch.tensor([12, 17])]
+    for _ in range(2):
+        short, new, bounds = tables.fill(table, lengths, lengths, visible, 4)
+        assert short[0].tolist() == table[0].tolist()
+        assert short[1, :3].tolist() == [6, 8, 11]
+        assert short[2, :2].tolist() == [12, 17]
+        assert new.tolist() == bounds.tolist() == [18, 11, 8]
+        assert short.data_ptr() == tables.table.data_ptr()
+    assert lengths.tolist() == [18, 23, 24]
+
+
+def pool(limit=1 << 20):
+    """Two layers of 12 blocks; block b of layer l holds 100 l + b."""
+    caches = [(100.0 * layer + torch.arange(12)).view(12, 1, 1).repeat(1, 2, 3) for layer in range(2)]
+    return Memory(caches, limit)
+
+
+def test_cold_chunks_leave_and_come_back_elsewhere():
+    memory, table = pool(), torch.tensor([3, 4, 5, 6, 7, 8])
+    memory.settle("a", {0, 3}, 4, table)
+    assert memory.take_moves()["a"].evict == [1, 2]
+    assert memory.of("a").visible(5).tolist() == [0, 3, 4]
+    for cache in memory.caches:
+        cache[4:6] = -1  # freed, and somebody else's by now
+    memory.settle("a", {0, 2}, 4, table)
+    moves = memory.take_moves()["a"]
+    assert (moves.evict, moves.fetch) == ([3], [2])
+    assert memory.of("a").visible(5).tolist() == [0, 4]  # 2 is on its way
+    assert memory.load("a", {2: 10})
+    assert memory.of("a").visible(5).tolist() == [0, 2, 4]
+    assert memory.of("a").blocks(torch.tensor([0, 2, 4]), table).tolist() == [3, 10, 7]
+    assert [cache[10].unique().tolist() for cache in memory.caches] == [[5.0], [105.0]]
+    memory.settle("a", {0, 1}, 4, table)  # 2 is on the host already: nothing is copied again
+    assert memory.take_moves()["a"].evict == [2]
+    assert memory.used == 3 * memory.chunk_bytes
+    memory.forget("a")
+    assert memory.used == 0
+    assert not memory.load("a", {1: 9})
+
+
+def test_a_full_host_leaves_chunks_where_they_are():
+    memory, table = pool(limit=2 * 2 * 6 * 4), torch.tensor([3, 4, 5, 6, 7, 8])
+    memory.settle("a", {0}, 5, table)
+    assert memory.take_moves()["a"].evict == [1, 2]
+    assert memory.of("a").visible(5).tolist() == [0, 3, 4]
+    assert memory.full
+
+
+def test_chunks_that_came_too_late_are_visible_until_the_next_set():
+    memory, table = pool(), torch.tensor([3, 4, 5, 6])
+    memory.settle("a", {0}, 3, table)
+    memory.settle("a", {0, 1}, 3, table)
+    memory.settle("a", {0, 2}, 3, table)
+    memory.load("a", {1: 9})  # wanted by the set before
+    assert memory.of("a").visible(3).tolist() == [0, 1]
+    memory.take_moves()
+    memory.settle("a", {0, 2}, 3, table)
+    assert memory.take_moves()["a"].evict == [1]
