@@ -44,5 +44,5 @@ test: $(VENV)/ready  ## the whole suite, in two processes of one thread each: in
 	touch $@
 
 test-vllm: $(VENV)/ready .venv-vllm/ready  ## the vLLM plugin in real servers, beside the runtime of the training environment
-	LOOKAHEAD_TRUTH_PYTHON=$(BIN)/python OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -p no:cacheprovider \
+	TRUTH_PYTHON=$(BIN)/python OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -p no:cacheprovider \
 	  --confcutdir tests/eval/serving/vllm tests/eval/serving/vllm

@@ -81,4 +81,4 @@ def load_settings(additional: object = None, environment: Mapping[str, str] = os
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"lookahead settings: {f'{name}: ' if name else ''}{message}") from error
+        raise InputError(f"settings: {f'{name}: ' if name else ''}{message}") from error

@@ -1,7 +1,7 @@
 """Servers with the plugin, beside the truth: an LSA runtime in another environment.
 
 `test_engine*.py` run in an environment with vLLM (make test-vllm), which has no training packages; the truth runs in
-the training environment, whose Python LOOKAHEAD_TRUTH_PYTHON names.
+the training environment, whose Python TRUTH_PYTHON names.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[4]
-TRUTH = os.environ.get("LOOKAHEAD_TRUTH_PYTHON", str(ROOT / ".venv/bin/python"))
+TRUTH = os.environ.get("TRUTH_PYTHON", str(ROOT / ".venv/bin/python"))
 ENGINE = {
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -41,9 +41,9 @@ def truth(*arguments: object) -> str:
 def models(tmp_path_factory):
     """Folder with a checkpoint NAME and a bundle NAME-bundle of smollm2, qwen3 and gemma3, and prompts.json.
 
-    LOOKAHEAD_TEST_MODELS names a folder in which they stay.
+    TRUTH_MODELS names a folder in which they stay.
     """
-    kept = os.environ.get("LOOKAHEAD_TEST_MODELS")
+    kept = os.environ.get("TRUTH_MODELS")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("models")
     if not (folder / "prompts.json").exists():
         truth("models", folder)
