@@ -20,6 +20,7 @@ class SparseTables:
     layers the one that is asked first in a step has the sets chosen.
     """
 
+    persistent = False
     supports_update_block_table = False  # a full table would be put into another group's shorter metadata
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
@@ -40,7 +41,7 @@ class SparseTables:
         if worker is None or not worker.runner.kv_caches:  # a run that measures memory, before there is a cache
             return meta
         visible = worker.visible(self, meta)
-        if all(chunks is None for chunks in visible):
+        if not self.persistent and all(blocks is None for blocks in visible):
             return meta
         if self._tables is None:
             self._tables = Tables(self._rows, meta.block_table_tensor.shape[1], self._device)

@@ -144,8 +144,8 @@ class Worker:
         rows = len(self._slots)
         self.keys.add(self._slots, [keys[:rows] for keys in self.captured.keys])
         for name, row in self._last:
-            sequence = self.sequences.held[name]
-            if sequence.due(self.spec.window):
+            sequence = self.sequences.held.get(name)  # None: finished meanwhile
+            if sequence is not None and sequence.due(self.spec.window):
                 sequence.newest = torch.stack([hidden[row] for hidden in self.captured.hidden]).to(torch.bfloat16)
         self._last, self._slots = [], None
 

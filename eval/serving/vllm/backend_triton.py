@@ -1,0 +1,27 @@
+"""The same on GPUs, around vLLM's Triton backend (`--attention-backend CUSTOM`). Written from its source, run nowhere."""
+
+from typing import Any
+
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder
+
+from eval.serving.vllm.backend import SparseTables, with_memory
+
+
+class LookaheadTritonBuilder(SparseTables, TritonAttentionMetadataBuilder):
+    """Captured CUDA graphs read tables and lengths where they lay: always at this builder's own addresses."""
+
+    persistent = True
+
+
+class LookaheadTritonBackend(TritonAttentionBackend):
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        return with_memory(super().customize_spec(spec))
+
+    @staticmethod
+    def get_builder_cls() -> type[LookaheadTritonBuilder]:
+        return LookaheadTritonBuilder
