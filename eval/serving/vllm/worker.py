@@ -209,9 +209,9 @@ class Worker:
         """Bring chunks back into the blocks that the scheduler gave them."""
         for name, chunks in places.items():
             if self.memory.load(name, chunks):
-                sequence = self.sequences.held[name]
-                total = sequence.force.chunks
-                self._write(name, sequence.position, total, "arrived", self.memory.of(name).visible(total))
+                position = self.sequences.held[name].position
+                total = self.spec.chunking.visible(position)
+                self._write(name, position, total, "arrived", self.memory.of(name).visible(total))
 
     def take_moves(self) -> dict[str, Moves]:
         return self.memory.take_moves() if self.memory is not None else {}
