@@ -1,4 +1,4 @@
-"""The same on GPUs, around vLLM's Triton backend (`--attention-backend CUSTOM`): written from its source, run nowhere."""
+"""The same around vLLM's Triton backend (GPUs: `--attention-backend CUSTOM`): written from its source, run nowhere."""
 
 from typing import Any
 

@@ -42,7 +42,7 @@ def test_unequal_requests_and_a_second_turn(serve, prompts, follow, model):
     asked = {name: prompts(model, text, length) for text, (name, length) in enumerate(lengths.items())}
     answers = server.together(asked)
     before = server.metrics()["vllm:prefix_cache_hits_total"]
-    turns = {f"{name}-again": asked[name] + answers[name] + prompts(model, 5, 50) for name in ("one", "four")}
+    turns = {f"again-{name}": asked[name] + answers[name] + prompts(model, 5, 50) for name in ("one", "four")}
     second = server.together(turns)
     # With a sliding window, only a hit that ends where the window's blocks are still cached counts.
     assert server.metrics()["vllm:prefix_cache_hits_total"] - before > (0 if model == "gemma3" else 1000)
