@@ -1,5 +1,7 @@
 """Attention backends whose metadata builder hands decode rows a shorter block table and length."""
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from dataclasses import fields
 from typing import Any
 
@@ -24,7 +26,7 @@ class SparseTables:
     supports_update_block_table = False  # a full table would be put into another group's shorter metadata
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # pyright: ignore[reportCallIssue]
         self._full = isinstance(kv_cache_spec, FullAttentionSpec)
         self._rows, self._device = vllm_config.scheduler_config.max_num_seqs, device
         self._tokens = kv_cache_spec.block_size

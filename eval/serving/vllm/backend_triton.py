@@ -1,5 +1,7 @@
 """The same around vLLM's Triton backend (GPUs: `--attention-backend CUSTOM`): written from its source, run nowhere."""
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from typing import Any
 
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder

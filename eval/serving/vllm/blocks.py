@@ -1,5 +1,7 @@
 """The scheduler's side of memory: a block manager that frees single blocks of a running request and takes new ones."""
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from dataclasses import dataclass
 from typing import Any
 

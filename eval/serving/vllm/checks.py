@@ -1,5 +1,7 @@
 """What is refused when the server starts: another model's bundle, other block sizes, options that are not supported."""
 
+# pyright: reportMissingImports=false
+
 from pathlib import Path
 from typing import Any
 

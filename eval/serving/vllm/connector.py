@@ -1,5 +1,7 @@
 """The connector that carries counters and moves of blocks between worker and scheduler, in vLLM's own messages."""
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from eval.serving.vllm.blocks import LookaheadManager
 from eval.serving.vllm.memory import Moves
-from eval.serving.vllm.worker import current
+from eval.serving.vllm.worker import Worker, current
 
 GAUGES = {
     "sequences": "Sequences that are being decoded or read",
@@ -101,11 +103,17 @@ class LookaheadConnector(KVConnectorBase_V1, SupportsHMA):
 
     # --- worker ---
 
+    @property
+    def _worker(self) -> Worker:
+        worker = current()
+        assert worker is not None  # models are loaded before their caches are registered
+        return worker
+
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        current().register_caches(list(kv_caches.values()))
+        self._worker.register_caches(list(kv_caches.values()))
 
     def start_load_kv(self, forward_context: Any, **options: Any) -> None:
-        current().load(self._get_connector_metadata().places)
+        self._worker.load(self._get_connector_metadata().places)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
@@ -117,17 +125,17 @@ class LookaheadConnector(KVConnectorBase_V1, SupportsHMA):
         return
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
-        current().finish(finished_req_ids)
+        self._worker.finish(finished_req_ids)
         return None, None
 
     def build_connector_worker_meta(self) -> Wishes | None:
-        moves = current().take_moves()
+        moves = self._worker.take_moves()
         return Wishes(moves) if moves else None
 
     def get_kv_connector_stats(self) -> Stats | None:
         if self.role is not KVConnectorRole.WORKER:
             return None
-        now = current().report()
+        now = self._worker.report()
         news = {name: now[name] - self._reported.get(name, 0) for name in COUNTERS if name in now}
         changed = any(news.values()) or any(now[name] != self._reported.get(name) for name in GAUGES)
         self._reported = now

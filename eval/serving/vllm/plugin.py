@@ -1,5 +1,7 @@
 """Entry point `vllm.general_plugins`. Without LOOKAHEAD_BUNDLE it does nothing at all."""
 
+# pyright: reportMissingImports=false
+
 import functools
 import os
 from typing import Any
@@ -39,7 +41,7 @@ def _once(owner: type, name: str, wrap: Any) -> None:
     method = getattr(owner, name)
     if not hasattr(method, "lookahead"):
         wrapped = functools.wraps(method)(wrap(method))
-        wrapped.lookahead = True
+        wrapped.__dict__["lookahead"] = True
         setattr(owner, name, wrapped)
 
 

@@ -51,7 +51,7 @@ class Captured:
                 )
             self._watch(attention, slot)
 
-    def _watch(self, attention: nn.Module, slot: int) -> None:
+    def _watch(self, attention: Any, slot: int) -> None:
         first, last = attention.q_size, attention.q_size + attention.kv_size
 
         def projected(module: nn.Module, args: tuple, output: Any) -> None:
@@ -154,11 +154,12 @@ class Worker:
         chunking, position = self.spec.chunking, sequence.position
         total = chunking.visible(position)
         first, last = chunking.candidates(position)
-        queries = self.level1.queries(sequence.newest[None], torch.tensor([position]))
+        assert sequence.newest is not None and self.keys is not None  # by the step before
         keys = self.keys.means(table[:total])
         if self.memory is not None:  # blocks that were freed hold other keys by now
             residence = self.memory.of(name)
             keys = residence.add_keys(keys[0 if residence.keys is None else len(residence.keys) :])
+        queries = self.level1.pack(sequence.newest[None], torch.tensor([position]))
         resident = self.level1.resident(queries, keys)
         chunks, how = serve(resident, 0, total, self.cap, total - (last - first), self.settings.fallback)
         sequence.choose(Chosen(position, total, chunks), self.settings.lag)
@@ -167,7 +168,12 @@ class Worker:
         self.counters.full += how == "full"
         if self.memory is not None:
             self.memory.settle(name, set(chunks.tolist()), total, table)
-            self._say_full()
+            if self.memory.full and not self._said:
+                self._said = True
+                LOGGER.warning(
+                    "lookahead: host memory of %.3f GiB is full; more cold blocks stay in the pool",
+                    self.settings.host_gib,
+                )
             chunks = self.memory.of(name).visible(total)
         self._write(name, position, total, how, chunks)
 
@@ -207,6 +213,8 @@ class Worker:
 
     def load(self, places: dict[str, dict[int, int]]) -> None:
         """Bring chunks back into the blocks that the scheduler gave them."""
+        if self.memory is None:
+            return
         for name, chunks in places.items():
             if self.memory.load(name, chunks):
                 position = self.sequences.held[name].position
@@ -241,13 +249,6 @@ class Worker:
         self.sequences.held.pop(name, None)
         if self.memory is not None:
             self.memory.forget(name)
-
-    def _say_full(self) -> None:
-        if self.memory.full and not self._said:
-            self._said = True
-            LOGGER.warning(
-                "lookahead: host memory of %.3f GiB is full; more cold blocks stay in the pool", self.settings.host_gib
-            )
 
 
 _workers: dict[int, Worker] = {}

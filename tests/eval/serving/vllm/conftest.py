@@ -75,7 +75,7 @@ class Server:
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
-    def wait(self, seconds: float = 300) -> "Server":
+    def wait(self, seconds: float = 900) -> "Server":
         """Until it answers."""
         for _ in range(int(seconds / 0.25)):
             assert self.process.poll() is None, self.log.read_text()[-3000:]
