@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import random
+import shlex
 import socket
 import statistics
 import subprocess
@@ -94,7 +95,7 @@ def server(args: argparse.Namespace, settings: dict[str, str], log: Path) -> Any
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model, "--port", str(port),
         "--block-size", str(block), "--num-gpu-blocks-override", str(args.pool // block), "--max-num-seqs",
-        str(args.requests), "--no-enable-prefix-caching", *args.engine,
+        str(args.requests), "--no-enable-prefix-caching", *shlex.split(args.engine),
     ]  # fmt: skip
     environment = os.environ | {f"LOOKAHEAD_{name}": value for name, value in settings.items()}
     with open(log, "w") as file:
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--needle-letters", type=int, default=4500)
     parser.add_argument("--host-gib", default="2")
     parser.add_argument("--stock-block", type=int, default=32, help="16 on a GPU")
-    parser.add_argument("engine", nargs="*", help="more options of the engine, behind --")
+    parser.add_argument("--engine", default="", help="more options of the engine, in one string")
     args = parser.parse_args()
     ours = {"BUNDLE": args.bundle}
     results = []
