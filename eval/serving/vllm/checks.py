@@ -7,6 +7,7 @@ from typing import Any
 
 from data_gen.core.errors import InputError
 from data_gen.core.fingerprint import checkpoint_fingerprint
+from eval.serving.select import Limits
 from eval.serving.vllm.settings import load_settings
 from indexer_train.formats.bundle import load_scorer
 from indexer_train.spec import IndexerSpec
@@ -19,6 +20,8 @@ def check(config: Any) -> None:
     """Raise InputError, in one line, unless this server can decode with the bundle. config: vLLM's `VllmConfig`."""
     settings = load_settings(config.additional_config)
     spec = load_scorer(settings.bundle).spec
+    if settings.cap is not None:
+        Limits(cap=settings.cap).check(spec.chunking)
     if settings.fallback is not None:
         settings.fallback.check(spec, settings.selection or spec.selection)
     check_options(config)

@@ -129,6 +129,6 @@ def test_another_models_bundle_is_refused_in_one_line(models, tmp_path):
     server = Server(tmp_path, models / "qwen3", bundle)
     assert server.process.wait(300) == 1
     log = server.log.read_text()
-    (line,) = [line for line in log.splitlines() if line.startswith("lookahead: ")]
+    (line,) = [line for line in log.splitlines() if " lookahead: " in line]
     assert "is for a model with fingerprint 0123456789abcdef" in line
     assert "Traceback" not in log
