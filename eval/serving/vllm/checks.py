@@ -23,7 +23,7 @@ def check(config: Any) -> None:
     if settings.cap is not None:
         Limits(cap=settings.cap).check(spec.chunking)
     if settings.fallback is not None:
-        settings.fallback.check(spec, settings.selection or spec.selection)
+        settings.fallback.check(settings.selection or spec.selection)
     check_options(config)
     if settings.host_gib is not None and _sliding(config.model_config.hf_text_config):
         raise InputError("host_gib: cold blocks of models with sliding layers stay in the pool; leave it out")

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, PositiveInt, ValidationError, model_vali
 
 from data_gen.core.config import Strict
 from data_gen.core.errors import InputError
-from eval.runtime.fallback import Fallback
+from eval.serving.select import Fallback
 from indexer_train.selection import Budget, Cut, Threshold
 
 PREFIX = "LOOKAHEAD_"

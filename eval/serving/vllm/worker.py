@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from data_gen.core.errors import InputError
-from eval.runtime.fallback import serve
 from eval.serving.level1 import open_level1
-from eval.serving.select import Limits
+from eval.serving.select import Limits, serve
 from eval.serving.vllm.keys import BlockKeys
 from eval.serving.vllm.memory import Memory, Moves
 from eval.serving.vllm.sequences import Chosen, Counters, Sequence, Sequences

@@ -26,9 +26,9 @@ from data_gen.backbones.load import load_backbone
 from data_gen.backbones.tiny import tiny_backbone
 from data_gen.config import BackboneConfig
 from data_gen.core.chunks import Chunking
-from eval.runtime.fallback import Fallback
+from eval.runtime.cycle import Choice
 from eval.runtime.runtime import LSARuntime
-from eval.serving.select import Limits
+from eval.serving.select import Fallback, Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.formats.bundle import export_bundle
 from indexer_train.scorer import Scorer
@@ -114,27 +114,27 @@ def check(path: Path) -> None:
 def follow(runtime: LSARuntime, job: dict) -> dict:
     """sets: position -> chunks as chosen; written: what would have been each token of the answer."""
     sets: dict[int, list[int]] = {}
-    choose = runtime._choose
+    host, cycle, given = runtime.host, runtime.cycle, job.get("resident")
+    choose = cycle.choose
 
-    def noted() -> object:
+    def noted() -> Choice:
         choice = choose()
-        sets[choice.position] = choice.resident[0].tolist()
+        sets[host.position] = choice.resident[0].tolist()
         return choice
 
-    runtime._choose = noted
-    host, given = runtime.host, job.get("resident")
+    cycle.choose = noted
     for prompt, answer in job["turns"]:
         sets.clear()
-        runtime._keep_everything(1)
+        cycle.keep_everything(1)
         written = [int(host.read(torch.tensor([prompt])).argmax())]
         if given is None:
-            runtime.refresh()
+            cycle.refresh()
         for token in answer[:-1]:
             if given is not None and str(host.position) in given:
                 host.keep([torch.tensor(given[str(host.position)])])
             written.append(int(host.read(torch.tensor([[token]])).argmax()))
             if given is None:
-                runtime.advance()
+                cycle.advance()
     return {"sets": sets, "written": written}
 
 
