@@ -37,7 +37,7 @@ class DeepseekV4Backbone:
         config = model.config
         if not self.layers:
             raise InputError("the backbone has no compressed sparse attention layer: there is nothing to index")
-        self.chunk_tokens = config.compress_rates[CSA]
+        self.chunk_tokens: int = config.compress_rates[CSA]
         self.info = BackboneInfo(
             model_type=config.model_type,
             fingerprint=fingerprint(model),

@@ -65,7 +65,7 @@ class DenseBackbone:
     chunk_tokens: None, any chunk will do. Raises InputError for attention that the adapter does not know.
     """
 
-    chunk_tokens = None
+    chunk_tokens: int | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         refuse_terms(model)

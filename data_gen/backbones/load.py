@@ -27,8 +27,11 @@ class Backbone(Protocol):
 
     model: PreTrainedModel
     info: BackboneInfo
-    chunk_tokens: int | None
-    """The one size of a chunk that it has; None where any will do."""
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """The one size of a chunk that it has; None where any will do."""
+        ...
 
     def check(self, config: TraceConfig) -> None:
         """Raise InputError unless the settings fit the backbone: its layers, its oracles, its chunks."""

@@ -112,12 +112,14 @@ def read_dataset(
 
 def checked(row: object, text_field: str, where: str) -> RawDocument | InputError:
     """The text or chat in a row, or what is wrong with it. where: file and line."""
-    content = None
-    if isinstance(row, dict) and (content := row.get(text_field)) is None:
-        content = row.get("messages")
-    if isinstance(content, list):
-        content = [_message(message) for message in content]
-    if not isinstance(content, str) and (not isinstance(content, list) or None in content):
+    found = None
+    if isinstance(row, dict) and (found := row.get(text_field)) is None:
+        found = row.get("messages")
+    content: RawDocument | None = found if isinstance(found, str) else None
+    if isinstance(found, list):
+        messages = [message for message in map(_message, found) if message is not None]
+        content = messages if len(messages) == len(found) else None
+    if content is None:
         return InputError(
             f"documents {where}: needs a text field {text_field!r} or chat `messages` of role and content"
         )
