@@ -104,23 +104,14 @@ def calibrate(
     by_budget: Annotated[bool, typer.Option(help="Serve the best of each window, not a threshold.")] = False,
 ) -> None:
     """Choose how chunks are selected when served: writes calibration.json and reliability.png into the indexer."""
-    from eval.report.tables import table
-    from indexer_train.load import load_indexer, open_traces
-    from indexer_train.measure.reliability import calibrate_folder
+    from eval.offline.verbs import calibrate_saved
 
     if recall is not None and (budget is not None or by_budget):
         raise InputError("--recall finds a threshold: leave --budget and --by-budget out")
-    loaded, settings = load_indexer(indexer), _recipe(recipe).train
-    store = open_traces(traces, [loaded])
+    settings = _recipe(recipe).train
     share = settings.budget if budget is None else budget
     target = ("budget", share) if recall is None else ("recall", recall)
-    found = calibrate_folder(indexer, loaded, store, settings.golden, target, longest or [], by_budget)
-    means = {"mass_recall", "golden_recall", "kept"}  # the rest of a row says what was averaged
-    header = [f"{name} (task mean)" if name in means else name for name in found.rows[0]]
-    typer.echo(table(header, [list(row.values()) for row in found.rows]))
-    if found.beyond is not None:
-        typer.echo(f"no held-out context beyond {found.beyond} tokens: the last score serves longer ones unmeasured")
-    typer.echo(f"served: {loaded.spec.selection}\nexpected calibration error {found.error:.3f}: {found.plot}")
+    calibrate_saved(indexer, traces, settings.golden, target, longest or [], by_budget, typer.echo)
 
 
 @app.command()
@@ -224,26 +215,10 @@ def verify(
     indexer: Annotated[Path | None, typer.Option(help="A trained indexer or a bundle.")] = None,
 ) -> None:
     """Recompute native logits, and an indexer's scores, in float64; exit code 1 when they differ."""
-    from data_gen.traces.store import TraceStore
-    from eval.offline.verify import verdict_table, verify_indexer, verify_native
-    from indexer_train.formats.bundle import HEADER, load_bundle
-    from indexer_train.load import load_indexer
+    from eval.offline.verbs import verify_traces
 
-    store, verdicts = TraceStore.open(traces), []
-    if native is not None or indexer is None:
-        verdicts.append(verify_native(store, native))
-    if indexer is not None:
-        loaded = load_bundle(indexer) if (indexer / HEADER).exists() else load_indexer(indexer)
-        verdicts.append(verify_indexer(loaded, store))
-    typer.echo(verdict_table([row for verdict in verdicts for row in verdict.rows]))
-    for line in (note for verdict in verdicts for note in verdict.notes):
-        typer.echo(line)
-    failures = [line for verdict in verdicts for line in verdict.failures]
-    for line in failures:
-        typer.echo(f"FAIL {line}")
-    if failures:
+    if not verify_traces(traces, native, indexer, typer.echo):
         raise typer.Exit(1)
-    typer.echo("verified")
 
 
 @app.command()
@@ -334,19 +309,11 @@ def select_layers(
     budget: Annotated[float, typer.Option(min=0.001, max=1, help="Share of chunks kept.")] = 0.1,
 ) -> None:
     """Find the layers to serve and the rule that joins them, by mass recall on held-out traces."""
-    from eval.report.tables import table
-    from indexer_train.load import load_indexer, open_traces
-    from indexer_train.measure.layer_choice import choose_layers, served_as
+    from eval.offline.verbs import select_served_layers
 
     if out is not None:
         _must_be_new(out)
-    loaded = load_indexer(indexer)
-    best, *others = choose_layers(loaded, open_traces(traces, [loaded]), count, budget)
-    rows = [[" ".join(map(str, choice.layers)), choice.join, choice.mass_recall] for choice in (best, *others[:9])]
-    typer.echo(table(["layers", "join", f"task-mean mass recall at {budget:.1%} kept"], rows))
-    if out is not None:
-        served_as(loaded, best, budget).save_whole(out)
-        typer.echo(f"indexer: {out}")
+    select_served_layers(indexer, traces, count, budget, out, typer.echo)
 
 
 @app.command()

@@ -39,7 +39,7 @@ from indexer_train.model import IndexerSpec, MemoryIndexer
 from recipes import Recipe
 from recipes.pocket_v4.config import load_config
 from recipes.pocket_v4.evaluate import documents_of
-from recipes.pocket_v4.tasks import Document
+from recipes.pocket_v4.tasks import PocketDocument
 
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
@@ -123,11 +123,11 @@ class Pocket:
     tokenizer: PreTrainedTokenizerBase
     folder: Path
 
-    def documents(self, task: str, length: int, count: int) -> list[Document]:
+    def documents(self, task: str, length: int, count: int) -> list[PocketDocument]:
         """The first `count` test documents of a task; the longest has `length` tokens."""
         return documents_of(load_config(self.folder.with_name("config.yaml")), task, length, count)
 
-    def tokens(self, document: Document) -> list[int]:
+    def tokens(self, document: PocketDocument) -> list[int]:
         """Prompt and answer."""
         return self.tokenizer(f"{document.prompt} {document.answer}").input_ids
 

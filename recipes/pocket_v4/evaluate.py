@@ -22,11 +22,11 @@ from recipes.pocket_v4.card import write_card
 from recipes.pocket_v4.config import PocketConfig, load_config
 from recipes.pocket_v4.indexer import IndexerProbe, Reading, recall
 from recipes.pocket_v4.model import OPEN, hardware, set_topk
-from recipes.pocket_v4.tasks import TASKS, Document, solved_forced, test_documents
+from recipes.pocket_v4.tasks import TASKS, PocketDocument, solved_forced, test_documents
 from recipes.pocket_v4.words import build_lexicon
 
 
-def documents_of(config: PocketConfig, task: str, length: int, count: int) -> list[Document]:
+def documents_of(config: PocketConfig, task: str, length: int, count: int) -> list[PocketDocument]:
     """The first `count` test documents of a task at a length; training never draws from this seed."""
     lexicon = build_lexicon(config.vocabulary)
     rng = Random(f"test/{task}/{length}")
@@ -43,8 +43,8 @@ def predict(model: DeepseekV4ForCausalLM, tokens: Tensor) -> Tensor:
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, documents: list[Document], size: int
-) -> Iterator[tuple[list[Document], Tensor, slice]]:
+    tokenizer: PreTrainedTokenizerFast, documents: list[PocketDocument], size: int
+) -> Iterator[tuple[list[PocketDocument], Tensor, slice]]:
     """Documents of one task and length with their tokens [B, L] and the rows that predict the answer."""
     rows = slice(-len(documents[0].answer.split()) - 1, -1)
     for start in range(0, len(documents), size):
@@ -53,7 +53,7 @@ def batches(
 
 
 def accuracy(
-    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document], size: int
+    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[PocketDocument], size: int
 ) -> float:
     """Share of documents whose whole answer is right, from one forward pass each (see tasks.solved_forced)."""
     right = 0
@@ -65,7 +65,7 @@ def accuracy(
 
 
 def readings(
-    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document], size: int
+    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[PocketDocument], size: int
 ) -> list[Reading]:
     """What the indexers' best entries hold of the answer rows' attention mass, were every entry attended to."""
     set_topk(model, OPEN)
@@ -80,7 +80,7 @@ def readings(
 
 
 def open_recall(
-    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, tests: dict[str, list[Document]], size: int
+    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, tests: dict[str, list[PocketDocument]], size: int
 ) -> float:
     """The indexers' recall of attention mass over the documents of every task, with sparse attention open."""
     return recall([one for documents in tests.values() for one in readings(model, tokenizer, documents, size)]).item()

@@ -29,7 +29,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Document:
+class PocketDocument:
     """One task instance. length: tokens of prompt plus answer, <bos> included."""
 
     task: str
@@ -90,7 +90,7 @@ MAKERS: dict[str, Callable[[Words], Item]] = {
 
 def test_documents(
     lexicon: Lexicon, tasks: Sequence[str], length: int, distractors: int, rng: Random
-) -> list[Document]:
+) -> list[PocketDocument]:
     """A document for each task, alike but for the question at its end: the text answers all of them.
 
     The longest has exactly `length` tokens. distractors: other keys in the text, none for `single`.
@@ -112,7 +112,7 @@ def test_documents(
     body += [*filler(rng, free - cuts[-1]), *tail]
     size = 1 + len(body)
     return [
-        Document(
+        PocketDocument(
             item.task, " ".join(body + item.question), " ".join(item.answer), size + len(item.question + item.answer)
         )
         for item in items
@@ -180,7 +180,7 @@ def training_document(
     return text[:length], tasks[:length]
 
 
-def solved(document: Document, completion: str) -> bool:
+def solved(document: PocketDocument, completion: str) -> bool:
     """Whether a greedy completion, cut to the answer's length, answers the question; values may come in any order."""
     want = document.answer.split()
     got = completion.split()[: len(want)]
@@ -189,7 +189,7 @@ def solved(document: Document, completion: str) -> bool:
     return got == want
 
 
-def solved_forced(document: Document, predicted: list[str]) -> bool:
+def solved_forced(document: PocketDocument, predicted: list[str]) -> bool:
     """The same from one forward pass over prompt and answer: `predicted` holds the best word at each answer position.
 
     Equal to greedy decoding where the answer is unique; of several values any that is still due counts.

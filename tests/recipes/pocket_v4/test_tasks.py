@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from recipes.pocket_v4.batches import StageBatches
 from recipes.pocket_v4.config import VocabularyConfig
-from recipes.pocket_v4.tasks import TASKS, Document, solved, solved_forced, training_document
+from recipes.pocket_v4.tasks import TASKS, PocketDocument, solved, solved_forced, training_document
 from recipes.pocket_v4.tasks import test_documents as final_documents
 from recipes.pocket_v4.words import build_lexicon, build_tokenizer, filler
 
@@ -140,11 +140,11 @@ def test_batches_depend_on_seed_stage_and_step_only(tiny):
     ],
 )
 def test_only_the_whole_answer_counts(task, answer, completion, right):
-    assert solved(Document(task, "", answer, 0), completion) is right
+    assert solved(PocketDocument(task, "", answer, 0), completion) is right
 
 
 def test_any_value_still_due_counts_when_forced():
-    document = Document("multi_value", "", "233 bako 417", 0)
+    document = PocketDocument("multi_value", "", "233 bako 417", 0)
     assert solved_forced(document, ["417", "x", "417"])  # at first both are due
     assert not solved_forced(document, ["233", "bako", "233"])  # then only the second
 
