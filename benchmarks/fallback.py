@@ -34,14 +34,14 @@ from indexer_train.formats.bundle import load_bundle
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
 from recipes.pocket_v4.config import load_config
-from recipes.pocket_v4.tasks import Document, solved, test_documents
+from recipes.pocket_v4.tasks import PocketDocument, solved, test_documents
 from recipes.pocket_v4.words import build_lexicon
 
 DENSE, SPARSE = "copy", "multi_key"
 POCKET = "package:recipes/pocket_v4"
 
 
-def questions(length: int, count: int, seed: str) -> list[Document]:
+def questions(length: int, count: int, seed: str) -> list[PocketDocument]:
     """`count` texts of `length` tokens, a dense and a sparse question on each."""
     config, rng = load_config(Path(resolve(f"{POCKET}/config.yaml"))), Random(seed)
     lexicon, others = build_lexicon(config.vocabulary), min(config.evaluation.distractors, length // 64)
@@ -49,7 +49,7 @@ def questions(length: int, count: int, seed: str) -> list[Document]:
 
 
 def separating_threshold(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indexer: MemoryIndexer, asked: list[Document],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indexer: MemoryIndexer, asked: list[PocketDocument],
     cap: int, rate: float,
 ) -> Threshold:  # fmt: skip
     """The score with which a share `rate` of the questions asks for more than `cap` chunks, the protected included."""
@@ -65,8 +65,8 @@ def separating_threshold(
 
 
 def answered(
-    runtime: LSARuntime, tokenizer: PreTrainedTokenizerBase, asked: list[Document]
-) -> Iterator[tuple[Document, bool]]:
+    runtime: LSARuntime, tokenizer: PreTrainedTokenizerBase, asked: list[PocketDocument]
+) -> Iterator[tuple[PocketDocument, bool]]:
     """(question, whether its greedy answer is right); the runtime's windows are those of this question."""
     for question in asked:
         ids = tokenizer(question.prompt, return_tensors="pt").input_ids.to(runtime.model.device)
@@ -77,7 +77,7 @@ def answered(
 
 
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indexer: MemoryIndexer, asked: list[Document],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indexer: MemoryIndexer, asked: list[PocketDocument],
     cap: int, threshold: Threshold,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row per setting and task.
