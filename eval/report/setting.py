@@ -26,13 +26,13 @@ def setting_of(indexer: MemoryIndexer, recipe: str | None, documents: str) -> Se
     )
 
 
-def documents_line(documents: Iterable[tuple[str, int]], source: str | None) -> str:
+def documents_line(documents: Iterable[tuple[str, int]], source: str | list[str] | None) -> str:
     """In words: how many (task, tokens) there are, how long, of which tasks and from where."""
     listed = list(documents)
     lengths = [tokens for _, tokens in listed]
     low, high = (f"{length:,}" for length in (min(lengths), max(lengths)))
     tasks = ", ".join(f"{count} {task}" for task, count in sorted(Counter(task for task, _ in listed).items()))
-    origin = "" if source is None else f", from {source}"
+    origin = "" if source is None else f", from {source if isinstance(source, str) else ', '.join(source)}"
     return f"{len(listed)} of {low if low == high else f'{low} to {high}'} tokens ({tasks}){origin}"
 
 

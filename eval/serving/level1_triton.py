@@ -16,7 +16,7 @@ from data_gen.core.key_bytes import PAGE
 from eval.serving.kernels.device import check_fp8
 from eval.serving.kernels.level1 import round_kernel, score_kernel
 from eval.serving.kernels.limits import SCRATCH, STEPS, limit_kernel
-from eval.serving.level1 import Indexer, Level1, PagedKeys, check_keys
+from eval.serving.level1_torch import Indexer, Level1, PagedKeys, check_keys
 from eval.serving.select import Limits, Resident
 from indexer_train.selection import Budget, Threshold
 from indexer_train.spec import IndexerSpec

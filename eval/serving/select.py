@@ -53,7 +53,7 @@ class Fallback(Strict):
 
     model_config = ConfigDict(frozen=True)
 
-    full_above: float = Field(1.0, ge=1)
+    full_above: float = Field(default=1.0, ge=1)
 
     def check(self, selection: Budget | Threshold) -> None:
         """Raise InputError where demand is not measured: the best so many are always as many."""

@@ -12,7 +12,8 @@ from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import decode_keys, encode_keys, rows_to_pages
 from data_gen.core.rope import Rope
-from eval.serving.level1 import TILE, Level1, PagedKeys, open_level1
+from eval.serving.level1 import Level1, PagedKeys, open_level1
+from eval.serving.level1_torch import TILE
 from eval.serving.select import Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
