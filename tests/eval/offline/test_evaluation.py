@@ -12,7 +12,7 @@ from eval.offline.evaluation import depth_bin, evaluate, length_bins, sampled_re
 from eval.offline.refresh import timeline
 from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.selection import Budget, Cut, Threshold
-from indexer_train.spec import Provenance
+from indexer_train.spec import Provenance, Source
 from tests.eval.conftest import planted_indexer
 
 GOLDEN = 0.05
@@ -121,7 +121,7 @@ def test_traces_that_do_not_say_how_they_were_split_are_noted(planted):
     indexer = planted_indexer()
     assert unseen_notes({"indexer": indexer}, planted[1]) == []
     indexer.spec.provenance = Provenance(
-        backbone="", oracle="attention", documents={}, training=1, validation=0, train={}
+        backbone="", oracle="attention", sources=[Source(documents={}, training=1)], validation=0, train={}
     )
     (note,) = unseen_notes({"indexer": indexer}, planted[1])
     assert "says nothing of how its documents were split" in note

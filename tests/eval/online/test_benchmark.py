@@ -7,7 +7,7 @@ from data_gen.core.errors import InputError
 from eval.online.benchmark import _lengths, benchmark
 from eval.online.config import BenchmarkConfig
 from indexer_train.model import MemoryIndexer
-from indexer_train.spec import Provenance
+from indexer_train.spec import Provenance, Source
 from tests.conftest import tiny_model
 from tests.eval.online.test_formats import RULER, write
 
@@ -27,7 +27,11 @@ def trained(indexer, tiny_recipe):
     twin.query_encoder.load_state_dict(indexer.query_encoder.state_dict())
     documents = tiny_recipe.documents.model_dump(mode="json") | {"split": "train", "heldout": {"text": 2, "single": 2}}
     twin.spec.provenance = Provenance(
-        backbone="llama", oracle="attention", documents=documents, training=8, validation=0, train={}
+        backbone="llama",
+        oracle="attention",
+        sources=[Source(documents=documents, training=8)],
+        validation=0,
+        train={},
     )
     return twin
 
