@@ -39,12 +39,18 @@ class Haystack:
     """
 
     def __init__(
-        self, source: str, text_field: str, heldout_share: float, tokenizer: PreTrainedTokenizerBase, longest: int
+        self,
+        source: str | list[str],
+        text_field: str,
+        heldout_share: float,
+        tokenizer: PreTrainedTokenizerBase,
+        longest: int,
     ) -> None:
         self.tokenizer = tokenizer
         self.paragraphs: list[tuple[str, int]] = []
         found = 0
-        texts = (_plain(raw, source) for raw in read_source(source, text_field))
+        named = source if isinstance(source, str) else ", ".join(source)
+        texts = (_plain(raw, named) for raw in read_source(source, text_field))
         for heldout, paragraphs in split_paragraphs(texts, heldout_share):
             if heldout:
                 counted = [(text, len(ids) + 1) for text, ids in zip(paragraphs, self._ids(paragraphs), strict=True)]
@@ -54,7 +60,7 @@ class Haystack:
                 break
         if found < longest:
             raise InputError(
-                f"benchmark: {source} has {found} tokens of text that training did not see, but {longest} are asked "
+                f"benchmark: {named} has {found} tokens of text that training did not see, but {longest} are asked "
                 "for; name other text (benchmark.haystack) or ask for shorter examples"
             )
 

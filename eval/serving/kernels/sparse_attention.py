@@ -79,7 +79,7 @@ def _views(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def _tiles(chosen: torch.Tensor, window: torch.Tensor, tile: int) -> int:
-    return triton.cdiv(chosen.shape[1], tile) + triton.cdiv(window.shape[1], tile)
+    return -(-chosen.shape[1] // tile) - (-window.shape[1] // tile)
 
 
 def _check(query: torch.Tensor, chosen: torch.Tensor, window: torch.Tensor, shape: EntryShape) -> None:
