@@ -219,10 +219,17 @@ def _checkpoint(folder: Path, progress: Progress) -> Found:
     found = _model("training checkpoint", load_indexer, folder)
     found.facts = [
         ("step", f"{state['global_step']} of {state['max_steps']}, epoch {state['epoch']:g}"),
-        ("best mass recall", "-" if best is None else f"{best:.4f} at step {step}"),
+        (f"best {_chosen_by(folder)}", "-" if best is None else f"{best:.4f} at step {step}"),
         *found.facts,
     ]
     return found
+
+
+def _chosen_by(checkpoint: Path) -> str:
+    """What the run of a checkpoint keeps the best by, in words; runs of earlier versions know mass recall alone."""
+    settings = checkpoint.absolute().parents[1] / SETTINGS
+    train = json.loads(settings.read_bytes())["train"] if settings.exists() else {}
+    return train.get("choose", "mass_recall").replace("_", " ")
 
 
 def _checkpoints(folder: Path) -> Found:

@@ -65,9 +65,10 @@ class TrainConfig(Strict):
     learning_rate: its height after the warm-up, from where it falls to zero along a cosine; warmup: share of all steps
     (or their number, from 1 on) in which it rises; weight_decay: of AdamW; clip: longest gradient, 0 for any;
     golden: head-maximum probability (oracle `attention`) or layers (oracle `indexer`) that make a chunk golden;
-    validation_every: every n-th document is held back from training to select the checkpoint, by its mass recall when
-    `budget` of the chunks are kept; select: how they are chosen, then and when served: the best of each window
-    (`budget`), or all that reach one `threshold`;
+    validation_every: every n-th document is held back from training to select the checkpoint; choose: by what: the
+    highest `mass_recall` when `budget` of the chunks are kept, or the lowest `peak_entropy` (measure/metrics.py), which
+    goes with what the model still says, as mass recall does not; select: how chunks are chosen, then and when served:
+    the best of each window (`budget`), or all that reach one `threshold`;
     workers: processes that make batches while the device computes; without a number two beside a GPU that shares enough
     memory with them (indexer_train/processes.py), and none elsewhere; no result depends on it;
     report_to: trackers that get every measurement, by the stock trainer's names (`wandb`, `tensorboard`, ...), whose
@@ -97,6 +98,7 @@ class TrainConfig(Strict):
     budget: float = Field(0.1, gt=0, le=1)
     select: Literal["budget", "threshold"] = "budget"
     validation_every: PositiveInt = 6
+    choose: Literal["mass_recall", "peak_entropy"] = "mass_recall"
     eval_epochs: PositiveInt = 2
     patience: PositiveInt = 5
     workers: NonNegativeInt | None = None

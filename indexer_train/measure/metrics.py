@@ -155,6 +155,16 @@ def golden_recall(selected: torch.Tensor, labels: WindowLabels, threshold: float
     return (golden & selected).sum(dim=1) / golden.sum(dim=1)
 
 
+def peak_entropy(scores: torch.Tensor, labels: WindowLabels) -> torch.Tensor:
+    """Cross-entropy in nats from the softmax of `scores` [W, N] over the candidates to their peaks, normalised to one.
+
+    [W] fp32, NaN where no candidate has a peak. What ListwisePeakLoss makes small, of the score that is served.
+    """
+    target = labels.peak / labels.peak.sum(dim=1, keepdim=True)
+    log_probability = scores.masked_fill(~labels.candidate, -torch.inf).log_softmax(dim=1)
+    return -torch.where(target == 0, 0.0, target * log_probability).sum(dim=1)
+
+
 @dataclass(frozen=True)
 class ServedWindows:
     """Lookahead windows of one document, as serving refreshes them unless said otherwise.

@@ -1,4 +1,4 @@
-"""The held-out metric that selects checkpoints: attention-mass recall, chunks selected as they will be served."""
+"""The held-out metrics that select checkpoints: peak entropy, and mass recall of what would be served."""
 
 from typing import Any, Literal
 
@@ -6,12 +6,16 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 
 from data_gen.traces.store import TraceStore
 from indexer_train.measure.calibration import ScoredWindows, calibrate, score_windows, task_mean
-from indexer_train.measure.metrics import mass_recall, served_windows
+from indexer_train.measure.metrics import mass_recall, peak_entropy, served_windows
 from indexer_train.selection import Budget, Threshold
+
+TEMPERATURES = tuple(2.0**power for power in range(-4, 3))
+"""Factors of the scores at which the peak entropy is taken, the best of them counting: only their order is served."""
 
 
 class MassRecallEvaluator(BaseEvaluator):
-    """Mean over documents of a task, then over tasks, of the mass recall of what is selected.
+    """Mean over documents of a task, then over tasks, of two metrics: the mass recall of what is selected, and the peak
+    entropy, which sees the whole ranking and needs no selection.
 
     select: the best `budget` of every window's chunks, or all that reach the one threshold that keeps as many on the
     whole, calibrated anew for each checkpoint.
@@ -30,9 +34,14 @@ class MassRecallEvaluator(BaseEvaluator):
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        """{mass_recall, mass_recall_TASK ...} of a MemoryIndexer; writes nothing: the trainer logs it."""
+        """{mass_recall, mass_recall_TASK ..., peak_entropy} of a MemoryIndexer; writes nothing: the trainer logs it."""
         model.eval()
         scored = score_windows(model, self.served)
         selection = self.selection(scored)
         means = task_mean(scored, [mass_recall(each.choose(selection), each.served.labels) for each in scored])
-        return {f"mass_recall_{task}" if task else "mass_recall": value for task, value in means.items()}
+        found = {f"mass_recall_{task}" if task else "mass_recall": value for task, value in means.items()}
+        entropies = [
+            task_mean(scored, [peak_entropy(factor * each.scores, each.served.labels) for each in scored])[""]
+            for factor in TEMPERATURES
+        ]
+        return found | {"peak_entropy": min(entropies)}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data_gen.traces.labels import WindowLabels
 from indexer_train.measure.intervals import bootstrap_means
-from indexer_train.measure.metrics import Tally, golden_recall, mass_recall, ranked_tally, tally
+from indexer_train.measure.metrics import Tally, golden_recall, mass_recall, peak_entropy, ranked_tally, tally
 from indexer_train.scoring import above, ranking, select
 
 
@@ -39,6 +39,18 @@ def test_every_metric_by_hand():
     torch.testing.assert_close(golden_recall(selected, labels, 0.05), torch.tensor([0.5]))
     nothing_golden = tally(selected, labels, 0.5, torch.tensor([5]))
     assert nothing_golden.golden_recall.isnan() and nothing_golden.precision == nothing_golden.f1 == 0
+
+
+def test_peak_entropy_by_hand_is_least_where_the_scores_are_the_peaks():
+    labels, _ = by_hand()
+    target = np.array([0.2, 0.06, 0.01]) / 0.27
+    scores = torch.tensor([[9.0, 1.0, 3.0, 2.0]])  # the first is no candidate
+    chance = np.exp([1.0, 3.0, 2.0]) / np.exp([1.0, 3.0, 2.0]).sum()
+    torch.testing.assert_close(peak_entropy(scores, labels), torch.tensor([-(target * np.log(chance)).sum()]).float())
+    least = peak_entropy(labels.peak.clamp_min(1e-9).log(), labels)
+    torch.testing.assert_close(least, torch.tensor([-(target * np.log(target)).sum()]).float())
+    nothing = WindowLabels(labels.mass, torch.zeros(1, 4), labels.candidate, labels.rest)
+    assert peak_entropy(scores, nothing).isnan().all()
 
 
 def test_macro_and_micro_differ_where_windows_differ():

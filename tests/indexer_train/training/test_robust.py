@@ -211,6 +211,21 @@ def test_training_stops_early_and_the_best_checkpoint_is_kept(stores, tiny_recip
         assert MassRecallEvaluator(validation, wild.budget)(kept)["mass_recall"] == pytest.approx(max(history))
 
 
+def test_the_checkpoint_with_the_lowest_peak_entropy_is_kept_where_the_recipe_chooses_by_it(
+    stores, tiny_recipe, tmp_path
+):
+    wild = tiny_recipe.train.model_copy(
+        update={"epochs": 40, "learning_rate": 0.1, "patience": 2, "choose": "peak_entropy"}
+    )
+    indexer = train(stores[0], tiny_recipe.indexer, wild, tmp_path)
+    last = max((tmp_path / "checkpoints").glob("*/trainer_state.json"), key=lambda p: p.stat().st_mtime_ns)
+    history = [row["eval_peak_entropy"] for row in json.loads(last.read_text())["log_history"] if "eval_runtime" in row]
+    assert 2 < len(history) < 40 and min(history) < min(history[-2:])
+    _, validation = stores[0].hold_back(wild.validation_every)
+    found = MassRecallEvaluator(validation, wild.budget)(indexer)["peak_entropy"]
+    assert found == pytest.approx(min(history))
+
+
 def test_a_run_that_had_stopped_early_only_finishes_wherever_it_was_moved(stores, tiny_recipe, tmp_path, monkeypatch):
     wild = tiny_recipe.train.model_copy(update={"epochs": 40, "learning_rate": 0.1, "patience": 2})
     whole = train(stores[0], tiny_recipe.indexer, wild, tmp_path / "whole")
