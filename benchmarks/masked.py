@@ -1,0 +1,251 @@
+"""Many policies behind one prompt at once: what is not resident is masked, so a whole window is read in one pass.
+
+Decoding as it is served (eval/online) reads a token at a time under every policy. Here the sets are masks over one
+shared prompt, so that an ablation of dozens of indexers costs seconds a document; next-token distributions are the same
+up to rounding (tests/benchmarks/test_masked.py). Behind the prompt at most `chunking.recent` chunks may be read: they
+stay resident, as they do when served.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from data_gen.backbones.observe import AttentionCall, attention_modules, observe
+from data_gen.core.chunks import Chunking
+from data_gen.core.keys import KeyPooler, flatten_heads
+from data_gen.traces.labels import candidates
+from eval.runtime.hosts.dense import PIECE_TOKENS
+from eval.runtime.hosts.dense_cache import ResidentLayer
+from indexer_train.model import MemoryIndexer
+from indexer_train.scoring import select
+
+Score = Callable[["Continuation", int], torch.Tensor]
+"""(continuation, row) -> scores [N] of the prompt's complete chunks, made from what that row has read."""
+
+
+@dataclass
+class Prompt:
+    """What a prompt of `tokens` tokens left behind: the stock cache, chunk keys of each full-attention layer
+    [KV, N, d] and the newest state entering its attention [hidden]."""
+
+    tokens: int
+    cache: Cache
+    keys: dict[int, torch.Tensor]
+    newest: dict[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One row of a continuation. score: None keeps everything; budget: share of the visible chunks, beside the
+    protected ones."""
+
+    name: str
+    score: Score | None
+    budget: float
+
+
+@dataclass
+class Continuation:
+    """Rows that go on behind one prompt, each under its policy.
+
+    resident: [rows, tokens of the prompt] bool, None before the first refresh; newest: layer -> [rows, hidden];
+    watched: layer -> probabilities of each token read on each complete chunk, highest and mean over heads [S, N], of a
+    continuation of one row that keeps everything.
+    """
+
+    prompt: Prompt
+    policies: Sequence[Policy]
+    cache: Cache
+    newest: dict[int, torch.Tensor]
+    read: int = 0
+    resident: torch.Tensor | None = None
+    kept: list[torch.Tensor] = field(default_factory=list)
+    watched: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+
+    @property
+    def position(self) -> int:
+        """Of the newest token read."""
+        return self.prompt.tokens + self.read - 1
+
+
+class MaskedModel:
+    """A dense backbone whose full-attention layers attend under masks."""
+
+    def __init__(self, model: PreTrainedModel, chunking: Chunking) -> None:
+        self.model, self.chunking = model, chunking
+        self.modules = {module: layer for layer, module in attention_modules(model).items()}
+        self.layers = sorted(self.modules.values())
+
+    @torch.no_grad()
+    def prompt(self, tokens: list[int]) -> Prompt:
+        """Read a prompt with full attention."""
+        cache = DynamicCache(config=self.model.config)
+        poolers = {layer: KeyPooler(self.chunking.tokens) for layer in self.layers}
+        newest: dict[int, torch.Tensor] = {}
+
+        def note(call: AttentionCall) -> None:
+            poolers[call.layer].append(call.new_keys()[0])
+            newest[call.layer] = call.hidden[0, -1]
+
+        with observe(self.model, note):
+            for piece in torch.tensor([tokens], device=self.model.device).split(PIECE_TOKENS, dim=1):
+                self.model(piece, past_key_values=cache, logits_to_keep=1)
+        return Prompt(len(tokens), cache, {layer: pooler.pooled for layer, pooler in poolers.items()}, newest)
+
+    def begin(self, prompt: Prompt, policies: Sequence[Policy], watch: bool = False) -> Continuation:
+        """Nothing read yet, nothing evicted."""
+        rows, cache = len(policies), DynamicCache(config=self.model.config)
+        for place, layer in enumerate(prompt.cache.layers):
+            if place in self.layers:
+                cache.layers[place] = ResidentLayer()
+                cache.layers[place].length = prompt.tokens  # the prompt's own rows are read from `prompt`
+            else:
+                cache.layers[place] = copy.copy(layer)
+                for name in ("keys", "values"):
+                    setattr(cache.layers[place], name, getattr(layer, name).expand(rows, -1, -1, -1).contiguous())
+        newest = {layer: state.expand(rows, -1) for layer, state in prompt.newest.items()}
+        return Continuation(prompt, policies, cache, newest, watched={} if watch else None)
+
+    def refresh(self, going: Continuation) -> None:
+        """Fix every row's resident set from the newest token that it has read."""
+        size, position = self.chunking.tokens, going.position
+        chunks = going.prompt.tokens // size
+        candidate = candidates(torch.tensor([position]), self.chunking, chunks)
+        rows = []
+        for row, policy in enumerate(going.policies):
+            if policy.score is None:
+                kept = torch.ones_like(candidate)
+            else:
+                count = torch.tensor([self.chunking.kept(policy.budget, position)])
+                kept = ~candidate | select(policy.score(going, row)[None].cpu(), candidate, count)
+            unfinished = going.prompt.tokens - chunks * size
+            rows.append(nn.functional.pad(kept[0].repeat_interleave(size), (0, unfinished), value=True))
+        going.resident = torch.stack(rows).to(self.model.device)
+        going.kept.append(going.resident.float().mean(dim=1).cpu())
+
+    @torch.no_grad()
+    def read(self, going: Continuation, tokens: torch.Tensor, last: bool = False) -> torch.Tensor:
+        """Read tokens [rows, S] with what is resident: logits [rows, S, vocabulary], of the last one only if asked.
+
+        Raises ValueError where chunks behind the prompt would have to be evicted.
+        """
+        rows, new = tokens.shape
+        if going.read + new > self.chunking.recent * self.chunking.tokens:
+            raise ValueError(f"{going.read + new} tokens behind the prompt: more than the protected chunks hold")
+        first = going.prompt.tokens + going.read
+        places = torch.arange(first, first + new, device=self.model.device).expand(rows, -1)
+        with self._masked(going):
+            logits = self.model(
+                tokens.to(self.model.device), past_key_values=going.cache, position_ids=places, logits_to_keep=int(last)
+            ).logits
+        going.read += new
+        return logits
+
+    @contextmanager
+    def _masked(self, going: Continuation) -> Iterator[None]:
+        name = self.model.config.get_text_config(decoder=True)._attn_implementation
+        earlier = ALL_ATTENTION_FUNCTIONS.get(name)
+        overridden = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
+
+        def attention(module: nn.Module, *states: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, None]:
+            if module in self.modules:
+                return self._attend(going, module, *states[:3], kwargs.get("scaling") or module.head_dim**-0.5), None
+            forward = earlier or sys.modules[type(module).__module__].eager_attention_forward
+            return forward(module, *states, **kwargs)
+
+        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            going.newest[self.modules[module]] = hidden[:, -1]
+
+        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self.modules]
+        ALL_ATTENTION_FUNCTIONS[name] = attention
+        try:
+            yield
+        finally:
+            if overridden is None:
+                del ALL_ATTENTION_FUNCTIONS[name]
+            else:
+                ALL_ATTENTION_FUNCTIONS[name] = overridden
+            for hook in hooks:
+                hook.remove()
+
+    def _attend(
+        self,
+        going: Continuation,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Attention of new tokens to the prompt's keys, under the masks, and to the rows' own.
+
+        query: [rows, H, S, d]; key, value: [rows, KV, n, d]. Returns [rows, S, H, d]; products in fp32.
+        """
+        layer = self.modules[module]
+        past = going.prompt.cache.layers[layer]
+        past_key, past_value = past.keys[0].float(), past.values[0].float()  # [KV, P, d]
+        rows, heads, new, width = query.shape
+        kv, behind = key.shape[1], key.shape[2]
+        grouped = query.float().reshape(rows, kv, -1, width)  # [rows, KV, groups * S, d]
+        early = (grouped.transpose(0, 1).flatten(1, 2) @ past_key.transpose(1, 2) * scaling).view(
+            kv, rows, heads // kv, new, -1
+        )
+        late = (grouped @ key.float().transpose(2, 3) * scaling).view(rows, kv, heads // kv, new, behind)
+        if going.resident is not None:
+            early.masked_fill_(~going.resident[None, :, None, None], -torch.inf)
+        order = torch.arange(behind, device=key.device)
+        late = late.masked_fill(order > order[behind - new :, None], -torch.inf).transpose(0, 1)
+        top = torch.maximum(early.amax(dim=-1), late.amax(dim=-1))[..., None]
+        early.sub_(top).exp_()
+        late = (late - top).exp()
+        total = early.sum(dim=-1, keepdim=True) + late.sum(dim=-1, keepdim=True)
+        if going.watched is not None:
+            size, chunks = self.chunking.tokens, going.prompt.tokens // self.chunking.tokens
+            share = (early[:, 0, ..., : chunks * size] / total[:, 0]).unflatten(-1, (chunks, size)).sum(dim=-1)
+            share = share.flatten(0, 1)  # [H, S, N]
+            going.watched.setdefault(layer, []).append((share.amax(dim=0), share.mean(dim=0)))
+        output = (early.flatten(1, 3) @ past_value).view(kv, rows, heads // kv, new, width)
+        output = (output + late @ value.float().transpose(0, 1)[:, :, None]) / total
+        return output.permute(1, 3, 0, 2, 4).reshape(rows, new, heads, width).to(query.dtype)
+
+
+def trained(indexer: MemoryIndexer) -> Score:
+    """What the indexer says of the prompt's chunks."""
+    layers = indexer.spec.layers
+
+    def score(going: Continuation, row: int) -> torch.Tensor:
+        hidden = torch.stack([going.newest[layer][row] for layer in layers])[None].to(torch.bfloat16).float()
+        keys = torch.stack([flatten_heads(going.prompt.keys[layer]).half() for layer in layers], dim=1)
+        return indexer.joined_scores(hidden, keys, torch.tensor([going.position]))[0]
+
+    return score
+
+
+def recency(going: Continuation, row: int) -> torch.Tensor:
+    """Newest first."""
+    return torch.arange(next(iter(going.prompt.keys.values())).shape[1]).float()
+
+
+def foresight(full: Continuation, window: int, peaks: bool) -> Score:
+    """The oracle: what a continuation that kept everything, and was watched, needs of the next `window` tokens.
+
+    peaks: by the window's highest head-maximum probability, averaged over layers; else by its mean probability.
+    """
+    watched = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in (full.watched or {}).values()]
+    highest, mean = (torch.stack(each).mean(dim=0) for each in zip(*watched, strict=True))  # [tokens, N]
+
+    def score(going: Continuation, row: int) -> torch.Tensor:
+        first = min(going.read, len(mean) - 1)
+        span = slice(first, first + window)
+        return highest[span].amax(dim=0) if peaks else mean[span].mean(dim=0)
+
+    return score

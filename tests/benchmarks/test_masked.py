@@ -1,0 +1,45 @@
+"""Sets by masks against sets by eviction: the same next-token distributions as the sessions that serve."""
+
+import torch
+
+from benchmarks.masked import MaskedModel, Policy, recency, trained
+from data_gen.backbones.dense import fingerprint
+from data_gen.backbones.tiny import tiny_backbone
+from data_gen.core.chunks import Chunking
+from eval.online import policies
+from eval.online.cycle import follow_text
+from eval.online.session import Session
+from indexer_train.config import IndexerConfig
+from indexer_train.model import MemoryIndexer
+from indexer_train.spec import IndexerSpec
+
+
+def test_a_window_read_at_once_under_masks_is_decoding_under_evictions():
+    model, _ = tiny_backbone()
+    model = model.cpu()
+    chunking, budget = Chunking(tokens=4, sink=1, recent=8), 0.2
+    session = Session(model, chunking)
+    info = session.host.info
+    torch.manual_seed(0)
+    spec = IndexerSpec(
+        shape=IndexerConfig(heads=2, rank=8), layers=info.full_layers[:2], hidden=info.hidden, key_width=info.key_width,
+        chunking=chunking, window=8, backbone=fingerprint(model),
+    )  # fmt: skip
+    indexer = MemoryIndexer.from_spec(spec, device="cpu")
+    tokens = torch.randint(5, 100, (150,)).tolist()
+    prompt, rest = tokens[:131], tokens[131:147]
+    session.read(prompt)
+    by_name = {"full": None, "recency": policies.recency, "indexer": policies.indexer_policy(indexer)}
+    expected = follow_text(session, by_name, budget, 8, rest)
+    masked = MaskedModel(model, chunking)
+    rows = [("full", None), ("recency", recency), ("indexer", trained(indexer))]
+    going = masked.begin(masked.prompt(prompt), [Policy(name, score, budget) for name, score in rows])
+    found = []
+    for piece in torch.tensor(rest).split(8):
+        masked.refresh(going)
+        found.append(masked.read(going, piece.expand(3, -1)))
+    for row, (name, _) in enumerate(rows):
+        torch.testing.assert_close(torch.cat(found, dim=1)[row], expected[name][0], atol=2e-4, rtol=1e-3)
+    kept = torch.stack(going.kept)
+    assert bool((kept[:, 0] == 1).all()) and bool((kept[:, 1:] < 0.6).all())
+    assert not torch.equal(expected["recency"][0], expected["indexer"][0])
