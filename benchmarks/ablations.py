@@ -7,12 +7,13 @@
 
 Trains every variation on the same traces (--train: only these), asks every held-out question and follows every text
 under all of them (--share K/N: every N-th document from the K-th on, for processes side by side), and prints the tables
-of what OUT holds; a stopped run continues. Choices are made on the `development` documents; the `report` ones are
-looked at afterwards. They share nothing: development reads another source (--development), with the wordings and key
-words of training, report what the recipe holds out, with wordings and key words that nothing else has. A table has, for
-each variation, needles right, KL of the next token from full attention and their differences from the recipe on the
-same documents with 95 % intervals, then what the held-back training documents said: peak entropy, golden and mass
-recall; and how each of those ranks the variations beside the outcomes (Spearman). OUT/ablations.json holds every row.
+of what OUT holds, which --train and --share leave to another call; a stopped run continues. Choices are made on the
+`development` documents; the `report` ones are looked at afterwards. They share nothing: development reads another
+source (--development), with the wordings and key words of training, report what the recipe holds out, with wordings and
+key words that nothing else has. A table has, for each variation, needles right, KL of the next token from full
+attention and their differences from the recipe on the same documents with 95 % intervals, then what the held-back
+training documents said: peak entropy, golden and mass recall; and how each of those ranks the variations beside the
+outcomes (Spearman). OUT/ablations.json holds every row.
 """
 
 import argparse
@@ -227,9 +228,11 @@ def main() -> None:
     if arguments.traces is not None and arguments.train is None:
         first, of = map(int, (arguments.share or "0/1").split("/"))
         ask(recipe, out, arguments.development, arguments.follow, (first, of))
+    if arguments.train or arguments.share:
+        return  # others go on beside this process: the tables are printed by a call of its own
     records = [json.loads(line) for file in sorted(out.glob("asked-*.jsonl")) for line in file.read_text().splitlines()]
     if not records:
-        return
+        parser.error(f"{out}: nothing asked yet; name the traces")
     found = rows(records, out)
     print(tables(found))
     made = origin("cuda" if torch.cuda.is_available() else "cpu")

@@ -52,9 +52,9 @@ def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, mo
 
     traces = str(tmp_path / "traces")
     names = [ablations.RECIPE, "listwise_peak", "focal"]
-    assert call(traces, *(word for name in names for word in ("--train", name))) == ""
-    call(traces, "--share", "0/2", "--follow", "16")
-    assert "report" in call(traces, "--share", "1/2", "--follow", "16")
+    assert "variation" not in call(traces, *(word for name in names for word in ("--train", name)))
+    for share in ("0/2", "1/2"):
+        assert "variation" not in call(traces, "--share", share, "--follow", "16")
     table = call()
     found = json.loads((tmp_path / "out" / "ablations.json").read_text())
     assert {row["set"] for row in found["rows"]} == set(ablations.SETS)
