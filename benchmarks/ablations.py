@@ -100,7 +100,7 @@ def ask(recipe: Recipe, out: Path, development: str, follow: int, share: tuple[i
     indexers = {name: load_indexer(out / name / "indexer") for name in VARIATIONS if (out / name / "indexer").exists()}
     scores = {name: trained(indexer.to(model.device)) for name, indexer in indexers.items()} | {"recency": recency}
     context, window = model.config.get_text_config(decoder=True).max_position_embeddings, recipe.trace.window
-    budget = recipe.decode.budget
+    budget, made = recipe.decode.budget, origin(model.device)
     journal = out / f"asked-{share[0]}-of-{share[1]}.jsonl"
     done = {json.loads(line)["name"] for line in journal.read_text().splitlines()} if journal.exists() else set()
     every = [each for name in SETS for each in documents(recipe, name, development, tokenizer, context)]
@@ -132,7 +132,7 @@ def ask(recipe: Recipe, out: Path, development: str, follow: int, share: tuple[i
             for policy, value, share in zip(every_policy, values, kept, strict=True)
         }
         with journal.open("a") as file:
-            file.write(json.dumps({"name": name, "set": name.split()[0], "runs": runs}) + "\n")
+            file.write(json.dumps({"name": name, "set": name.split()[0], "runs": runs, "origin": made}) + "\n")
 
 
 def followed(masked: MaskedModel, going: Continuation, tokens: list[int], window: int) -> list[torch.Tensor]:
@@ -235,8 +235,10 @@ def main() -> None:
         parser.error(f"{out}: nothing asked yet; name the traces")
     found = rows(records, out)
     print(tables(found))
-    made = origin("cuda" if torch.cuda.is_available() else "cpu")
-    report = json.dumps({"origin": made, "rows": found, "rank_correlations": correlations(found)}, indent=1)
+    made = {json.dumps(record["origin"]): record["origin"] for record in records}
+    report = json.dumps(
+        {"origins": list(made.values()), "rows": found, "rank_correlations": correlations(found)}, indent=1
+    )
     write_atomically(out / "ablations.json", lambda path: path.write_text(report + "\n"))
 
 
