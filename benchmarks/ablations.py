@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from eval.online.check import right, stop_tokens
 from tqdm import tqdm
 
 from benchmarks.machine import origin
@@ -31,7 +32,6 @@ from data_gen.backbones.load import load_backbone
 from data_gen.core.files import write_atomically
 from data_gen.text.documents import Document, build_documents
 from data_gen.traces.store import TraceStore
-from eval.online.check import right, stop_tokens
 from eval.online.cycle import fidelity
 from eval.report.tables import table
 from indexer_train.load import load_indexer

@@ -36,8 +36,8 @@ def training_arguments(config: TrainConfig, out: Path, steps: int) -> SentenceTr
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_mass_recall",
-        greater_is_better=True,
+        metric_for_best_model=f"eval_{config.choose}",
+        greater_is_better=config.choose == "mass_recall",
         logging_steps=every,
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step
         restore_callback_states_from_checkpoint=True,
