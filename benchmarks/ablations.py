@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from eval.online.check import right, stop_tokens
 from tqdm import tqdm
 
 from benchmarks.machine import origin
@@ -32,7 +31,8 @@ from data_gen.backbones.load import load_backbone
 from data_gen.core.files import write_atomically
 from data_gen.text.documents import Document, build_documents
 from data_gen.traces.store import TraceStore
-from eval.online.cycle import fidelity
+from eval.online.runner import stop_tokens
+from eval.online.scorers import fidelity
 from eval.report.tables import table
 from indexer_train.load import load_indexer
 from indexer_train.losses import LOSSES
@@ -133,6 +133,11 @@ def ask(recipe: Recipe, out: Path, development: str, follow: int, share: tuple[i
         }
         with journal.open("a") as file:
             file.write(json.dumps({"name": name, "set": name.split()[0], "runs": runs, "origin": made}) + "\n")
+
+
+def right(answer: str, values: list[str]) -> bool:
+    """Whether every value is in the answer: what is written after it changes nothing."""
+    return all(value in answer for value in values)
 
 
 def followed(masked: MaskedModel, going: Continuation, tokens: list[int], window: int) -> list[torch.Tensor]:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from eval.runtime.hosts.dense_cache import ResidentLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -23,7 +22,7 @@ from data_gen.backbones.observe import AttentionCall, attention_modules, observe
 from data_gen.core.chunks import Chunking
 from data_gen.core.keys import KeyPooler, flatten_heads
 from data_gen.traces.labels import candidates
-from eval.runtime.hosts.dense import PIECE_TOKENS
+from eval.runtime.hosts.dense import PIECE_TOKENS, ResidentLayer
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import select
 

@@ -6,9 +6,9 @@ from benchmarks.masked import MaskedModel, Policy, recency, trained
 from data_gen.backbones.dense import fingerprint
 from data_gen.backbones.tiny import tiny_backbone
 from data_gen.core.chunks import Chunking
-from eval.online import policies
-from eval.online.cycle import follow_text
-from eval.online.session import Session
+from eval.online import online_policies
+from eval.online.cycle import Course, go_on
+from eval.online.session import DenseSession
 from indexer_train.config import IndexerConfig
 from indexer_train.model import MemoryIndexer
 from indexer_train.spec import IndexerSpec
@@ -18,7 +18,7 @@ def test_a_window_read_at_once_under_masks_is_decoding_under_evictions():
     model, _ = tiny_backbone()
     model = model.cpu()
     chunking, budget = Chunking(tokens=4, sink=1, recent=8), 0.2
-    session = Session(model, chunking)
+    session = DenseSession(model, chunking)
     info = session.host.info
     torch.manual_seed(0)
     spec = IndexerSpec(
@@ -29,8 +29,14 @@ def test_a_window_read_at_once_under_masks_is_decoding_under_evictions():
     tokens = torch.randint(5, 100, (150,)).tolist()
     prompt, rest = tokens[:131], tokens[131:147]
     session.read(prompt)
-    by_name = {"full": None, "recency": policies.recency, "indexer": policies.indexer_policy(indexer)}
-    expected = follow_text(session, by_name, budget, 8, rest)
+    rankings = {"full": None, "recency": online_policies.recency, "indexer": online_policies.indexer_policy(indexer)}
+    expected: dict[str, list[torch.Tensor]] = {name: [] for name in rankings}
+    courses = []
+    for name, ranking in rankings.items():
+        keep = None if ranking is None else lambda each, ranking=ranking: each.keep(ranking(each), budget)
+        seen = [lambda _, logits, name=name: expected[name].append(logits)]
+        courses.append(Course(session.fork(), keep, rest, watchers=seen))
+    go_on(courses, 8)
     masked = MaskedModel(model, chunking)
     rows = [("full", None), ("recency", recency), ("indexer", trained(indexer))]
     going = masked.begin(masked.prompt(prompt), [Policy(name, score, budget) for name, score in rows])
@@ -39,7 +45,7 @@ def test_a_window_read_at_once_under_masks_is_decoding_under_evictions():
         masked.refresh(going)
         found.append(masked.read(going, piece.expand(3, -1)))
     for row, (name, _) in enumerate(rows):
-        torch.testing.assert_close(torch.cat(found, dim=1)[row], expected[name][0], atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(torch.cat(found, dim=1)[row], torch.stack(expected[name]), atol=2e-4, rtol=1e-3)
     kept = torch.stack(going.kept)
     assert bool((kept[:, 0] == 1).all()) and bool((kept[:, 1:] < 0.6).all())
-    assert not torch.equal(expected["recency"][0], expected["indexer"][0])
+    assert not torch.equal(expected["recency"][-1], expected["indexer"][-1])
