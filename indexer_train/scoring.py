@@ -35,10 +35,12 @@ class PackedQuery:
 
     @property
     def sizes(self) -> list[int]:
+        """Columns of each part, in order."""
         return [self.heads * self.width, self.heads, self.bumps, int(self.scale), int(self.slot), int(self.bias)]
 
     @property
     def size(self) -> int:
+        """Columns of one layer."""
         return sum(self.sizes)
 
     def logits(

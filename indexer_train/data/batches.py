@@ -63,6 +63,7 @@ class DocumentBatchSampler(DefaultBatchSampler):
         self.weights = [float(weights[group[0]]) for group in self.groups]
 
     def set_epoch(self, epoch: int) -> None:
+        """Draw for that epoch from now on."""
         self.epoch = epoch
 
     def _draws(self) -> list[tuple[list[int], int]]:
@@ -127,6 +128,7 @@ class Collator(ABC):
 
     @property
     def epoch(self) -> int:
+        """The trainer's epoch, in every process that makes batches."""
         return int(self._epoch)
 
     @epoch.setter
@@ -245,4 +247,5 @@ class TellEpoch(TrainerCallback):
         self.collator = collator
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
         self.collator.epoch = int(state.epoch)

@@ -51,18 +51,22 @@ class LayerWeights:
 
     @property
     def heads(self) -> int:
+        """H."""
         return len(self.weights_proj)
 
     @property
     def rank(self) -> int:
+        """R."""
         return len(self.q_norm)
 
     @property
     def hidden(self) -> int:
+        """Width of the hidden states."""
         return self.wq_a.shape[1]
 
     @property
     def width(self) -> int:
+        """d, of keys and of one head's query."""
         return len(self.wq_b) // self.heads
 
     @torch.no_grad()

@@ -187,6 +187,7 @@ class ServedWindows:
 
     @property
     def chunking(self) -> Chunking:
+        """The traces' own."""
         return self.document.trace.chunking
 
     def kept(self, budget: float) -> torch.Tensor:
