@@ -1,4 +1,8 @@
-"""What is done for the CPU alone; `python -m benchmarks.cpu_tricks` prints the gain of each, on and off in turns."""
+"""What is done for the CPU alone; `python -m benchmarks.cpu_tricks` prints the gain of each, on and off in turns.
+
+Gains noted here are of a training step (CPU time) or of an evaluation (peak memory) on an Intel Xeon at 2.80 GHz with
+AVX-512, one thread, median of two rounds of 4 steps beside other work: 5 % either way says nothing.
+"""
 
 import ctypes
 import os
@@ -11,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 """Whether products are oneDNN's: PyTorch's default library leaves AVX-512 unused on AMD processors, and half of their
-speed with it. On processors without it the default library is a little faster."""
+speed with it. On processors without it the default library is a little faster, and so it is on that Intel: 0.87x."""
 CACHE_ELEMENTS = 1 << 18
 """Matches of queries and keys held in the CPU's cache at once (1 MiB in fp32)."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -19,7 +23,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse blocks of up to 32 MiB (its largest bound) instead of giving them back; elsewhere do nothing."""
+    """Let glibc reuse blocks of up to 32 MiB (its largest bound) instead of giving them back; elsewhere do nothing.
+
+    1.16x.
+    """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
@@ -27,7 +34,10 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Let glibc give blocks of 8 MiB and more back at once, as it does not when such blocks came and went before: heaps
-    of large blocks in changing sizes grow by gigabytes. Elsewhere do nothing."""
+    of large blocks in changing sizes grow by gigabytes. Elsewhere do nothing.
+
+    1.36x less memory (1.22 GiB, not 1.66) in evaluating documents of 98,304 chunks.
+    """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 8 << 20)
 
@@ -35,7 +45,7 @@ def return_freed_memory() -> None:
 def ask_for_huge_pages() -> None:
     """Let torch ask the kernel for huge pages, unless the environment says otherwise; before torch first allocates.
 
-    Training makes every gradient anew, and the kernel clears each new page.
+    Training makes every gradient anew, and the kernel clears each new page: 1.08x.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once and has no other switch
 
@@ -60,7 +70,7 @@ def _dense(matrix: torch.Tensor) -> torch.Tensor:
 class SteadyLinear(nn.Linear):
     """nn.Linear without bias whose weight's gradient lies in the same memory in every step (in fp32 on the CPU).
 
-    Whoever keeps a gradient beyond `zero_grad` must copy it.
+    Whoever keeps a gradient beyond `zero_grad` must copy it. 1.03x beside the other tricks, which is noise.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
