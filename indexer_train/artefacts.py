@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import whole
+from data_gen.core.files import CHECKSUMS, UNFINISHED, one_line, whole
 from data_gen.traces.store import MANIFEST, TraceStore
 from data_gen.traces.validate import check_document
 from indexer_train.checkpoints import LAST, SETTINGS, STATE, checkpoints, damage
@@ -27,6 +27,7 @@ ROLES = {
     WEIGHTS: "weights",
     "spec.json": "spec",
     "README.md": "model card",
+    CHECKSUMS: "checksums",
     LAST: "what the loss learned",
     "optimizer.pt": "state of the optimizer",
     "scheduler.pt": "state of the learning rate",
@@ -95,12 +96,16 @@ def _file(path: Path, progress: Progress) -> Found:
 
 
 def _store(root: Path, progress: Progress, only: list[Path] | None = None) -> Found:
-    opened = TraceStore.open(root)
+    found = Found("trace store" if only is None else "document of a trace store")
+    try:
+        opened = TraceStore.open(root)
+    except InputError as error:
+        found.damage.append(str(error))
+        return found
     store = TraceStore(root, opened.manifest, only or opened.paths())
     manifest, trace, backbone = store.manifest, store.manifest.trace, store.manifest.backbone
-    found = Found("trace store" if only is None else "document of a trace store")
     tasks: Counter[str] = Counter()
-    lengths, rows, chunks, windows, unsigned = [], 0, 0, 0, 0
+    lengths, rows, chunks, windows = [], 0, 0, 0
     for path in progress(store.paths(), "reading"):
         try:
             (document,) = TraceStore(root, manifest, [path])
@@ -112,7 +117,6 @@ def _store(root: Path, progress: Progress, only: list[Path] | None = None) -> Fo
         lengths.append(document.meta.length)
         rows, chunks = rows + len(document.positions), chunks + document.chunks
         windows += len(document.windows(serving=True))
-        unsigned += document.checksum is None
     size = sum(path.stat().st_size for path in store.paths())
     found.facts = [
         ("backbone", f"{backbone.model_type}, fingerprint {backbone.fingerprint}"),
@@ -126,14 +130,12 @@ def _store(root: Path, progress: Progress, only: list[Path] | None = None) -> Fo
         ("tokens", f"{min(lengths)} to {max(lengths)} a document" if lengths else "-"),
         ("read", f"{rows} query tokens, {chunks} chunks, {windows} serving windows, {size / 2**20:.1f} MiB"),
     ]  # fmt: skip
-    if unsigned:
-        found.facts.append(("checksums", f"{unsigned} documents were written without one"))
     if (root / FOLDER).exists() and only is None:
         try:
             found.facts.append(("hard negatives", "; ".join(HardNegatives.beside(store).made_by)))
         except InputError as error:
             found.damage.append(str(error))
-    if left := [path.name for path in root.glob(".unfinished-*")]:
+    if left := [path.name for path in root.glob(f"{UNFINISHED}*")]:
         found.facts.append(("left behind", f"{len(left)} unfinished files of a run that was killed"))
     return found
 
@@ -162,8 +164,8 @@ def _results(folder: Path, progress: Progress) -> Found:
     try:
         sections = json.loads(path.read_text())
         return Found("results", [(name, f"{len(rows)} rows") for name, rows in sections.items()])
-    except (ValueError, AttributeError, TypeError) as error:
-        return Found("results", damage=[f"{path}: {error}"])
+    except Exception as error:  # of JSON, or of rows that are none
+        return Found("results", damage=[f"{path}: {one_line(error)}"])
 
 
 def _indexer(folder: Path, progress: Progress) -> Found:
@@ -213,7 +215,7 @@ def _model(kind: str, load: Callable[[Path], MemoryIndexer], folder: Path) -> Fo
 def _checkpoint(folder: Path, progress: Progress) -> Found:
     reason = damage(folder)
     if reason:
-        return Found("training checkpoint", damage=[f"{folder}: half-written ({reason}); training skips it"])
+        return Found("training checkpoint", damage=[f"{folder}: not whole ({reason}); training skips it"])
     state = json.loads((folder / STATE).read_bytes())
     best, step = state["best_metric"], state["best_global_step"]
     found = _model("training checkpoint", load_indexer, folder)
@@ -236,9 +238,9 @@ def _checkpoints(folder: Path) -> Found:
     found = Found("training checkpoints")
     for path in checkpoints(folder):
         reason = damage(path)
-        found.facts.append((path.name, "half-written" if reason else "whole"))
+        found.facts.append((path.name, "not whole" if reason else "whole"))
         if reason:
-            found.damage.append(f"{path}: half-written ({reason}); training skips it")
+            found.damage.append(f"{path}: not whole ({reason}); training skips it")
     return found
 
 

@@ -2,22 +2,19 @@
 
 RUN/training.json                           all that the run is made of
 RUN/checkpoints/checkpoint-100/             the stock trainer's folder: indexer, optimizer, scheduler, random states
-RUN/checkpoints/checkpoint-100/loss.safetensors     the loss's own parameters, and how many processes train; the first
-                                            process writes it last, so that a checkpoint with it and every process's
-                                            random state is whole
+RUN/checkpoints/checkpoint-100/loss.safetensors     the loss's own parameters, and how many processes train
+RUN/checkpoints/checkpoint-100/checksums.json       of all its files; the first process writes it last, when every
+                                            process has written its own, so that a checkpoint with them is whole
 RUN/indexer/                                the trained indexer
 """
 
 import json
 import re
-import zipfile
 from pathlib import Path
 
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from indexer_train.model import QueryEncoder
-from indexer_train.spec import IndexerSpec
+from data_gen.core.files import folder_checksums, folder_damage, whole
 
 SETTINGS = "training.json"
 LAST = "loss.safetensors"
@@ -39,28 +36,15 @@ def processes_of(checkpoint: Path) -> int:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be continued from; None when it is whole."""
-    try:
-        for name in (LAST, STATE, "optimizer.pt", "scheduler.pt", "modules.json"):
-            if not (checkpoint / name).exists():
-                return f"{name} is missing"
-        count = processes_of(checkpoint)
-        for name in ["rng_state.pth"] if count == 1 else [f"rng_state_{rank}.pth" for rank in range(count)]:
-            if not (checkpoint / name).exists():
-                return f"{name} is missing"
+    """Why a checkpoint cannot be continued from; None when it is whole, every byte of it."""
+    if reason := folder_damage(checkpoint):
+        return reason
+    sealed = folder_checksums(checkpoint)
+    for name in (LAST, STATE, "optimizer.pt", "scheduler.pt", "modules.json"):
+        if name not in sealed:
+            return f"{name} is missing"
+    with whole(checkpoint / STATE, "checkpoint", "delete it"):
         state = json.loads((checkpoint / STATE).read_bytes())
         if not isinstance(state, dict) or not state.keys() >= IN_STATE:
             return f"{STATE} is not the trainer's"
-        for path in checkpoint.rglob(QueryEncoder.config_file_name):
-            IndexerSpec.model_validate_json(path.read_bytes())
-        for path in checkpoint.rglob("*.safetensors"):
-            with safe_open(path, framework="pt"):  # compares the size with the header
-                pass
-        for path in checkpoint.rglob("*.pt*"):
-            if not zipfile.is_zipfile(path):  # the directory of a zip file lies at its end
-                return f"{path.name} is cut short"
-    except ValidationError:
-        return f"{QueryEncoder.config_file_name} is no indexer's"
-    except (OSError, ValueError, SafetensorError) as error:
-        return str(error).splitlines()[0]
     return None

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import whole
+from data_gen.core.files import folder_damage, whole
 from data_gen.core.rope import Rope
 from data_gen.traces.store import TraceStore
 from data_gen.traces.validate import check_store
@@ -17,6 +17,8 @@ def load_indexer(folder: Path) -> MemoryIndexer:
     """Load a saved indexer, on the best device. Raises InputError when the folder holds none or a damaged one."""
     if not (folder / "modules.json").exists():
         raise InputError(f"{folder}: no indexer there (modules.json is missing); run `lookahead train` first")
+    if reason := folder_damage(folder):
+        raise InputError(f"{folder}: damaged indexer ({reason}); {REMEDY}")
     with whole(folder, "indexer", REMEDY):
         indexer = MemoryIndexer(str(folder), device="cpu", local_files_only=True)
         indexer.query_encoder.spec  # noqa: B018 - other models of sentence-transformers have none

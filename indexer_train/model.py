@@ -1,14 +1,16 @@
 """MemoryIndexer: a query encoder per backbone layer beside frozen keys, made of sentence-transformers modules."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule, Router
 
-from data_gen.core.files import whole, write_atomically
+from data_gen.core.files import replace_sealed, seal_folder, whole, writing
 from data_gen.core.keys import check_stored, key_vectors
 from indexer_train.card import model_card
 from indexer_train.scorer import Scorer
@@ -70,7 +72,10 @@ class QueryEncoder(Scorer, InputModule):
         with whole(folder / cls.config_file_name, "indexer", REMEDY):
             module = cls(IndexerSpec.model_validate(cls.load_config(model_name_or_path, subfolder=subfolder, **hub)))
         with whole(folder / "model.safetensors", "indexer", REMEDY):
-            cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module, **hub)
+            path = cls.load_file_path(model_name_or_path, "model.safetensors", subfolder=subfolder, **hub)
+            if path is None:  # a pickled file beside it is not what was saved
+                raise FileNotFoundError("it is missing")
+            module.load_state_dict(load_file(path))
         return module
 
 
@@ -175,17 +180,27 @@ class MemoryIndexer(SentenceTransformer):
         logits = self.layer_logits(torch.as_tensor(embeddings1), torch.as_tensor(embeddings2))
         return join_layers(logits, self.spec.shape.join)
 
+    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """Save into a folder and seal it with checksums, which loading compares."""
+        super().save(path, *args, **kwargs)
+        seal_folder(Path(path))
+
     def save_whole(self, folder: Path) -> None:
-        """Save into a new folder, which appears whole or not at all."""
+        """Save into a new folder, which appears whole or not at all. Raises OSError when there is no room for it."""
         folder = folder.resolve()
         unfinished = folder.with_name(f"{folder.name}.unfinished")
-        self.save_pretrained(str(unfinished))
-        unfinished.rename(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        try:
+            with writing(folder):
+                self.save_pretrained(str(unfinished))
+                unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def save_spec(self, folder: Path) -> None:
         """Bring the saved indexer in `folder` up to date with `spec`: all but the weights."""
         (path,) = folder.rglob(QueryEncoder.config_file_name)
-        write_atomically(path, lambda file: file.write_text(self.spec.model_dump_json(indent=2)))
+        replace_sealed(path, folder, lambda file: file.write_text(self.spec.model_dump_json(indent=2)))
         self._create_model_card(str(folder))
 
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:

@@ -35,6 +35,11 @@ def count() -> int:
     return _state().num_processes
 
 
+def wait() -> None:
+    """Until every process is here."""
+    _state().wait_for_everyone()
+
+
 def average(gradient: torch.Tensor) -> torch.Tensor:
     """Mean of a gradient over the processes, for parameters outside of the wrapped model."""
     if count() > 1:

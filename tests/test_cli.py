@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import cli
+from data_gen.core.files import read_sealed, write_sealed
 from tests.conftest import tiny_model
 
 
@@ -264,10 +265,10 @@ def test_damaged_results_are_found_before_the_work(finished, recipe, tmp_path, l
 def test_traces_of_another_backbone_or_layer_are_refused(finished, recipe, tmp_path, lookahead):
     changed = tmp_path / "heldout"
     shutil.copytree(finished / "traces" / "heldout", changed)
-    manifest = json.loads((changed / "manifest.json").read_text())
+    manifest = read_sealed(changed / "manifest.json")
     for section, field, value in (("trace", "layers", [1]), ("backbone", "fingerprint", "other")):
         edited_manifest = manifest | {section: manifest[section] | {field: value}}
-        (changed / "manifest.json").write_text(json.dumps(edited_manifest))
+        write_sealed(changed / "manifest.json", edited_manifest)
         arguments = ("--indexer", finished / "indexer", "--traces", changed, "--out", tmp_path / "out")
         code, _, line = lookahead("evaluate", recipe, *arguments)
         assert code == 2 and ("layers" if field == "layers" else "another backbone") in line
@@ -275,9 +276,42 @@ def test_traces_of_another_backbone_or_layer_are_refused(finished, recipe, tmp_p
     training = ("--indexer", finished / "indexer", "--traces", finished / "traces" / "train", "--out", tmp_path / "out")
     code, _, line = lookahead("evaluate", recipe, *training)
     assert code == 2 and "training documents" in line and not (tmp_path / "out").exists()
-    (changed / "manifest.json").write_text('{"format": 7}')
+    (changed / "manifest.json").write_text('{"format": 1}')
     code, _, line = lookahead("evaluate", recipe, *arguments)
-    assert code == 2 and "not a manifest of this version" in line
+    assert code == 2 and "manifest.json: a store of format 1, this version reads 2; generate it again" in line
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("doc_00001.safetensors", b'\\"last\\": 6', b'\\"last\\": 5'),
+        ("doc_00001.safetensors", b'"checksum"', b'"checksun"'),
+        ("doc_00001.safetensors", b'"dtype":"BF16"', b'"dtype":"F16" '),
+        ("manifest.json", b'"checksum"', b'"checksun"'),
+        ("manifest.json", b'"split": "SIDE', b'"split": "side'),
+        ("manifest.json", b'"key_width": 32', b'"key_width": 64'),
+        ("manifest.json", b'"context": 512', b'"context": 312'),
+        ("manifest.json", b'"full_layers": [\n      0', b'"full_layers": [\n      1'),
+        ("manifest.json", b'"fingerprint": "', b'"fingerprint": "a'),
+    ],
+)
+@pytest.mark.parametrize("side", ["train", "heldout"])
+def test_no_fact_of_a_store_can_be_changed(finished, recipe, tmp_path, lookahead, side, file, before, after):
+    store = shutil.copytree(finished / "traces" / side, tmp_path / side)
+    before, after = before.replace(b"SIDE", side.encode()), after.replace(b"side", b"other")
+    content = (store / file).read_bytes()
+    assert before in content
+    (store / file).write_bytes(content.replace(before, after, 1))
+    verbs = {
+        "train": ("train", recipe, "--traces", store, "--out", tmp_path / "out"),
+        "heldout": (
+            "evaluate", recipe, "--indexer", finished / "indexer", "--traces", store, "--out", tmp_path / "out"
+        ),
+    }  # fmt: skip
+    code, _, line = lookahead(*verbs[side])
+    assert code == 2 and f"{store / file}: damaged " in line and not (tmp_path / "out").exists()
+    code, printed, _ = lookahead("inspect", store)
+    assert code == 1 and f"DAMAGED {store / file}: damaged " in printed
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from data_gen.backbones.deepseek_v4_hooks import CSA, CsaCall, csa_attention, csa_layers, observe_csa
-from data_gen.backbones.dense import check_finite, fingerprint
+from data_gen.backbones.dense import check_finite
 from data_gen.backbones.observe import context_of
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
+from data_gen.core.fingerprint import fingerprint
 from data_gen.core.key_bytes import encode_keys, hadamard
 from data_gen.core.rope import Rope
 from data_gen.core.tensors import tiled_scores
@@ -40,7 +41,7 @@ class DeepseekV4Backbone:
         self.chunk_tokens: int = config.compress_rates[CSA]
         self.info = BackboneInfo(
             model_type=config.model_type,
-            fingerprint=fingerprint(model),
+            fingerprint=fingerprint(model.state_dict().items()),
             full_layers=list(range(len(self.layers))),
             hidden=config.hidden_size,
             key_width=config.index_head_dim,

@@ -1,7 +1,5 @@
 """Any Hugging Face decoder with ordinary attention (Llama, Qwen, Gemma, Mistral ...) as a backbone."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +10,10 @@ from transformers import PreTrainedModel
 from data_gen.backbones.observe import AttentionCall, attention_modules, context_of, observe
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
+from data_gen.core.fingerprint import fingerprint
 from data_gen.core.keys import KeyPooler, flatten_heads, mean_pooled_scores
 from data_gen.traces.labels import pooled_attention
 from data_gen.traces.types import BackboneInfo, RawTrace, SparseAttention
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hash of architecture and weights, equal for fp32 and bf16 loads: names, shapes and the first 256 values."""
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(json.dumps([name, list(parameter.shape)]).encode())
-        sample = parameter.detach().flatten()[:256].to("cpu", torch.bfloat16)
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
 
 TERMS: dict[str, Callable[[Any, Any], bool]] = {
     "sparse attention chosen by an indexer of its own (DSA)": lambda attention, _: (
@@ -76,7 +64,7 @@ class DenseBackbone:
         head_dim = getattr(module, "head_dim", config.hidden_size // config.num_attention_heads)
         self.info = BackboneInfo(
             model_type=config.model_type,
-            fingerprint=fingerprint(model),
+            fingerprint=fingerprint(model.state_dict().items()),
             full_layers=sorted(self.modules),
             hidden=config.hidden_size,
             key_width=(config.num_key_value_heads or config.num_attention_heads) * head_dim,

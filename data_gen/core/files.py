@@ -1,13 +1,21 @@
-"""Files: written whole or not at all, read whole or refused in one line; where installed packages lie."""
+"""Files: written whole or not at all, sealed by checksums, read whole or refused in one line; installed packages.
 
+A sealed file, safetensors or JSON, holds one `"checksum"`: the SHA-256 of all of its bytes, with zeros in that place.
+A sealed folder holds checksums.json, a sealed file with the SHA-256 of every other one, written last.
+"""
+
+import errno
+import fcntl
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -16,16 +24,24 @@ from safetensors.torch import save_file
 
 from data_gen.core.errors import InputError
 
-READING = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
-"""What readers of JSON, of settings and of tensors raise when a file is cut short, edited or another one."""
+CHECKSUMS = "checksums.json"
+UNSEALED = {CHECKSUMS, "README.md", "calibration.json", "reliability.png"}
+"""Files of a sealed folder that anybody may add or edit: nothing is computed from them."""
+UNFINISHED = ".unfinished-"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+BLANK = "0" * 64
+SEAL = re.compile(rb'"checksum": ?"([0-9a-f]{64})"')
+BLOCK = 1 << 20
 
 
 @contextmanager
 def whole(path: Path, what: str, remedy: str) -> Iterator[None]:
-    """Whatever reading `path` raises becomes the InputError `PATH: damaged WHAT (why); REMEDY`."""
+    """Whatever a parser of `path` raises becomes the InputError `PATH: damaged WHAT (why); REMEDY`."""
     try:
         yield
-    except READING as error:
+    except InputError:
+        raise
+    except Exception as error:  # of JSON, settings, tensors or pickles that were cut short, edited or are others
         raise InputError(f"{path}: damaged {what} ({one_line(error)}); {remedy}") from error
 
 
@@ -39,41 +55,177 @@ def one_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary neighbour, flush it to disk, then give it its name: a killed run leaves no half."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-", suffix=path.suffix)
-    os.close(handle)
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever a library raises when the disk is full becomes one OSError that names `path`."""
     try:
-        write(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        code = error.errno if isinstance(error, OSError) else None
+        told = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        code = int(told[1]) if told else code
+        if isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container", str(error)):
+            code = errno.ENOSPC  # of torch.save, which does not say why
+        if code not in FULL:
+            raise
+        reason = f"{os.strerror(code)}; the same command continues once there is room"
+        raise OSError(code, reason, str(path)) from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary neighbour, flush it to disk, then give it its name: a killed run leaves no half.
+
+    Raises OSError, with `path`, when there is no room for it.
+    """
+    with writing(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED, suffix=path.suffix)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # for as long as this process lives, see `sweep`
+            write(Path(temporary))
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        finally:
+            os.close(handle)
+            Path(temporary).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left unfinished in `folder`; files that somebody writes just now stay."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        with open(path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            path.unlink(missing_ok=True)
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """A safetensors file whose bytes are a function of what it holds: the library writes metadata in any order."""
-    save_file(dict(tensors), path, dict(metadata))
+    """A sealed safetensors file whose bytes are a function of what it holds: the library writes metadata in any order.
+
+    Raises OSError when there is no room for it.
+    """
+    with writing(path):
+        save_file(dict(tensors), path, {**metadata, "checksum": BLANK})
+        with open(path, "r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+            if len(ordered) != size:
+                raise InputError(f"{path}: its header cannot be put in order: this safetensors writes it otherwise")
+            file.seek(8)
+            file.write(ordered)
+        _seal(path)
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum, whole or not at all."""
+    text = json.dumps({"checksum": BLANK, **content}, indent=2)
+    write_atomically(path, lambda file: (file.write_text(text), _seal(file)))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises ValueError when it is anything else."""
+    if reason := broken_seal(path):
+        raise ValueError(reason)
+    content = json.loads(path.read_bytes())
+    del content["checksum"]
+    return content
+
+
+def broken_seal(path: Path) -> str | None:
+    """Why a sealed file is not the one that was written; None when every byte of it is. Raises OSError."""
+    head, place = _head(path)
+    if place is None:
+        return "its checksum is missing"
+    intact = _digest(path, head, place).encode() == head[slice(*place)]
+    return None if intact else "its bytes are not those that were written"
+
+
+def _head(path: Path) -> tuple[bytes, tuple[int, int] | None]:
+    """(the bytes that hold the checksum, where in them): of safetensors the header with its length, of JSON all."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        size = int.from_bytes(head, "little") if path.suffix == ".safetensors" else -1
+        head += file.read(min(size, path.stat().st_size))
+    found = SEAL.search(head)
+    return head, found and found.span(1)
+
+
+def _digest(path: Path, head: bytes, place: tuple[int, int]) -> str:
+    digest = hashlib.sha256(head[: place[0]] + BLANK.encode() + head[place[1] :])
+    with open(path, "rb") as file:
+        file.seek(len(head))
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _seal(path: Path) -> None:
+    head, place = _head(path)
+    assert place is not None, "written with a blank checksum"
     with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(ordered) != size:
-            raise InputError(f"{path}: its header cannot be put in order: this safetensors writes it otherwise")
-        file.seek(8)
-        file.write(ordered)
+        file.seek(place[0])
+        file.write(_digest(path, head, place).encode())
 
 
-def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """CRC-32 of names and bytes in the order of the names, as eight hexadecimal digits."""
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
+def seal_folder(folder: Path) -> None:
+    """Write checksums.json over all files that lie in `folder` now."""
+    with writing(folder):
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNSEALED)
+        own = [path for path in files if not path.name.startswith(UNFINISHED)]
+        _write_checksums(folder, {path.relative_to(folder).as_posix(): [file_checksum(path)] for path in own})
+
+
+def folder_checksums(folder: Path) -> dict[str, list[str]]:
+    """What a sealed folder's files may have for checksums: one each, two while one is being replaced.
+
+    Raises InputError when checksums.json is missing or damaged.
+    """
+    path = folder / CHECKSUMS
+    with whole(path, "checksums", "copy the folder again, or make it anew"):
+        return read_sealed(path)["files"]
+
+
+def folder_damage(folder: Path) -> str | None:
+    """Why a sealed folder is not the one that was written, naming the file; None when it is."""
+    if not (folder / CHECKSUMS).exists():
+        return f"{CHECKSUMS} is missing"
+    try:
+        files = folder_checksums(folder)
+    except InputError:
+        return f"{CHECKSUMS} is not the one that was written"
+    for name, allowed in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if file_checksum(folder / name) not in allowed:
+            return f"{name} is not the one that was written"
+    return None
+
+
+def replace_sealed(path: Path, folder: Path, write: Callable[[Path], object]) -> None:
+    """Replace one file of a sealed folder; killed at any moment, the folder is whole with the old or the new one."""
+    name, files = path.relative_to(folder).as_posix(), folder_checksums(folder)
+
+    def announced(file: Path) -> None:
+        write(file)
+        _write_checksums(folder, files | {name: [*files[name], file_checksum(file)]})
+
+    write_atomically(path, announced)
+    _write_checksums(folder, files | {name: [file_checksum(path)]})
+
+
+def _write_checksums(folder: Path, files: dict[str, list[str]]) -> None:
+    write_sealed(folder / CHECKSUMS, {"files": files})
+
+
+def file_checksum(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def package_folder(name: str, what: str) -> Path:

@@ -44,22 +44,8 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """The fingerprint of a checkpoint in a folder, as traces and bundles hold it today.
-
-    `dense.fingerprint` computed from files: the value of the model that transformers loads from them.
-    """
-    config = read_config(folder)
-    return named_fingerprint(config["model_type"], _parameters(folder, config))
-
-
-def named_fingerprint(model_type: str, parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hash of architecture and weights, equal for fp32 and bf16 loads: names, shapes and the first 256 values."""
-    digest = hashlib.sha256(model_type.encode())
-    for name, parameter in parameters:
-        digest.update(json.dumps([name, list(parameter.shape)]).encode())
-        sample = parameter.detach().flatten()[:256].to("cpu", torch.bfloat16)
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """The fingerprint of a checkpoint's files: the value of the model that transformers loads from them."""
+    return fingerprint(checkpoint_tensors(folder))
 
 
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -80,22 +66,6 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with whole(path, "checkpoint", REMEDY), safe_open(path, framework="pt") as file:
             for tensor in sorted(file.keys()):
                 yield tensor, file.get_tensor(tensor)
-
-
-def read_config(folder: Path) -> dict:
-    """A checkpoint's config.json. Raises InputError where there is none."""
-    path = folder / "config.json"
-    with whole(path, "configuration of a model", REMEDY):
-        config = json.loads(path.read_bytes())
-        config["model_type"]
-    return config
-
-
-def _parameters(folder: Path, config: dict) -> Iterator[tuple[str, torch.Tensor]]:
-    """What transformers calls parameters, in order of all names: tied matrices once."""
-    tied = config.get("tie_word_embeddings", False)
-    tensors = dict(checkpoint_tensors(folder))  # mapped from the files, not read
-    return ((name, tensors[name]) for name in sorted(tensors) if not (tied and name == "lm_head.weight"))
 
 
 def _rows(name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -11,23 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
-from data_gen.core.files import checksum, save_tensors, write_atomically
+from data_gen.core.files import read_sealed, save_tensors, sweep, whole, write_atomically, write_sealed
 from data_gen.traces.labels import SparseOracle, WindowLabels, lookahead_windows
-from data_gen.traces.types import DocumentMeta, GoldenChunks, Manifest, NativeRow, RawTrace, SparseAttention
+from data_gen.traces.types import FORMAT, DocumentMeta, GoldenChunks, Manifest, NativeRow, RawTrace, SparseAttention
 
 MANIFEST = "manifest.json"
+REMEDY = "delete it and generate again"
+"""What to do with a damaged trace."""
 
 
 def _read_manifest(path: Path) -> Manifest:
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise InputError(f"{path}: not a manifest of this version ({error.errors()[0]['msg']})") from error
+    remedy = "copy it again, or generate into another folder"
+    with whole(path, "manifest", remedy):
+        version = json.loads(path.read_bytes())["format"]
+    if version != FORMAT:
+        raise InputError(f"{path}: a store of format {version}, this version reads {FORMAT}; generate it again")
+    with whole(path, "manifest", remedy):
+        return Manifest.model_validate(read_sealed(path))
 
 
 class TraceDocument:
@@ -39,12 +43,9 @@ class TraceDocument:
     def __init__(self, path: Path, trace: TraceConfig) -> None:
         self.path = path
         self.trace = trace
-        try:
+        with whole(path, "trace", REMEDY):
             self._file = safe_open(path, framework="pt")
             self.meta = DocumentMeta.model_validate_json(self._file.metadata()["document"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: damaged trace ({reason}); delete it and generate again") from error
 
     def hidden(self, layer: int) -> torch.Tensor:
         """[T, hidden] bf16, states entering the attention block of `layer`."""
@@ -74,7 +75,7 @@ class TraceDocument:
 
     @property
     def checksum(self) -> str | None:
-        """Of `tensors` when they were written (data_gen/traces/validate.py); None where somebody took it out."""
+        """Of the whole file when it was written (`files.broken_seal` compares it); None where somebody took it out."""
         return self._file.metadata().get("checksum")
 
     @cached_property
@@ -161,6 +162,7 @@ class TraceStore:
     def create(cls, root: Path, manifest: Manifest) -> "TraceStore":
         """Start a store, or continue one made with the same settings."""
         root.mkdir(parents=True, exist_ok=True)
+        sweep(root)
         path = root / MANIFEST
         if path.exists():
             earlier = _read_manifest(path) if list(root.glob("doc_*")) else manifest
@@ -169,7 +171,7 @@ class TraceStore:
                     raise InputError(f"{root}: holds traces made with another {field}; choose another folder")
             if earlier is not manifest:
                 return cls(root, earlier)
-        write_atomically(path, lambda file: file.write_text(manifest.model_dump_json(indent=2)))
+        write_sealed(path, manifest.model_dump(mode="json"))
         return cls(root, manifest)
 
     def __len__(self) -> int:
@@ -231,7 +233,7 @@ class TraceStore:
             parts = {part: value for part, value in vars(native).items() if value is not None}
             tensors |= {f"native.{layer}.{row}.{part}": value for part, value in parts.items()}
         tensors = {name: value.contiguous() for name, value in tensors.items()}
-        metadata = {"document": json.dumps(meta.model_dump()), "checksum": checksum(tensors)}
+        metadata = {"document": json.dumps(meta.model_dump())}
         if source:
             metadata["source"] = json.dumps(source)  # as ASCII: half a surrogate pair in a prompt has no UTF-8
         write_atomically(self.path(index), lambda file: save_tensors(tensors, file, metadata))

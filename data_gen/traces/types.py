@@ -13,8 +13,8 @@ from data_gen.config import TraceConfig
 from data_gen.core.keys import KeyKind
 from data_gen.core.rope import Rope
 
-FORMAT = 1
-"""Version of a store; readers know this one alone."""
+FORMAT = 2
+"""Version of a store, its documents and what is mined beside them; readers know this one alone."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     backbone: BackboneInfo
     trace: TraceConfig
     documents: dict[str, Any]

@@ -1,13 +1,11 @@
 """Is a document of a trace store what it says it is: named before work starts, not when a step meets it."""
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data_gen.core.errors import InputError
-from data_gen.core.files import checksum
+from data_gen.core.files import broken_seal, whole
 from data_gen.core.keys import KEY_RECIPES, key_vectors
-from data_gen.traces.store import TraceDocument, TraceStore
+from data_gen.traces.store import REMEDY, TraceDocument, TraceStore
 from data_gen.traces.types import Manifest
 
 
@@ -22,12 +20,10 @@ def check_document(document: TraceDocument, manifest: Manifest, read: bool) -> N
 
     Raises InputError that names the file and what is wrong with it.
     """
-    try:
-        reason = _shapes(document, manifest) or _oracle(document) or (_content(document, manifest) if read else None)
-    except (SafetensorError, InputError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-    if reason:
-        raise InputError(f"{document.path}: damaged trace ({reason}); delete it and generate again")
+    with whole(document.path, "trace", REMEDY):
+        reason = (broken_seal(document.path) if read else None) or _shapes(document, manifest) or _oracle(document)
+        if reason := reason or (_content(document, manifest) if read else None):
+            raise ValueError(reason)
 
 
 def _shapes(document: TraceDocument, manifest: Manifest) -> str | None:
@@ -61,10 +57,6 @@ def _oracle(document: TraceDocument) -> str | None:
 
 def _content(document: TraceDocument, manifest: Manifest) -> str | None:
     tensors = document.tensors()
-    if document.checksum is None:
-        return "its checksum is missing"
-    if checksum(tensors) != document.checksum:
-        return "its bytes are not those that were written"
     for layer in manifest.trace.layers:
         extremes = torch.stack(tensors[f"layers.{layer}.hidden"].aminmax())  # NaN spreads; far faster than all values
         if not bool(extremes.isfinite().all()):

@@ -1,7 +1,7 @@
 """Hard negatives: chunks that an indexer ranks high and the oracle does not need, mined with faiss.
 
 STORE/hard_negatives/doc_00000.safetensors      chunks [T, count] int32, hardest first, -1 behind the last;
-                                                metadata: made_by (indexer, golden, count), document, checksum
+                                                metadata: made_by (indexer, golden, count), document
 """
 
 import hashlib
@@ -15,10 +15,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import checksum, whole, write_atomically
+from data_gen.core.files import broken_seal, save_tensors, sweep, whole, write_atomically
 from data_gen.core.keys import key_vectors
 from data_gen.traces.store import TraceDocument, TraceStore
 from indexer_train.data.sampling import as_tensor, without
@@ -70,6 +69,7 @@ def mine(
     for value in indexer.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
     made_by = json.dumps({"indexer": digest.hexdigest(), "golden": golden, "count": count})
+    sweep(store.root / FOLDER)
     for document in progress(store, "mining"):
         with suppress(InputError):
             if _read(document)[1] == made_by:
@@ -77,9 +77,8 @@ def mine(
         sidecar = _sidecar(document.path)
         sidecar.parent.mkdir(exist_ok=True)
         mined = {"chunks": mine_document(indexer, document, golden, count)}
-        about = {"made_by": made_by, "document": _identity(document), "checksum": checksum(mined)}
-        metadata = {"hard_negatives": json.dumps(about)}  # a single entry: safetensors writes several in any order
-        write_atomically(sidecar, partial(save_file, mined, metadata=metadata))
+        metadata = {"made_by": made_by, "document": document.checksum or ""}
+        write_atomically(sidecar, partial(save_tensors, mined, metadata=metadata))
 
 
 @torch.no_grad()
@@ -128,24 +127,18 @@ def _sidecar(document: Path) -> Path:
     return document.parent / FOLDER / document.name
 
 
-def _identity(document: TraceDocument) -> str:
-    """What a sidecar knows its document by."""
-    return document.checksum or checksum(document.tensors())
-
-
 def _read(document: TraceDocument) -> tuple[torch.Tensor, str]:
     """(chunks [T, count], what they were made by) beside `document`, every byte checked."""
     sidecar = _sidecar(document.path)
     if not sidecar.exists():
         raise InputError(f"{sidecar}: no hard negatives there; run `lookahead mine` on these traces first")
-    identity, rows, visible = _identity(document), len(document.positions), document.chunks
+    rows, visible = len(document.positions), document.chunks
     with whole(sidecar, "hard negatives", "mine again"), safe_open(sidecar, framework="pt") as file:
-        chunks, about = file.get_tensor("chunks"), json.loads(file.metadata()["hard_negatives"])
-        made_by, of, written = (about[name] for name in ("made_by", "document", "checksum"))
-        if of != identity:
+        if reason := broken_seal(sidecar):
+            raise ValueError(reason)
+        chunks, made_by = file.get_tensor("chunks"), file.metadata()["made_by"]
+        if file.metadata()["document"] != document.checksum:
             raise ValueError("of another document")
-        if checksum({"chunks": chunks}) != written:
-            raise ValueError("its bytes are not those that were written")
         if chunks.dtype != torch.int32 or chunks.ndim != 2 or len(chunks) != rows:
             raise ValueError(f"chunks are {chunks.dtype} {list(chunks.shape)} beside {rows} rows")
         if chunks.numel() and not -1 <= int(chunks.min()) <= int(chunks.max()) < visible:

@@ -12,11 +12,10 @@ from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import write_atomically
+from data_gen.core.files import one_line, whole, write_atomically
 from data_gen.core.rope import Rope
 from indexer_train.formats.weights import LayerWeights
 
@@ -106,10 +105,8 @@ def check_table(where: Path, table: torch.Tensor, rope: Rope) -> None:
 
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
+    with whole(path, "checkpoint of the release", "copy it again"):
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]})") from error
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -118,10 +115,10 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {refused[1]}, which weights do not need" if refused else str(error).splitlines()[0]
+        reason = f"it asks for {refused[1]}, which weights do not need" if refused else one_line(error)
         raise InputError(f"{path}: not loaded: {reason}") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged, or no PyTorch checkpoint ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # damaged bytes can end in any exception of the pickle machine or of torch
+        raise InputError(f"{path}: damaged, or no PyTorch checkpoint ({one_line(error)})") from error
     if isinstance(found, dict) and "model_state" in found:
         found = found["model_state"]
     if not isinstance(found, dict) or not all(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerState
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import write_atomically
+from data_gen.core.files import replace_sealed, seal_folder, write_atomically
 from indexer_train import processes
 from indexer_train.checkpoints import LAST, SETTINGS, STATE, checkpoints, damage, processes_of
 from indexer_train.losses.base import IndexerLoss
@@ -33,18 +33,20 @@ def same_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 class KeepLoss(TrainerCallback):
-    """Saves what the loss learns beside the model; the stock trainer would start it anew on resume."""
+    """Saves what the loss learns beside the model, where the stock trainer would start anew; seals the checkpoint."""
 
     def __init__(self, loss: IndexerLoss) -> None:
         self.loss = loss
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write it, last of all that belongs to the checkpoint."""
+        """Write it, then the checksums of all that every process wrote, last of all that belongs to the checkpoint."""
+        processes.wait()
         if state.is_world_process_zero:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / LAST
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             learned = {name: value.detach().cpu() for name, value in self.loss.own_parameters().items()}
             metadata = {"processes": str(processes.count())}
-            write_atomically(path, lambda file: save_file(learned, file, metadata))
+            write_atomically(folder / LAST, lambda file: save_file(learned, file, metadata))
+            seal_folder(folder)
 
 
 def restore_loss(loss: IndexerLoss, checkpoint: Path) -> None:
@@ -61,10 +63,10 @@ def restore_loss(loss: IndexerLoss, checkpoint: Path) -> None:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, or None; half-written ones are removed (by the first process)."""
+    """The newest whole checkpoint in `folder`, or None; others are removed (by the first process)."""
     for path in reversed(checkpoints(folder)):
         if reason := damage(path):
-            logger.warning("%s is half-written (%s); skipped", path, reason)
+            logger.warning("%s is not whole (%s); the one before it is taken", path, reason)
             if processes.rank() == 0:
                 shutil.rmtree(path)
         else:
@@ -81,13 +83,18 @@ def stay_with_best(checkpoint: Path) -> TrainerState:
     if state.best_model_checkpoint is None:
         return state
     best = checkpoint.with_name(Path(state.best_model_checkpoint).name)
-    if not best.exists():
-        raise InputError(f"{best}: the best checkpoint of the run is missing; copy it there or train into a new folder")
+    check_best(best)
     if str(best) != state.best_model_checkpoint:
         state.best_model_checkpoint = str(best)
         if processes.rank() == 0:
-            write_atomically(checkpoint / STATE, lambda file: state.save_to_json(str(file)))
+            replace_sealed(checkpoint / STATE, checkpoint, lambda file: state.save_to_json(str(file)))
     return state
+
+
+def check_best(best: Path) -> None:
+    """Raise InputError unless the run's best checkpoint is there and whole: it would end with other weights."""
+    if reason := damage(best) if best.exists() else "it is missing":
+        raise InputError(f"{best}: damaged best checkpoint ({reason}); copy it there or train into a new folder")
 
 
 def over(state: TrainerState) -> bool:

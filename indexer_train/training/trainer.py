@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from data_gen.core.cpu import keep_freed_memory
 from data_gen.core.errors import InputError
+from data_gen.core.files import writing
 from data_gen.traces.store import TraceStore
 from data_gen.traces.validate import check_store
 from indexer_train import processes
@@ -40,7 +41,15 @@ from indexer_train.spec import IndexerSpec, Provenance
 from indexer_train.training import tracking
 from indexer_train.training.arguments import training_arguments
 from indexer_train.training.evaluator import MassRecallEvaluator
-from indexer_train.training.resume import KeepLoss, newest_whole, over, restore_loss, same_settings, stay_with_best
+from indexer_train.training.resume import (
+    KeepLoss,
+    check_best,
+    newest_whole,
+    over,
+    restore_loss,
+    same_settings,
+    stay_with_best,
+)
 
 WITHOUT_EFFECT = {"workers", "report_to"}
 """Settings of training that change no result: a run may go on with others."""
@@ -80,6 +89,8 @@ def train(
         restore_loss(run.loss, checkpoint)
     tracking.begin(config.report_to, out, run.settings)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.state.best_model_checkpoint is not None:  # the stock trainer goes on with the last where it cannot read
+        check_best(Path(trainer.state.best_model_checkpoint))
     return _finish(run.indexer, run.evaluator, config, out)
 
 
@@ -117,6 +128,14 @@ def _train_one_by_one(
     return _finish(indexer, MassRecallEvaluator(validation, config.budget, config.select), config, out)
 
 
+class Trainer(SentenceTransformerTrainer):
+    """The stock trainer, which says in one line that the disk is full."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Run:
     """What one run trains, on what, and who judges it.
@@ -140,12 +159,12 @@ def make_trainer(
     config: TrainConfig,
     out: Path,
     weights: dict[Path, float] | None = None,
-) -> SentenceTransformerTrainer:
+) -> Trainer:
     """The stock trainer as `train` runs it, with a new indexer; arguments and errors as there."""
     return stock_trainer(prepare(store, shape, config, out, weights), config, out)
 
 
-def stock_trainer(run: Run, config: TrainConfig, out: Path) -> SentenceTransformerTrainer:
+def stock_trainer(run: Run, config: TrainConfig, out: Path) -> Trainer:
     """The stock sentence-transformers trainer for `run`, with what it lacks as callbacks."""
     callbacks: list[TrainerCallback] = [
         EarlyStoppingCallback(config.patience),
@@ -153,7 +172,7 @@ def stock_trainer(run: Run, config: TrainConfig, out: Path) -> SentenceTransform
         KeepLoss(run.loss),
     ]
     collate: Any = run.collator  # the stock trainer's own kind of collator makes tokens of texts
-    return SentenceTransformerTrainer(
+    return Trainer(
         model=run.indexer,
         args=training_arguments(config, out, run.steps),
         train_dataset=run.index,

@@ -1,6 +1,5 @@
 """The store: whole documents only, continued and never rewritten."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -9,6 +8,7 @@ import torch
 
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.core.errors import InputError
+from data_gen.core.files import write_sealed
 from data_gen.generate import generate, generate_sides
 from data_gen.text.documents import build_documents
 from data_gen.text.needles import WORDINGS
@@ -69,9 +69,9 @@ def test_damaged_and_missing_stores_are_named(tmp_path, tokenizer, tiny_recipe):
     whole = (tmp_path / "manifest.json").read_bytes()
     for damaged in (b"", b"{", b"\xff\xfe", b"[]"):
         (tmp_path / "manifest.json").write_bytes(damaged)
-        with pytest.raises(InputError, match=r"manifest\.json: not a manifest"):
+        with pytest.raises(InputError, match=r"manifest\.json: damaged manifest"):
             TraceStore.open(tmp_path)
-        with pytest.raises(InputError, match=r"manifest\.json: not a manifest"):
+        with pytest.raises(InputError, match=r"manifest\.json: damaged manifest"):
             run(tmp_path, tokenizer, tiny_recipe)
     (tmp_path / "manifest.json").write_bytes(whole)
     victim = store.paths()[2]
@@ -98,10 +98,9 @@ def test_windows_of_serving_and_of_training(stores):
 
 def test_a_store_that_does_not_name_its_backbone_is_continued(tmp_path, stores):
     store = TraceStore.open(shutil.copytree(stores[0].root, tmp_path / "store"))
-    text = (store.root / "manifest.json").read_text()
-    earlier = json.loads(text)
+    earlier = store.manifest.model_dump(mode="json")
     del earlier["backbone"]["name"]
-    (store.root / "manifest.json").write_text(json.dumps(earlier))
+    write_sealed(store.root / "manifest.json", earlier)
     named = store.manifest.model_copy(update={"backbone": replace(store.manifest.backbone, name="somebody/llama")})
     assert TraceStore.create(store.root, named).manifest == store.manifest
 

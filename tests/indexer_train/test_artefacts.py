@@ -1,6 +1,7 @@
 """`lookahead inspect` on everything that the toolkit writes, whole and damaged."""
 
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 
 from data_gen.core.errors import InputError
 from data_gen.core.rope import Rope
-from indexer_train.artefacts import inspect
+from indexer_train.artefacts import KINDS, inspect
+from indexer_train.checkpoints import damage
 from indexer_train.data.hard_negatives import mine
 from indexer_train.formats.bundle import export_bundle, load_bundle
 from indexer_train.formats.flashmemory import write_checkpoint
 from indexer_train.formats.weights import LayerWeights
 from indexer_train.load import load_indexer
+from indexer_train.model import MemoryIndexer
 from indexer_train.training.trainer import train
 
 
@@ -140,7 +143,7 @@ def test_a_run_and_its_checkpoints(run, tmp_path):
     shutil.copytree(checkpoints[0], tmp_path / "checkpoint-7")
     (tmp_path / "checkpoint-7" / "optimizer.pt").write_bytes(b"PK")
     for path in (tmp_path, tmp_path / "checkpoint-7"):
-        assert "half-written (optimizer.pt is cut short)" in inspect(path, quietly).damage[0]
+        assert "not whole (optimizer.pt is not the one that was written)" in inspect(path, quietly).damage[0]
     for step, (name, content) in enumerate(
         [("spec.json", "{}"), ("trainer_state.json", "[]"), ("trainer_state.json", "{}")], start=8
     ):
@@ -174,9 +177,9 @@ def edit_spec(content, **changes):
     ("file", "damage", "complaint"),
     [
         ("indexer/modules.json", lambda _: b"{", "indexer: damaged indexer"),
-        ("indexer/query_0_QueryEncoder/spec.json", lambda _: b"{", "spec.json: damaged indexer"),
-        ("indexer/query_0_QueryEncoder/spec.json", lambda _: None, "damaged indexer (shape: Field required)"),
-        ("indexer/query_0_QueryEncoder/model.safetensors", lambda was: was[:-9], "model.safetensors: damaged indexer"),
+        ("indexer/query_0_QueryEncoder/spec.json", lambda _: b"{", "spec.json is not the one"),
+        ("indexer/query_0_QueryEncoder/spec.json", lambda _: None, "spec.json is missing"),
+        ("indexer/query_0_QueryEncoder/model.safetensors", lambda was: was[:-9], "model.safetensors is not the one"),
         ("bundle/bundle.json", lambda _: b"\xff\xfe", "bundle.json: damaged bundle"),
         ("bundle/bundle.json", lambda _: b"{}", "bundle.json: damaged bundle ('format' is missing)"),
         ("bundle/bundle.json", lambda _: b'{"format": 1}', "not a bundle of this version (format 1, not 2)"),
@@ -196,6 +199,52 @@ def test_damaged_indexers_and_bundles_are_refused_and_reported(run, tmp_path, fi
         (load_bundle if folder.name == "bundle" else load_indexer)(folder)
     assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value) and "; " in str(refused.value)
     assert inspect(folder, quietly).damage == [str(refused.value)]
+
+
+def flip(path, place, bit):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["indexer", "bundle", "checkpoint"])
+def test_one_flipped_byte_in_any_file_is_refused_and_reported(run, tmp_path, kind):
+    origin = run / kind if kind != "checkpoint" else sorted((run / "checkpoints").glob("checkpoint-*"))[0]
+    folder, random_places = tmp_path / origin.name, random.Random(0)
+    shutil.copytree(origin, folder)
+    assert not inspect(folder, quietly).damage
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"):
+        content = path.read_bytes()
+        for place in [0, len(content) - 1, *(random_places.randrange(len(content)) for _ in range(6))]:
+            if kind == "bundle" and path.suffix == ".json" and content[place : place + 1].isspace():
+                continue  # white space of a header says nothing
+            flip(path, place, place % 5)
+            if path.name == "trainer_state.json" and place == 0:
+                assert damage(folder) is not None
+            assert inspect(folder, quietly).damage, f"{path.name}: byte {place}"
+            if kind == "checkpoint":
+                assert damage(folder) == f"{path.relative_to(folder)} is not the one that was written"
+            else:
+                with pytest.raises(InputError, match=f"damaged {kind}|not a bundle of this version"):
+                    (load_bundle if kind == "bundle" else load_indexer)(folder)
+            path.write_bytes(content)
+        if path.name not in KINDS:  # what a folder is known by
+            path.unlink()
+            assert inspect(folder, quietly).damage, f"{path.name}: gone"
+            path.write_bytes(content)
+    assert not inspect(folder, quietly).damage
+
+
+def test_a_pickled_file_is_no_substitute_for_weights(run, tmp_path):
+    folder = shutil.copytree(run / "indexer", tmp_path / "indexer")
+    encoder = load_indexer(folder).query_encoder
+    weights = folder / "query_0_QueryEncoder" / "model.safetensors"
+    weights.unlink()
+    torch.save(encoder.state_dict(), weights.with_name("pytorch_model.bin"))
+    with pytest.raises(InputError, match=r"model\.safetensors is missing"):
+        load_indexer(folder)
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged indexer"):
+        MemoryIndexer(str(folder))
 
 
 @pytest.mark.parametrize("content", ["{", "{}"])

@@ -1,6 +1,5 @@
 """The saved folder as others meet it: its card, and sentence-transformers loading it."""
 
-import json
 import re
 import shutil
 
@@ -9,6 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 
+from data_gen.core.files import read_sealed, write_sealed
 from indexer_train.artefacts import inspect
 from indexer_train.data.mixture import mix
 from indexer_train.model import MemoryIndexer
@@ -43,10 +43,10 @@ def copied(store, root, count, backbone=None, **documents):
     shutil.copytree(store.root, root)
     for path in sorted(root.glob("doc_*"))[count:]:
         path.unlink()
-    manifest = json.loads((root / "manifest.json").read_text())
+    manifest = read_sealed(root / "manifest.json")
     manifest["documents"] |= documents
     manifest["backbone"] |= backbone or {}
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(root / "manifest.json", manifest)
     return root
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data_gen.backbones.dense import DenseBackbone, fingerprint
+from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.observe import observe
 from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
@@ -81,13 +81,13 @@ def test_observing_changes_no_bit(model):
 
 
 def test_fingerprint_survives_a_cast_and_tells_models_apart():
-    model, other = tiny_model("llama"), tiny_model("qwen3")
-    before = fingerprint(model)
-    assert before == fingerprint(tiny_model("llama").bfloat16())
-    assert before != fingerprint(other)
+    model = tiny_model("llama")
+    before = DenseBackbone(model).info.fingerprint
+    assert before == DenseBackbone(tiny_model("llama").bfloat16()).info.fingerprint
+    assert before != DenseBackbone(tiny_model("qwen3")).info.fingerprint
     with torch.no_grad():
-        model.get_decoder().layers[1].mlp.up_proj.weight[0, 0] += 1
-    assert before != fingerprint(model)
+        model.get_decoder().layers[1].mlp.up_proj.weight[7, 3] += 1
+    assert before != DenseBackbone(model).info.fingerprint
 
 
 def test_bad_input_is_named(model):

@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import checksum
+from data_gen.core.files import save_tensors
 from data_gen.core.keys import KEY_RECIPES
 from data_gen.traces.store import TraceStore
 from data_gen.traces.validate import check_document
@@ -36,7 +35,7 @@ def rewrite(path, change, meta=None):
     change(tensors)
     if meta is not None:
         metadata["document"] = json.dumps(meta(json.loads(metadata["document"])))
-    save_file(tensors, path, metadata)
+    save_tensors(tensors, path, metadata)
 
 
 def test_whole_documents_pass(shard):
@@ -100,18 +99,14 @@ def test_numbers_that_are_none_are_found_beside_a_right_checksum(shard):
         tensors["layers.0.hidden"][1, 1] = torch.nan
 
     rewrite(path, damage)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        save_file(tensors, path, {"document": file.metadata()["document"], "checksum": checksum(tensors)})
     with pytest.raises(InputError, match="NaN"):
         check(store, read=True)
 
 
 def test_a_document_without_a_checksum_is_refused(shard):
     store, path = shard
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        save_file(tensors, path, {"document": file.metadata()["document"]})
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"checksum"', b'"checksun"'))
     with pytest.raises(InputError, match="its checksum is missing"):
         check(store, read=True)
 

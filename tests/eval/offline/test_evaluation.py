@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from data_gen.core.errors import InputError
+from data_gen.core.files import read_sealed, write_sealed
 from data_gen.traces.store import TraceStore
 from data_gen.traces.types import DocumentMeta
 from eval.offline.evaluation import depth_bin, evaluate, length_bins, sampled_reliability, threshold_for, unseen_notes
@@ -89,8 +90,9 @@ def test_training_traces_and_traces_without_a_window_are_refused(stores, planted
         evaluate({"indexer": indexer}, stores[0], GOLDEN, 0.1)
     folder = tmp_path / "store"
     shutil.copytree(planted[1].root, folder)
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace('"recent": 2', '"recent": 40'))  # every chunk is protected
+    manifest = read_sealed(folder / "manifest.json")
+    manifest["trace"]["chunking"]["recent"] = 40  # every chunk is protected
+    write_sealed(folder / "manifest.json", manifest)
     spec = planted_indexer()
     with pytest.raises(InputError, match="no document with a whole lookahead window"):
         evaluate({"indexer": spec}, TraceStore.open(folder), GOLDEN, 0.1)

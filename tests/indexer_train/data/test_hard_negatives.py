@@ -1,6 +1,5 @@
 """Mined negatives against a search of every chunk, and training that uses them."""
 
-import json
 import shutil
 import sys
 
@@ -10,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import checksum
+from data_gen.core.files import save_tensors
 from data_gen.core.keys import key_vectors
 from data_gen.traces.store import TraceStore
 from indexer_train.config import CandidatesConfig, IndexerConfig
@@ -138,8 +137,7 @@ def test_the_sidecar_is_kept_and_the_trainer_draws_from_it(store, indexer, tiny_
 def rewritten(sidecar, chunks):
     """The sidecar with other chunks and their checksum."""
     with safe_open(sidecar, framework="pt") as file:
-        about = json.loads(file.metadata()["hard_negatives"]) | {"checksum": checksum({"chunks": chunks})}
-    save_file({"chunks": chunks}, sidecar, {"hard_negatives": json.dumps(about)})
+        save_tensors({"chunks": chunks}, sidecar, file.metadata())
 
 
 def foreign(sidecar, other):
@@ -171,7 +169,7 @@ def unsigned(sidecar, _):
         (flipped, "its bytes are not those that were written"),
         (too_short, r"chunks are torch.int32 \[\d+, 4\] beside \d+ rows"),
         (too_far, r"it names chunks \d+ to 1\d\d\d of \d+"),
-        (unsigned, "'hard_negatives' is missing"),
+        (unsigned, "its checksum is missing"),
     ],
 )
 def test_negatives_that_are_not_the_documents_are_refused_and_mined_again(

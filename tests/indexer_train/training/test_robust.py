@@ -16,6 +16,7 @@ import yaml
 from transformers import TrainerCallback
 
 from data_gen.core.errors import InputError
+from data_gen.core.files import replace_sealed
 from data_gen.traces.store import TraceStore
 from indexer_train import processes
 from indexer_train.checkpoints import damage
@@ -60,8 +61,8 @@ class Diary(batches.AllCandidates):
         return super().__call__(rows)
 
 trainer.AllCandidates = Diary
-stock, train = trainer.SentenceTransformerTrainer, trainer.train
-trainer.SentenceTransformerTrainer = lambda *args, callbacks, **more: stock(
+stock, train = trainer.Trainer, trainer.train
+trainer.Trainer = lambda *args, callbacks, **more: stock(
     *args, callbacks=[*callbacks, KillAt(), KeepLast()], **more
 )
 trainer.train = lambda *args: torch.save(train(*args).state_dict(), out / f"weights-{rank}.pt")
@@ -246,7 +247,7 @@ def test_a_run_that_had_stopped_early_only_finishes_wherever_it_was_moved(stores
     best = Path(json.loads((newest / "trainer_state.json").read_text())["best_model_checkpoint"])
     assert best.parent == folders[1] and best.is_dir() and best != newest
     shutil.rmtree(best)
-    with pytest.raises(InputError, match=f"{best}: the best checkpoint of the run is missing"):
+    with pytest.raises(InputError, match=f"{best}: damaged best checkpoint \(it is missing"):
         stay_with_best(newest)
 
 
@@ -262,7 +263,7 @@ def test_kill_9_at_a_random_step_and_resume_ends_bit_identical(planted, settings
     assert resumed.spec == whole.spec
 
 
-def test_half_written_checkpoints_are_skipped(planted, settings, tmp_path):
+def test_checkpoints_that_are_not_whole_are_skipped(planted, settings, tmp_path):
     train(planted[0], SHAPE, settings, tmp_path)
     folder = tmp_path / "checkpoints"
     good = newest_whole(folder)
@@ -315,7 +316,7 @@ def test_two_processes_end_with_the_same_weights_from_disjoint_documents(planted
     checkpoint = newest_whole(tmp_path / "two" / "checkpoints")
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] = False  # as if it had been killed
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    replace_sealed(checkpoint / "trainer_state.json", checkpoint, lambda file: file.write_text(json.dumps(state)))
     shutil.rmtree(tmp_path / "two" / "indexer")
     with pytest.raises(InputError, match=f"{checkpoint}: 2 processes trained until there, 1 would go on"):
         train(planted[0], SHAPE, settings, tmp_path / "two", {planted[0].root: 1.0})
