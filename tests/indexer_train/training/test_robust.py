@@ -247,7 +247,7 @@ def test_a_run_that_had_stopped_early_only_finishes_wherever_it_was_moved(stores
     best = Path(json.loads((newest / "trainer_state.json").read_text())["best_model_checkpoint"])
     assert best.parent == folders[1] and best.is_dir() and best != newest
     shutil.rmtree(best)
-    with pytest.raises(InputError, match=f"{best}: damaged best checkpoint \(it is missing"):
+    with pytest.raises(InputError, match=rf"{best}: damaged best checkpoint \(it is missing"):
         stay_with_best(newest)
 
 
