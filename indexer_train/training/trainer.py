@@ -128,7 +128,7 @@ def _train_one_by_one(
     return _finish(indexer, MassRecallEvaluator(validation, config.budget, config.select), config, out)
 
 
-class Trainer(SentenceTransformerTrainer):
+class IndexerTrainer(SentenceTransformerTrainer):
     """The stock trainer, which says in one line that the disk is full."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -159,12 +159,12 @@ def make_trainer(
     config: TrainConfig,
     out: Path,
     weights: dict[Path, float] | None = None,
-) -> Trainer:
+) -> IndexerTrainer:
     """The stock trainer as `train` runs it, with a new indexer; arguments and errors as there."""
     return stock_trainer(prepare(store, shape, config, out, weights), config, out)
 
 
-def stock_trainer(run: Run, config: TrainConfig, out: Path) -> Trainer:
+def stock_trainer(run: Run, config: TrainConfig, out: Path) -> IndexerTrainer:
     """The stock sentence-transformers trainer for `run`, with what it lacks as callbacks."""
     callbacks: list[TrainerCallback] = [
         EarlyStoppingCallback(config.patience),
@@ -172,7 +172,7 @@ def stock_trainer(run: Run, config: TrainConfig, out: Path) -> Trainer:
         KeepLoss(run.loss),
     ]
     collate: Any = run.collator  # the stock trainer's own kind of collator makes tokens of texts
-    return Trainer(
+    return IndexerTrainer(
         model=run.indexer,
         args=training_arguments(config, out, run.steps),
         train_dataset=run.index,

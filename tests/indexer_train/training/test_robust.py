@@ -61,8 +61,8 @@ class Diary(batches.AllCandidates):
         return super().__call__(rows)
 
 trainer.AllCandidates = Diary
-stock, train = trainer.Trainer, trainer.train
-trainer.Trainer = lambda *args, callbacks, **more: stock(
+stock, train = trainer.IndexerTrainer, trainer.train
+trainer.IndexerTrainer = lambda *args, callbacks, **more: stock(
     *args, callbacks=[*callbacks, KillAt(), KeepLast()], **more
 )
 trainer.train = lambda *args: torch.save(train(*args).state_dict(), out / f"weights-{rank}.pt")
