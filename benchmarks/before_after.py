@@ -4,8 +4,8 @@
     python -m benchmarks.before_after BEFORE AFTER pocket-v4 --prepare recipes.pocket_v4.documents \
         --folder runs/pocket --benchmark --output results.json
 
-Each checkout runs the BEFORE checkout's recipe in its own folder; then `train`, `evaluate` and `decode` are timed, the
-two checkouts by turns, and a ratio above 1 says that AFTER is slower. Fields that only AFTER writes are listed.
+Each checkout runs the BEFORE checkout's recipe in its own folder, both at once; then `train`, `evaluate` and `decode`
+are timed, the two checkouts by turns, and a ratio above 1 says that AFTER is slower. Fields that only AFTER writes are listed.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,16 @@ def main() -> None:
     options = parser.parse_args()
     checkouts = {"before": options.before.resolve(), "after": options.after.resolve()}
     recipe, out = str(checkouts["before"] / "recipes" / f"{options.recipe}.yaml"), str(options.folder)
-    for checkout in checkouts.values():
+
+    def run(checkout: Path) -> None:
         if options.prepare:
             call(checkout, options.prepare, "--out", out)
         call(checkout, "cli", "run", recipe, "--out", out)
         if options.benchmark:
             call(checkout, "cli", "benchmark", f"{out}/bundle", "--recipe", recipe, "--out", out)
+
+    with ThreadPoolExecutor() as both:
+        list(both.map(run, checkouts.values()))
     before, after = (checkout / options.folder for checkout in checkouts.values())
     report: dict[str, Any] = {"recipe": options.recipe, "origin": origin()}
     for part in ("traces", "indexer"):
