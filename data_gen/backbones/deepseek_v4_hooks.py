@@ -1,9 +1,11 @@
 """Watch the compressed sparse attention (CSA) layers of a Hugging Face DeepSeek-V4 at work, by hooks alone.
 
-The stock modules run unchanged, so that what is observed is what the model computes, bit for bit.
+The stock modules run unchanged, so that what is observed is what the model computes, bit for bit. An observation
+belongs to the thread that opened it: what other threads let the model read goes by unseen.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -50,7 +52,7 @@ def csa_attention(model: PreTrainedModel, layer: int) -> Any:
 
 @contextmanager
 def observe_csa(model: PreTrainedModel, observer: Callable[[CsaCall], None]) -> Iterator[None]:
-    """Report every call of `model`'s CSA layers to `observer` while the context is open."""
+    """Report every call that this thread makes of `model`'s CSA layers to `observer` while the context is open."""
     with ExitStack() as hooks:
         for ordinal, layer in enumerate(csa_layers(model)):
             watch = _LayerWatch(ordinal, csa_attention(model, layer), observer)
@@ -64,6 +66,7 @@ class _LayerWatch:
 
     def __init__(self, ordinal: int, attention: Any, observer: Callable[[CsaCall], None]) -> None:
         self.ordinal, self.attention, self.observer = ordinal, attention, observer
+        self.thread = threading.get_ident()
         self.hidden = self.query = self.keys = self.weights = self.picks = torch.empty(0)
 
     def attach(self) -> list[Any]:
@@ -75,19 +78,31 @@ class _LayerWatch:
             self.attention.register_forward_hook(self._leaves),
         ]
 
-    def _enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _elsewhere(self) -> bool:
+        return threading.get_ident() != self.thread
+
+    # kwargs: None for a thread in which the hook is being added or removed.
+
+    def _enters(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        if kwargs is None or self._elsewhere():
+            return
         self.hidden = arguments(module, args, kwargs)["hidden_states"][0]
 
-    def _scores(self, module: Any, args: tuple, kwargs: dict) -> None:
+    def _scores(self, module: Any, args: tuple, kwargs: dict | None = None) -> None:
+        if kwargs is None or self._elsewhere():
+            return
         given = arguments(module, args, kwargs)
         self.query, self.keys = given["q"][0], given["compressed_kv"][0]
         heads, width = self.query.shape[1:]
         self.weights = module.weights_proj(given["hidden_states"])[0].float() * (heads * width) ** -0.5
 
     def _picks(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        self.picks = output[0]
+        if not self._elsewhere():
+            self.picks = output[0]
 
     def _leaves(self, module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if self._elsewhere():
+            return
         if output[1] is None:
             raise InputError("the backbone reports no attention probabilities; load it with eager attention")
         probability = output[1][0]
@@ -98,6 +113,6 @@ class _LayerWatch:
         self.hidden = self.query = self.keys = self.weights = self.picks = torch.empty(0)
 
 
-def arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
+def arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The call's arguments by name, however the caller passed them."""
     return inspect.signature(module.forward).bind(*args, **kwargs).arguments

@@ -161,7 +161,8 @@ def _probe(backbone: Backbone) -> None:
     layers = backbone.info.full_layers[-1:]
     config = TraceConfig(chunking=chunking, layers=layers, window=1, tail=1, text_rows=1, top_chunks=8)
     try:
-        backbone.trace(list(range(length)), torch.arange(length - 2, length), config)
+        words = backbone.model.config.get_text_config(decoder=True).vocab_size
+        backbone.trace([place % words for place in range(length)], torch.arange(length - 2, length), config)
     except InputError as error:
         raise InputError(f"{type(backbone.model).__name__} is not supported: {error}") from error
     except Exception as error:  # of a model's own code, met where it differs from all that is known

@@ -1,15 +1,21 @@
 """Watch a Hugging Face decoder's full-attention layers at work, without copying model code.
 
-Decoders look their attention function up in a registry on every call. While `observe` is active the registry hands out
+Decoders look their attention function up in a registry on every call. While somebody observes, the registry hands out
 a function that runs the original and reports what went in and out; results stay bit for bit the stock model's. Where
 the cache answers with a list, one entry a sequence (eval/runtime/hosts/together.py), the original runs for each.
+
+The registry is the process's, what is reported is not: an observation belongs to the thread that opened it, to its
+model, and, where it names a cache, to the forwards that read into that cache. Others go by unseen, so that models,
+threads and foreign forwards of an observed model get on side by side. However observations overlap, the registry is as
+it was when the last one ends.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +23,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data_gen.core.errors import InputError
+
+_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query, key and value of one sequence, or of all where they share a tensor."""
 
 
 @dataclass(frozen=True)
@@ -91,50 +100,139 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 
 @contextmanager
-def observe(model: PreTrainedModel, observer: Callable[[AttentionCall], None]) -> Iterator[None]:
-    """Report every call of `model`'s full-attention layers to `observer` while the context is open."""
-    layers = {module: layer for layer, module in attention_modules(model).items()}
-    inputs: dict[nn.Module, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = {}
+def observe(
+    model: PreTrainedModel, observer: Callable[[AttentionCall], None], cache: object | None = None
+) -> Iterator[None]:
+    """Report calls of `model`'s full-attention layers to `observer` while the context is open.
 
-    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    Reported are the calls of the thread that opened it; with `cache` only those of forwards that read into this one.
+    """
+    watch = _Watch(attention_modules(model), observer, cache)
+    name: Any = model.config.get_text_config(decoder=True)._attn_implementation  # its key in the registry
+    with _REGISTRY.tapped(name), _REGISTRY.told(watch):
+        hooks = [module.register_forward_pre_hook(watch.enters, with_kwargs=True) for module in watch.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class _Watch:
+    """One observation. layers: module -> layer index; inputs: of the calls at work, hidden states and rotary tables."""
+
+    def __init__(
+        self, modules: dict[int, nn.Module], observer: Callable[[AttentionCall], None], cache: object | None
+    ) -> None:
+        self.layers = {module: layer for layer, module in modules.items()}
+        self.observer, self.cache, self.thread = observer, cache, threading.get_ident()
+        self.inputs: dict[nn.Module, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def enters(self, module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        """Before the attention block. kwargs: None for a thread in which the hook is being added or removed."""
+        if threading.get_ident() != self.thread or kwargs is None:
+            return
+        self.inputs.pop(module, None)  # of a call that was broken off
+        if self.cache is not None and kwargs.get("past_key_values") is not self.cache:
+            return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        inputs[module] = (hidden, kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1])
+        self.inputs[module] = (hidden, kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1])
 
-    name = model.config.get_text_config(decoder=True)._attn_implementation
-    earlier = ALL_ATTENTION_FUNCTIONS.get(name)
+    def leaves(self, module: Any, parts: list[_Part], outputs: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
+        """Behind the attention function; outputs: one a part."""
+        if threading.get_ident() != self.thread or module not in self.inputs:
+            return
+        hidden, (cos, sin) = self.inputs.pop(module)
+        states = [hidden] if len(parts) == 1 else hidden.split(1)
+        for sequence, (state, part, output) in enumerate(zip(states, parts, outputs, strict=True)):
+            call = AttentionCall(
+                self.layers[module], module, state, *part, cos, sin, kwargs.get("scaling") or module.head_dim**-0.5,
+                kwargs.get("softcap"), kwargs.get("s_aux"), output, sequence,
+            )  # fmt: skip
+            self.observer(call)
 
-    def attention(
-        module: Any,
+
+class _Tap:
+    """Stands in the registry for the attention function `name`; users: observations that need it there."""
+
+    def __init__(self, name: str, watches: dict[nn.Module, tuple[_Watch, ...]]) -> None:
+        self.original = ALL_ATTENTION_FUNCTIONS.get(name)
+        self.watches, self.users = watches, 0
+
+    def __call__(
+        self,
+        module: nn.Module,
         query: torch.Tensor,
-        key: Any,  # [B, KV, T, d], or a list of them
-        value: Any,
+        key: torch.Tensor | list[torch.Tensor],
+        value: torch.Tensor | list[torch.Tensor],
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        forward = earlier or sys.modules[type(module).__module__].eager_attention_forward
-        several = isinstance(key, list)
-        parts = list(zip(query.split(1), key, value, strict=True)) if several else [(query, key, value)]
-        results = [forward(module, *part, None if several else attention_mask, **kwargs) for part in parts]
-        if module in layers:
-            hidden, (cos, sin) = inputs.pop(module)
-            states = hidden.split(1) if several else [hidden]
-            for sequence, (state, part, (output, _)) in enumerate(zip(states, parts, results, strict=True)):
-                call = AttentionCall(
-                    layers[module], module, state, *part, cos, sin, kwargs.get("scaling") or module.head_dim**-0.5,
-                    kwargs.get("softcap"), kwargs.get("s_aux"), output, sequence,
-                )  # fmt: skip
-                observer(call)
-        return (torch.cat([output for output, _ in results]), None) if several else results[0]
-
-    hooks = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in layers]
-    overridden = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
-    ALL_ATTENTION_FUNCTIONS[name] = attention
-    try:
-        yield
-    finally:
-        if overridden is None:
-            del ALL_ATTENTION_FUNCTIONS[name]
+        forward = self.original or sys.modules[type(module).__module__].eager_attention_forward
+        if isinstance(key, list):  # each sequence sees all that its cache holds: no mask
+            parts = list(zip(query.split(1), key, value, strict=True))
+            results = [forward(module, *part, None, **kwargs) for part in parts]
+            answer = torch.cat([output for output, _ in results]), None
         else:
-            ALL_ATTENTION_FUNCTIONS[name] = overridden
-        for hook in hooks:
-            hook.remove()
+            parts = [(query, key, cast(torch.Tensor, value))]
+            answer = forward(module, *parts[0], attention_mask, **kwargs)
+            results = [answer]
+        for watch in self.watches.get(module, ()):
+            watch.leaves(module, parts, [output for output, _ in results], kwargs)
+        return answer
+
+
+class _Registry:
+    """Counts who needs which tap, and tells taps who watches a module. Its tables change under a lock alone; calls read
+    them without one, so an entry is replaced and never altered."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taps: dict[str, _Tap] = {}
+        self._watches: dict[nn.Module, tuple[_Watch, ...]] = {}
+
+    @contextmanager
+    def tapped(self, name: str) -> Iterator[None]:
+        """The tap of `name` is in the registry while this is open."""
+        functions = ALL_ATTENTION_FUNCTIONS
+        # A name is replaced where it is found, so that a lookup in another thread always finds one of the two. `eager`
+        # is in neither mapping: there a lookup that finds nothing falls back to it by itself.
+        found = name not in functions._local_mapping and name in functions._global_mapping
+        mapping = functions._global_mapping if found else functions._local_mapping
+        with self._lock:
+            if name not in self._taps:
+                self._taps[name] = mapping[name] = _Tap(name, self._watches)
+            tap = self._taps[name]
+            tap.users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                tap.users -= 1
+                if not tap.users:
+                    del self._taps[name]
+                    if mapping.get(name) is tap:  # else somebody else has replaced it since
+                        if tap.original is None:
+                            del mapping[name]
+                        else:
+                            mapping[name] = tap.original
+
+    @contextmanager
+    def told(self, watch: _Watch) -> Iterator[None]:
+        """Taps report calls of the watched modules while this is open."""
+        with self._lock:
+            for module in watch.layers:
+                self._watches[module] = (*self._watches.get(module, ()), watch)
+        try:
+            yield
+        finally:
+            with self._lock:
+                for module in watch.layers:
+                    left = tuple(other for other in self._watches[module] if other is not watch)
+                    if left:
+                        self._watches[module] = left
+                    else:
+                        del self._watches[module]
+
+
+_REGISTRY = _Registry()

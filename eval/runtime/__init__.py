@@ -1,1 +1,4 @@
-"""Lookahead sparse attention around a Hugging Face model."""
+"""Lookahead sparse attention around a Hugging Face model.
+
+Its door is `runtime.LSARuntime`; whoever drives a host by another rule takes `cycle.DecodeCycle`, the same step.
+"""

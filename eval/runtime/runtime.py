@@ -6,6 +6,8 @@ runtime.save_trace("trace.json")
 """
 
 import json
+import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from data_gen.core.errors import InputError
 from data_gen.core.files import write_atomically
-from eval.runtime.calls import check_call
+from eval.runtime.calls import check_call, model_state
 from eval.runtime.cycle import Choice, DecodeCycle, Refresh
 from eval.runtime.hosts.base import Host
 from eval.runtime.hosts.deepseek_v4 import DeepseekV4Host
@@ -47,6 +49,9 @@ class LSARuntime:
     side in pageable memory, for machines that cannot pin as much, and fetches get slower; lag: as DecodeCycle's. The
     set chosen at the end of a prompt has no lag, for nothing is missing there. Raises InputError for a bundle of
     another model, a cap below the protected chunks, a fallback without a threshold.
+
+    A runtime holds one conversation and serves one thread; several runtimes of one model, or of several, get on side by
+    side in as many threads.
     """
 
     def __init__(
@@ -64,15 +69,21 @@ class LSARuntime:
         self.host = open_host(model, self.spec, pageable)
         self.cycle = DecodeCycle(self.host, self.spec.window, self._choose, lag)
         if self.spec.backbone != self.host.info.fingerprint:
+            rounded = (
+                "; it is loaded in float16, which rounds the weights that a backbone is known by: load it with "
+                "dtype=torch.bfloat16 or torch.float32"
+            )
             raise InputError(
                 f"the bundle is for a backbone with fingerprint {self.spec.backbone}, "
-                f"this model has {self.host.info.fingerprint}"
+                f"this model has {self.host.info.fingerprint}" + (rounded if model.dtype == torch.float16 else "")
             )
         self.limits = limits or Limits(cap=-(-self.host.info.context // self.spec.chunking.tokens))
         self.level1 = open_level1(self.indexer, self.limits, selection, backend)
         if fallback is not None:
             fallback.check(self.level1.selection)
         self.fallback = fallback
+        self._busy = threading.Lock()
+        self._state = ""
         self._read = NOTHING
 
     @classmethod
@@ -98,15 +109,32 @@ class LSARuntime:
         """The model's own `generate` under lookahead sparse attention; options as it takes them.
 
         input_ids: [B, S], sequences of equal length. A call whose ids go on from what was read before, as a second turn
-        does, reads only the new ones; any other starts anew. The prompt is read with full attention but for its last
-        token, so that every new token comes from sparse attention. Raises InputError for what it does not do: padding,
-        beams, assisted decoding, another cache (eval/runtime/calls.py), more tokens than the model's context.
+        does, reads only the new ones; any other starts anew, and so does one before which the model changed: an adapter
+        added or switched, a weight written. The prompt is read with full attention but for its last token, so that
+        every new token comes from sparse attention. Raises InputError for what it does not do: padding, beams, assisted
+        decoding, another cache (eval/runtime/calls.py), more tokens than the model's context; for a call inside or
+        beside another one of this runtime, and where somebody else read into its cache.
         """
-        check_call(self.model, self.host.info.context, input_ids, attention_mask, options)
+        options = check_call(self.model, self.host.info.context, input_ids, attention_mask, options)
+        if not self._busy.acquire(blocking=False):
+            raise InputError(
+                "this runtime is generating already, and it holds one conversation: wait for it, or open another "
+                "LSARuntime of the model"
+            )
+        try:
+            return self._generate(input_ids, options)
+        finally:
+            self._busy.release()
+
+    def _generate(self, input_ids: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         read, self._read = self._read, NOTHING  # a turn that is broken off leaves nothing to go on from
+        before, self._state = self._state, model_state(self.model)
         have = self.host.position + 1
         # Where all was read there is no token left to read sparsely, and none can be taken back.
         goes_on = 0 < have < input_ids.shape[1] and torch.equal(read, input_ids[:, :have].cpu())
+        if goes_on and before != self._state:
+            goes_on = False
+            logging.getLogger(__name__).warning("the model changed since the turn before: all of it is read anew")
         if not goes_on:
             self.reset()
             have = 0
@@ -115,8 +143,9 @@ class LSARuntime:
             self.host.read(input_ids[:, have:-1])
         self.cycle.refresh()
         criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), _AfterToken(self.cycle)])
+        model: Any = self.model
         with self.host.attached():
-            output = self.model.generate(
+            output = model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 past_key_values=self.host.cache,
@@ -179,5 +208,10 @@ class _AfterToken(StoppingCriteria):
         self.cycle = cycle
 
     def __call__(self, input_ids: torch.Tensor, scores: Sequence[torch.Tensor], **kwargs: Any) -> torch.Tensor:
+        if (read := self.cycle.host.position + 1) != input_ids.shape[1] - 1:
+            raise InputError(
+                f"{read} tokens are in the runtime's cache, of {input_ids.shape[1] - 1} that were to be read: "
+                "something else, a logits processor perhaps, called the model with it; give that a cache of its own"
+            )
         self.cycle.advance()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

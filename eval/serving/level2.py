@@ -1,5 +1,8 @@
 """Level 2 in plain torch: DeepSeek-V4's native selection and attention of one new token, over resident chunks only.
 
+For the decode step of a serving engine, and the reference of `kernels/` score, topk and sparse_attention, which do the
+same on a GPU; benchmarks/decode.py times both. Hugging Face models need neither: their own modules read resident rows.
+
 The resident chunks of one layer lie in pages: index keys (data_gen.core.key_bytes) and attention entries
 (eval.serving.entries) in the same slots, slot s being place s % page of page s // page. A page is 64 chunks, or 1 where
 chunks are fetched one by one. The tensors given are views of one layer into a hot pool, pages of all layers or rows.

@@ -1,11 +1,13 @@
 """What the runtime asks of a model: read tokens, say what the indexer scores, keep exactly these chunks."""
 
 import copy
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Self
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +16,20 @@ from data_gen.core.errors import InputError
 from data_gen.traces.types import BackboneInfo
 from eval.runtime.hosts.resident import Move, Prepared, ResidentChunks
 from eval.serving.level1 import PagedKeys
+
+_READERS_LOCK = threading.Lock()
+_READERS: WeakKeyDictionary[PreTrainedModel, list[int]] = WeakKeyDictionary()
+"""The threads that read a model whose rotary frequencies follow the length, once for each host at work."""
+
+
+def rope_follows_length(model: PreTrainedModel) -> bool:
+    """Whether a forward pass rewrites the model's rotary frequencies, as `dynamic` and `longrope` do."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,8 @@ class Host(ABC):
     info: BackboneInfo
     layers: list[int]
     cache: ResidentChunks
+    one_thread: bool
+    """Whether only one thread at a time may read the model (`rope_follows_length`)."""
 
     def fork(self) -> Self:
         """An independent continuation of the same history."""
@@ -47,7 +65,32 @@ class Host(ABC):
 
     @abstractmethod
     def attached(self) -> AbstractContextManager[None]:
-        """The model may read into `cache` only while this is open."""
+        """The model may read into `cache` only while this is open, in this thread.
+
+        What reads into another cache, or into none, is left as it is: other hosts of the model, in this thread or in
+        another one, and whatever else calls the model.
+        """
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """To be held by `attached`. Raises InputError where this model cannot be read by two threads at once."""
+        if not self.one_thread:
+            yield
+            return
+        thread = threading.get_ident()
+        with _READERS_LOCK:
+            readers = _READERS.setdefault(self.model, [])
+            if any(other != thread for other in readers):
+                raise InputError(
+                    f"{type(self.model).__name__} is being read in another thread, and its rotary frequencies follow "
+                    "the length of what is read: one thread at a time; load the model once for each"
+                )
+            readers.append(thread)
+        try:
+            yield
+        finally:
+            with _READERS_LOCK:
+                readers.remove(thread)
 
     @abstractmethod
     def piece(self, sequences: int) -> int:

@@ -3,6 +3,7 @@ ones, masks that keep the stock modules causal over fewer rows, and what the mem
 """
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,10 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache
 
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone, piece_tokens
-from data_gen.backbones.deepseek_v4_hooks import CSA, arguments, csa_layers
+from data_gen.backbones.deepseek_v4_hooks import CSA, arguments, csa_attention, csa_layers
 from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import PAGE, SCALE_BYTES, encode_keys, hadamard
-from eval.runtime.hosts.base import Host, ResidentBytes
+from eval.runtime.hosts.base import Host, ResidentBytes, rope_follows_length
 from eval.runtime.hosts.resident import PAD, Move, ResidentChunks
 from eval.serving.entries import EntryShape
 from eval.serving.level1 import PagedKeys
@@ -209,17 +210,19 @@ def resident_masks(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(_refuse_padding, with_kwargs=True).remove)
         for layer in csa_layers(model):
-            for handle in _RowMask(decoder.layers[layer].self_attn.compressor.indexer).attach():
+            for handle in _RowMask(csa_attention(model, layer).compressor.indexer).attach():
                 hooks.callback(handle.remove)
         yield
 
 
-class _RowMask:
-    """Hides rows from one native indexer. hidden: [B, S, rows] of the call at work, None when stock masks do."""
+class _RowMask(threading.local):
+    """Hides rows from one native indexer. hidden: [B, S, rows] of the call at work in this thread, None when stock
+    masks do."""
 
-    def __init__(self, indexer: nn.Module) -> None:
+    hidden: torch.Tensor | None = None
+
+    def __init__(self, indexer: Any) -> None:
         self.indexer = indexer
-        self.hidden: torch.Tensor | None = None
 
     def attach(self) -> list[Any]:
         return [
@@ -228,10 +231,12 @@ class _RowMask:
             self.indexer.register_forward_hook(self._picked),
         ]
 
-    def _enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enters(self, module: Any, args: tuple, kwargs: dict | None = None) -> None:
+        self.hidden = None
+        if kwargs is None:  # another host of the model is being attached or detached in another thread
+            return
         given = arguments(module, args, kwargs)
         cache, positions, batch = given["past_key_values"], given["position_ids"], len(given["hidden_states"])
-        self.hidden = None
         if not isinstance(cache, ResidentCsaCache) or not cache.table.evicted():
             return
         if positions.shape[1] == 1 and not cache.table.padded():
@@ -250,8 +255,8 @@ class _RowMask:
         return picks.masked_fill(self.hidden.gather(-1, picks.clamp_min(0)), -1)
 
 
-def _refuse_padding(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    given = arguments(module, args, kwargs)
+def _refuse_padding(module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+    given = {} if kwargs is None else arguments(module, args, kwargs)
     mask = given.get("attention_mask")
     if isinstance(given.get("past_key_values"), ResidentCsaCache) and mask is not None and not bool(mask.all()):
         raise InputError(
@@ -274,18 +279,16 @@ class DeepseekV4Host(Host):
         if unknown := sorted(set(layers) - set(backbone.info.full_layers)):
             raise InputError(f"the indexer reads CSA layers {unknown}, the model has {len(backbone.layers)} (from 0)")
         self.model, self.info, self.chunk_tokens = model, backbone.info, backbone.chunk_tokens
-        self.layers = list(layers)
+        self.layers, self.one_thread = list(layers), rope_follows_length(model)
         self.cache = ResidentCsaCache(model.config, layers, pageable)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Read into `cache` only while this is open: hooks mask evicted chunks and note what the newest token asks."""
-        decoder = self.model.get_decoder()
-        with ExitStack() as stack:
-            stack.enter_context(resident_masks(self.model))
+        with self.reading(), resident_masks(self.model), ExitStack() as stack:
             for ordinal in self.layers:
-                attention = decoder.layers[self.cache.csa[ordinal]].self_attn
-                watch = attention.register_forward_pre_hook(partial(_remember, ordinal), with_kwargs=True)
+                attention = csa_attention(self.model, self.cache.csa[ordinal])
+                watch = attention.register_forward_pre_hook(partial(self._remember, ordinal), with_kwargs=True)
                 stack.callback(watch.remove)
             yield
 
@@ -311,8 +314,7 @@ class DeepseekV4Host(Host):
             keys=self.cache.total * self.cache.batch * len(self.layers) * key,
         )
 
-
-def _remember(ordinal: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    given = arguments(module, args, kwargs)
-    if isinstance(cache := given.get("past_key_values"), ResidentCsaCache):
-        cache.newest[ordinal] = given["hidden_states"][:, -1].to(torch.bfloat16, copy=True)
+    def _remember(self, ordinal: int, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        given = {} if kwargs is None else arguments(module, args, kwargs)
+        if given.get("past_key_values") is self.cache:  # else another host of the model reads, or somebody without one
+            self.cache.newest[ordinal] = given["hidden_states"][:, -1].to(torch.bfloat16, copy=True)

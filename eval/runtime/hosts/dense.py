@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.observe import AttentionCall, observe
 from data_gen.core.errors import InputError
 from data_gen.core.keys import KeyPooler, flatten_heads
-from eval.runtime.hosts.base import Host, ResidentBytes
+from eval.runtime.hosts.base import Host, ResidentBytes, rope_follows_length
 from eval.runtime.hosts.resident import PAD, Move, ResidentChunks
 
 PIECE_TOKENS = 4096
@@ -137,7 +137,10 @@ class ResidentCache(ResidentChunks):
 
     def chunk_keys(self, layers: Sequence[int]) -> torch.Tensor:
         """Chunk keys of observed layers as traces store them: [B, N, layers, KV * d] fp16."""
-        return torch.stack([flatten_heads(self.pooled[layer].pooled).half().to(self.device) for layer in layers], dim=2)
+        return torch.stack([flatten_heads(self._pooled(layer)).half().to(self.device) for layer in layers], dim=2)
+
+    def _pooled(self, layer: int) -> torch.Tensor:
+        return cast(torch.Tensor, self.pooled[layer].pooled)  # of a cache that has read something
 
     def stage(self) -> None:
         """Copy the chunks completed since the last time to the cold side: a unit is a chunk in all layers."""
@@ -218,7 +221,7 @@ class DenseHost(Host):
                 f"the indexer reads layers {unknown}, full attention has the model in {backbone.info.full_layers} only"
             )
         self.model, self.info, self.modules = model, backbone.info, backbone.modules
-        self.layers = list(layers)
+        self.layers, self.one_thread = list(layers), rope_follows_length(model)
         self.cache: ResidentCache = ResidentCache(
             model.config, backbone.info.full_layers, chunk_tokens, layers, pageable
         )
@@ -231,7 +234,8 @@ class DenseHost(Host):
         Reading a padded batch into it raises InputError: chunks are counted from the first token of every sequence.
         """
         with ExitStack() as stack:
-            stack.enter_context(observe(self.model, self.cache.remember))
+            stack.enter_context(self.reading())
+            stack.enter_context(observe(self.model, self.cache.remember, self.cache))
             enters = self.model.get_decoder().register_forward_pre_hook(self._enters, with_kwargs=True)
             stack.callback(enters.remove)
             for module in self.modules.values():
@@ -254,22 +258,24 @@ class DenseHost(Host):
             keys=self.cache.total * self.cache.batch * len(self.layers) * self.info.key_width * torch.half.itemsize,
         )
 
-    def _enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enters(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        if kwargs is None or kwargs.get("past_key_values") is not self.cache:
+            return
         self._mask = None
         mask = kwargs.get("attention_mask")
-        if kwargs.get("past_key_values") is self.cache and mask is not None and not bool(mask.all()):
+        if mask is not None and not bool(mask.all()):
             raise InputError(
                 "a padded batch: chunks are counted from the first token of every sequence; "
                 "give sequences of equal length without padding, or one at a time"
             )
 
-    def _hide_padding(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _hide_padding(self, module: Any, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         """Where sequences keep different numbers of chunks, hide the rows in front that stand for none."""
-        if kwargs.get("past_key_values") is not self.cache or not self.cache.table.padded():
+        if kwargs is None or kwargs.get("past_key_values") is not self.cache or not self.cache.table.padded():
             return None
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if self._mask is None:  # the first full-attention layer of this forward: the others hold the same rows
-            self._mask = self._visible(self.cache.layers[module.layer_idx].rows, hidden)
+            self._mask = self._visible(self.cache.full[0].rows, hidden)
         return args, kwargs | {"attention_mask": self._mask.to(hidden.device)}
 
     def _visible(self, rows: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,7 @@ def read_together(
         caches[call.sequence].remember(call)
         observer(call)
 
-    with observe(model, note):
+    together = _Caches(caches)
+    with observe(model, note, together):
         ids = torch.tensor(tokens, device=model.device)[:, None]
-        return model(ids, past_key_values=_Caches(caches), logits_to_keep=1).logits[:, -1]
+        return model(ids, past_key_values=together, logits_to_keep=1).logits[:, -1]
