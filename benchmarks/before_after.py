@@ -5,7 +5,8 @@
         --folder runs/pocket --benchmark --output results.json
 
 Each checkout runs the BEFORE checkout's recipe in its own folder, both at once; then `train`, `evaluate` and `decode`
-are timed, the two checkouts by turns, and a ratio above 1 says that AFTER is slower. Fields that only AFTER writes are listed.
+are timed, the two checkouts by turns: a ratio above 1 says that AFTER is slower. Fields that only AFTER writes are
+counted.
 """
 
 import argparse
