@@ -1,20 +1,22 @@
 """The `lookahead` command: each verb is a few lines over one public function."""
 
-import signal
+import os
 import sys
+
+from data_gen.core.stop import heed_signals
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "lookahead":  # the program, before all else is imported
+    heed_signals()
+
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-try:
-    import typer
-    from tqdm import tqdm
-    from typer.exceptions import TyperException
+import typer
+from tqdm import tqdm
+from typer.exceptions import TyperException
 
-    from data_gen.core.errors import InputError
-except KeyboardInterrupt:  # before there is a parser to report it
-    print("lookahead: stopped; the same command continues", file=sys.stderr)
-    sys.exit(130)
+from data_gen.core.errors import InputError
 
 if TYPE_CHECKING:  # every verb imports what it needs itself: `lookahead --help` does not wait for torch
     from transformers import PreTrainedTokenizerBase
@@ -392,8 +394,8 @@ def _train(recipe: "Recipe", traces: dict[Path, float], out: Path) -> None:
 
 
 def main() -> None:
-    """Run the command; bad input ends in one line and exit code 2, Ctrl-C in 130."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Run the command; bad input ends in one line and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
+    heed_signals()
     try:
         code = app(standalone_mode=False)
         if code == 130:  # Ctrl-C, as the parser reports it

@@ -1,7 +1,10 @@
 """Shared settings and models of the suite."""
 
+import contextlib
 import copy
+import io
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +13,7 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import pytest
 import torch
+import yaml
 from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -25,6 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import cli
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.load import load_backbone, resolve
@@ -221,6 +226,50 @@ def stores(tmp_path_factory, tokenizer, tiny_recipe):
         )
 
     return build("train"), build("heldout")
+
+
+@pytest.fixture
+def lookahead(capsys, monkeypatch):
+    """Run the command in this process: arguments -> (exit code, standard output, last line of standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lookahead", *map(str, arguments)])
+        monkeypatch.setattr(cli, "heed_signals", lambda: None)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return stop.value.code or 0, out, (err.splitlines() or [""])[-1]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, tokenizer, tiny_recipe):
+    """A recipe file over a tiny Llama saved to disk."""
+    root = tmp_path_factory.mktemp("recipe")
+    tiny_model("llama").save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    settings = tiny_recipe.model_dump(mode="json")
+    settings["backbone"]["path"] = str(root / "model")
+    path = root / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, recipe):
+    """The output folder of `lookahead run`; the debug recipe's test runs one in a process of its own."""
+    out, printed = tmp_path_factory.mktemp("run") / "out", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["lookahead", "run", str(recipe), "--out", str(out)])
+        patch.setattr(cli, "heed_signals", lambda: None)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert not stop.value.code
+    (out / "stdout.txt").write_text(printed.getvalue())
+    return out
 
 
 def planted_store(root, documents, seed):

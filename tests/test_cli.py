@@ -1,9 +1,6 @@
 """The command line as people use it: all verbs on a tiny model, and what bad input gets."""
 
-import contextlib
-import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,50 +15,6 @@ import yaml
 import cli
 from data_gen.core.files import read_sealed, write_sealed
 from tests.conftest import tiny_model
-
-
-@pytest.fixture
-def lookahead(capsys, monkeypatch):
-    """Run the command in this process: arguments -> (exit code, standard output, last line of standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lookahead", *map(str, arguments)])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return stop.value.code or 0, out, (err.splitlines() or [""])[-1]
-
-    return call
-
-
-@pytest.fixture(scope="session")
-def recipe(tmp_path_factory, tokenizer, tiny_recipe):
-    """A recipe file over a tiny Llama saved to disk."""
-    root = tmp_path_factory.mktemp("recipe")
-    tiny_model("llama").save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    settings = tiny_recipe.model_dump(mode="json")
-    settings["backbone"]["path"] = str(root / "model")
-    path = root / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory, recipe):
-    """The output folder of `lookahead run`; the debug recipe's test runs one in a process of its own."""
-    out, printed = tmp_path_factory.mktemp("run") / "out", io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(sys, "argv", ["lookahead", "run", str(recipe), "--out", str(out)])
-        patch.setattr(signal, "signal", lambda *_: None)
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    assert not stop.value.code
-    (out / "stdout.txt").write_text(printed.getvalue())
-    return out
 
 
 def edited(recipe, folder, section, **changes):
@@ -213,16 +166,6 @@ def test_an_unwritable_folder_is_named(recipe, tmp_path, lookahead):
     assert code == 2 and str(tmp_path / "file") in line
 
 
-def test_a_full_disk_ends_in_one_line_and_no_half_document(recipe, tmp_path, lookahead, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device", "doc")
-
-    monkeypatch.setattr(os, "replace", full)
-    code, _, line = lookahead("generate", recipe, "--out", tmp_path / "out")
-    assert code == 2 and "No space left on device" in line
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-
-
 def test_a_truncated_shard_is_named_before_training(finished, recipe, tmp_path, lookahead):
     shutil.copytree(finished / "traces" / "train", tmp_path / "train")
     shard = sorted((tmp_path / "train").glob("doc_*"))[3]
@@ -369,11 +312,25 @@ def test_ctrl_c_ends_with_130_and_the_same_command_continues(recipe, tmp_path, l
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in early.items())
 
 
-def test_ctrl_c_while_still_starting_is_clean_too(tmp_path):
-    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(cli.__file__).parent}"}
-    done = subprocess.run([sys.executable, "-c", "import cli"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 130 and done.stderr == "lookahead: stopped; the same command continues\n"
+def heeds(process, number):
+    """Whether a process has a handler for a signal, as the kernel sees it."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+    return bool(int(fields["SigCgt"], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("delay", [0, 0.3, 0.8, 1.5, 3])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_moment_ends_in_one_line(recipe, tmp_path, number, delay):
+    command = [sys.executable, "-m", "cli", "generate", str(recipe), "--out", str(tmp_path / "traces")]
+    where, heed = Path(cli.__file__).parent, partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=where, preexec_fn=heed)
+    while not heeds(process, signal.SIGTERM):
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.send_signal(number)
+    error = process.communicate()[1]
+    assert process.returncode == 128 + number and "Traceback" not in error
+    assert error.splitlines()[-1] == "lookahead: stopped; the same command continues"
 
 
 @pytest.mark.parametrize("shared", [False, True])
