@@ -56,29 +56,47 @@ class Host(ABC):
     cache: ResidentChunks
     one_thread: bool
     """Whether only one thread at a time may read the model (`rope_follows_length`)."""
+    _reader: int | None = None
+    """The thread that is attached."""
 
     def fork(self) -> Self:
         """An independent continuation of the same history."""
         twin = copy.copy(self)
-        twin.cache = self.cache.fork()
+        twin.cache, twin._reader = self.cache.fork(), None
         return twin
 
-    @abstractmethod
-    def attached(self) -> AbstractContextManager[None]:
-        """The model may read into `cache` only while this is open, in this thread.
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The model may read into `cache` only while this is open, in this thread; one inside another adds nothing.
 
         What reads into another cache, or into none, is left as it is: other hosts of the model, in this thread or in
-        another one, and whatever else calls the model.
+        another one, and whatever else calls the model. Raises InputError where another thread reads with this host, or
+        with a model that two threads cannot read at once (`rope_follows_length`).
         """
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """To be held by `attached`. Raises InputError where this model cannot be read by two threads at once."""
-        if not self.one_thread:
-            yield
-            return
         thread = threading.get_ident()
         with _READERS_LOCK:
+            if inside := self._reader is not None:
+                if self._reader != thread:
+                    raise InputError(
+                        "another thread is reading with this host, which holds one batch of sequences: wait for it, or "
+                        "open another host of the model"
+                    )
+            else:
+                self._claim(thread)
+        if inside:
+            yield
+            return
+        try:
+            with self.hooks():
+                yield
+        finally:
+            with _READERS_LOCK:
+                self._reader = None
+                if self.one_thread:
+                    _READERS[self.model].remove(thread)
+
+    def _claim(self, thread: int) -> None:
+        if self.one_thread:
             readers = _READERS.setdefault(self.model, [])
             if any(other != thread for other in readers):
                 raise InputError(
@@ -86,11 +104,11 @@ class Host(ABC):
                     "the length of what is read: one thread at a time; load the model once for each"
                 )
             readers.append(thread)
-        try:
-            yield
-        finally:
-            with _READERS_LOCK:
-                readers.remove(thread)
+        self._reader = thread
+
+    @abstractmethod
+    def hooks(self) -> AbstractContextManager[None]:
+        """The hooks on the model by which `cache` is read into: held by `attached`, in one thread."""
 
     @abstractmethod
     def piece(self, sequences: int) -> int:

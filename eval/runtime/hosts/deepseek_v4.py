@@ -283,9 +283,9 @@ class DeepseekV4Host(Host):
         self.cache = ResidentCsaCache(model.config, layers, pageable)
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Read into `cache` only while this is open: hooks mask evicted chunks and note what the newest token asks."""
-        with self.reading(), resident_masks(self.model), ExitStack() as stack:
+    def hooks(self) -> Iterator[None]:
+        """They mask evicted chunks and note what the newest token asks."""
+        with resident_masks(self.model), ExitStack() as stack:
             for ordinal in self.layers:
                 attention = csa_attention(self.model, self.cache.csa[ordinal])
                 watch = attention.register_forward_pre_hook(partial(self._remember, ordinal), with_kwargs=True)

@@ -228,13 +228,12 @@ class DenseHost(Host):
         self._mask: torch.Tensor | None = None
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Read into `cache` only while this is open: hooks note what the newest token asks, and hide empty rows.
+    def hooks(self) -> Iterator[None]:
+        """They note what the newest token asks, and hide empty rows.
 
         Reading a padded batch into it raises InputError: chunks are counted from the first token of every sequence.
         """
         with ExitStack() as stack:
-            stack.enter_context(self.reading())
             stack.enter_context(observe(self.model, self.cache.remember, self.cache))
             enters = self.model.get_decoder().register_forward_pre_hook(self._enters, with_kwargs=True)
             stack.callback(enters.remove)

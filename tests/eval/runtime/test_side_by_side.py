@@ -204,6 +204,25 @@ def test_one_runtime_serves_one_call_at_a_time(model):
     assert same(found, expected) and len(refused) == 2 * NEW
 
 
+@torch.no_grad()
+def test_a_host_attached_twice_reads_once(model):
+    """As whoever keeps it attached over several reads does; a fork is a host of its own."""
+    once, twice = make_runtime(model).host, make_runtime(model).host
+    once.read(prompt(1)[:, :100])
+    once.read(prompt(1)[:, 100:])
+    with twice.attached():
+        twice.read(prompt(1)[:, :100])
+        twin = twice.fork()
+        twin.read(prompt(2)[:, :9])
+        with twice.attached():
+            twice.read(prompt(1)[:, 100:])
+        assert hooks_of(model) > 0
+        with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="another thread is reading with this host"):
+            pool.submit(twice.read, prompt(3)).result()
+    assert torch.equal(twice.keys(), once.keys()) and torch.equal(twice.hidden(), once.hidden())
+    assert twin.keys().shape[1] == 109 // 4 and hooks_of(model) == 0
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_a_model_whose_rotary_frequencies_follow_the_length_serves_one_thread(kind):
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
