@@ -33,7 +33,7 @@ class DocumentsConfig(Strict):
     keys: needles with other keys beside the asked one (multi_key); values: values of one key (multi_value).
     thinking: whether chat templates that can (Qwen3 ...) let the model think before it answers.
     turns: which of a chat's answers are traced: the `last` one or `all`.
-    heldout_share: of the source's documents, for the held-out side of packed text; None: as many as it has of all
+    heldout_share: of the source's documents, by their hashes, for the held-out side; None: as many as it has of all
     documents asked for. A share that is said stays the same when their numbers change.
     """
 

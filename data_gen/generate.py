@@ -111,6 +111,7 @@ def trace_side(
         backbone=backbone.info,
         trace=trace,
         documents=documents.model_dump(mode="json", exclude={"bad_rows"}) | {"split": split} | needles,
+        texts={document.name: document.digest for document in built},
         versions={name: version(name) for name in ("torch", "transformers")},
     )
     store = TraceStore.create(root, manifest)

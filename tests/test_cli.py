@@ -336,7 +336,7 @@ def test_a_signal_at_any_moment_ends_in_one_line(recipe, tmp_path, number, delay
 @pytest.mark.parametrize("shared", [False, True])
 def test_text_on_both_sides_is_warned_of(recipe, tmp_path, lookahead, shared):
     licence = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. "
-    for number in range(2):
+    for number in range(10):
         text = f"Text number {number} is about something of its own. " * 8
         (tmp_path / f"{number}.txt").write_text(f"{licence}\n\n{text}" if shared else text)
     one = {"document": 1}

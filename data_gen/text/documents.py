@@ -1,6 +1,8 @@
 """Documents as token ids: packed text, whole texts, chats, and needle tasks, split into training and held-out."""
 
+import hashlib
 import itertools
+import json
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,6 +42,12 @@ class Document:
     positions: list[int]
     values: list[str] = field(default_factory=list)
     depth: float | None = None
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits for all that is read and traced of it."""
+        read = json.dumps([self.tokens, self.prompt, self.positions], separators=(",", ":"))
+        return hashlib.sha256(read.encode()).hexdigest()[:16]
 
 
 def build_documents(
@@ -84,8 +92,7 @@ class _Builder:
         if any(whole.values()):
             if any(count for tasks in counts.values() for task, count in tasks.items() if task not in WHOLE):
                 raise InputError("documents: whole documents or chats and packed text need separate recipes")
-            skip = whole["train"] if split == "heldout" else 0
-            self.whole = itertools.islice(whole_documents(config, skipped), skip, None)
+            self.whole = whole_documents(config, split == "heldout", skipped)
         else:
             raw = documents_of(config, skipped)
             self.stream = _Stream(raw, heldout_share(config), tokenizer, split)
@@ -105,7 +112,10 @@ class _Builder:
     def _next(self, kind: type[Kind], name: str) -> Kind:
         document = next(self.whole, None)
         if document is None:
-            raise InputError(f"documents {self.config.source}: none left for {name}; ask for fewer")
+            raise InputError(
+                f"documents {self.config.source}: none left for {name} (hashes decide which are held out, see "
+                "documents.heldout_share); ask for fewer, or give more"
+            )
         if not isinstance(document, kind):
             raise InputError(f"documents {self.config.source}: {name} needs {'text' if kind is str else 'messages'}")
         return document

@@ -185,7 +185,7 @@ def split_paragraphs(documents: Iterable[str], heldout_share: float) -> Iterator
                 paragraphs.append(paragraph.strip("\n"))
             seen.add(key)
         if paragraphs:
-            yield int.from_bytes(digest[:4], "big") / 2**32 < heldout_share, paragraphs
+            yield _is_held_out(digest, heldout_share), paragraphs
 
 
 def documents_of(config: DocumentsConfig, skipped: Skipped | None = None) -> Iterator[RawDocument]:
@@ -194,19 +194,35 @@ def documents_of(config: DocumentsConfig, skipped: Skipped | None = None) -> Ite
     return read_source(config.source, config.text_field, (skipped or Skipped()) if skip else None)
 
 
-def whole_documents(config: DocumentsConfig, skipped: Skipped | None = None) -> Iterator[RawDocument]:
-    """The source's documents for the tasks of WHOLE: first those to train on, then the held-out ones."""
-    return _once(documents_of(config, skipped))
+def whole_documents(config: DocumentsConfig, held_out: bool, skipped: Skipped | None = None) -> Iterator[RawDocument]:
+    """One side of the source's documents for the tasks of WHOLE, each once, white space aside.
 
-
-def _once(documents: Iterable[RawDocument]) -> Iterator[RawDocument]:
-    """Each document once, white space aside: a copy must not be in training and held-out documents alike."""
-    seen: set[str] = set()
-    for document in documents:
+    As of packed text, a hash decides a document's side: what else the source holds, and where, moves none.
+    """
+    share, seen = _whole_share(config), set[bytes]()
+    for document in documents_of(config, skipped):
         key = " ".join(json.dumps(document).replace("\\n", " ").split())
-        if key not in seen:
-            seen.add(key)
+        digest = hashlib.sha256(key.encode()).digest()
+        if digest not in seen and _is_held_out(digest, share) == held_out:
             yield document
+        seen.add(digest)
+
+
+def _whole_share(config: DocumentsConfig) -> float:
+    """The share of whole documents and chats that is held out."""
+    if config.heldout_share is not None:
+        return config.heldout_share
+    training, heldout = _whole_counts(config)
+    return heldout / max(1, training + heldout)
+
+
+def _whole_counts(config: DocumentsConfig) -> tuple[int, int]:
+    training, heldout = (sum(tasks.get(task, 0) for task in WHOLE) for tasks in (config.train, config.heldout))
+    return training, heldout
+
+
+def _is_held_out(digest: bytes, share: float) -> bool:
+    return int.from_bytes(digest[:4], "big") / 2**32 < share
 
 
 @dataclass
@@ -226,13 +242,16 @@ class Overlap:
 
 def measure_overlap(config: DocumentsConfig) -> Overlap:
     """Of the documents and chats that are read whole; of packed text it is none."""
-    training, heldout = (sum(tasks.get(task, 0) for task in WHOLE) for tasks in (config.train, config.heldout))
+    training, heldout = _whole_counts(config)
     if not training or not heldout:
         return Overlap(heldout, 0, 0.0)
-    documents = whole_documents(config)
-    seen = {paragraph for document in islice(documents, training) for paragraph in _paragraphs(document)}
+    seen = {
+        paragraph
+        for document in islice(whole_documents(config, held_out=False), training)
+        for paragraph in _paragraphs(document)
+    }
     sharing = common = total = 0
-    for document in islice(documents, heldout):
+    for document in islice(whole_documents(config, held_out=True), heldout):
         paragraphs = list(_paragraphs(document))
         shared = sum(len(paragraph) for paragraph in paragraphs if paragraph in seen)
         sharing, common, total = sharing + bool(shared), common + shared, total + sum(map(len, paragraphs))

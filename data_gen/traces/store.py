@@ -169,6 +169,12 @@ class TraceStore:
             for field in ("backbone", "trace", "documents"):
                 if getattr(earlier, field) != getattr(manifest, field):
                     raise InputError(f"{root}: holds traces made with another {field}; choose another folder")
+            for name, digest in manifest.texts.items():
+                if earlier.texts.get(name) != digest:
+                    raise InputError(
+                        f"{root}: {name} is another text than the store was begun with, its source has changed; "
+                        "restore that, or choose another folder"
+                    )
             if earlier is not manifest:
                 return cls(root, earlier)
         write_sealed(path, manifest.model_dump(mode="json"))

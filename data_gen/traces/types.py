@@ -169,7 +169,11 @@ class DocumentMeta(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What every document of a store shares. documents: their settings; versions: of the packages that read them."""
+    """What every document of a store shares.
+
+    documents: their settings; texts: hash of what each was to read, by its name, empty where traces were imported;
+    versions: of the packages that read them.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -177,4 +181,5 @@ class Manifest(BaseModel):
     backbone: BackboneInfo
     trace: TraceConfig
     documents: dict[str, Any]
+    texts: dict[str, str] = {}
     versions: dict[str, str]

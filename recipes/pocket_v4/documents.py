@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--chats", type=int, default=160)
+    parser.add_argument("--chats", type=int, default=200)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--tests", type=int, nargs="+", default=[10, 5, 4, 2, 2], help="texts of each length")
     args = parser.parse_args()

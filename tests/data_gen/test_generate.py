@@ -1,5 +1,6 @@
 """The store: whole documents only, continued and never rewritten."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -60,6 +61,30 @@ def test_a_store_begun_with_other_needles_is_not_continued(tmp_path, tokenizer, 
     monkeypatch.setitem(WORDINGS, "train", WORDINGS["train"][1:])
     with pytest.raises(InputError, match="made with another documents"):
         run(tmp_path, tokenizer, tiny_recipe)
+
+
+def test_a_source_that_changed_is_refused_by_the_documents_name(tmp_path, tokenizer, tiny_recipe):
+    source, texts = tmp_path / "texts.jsonl", [f"Text number {number} says so. " * 12 for number in range(20)]
+
+    def traced(rows):
+        source.write_text("\n".join(json.dumps({"text": text}) for text in rows))
+        asked = {"source": str(source), "train": {"document": 3}, "heldout": {"document": 1}, "heldout_share": 0.3}
+        documents = tiny_recipe.documents.model_copy(update=asked)
+        backbone, out = DenseBackbone(tiny_model("llama")), tmp_path / "out"
+        return list(generate_sides(backbone, tokenizer, documents, tiny_recipe.trace, out, lambda items, _: items))
+
+    lines = traced(texts)
+    train = TraceStore.open(tmp_path / "out" / "train")
+    second = [document.meta.name for document in train][1]
+    train.paths()[1].unlink()
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    changed = [text.replace("says", "said") for text in texts]
+    for other in (changed, ["Another text is on top. " * 14, *texts], texts[5:]):
+        with pytest.raises(InputError, match=r"train: train-document-\d{4} is another text than the store"):
+            traced(other)
+        assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    assert traced(texts) == lines and train.paths()[1].exists()
+    assert [document.meta.name for document in train][1] == second
 
 
 def test_damaged_and_missing_stores_are_named(tmp_path, tokenizer, tiny_recipe):

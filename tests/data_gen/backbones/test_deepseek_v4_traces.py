@@ -39,7 +39,7 @@ def test_generate_fills_a_store_either_way(tmp_path, model, tokenizer, tiny_reci
 def test_an_indexer_trains_and_is_measured_on_the_traces(tmp_path, pocket, name):
     """On trained weights, from the backbone's own indexers on; labels of either oracle."""
     recipe = load_recipe(name)
-    write_chats(load_config(pocket.folder.with_name("config.yaml")), tmp_path / "chats.jsonl", 4, (512, 600))
+    write_chats(load_config(pocket.folder.with_name("config.yaml")), tmp_path / "chats.jsonl", 40, (512, 600))
     documents = recipe.documents.model_copy(
         update={"source": str(tmp_path / "chats.jsonl"), "train": {"chat": 3}, "heldout": {"chat": 1}}
     )

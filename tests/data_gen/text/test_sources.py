@@ -8,10 +8,10 @@ from datasets import Dataset
 
 from data_gen.config import DocumentsConfig
 from data_gen.core.errors import InputError
-from data_gen.text.sources import SOURCES, measure_overlap, read_source
+from data_gen.text.sources import SOURCES, measure_overlap, read_source, whole_documents
 
 LICENCE = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. " * 2
-OWN = [f"Text number {number} is about something of its own, " * 4 for number in range(5)]
+OWN = [f"Text number {number} is about something of its own, " * 4 for number in range(24)]
 
 
 def rows(kind, texts):
@@ -24,15 +24,44 @@ def rows(kind, texts):
 
 @pytest.mark.parametrize("kind", ["document", "chat"])
 def test_shared_paragraphs_are_counted(tmp_path, kind):
-    texts = [f"{LICENCE}\n\n{OWN[0]}", OWN[1], OWN[1], f"{OWN[2]}\n\n{LICENCE.replace(' ', '  ')}", OWN[3], OWN[4]]
+    licensed = [f"{LICENCE}\n\n{own}" for own in OWN[:12]] + [
+        f"{own}\n\n{LICENCE.replace(' ', '  ')}" for own in OWN[:12]
+    ]
     path = tmp_path / "texts.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows(kind, texts))))
-    config = DocumentsConfig(source=str(path), tokens=(1, 2), train={kind: 2}, heldout={kind: 3})
+    config = DocumentsConfig(source=str(path), tokens=(1, 2), train={kind: 2}, heldout={kind: 3}, heldout_share=0.5)
+
+    def sides(texts):
+        path.write_text("\n".join(map(json.dumps, rows(kind, texts))))
+        found = [whole_documents(config, held_out) for held_out in (False, True)]
+        return [[one if kind == "document" else one[0]["content"] for one in side] for side in found]
+
+    (trained, *_), (asked, *_) = sides(licensed)
+    plain_trained, plain_asked = sides(OWN[12:])
+    texts = [trained, plain_trained[0], plain_trained[0], asked, *plain_asked[:2]]
+    sides(texts)
     found = measure_overlap(config)
-    held_out = [len(" ".join(text.split())) for text in (OWN[2], LICENCE, OWN[3], OWN[4])]
+    own = next(part for part in asked.split("\n\n") if part.startswith("Text"))
+    held_out = [len(" ".join(text.split())) for text in (own, LICENCE, *plain_asked[:2])]
     assert (found.documents, found.sharing) == (3, 1) and found.share == pytest.approx(held_out[1] / sum(held_out))
     assert str(found).startswith("1 of 3 held-out documents share paragraphs with training ones (")
     assert measure_overlap(config.model_copy(update={"train": {}})).sharing == 0
+
+
+@pytest.mark.parametrize("kind", ["document", "chat"])
+def test_no_row_on_top_moves_a_document_to_the_other_side(tmp_path, kind):
+    path = tmp_path / "texts.jsonl"
+    config = DocumentsConfig(source=str(path), tokens=(1, 2), train={kind: 6}, heldout={kind: 2})
+
+    def sides(texts):
+        path.write_text("\n".join(map(json.dumps, rows(kind, texts))))
+        found = [whole_documents(config, held_out) for held_out in (False, True)]
+        return [{" ".join(json.dumps(one).split()) for one in side} for side in found]
+
+    texts = [f"Text number {number}, which nobody else has. " * 4 for number in range(200)]
+    before = sides(texts)
+    assert sum(map(len, before)) == 200 and 25 < len(before[1]) < 75
+    after = sides(["A row on top of all others. " * 9, texts[7].replace(" ", "  "), *reversed(texts)])
+    assert sum(map(len, after)) == 201 and all(one <= other for one, other in zip(before, after, strict=True))
 
 
 def test_packed_text_shares_none():

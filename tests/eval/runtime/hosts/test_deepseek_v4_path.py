@@ -33,7 +33,7 @@ def lookahead(capsys, monkeypatch):
 def recipe(pocket, tmp_path):
     """pocket-v4 on four short chats and four questions on one text; training starts from the native indexers."""
     language = load_config(pocket.folder.with_name("config.yaml"))
-    write_chats(language, tmp_path / "chats.jsonl", 4, (512, 600))
+    write_chats(language, tmp_path / "chats.jsonl", 40, (512, 600))
     write_tests(language, tmp_path / "tests", 512, 1)
     settings = load_recipe("pocket-v4").model_dump(mode="json")
     settings["documents"] |= {"source": str(tmp_path / "chats.jsonl"), "train": {"chat": 3}, "heldout": {"chat": 1}}
