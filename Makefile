@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE = 1
 # On a busy machine, threads that spin while they wait make everything several times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: quickstart pocket test test-vllm
+.PHONY: quickstart pocket test test-vllm test-all
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,3 +46,5 @@ test: $(VENV)/ready  ## the whole suite, in two processes of one thread each: in
 test-vllm: $(VENV)/ready .venv-vllm/ready  ## the vLLM plugin in real servers, beside the runtime of the training environment
 	TRUTH_PYTHON=$(BIN)/python OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -p no:cacheprovider \
 	  --confcutdir tests/eval/serving/vllm tests/eval/serving/vllm
+
+test-all: test test-vllm  ## what CI runs, and the servers
