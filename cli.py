@@ -30,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train memory indexers for long-context LLMs and prove that they work.",
 )
+FILE_FORMATS = "ruler, longbench-v2, longmemeval, mrcr, kvpress, scbench, babilong, graphwalks, helmet-kv, helmet-rag"
 
 RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a .yaml file.")]
 BackbonePath = Annotated[str | None, typer.Option(help="Instead of the recipe's: folder, hub id, .gguf file.")]
@@ -265,7 +266,7 @@ def benchmark(
     task: Annotated[list[str] | None, typer.Option(help="A generated task; else all. mrcr is always asked.")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Of each generated task and length.")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="Share of chunks kept; repeatable.")] = None,
-    file: Annotated[list[str] | None, typer.Option(help="ruler=, longbench-v2=, longmemeval=, mrcr=FILE.")] = None,
+    file: Annotated[list[str] | None, typer.Option(help=f"FORMAT=FILE, FORMAT one of {FILE_FORMATS}.")] = None,
 ) -> None:
     """Long-context tasks under every policy: adds to OUT/results.json and the report. A stopped run continues."""
     from data_gen.config import BackboneConfig

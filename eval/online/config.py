@@ -14,13 +14,19 @@ GeneratedTask = Literal[
 TASKS: list[GeneratedTask] = list(get_args(GeneratedTask))
 
 
-Format = Literal["ruler", "longbench-v2", "longmemeval", "mrcr"]
-
-
 def _known_policy(value: Any) -> Any:
     from eval.online.online_policies import ONLINE_POLICIES  # torch, which recipes that name none are read without
 
-    known = [policy.name for policy in ONLINE_POLICIES]
+    return _one_of([policy.name for policy in ONLINE_POLICIES], value)
+
+
+def _known_format(value: Any) -> Any:
+    from eval.online.formats import FORMATS  # transformers, likewise
+
+    return _one_of(list(FORMATS), value)
+
+
+def _one_of(known: list[str], value: Any) -> Any:
     if value not in known:
         listed = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
         raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": listed})
@@ -28,6 +34,7 @@ def _known_policy(value: Any) -> Any:
 
 
 PolicyName = Annotated[str, BeforeValidator(_known_policy)]
+FormatName = Annotated[str, BeforeValidator(_known_format)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -47,7 +54,7 @@ class BenchmarkFile(Strict):
     source: .json, .jsonl, .parquet or a `datasets` name, with its subset and split; limit: its first examples only.
     """
 
-    format: Format
+    format: FormatName
     source: str
     subset: str | None = None
     split: str = "train"

@@ -40,7 +40,8 @@ class Course:
     """How a session goes on under one policy: it reads `given`, then writes greedily.
 
     session: its own, which has read the prompt; keep: fixes the resident set, None keeps everything; given: at least
-    one token; most: tokens that it may write; ended: whether what it wrote so far is all, its newest token included;
+    one token; asks: places in it of tokens that end a question, where a window starts, the first one always; most:
+    tokens that it may write; ended: whether what it wrote so far is all, its newest token included;
     watchers: called with the session and the logits [vocabulary] behind every token that it reads; answer: the tokens
     that it wrote.
     """
@@ -53,10 +54,12 @@ class Course:
     watchers: list[Callable[[Session, torch.Tensor], None]] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     answer: list[int] = field(default_factory=list)
+    asks: list[int] = field(default_factory=lambda: [0])
 
     def refresh(self, tau: int) -> None:
         """Fix the resident set where a window of `tau` tokens starts."""
-        if self.keep is not None and self.usage.steps % tau == 0:
+        asked = max(place for place in self.asks if place <= self.usage.steps)
+        if self.keep is not None and (self.usage.steps - asked) % tau == 0:
             self.keep(self.session)
             self.usage.refreshes += 1
 

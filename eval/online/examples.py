@@ -20,7 +20,8 @@ class Example:
     messages: the prompt; prefix: how the answer begins (RULER's answer prefix), read, not generated; references,
     scorer: see eval/online/scorers.py; answer_tokens: most that are generated behind the prefix; depth: mean depth of
     what is asked for, 0 to 1; left_out: why it cannot be scored, empty when it can; ids: the prompt's tokens, where it
-    comes as such, without messages; until_right: an answer ends when its score is 1.
+    comes as such, without messages; until_right: an answer ends when its score is 1; later: turns behind the prompt,
+    the answer to each question and the next question, of which the last is asked.
     """
 
     name: str
@@ -36,10 +37,24 @@ class Example:
     left_out: str = ""
     ids: list[int] = field(default_factory=list)
     until_right: bool = False
+    later: list[dict[str, str]] = field(default_factory=list)
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> list[int]:
         """Token ids up to where the answer begins: through the chat template of models that have one."""
         return self.ids or conversation(tokenizer, self.messages, thinking, prompt=True)
+
+    def turns(self, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> list[list[int]]:
+        """Token ids of each later turn: the answer before it and its question, up to where the next answer begins.
+
+        What the template opens an answer with, and takes back once the answer is there, has been read by then and
+        stays.
+        """
+        before, found = self.prompt(tokenizer, thinking), []
+        for end in range(2, len(self.later) + 1, 2):
+            through = conversation(tokenizer, [*self.messages, *self.later[:end]], thinking, prompt=True)
+            found.append(through[common(before, through) :])
+            before = through
+        return found
 
     def opening(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of the prefix."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ class Runner:
     """Reads each example once with full attention, all but its last prompt token, then goes on under every policy.
 
     The resident set is fixed before the last prompt token and every tau tokens after, so the first answer token
-    already comes from sparse attention.
+    already comes from sparse attention. Later turns are read under the policy, with the set that is resident; before
+    the last token of each question it is fixed anew.
 
     policies: names of those asked for beside full attention; budgets: shares of the unprotected chunks;
     cap: the same of policies under a cap; thinking: chat templates with it; context: examples of more tokens are left
@@ -66,11 +68,14 @@ class Runner:
         """
         if isinstance(example, TextExample):
             place = len(example.tokens) - example.follow - 1
-            prompt, given, most = example.tokens[:place], example.tokens[place:-1], 0
+            prompt, given, most, asks = example.tokens[:place], example.tokens[place:-1], 0, [0]
             depth, left_out = None, ""
         else:
             ids = example.prompt(self.tokenizer, self.thinking)
-            prompt, given, most = ids[:-1], [ids[-1], *example.opening(self.tokenizer)], example.answer_tokens
+            turns = example.turns(self.tokenizer, self.thinking)
+            asks = [0, *accumulate(map(len, turns))]
+            given = [ids[-1], *chain(*turns), *example.opening(self.tokenizer)]
+            prompt, most = ids[:-1], example.answer_tokens
             depth, left_out = example.depth, example.left_out
         size = len(prompt) + len(given) + most
         if self.context is not None and size > self.context:
@@ -78,7 +83,7 @@ class Runner:
         runs = []
         if not left_out:
             shared = None if after is None else after.prompt(self.tokenizer, self.thinking)[:-1]
-            lanes = self._lanes(self.prefill.read(prompt, shared), given, most)
+            lanes = self._lanes(self.prefill.read(prompt, shared), given, asks, most)
             text = isinstance(example, TextExample)
             measured = self._followed(example, lanes) if text else self._answered(example, lanes)
             runs = [self._told(lane, found) for lane, found in zip(lanes, measured, strict=True)]
@@ -93,7 +98,7 @@ class Runner:
             runs=runs,
         )
 
-    def _lanes(self, session: Session, given: list[int], most: int) -> list["_Lane"]:
+    def _lanes(self, session: Session, given: list[int], asks: list[int], most: int) -> list["_Lane"]:
         """The courses behind a session's prompt, full attention first, then in the order of rows."""
         foresight = Foresight(self.indexer.spec.window)
         ranked, fixed, capped = (
@@ -102,13 +107,13 @@ class Runner:
         asked: list[tuple[OnlinePolicy, float | None]] = [(each, budget) for budget in self.budgets for each in ranked]
         asked += [(policy, None) for policy in fixed]
         asked += [(policy, self.cap) for policy in capped]
-        full = Course(session.fork(), None, given, most)
+        full = Course(session.fork(), None, given, most, asks=asks)
         if any(policy.foresees for policy in self.available):
             full.watchers.append(foresight.watch)
         lanes = [_Lane("full", None, full)]
         for policy, share in asked:
             keep = policy.keep(Circumstances(self.indexer, foresight, 1.0 if share is None else share))
-            lanes.append(_Lane(policy.name, share, Course(session.fork(), keep, given, most)))
+            lanes.append(_Lane(policy.name, share, Course(session.fork(), keep, given, most, asks=asks)))
         return lanes
 
     def _go_on(self, lanes: list["_Lane"]) -> None:

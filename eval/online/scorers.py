@@ -1,22 +1,23 @@
 """How answers are scored, 0 to 1, and texts compared with full attention; examples name what they want.
 
-Answers: the published rules, for LongMemEval an offline one that is named as such, and `every_value`.
+Answers: the published rules (more of them: eval/online/suite_scorers.py), for LongMemEval an offline one that is named
+as such, and `every_value`.
 """
 
 import re
-import string
 from collections.abc import Callable
 from difflib import SequenceMatcher
 from typing import Protocol
 
 import torch
 
+from eval.online.suite_scorers import SUITE_SCORERS, normal
+
 Scorer = Callable[[str, list[str]], float]
 """(response, references) -> 0 ... 1."""
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _CHOICES = (re.compile(r"The correct answer is \(([A-D])\)"), re.compile(r"The correct answer is ([A-D])"))
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 _REFUSALS = (
     "did not mention", "didn't mention", "not mentioned", "no mention", "do not know", "don't know", "not know",
     "no information", "not enough information", "not provided", "never mentioned", "cannot answer", "can't answer",
@@ -60,7 +61,7 @@ def answer_words(response: str, references: list[str]) -> float:
     An offline stand-in for LongMemEval's judge, which is an LLM: it cannot see paraphrases, and a long response that
     names everything passes. Figures are not comparable with published ones.
     """
-    said, expected = set(_words(response)), _words(references[0])
+    said, expected = set(normal(response).split()), normal(references[0]).split()
     return sum(word in said for word in expected) / len(expected) if expected else 0.0
 
 
@@ -85,6 +86,7 @@ SCORERS: dict[str, Scorer] = {
         answer_words,
         refusal,
         every_value,
+        *SUITE_SCORERS,
     )
 }
 SCORED_WITH_PREFIX = {"sequence_ratio"}
@@ -163,8 +165,3 @@ FOLLOWERS: dict[str, Callable[..., Follower]] = {"token_by_token": TokenByToken,
 
 def _printable(response: str) -> str:
     return _CONTROL.sub("\n", response).strip().lower()
-
-
-def _words(text: str) -> list[str]:
-    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return _ARTICLES.sub(" ", bare).split()

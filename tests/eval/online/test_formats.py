@@ -1,16 +1,18 @@
 """Small files in the published formats, written for these tests; and files that are something else."""
 
 import json
-from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
+import cli
 from data_gen.core.errors import InputError
-from eval.online.config import BenchmarkFile, Format
+from eval.online.config import BenchmarkFile
 from eval.online.formats import FORMATS, read_benchmark
 from eval.online.scorers import SCORERS
+from tests.eval.online.suites import SUITES
 
 RULER = {
     "index": 0,
@@ -187,9 +189,17 @@ def test_unreadable_files_are_one_line(tmp_path, tokenizer):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_reader_of_the_list_reads_its_own_rows_and_no_others(tmp_path, tokenizer, kind):
     rows = {"ruler": RULER, "longbench-v2": LONGBENCH, "longmemeval": LONGMEMEVAL, "mrcr": MRCR}
-    assert list(FORMATS) == list(get_args(Format)) == list(rows)
-    (found,) = read(write(tmp_path / "own.json", rows.pop(kind)), kind, tokenizer)
+    rows |= {other: rows[0] for other, (_, rows) in SUITES.items()}
+    assert list(FORMATS) == list(rows)
+    name = SUITES[kind][0] if kind in SUITES else "own.json"
+    found, *_ = read(write(tmp_path / name, rows.pop(kind)), kind, tokenizer)
     assert found.benchmark == kind and found.scorer in SCORERS and found.name.startswith(kind) and not found.left_out
     for other in rows.values():
         with pytest.raises(InputError, match=rf"other.json row 1 \(as {kind}\): (no )?field"):
             read(write(tmp_path / "other.json", other), kind, tokenizer)
+
+
+def test_the_configuration_and_the_command_know_every_format_of_the_list():
+    assert cli.FILE_FORMATS.split(", ") == list(FORMATS)
+    with pytest.raises(ValidationError, match=r"Input should be 'ruler', .* or 'helmet-rag'"):
+        BenchmarkFile(format="squad", source="x.json")
