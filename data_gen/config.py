@@ -2,10 +2,10 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from data_gen.core.chunks import Chunking
-from data_gen.core.config import Strict
+from data_gen.core.config import Count, NoneOrMore, Strict
 
 
 class BackboneConfig(Strict):
@@ -40,15 +40,15 @@ class DocumentsConfig(Strict):
     source: str | list[str] = "builtin"
     text_field: str = "text"
     bad_rows: Literal["stop", "skip"] = "stop"
-    tokens: tuple[PositiveInt, PositiveInt]
-    train: dict[str, NonNegativeInt]
-    heldout: dict[str, NonNegativeInt]
-    keys: PositiveInt = 3
-    values: PositiveInt = 2
+    tokens: tuple[Count, Count]
+    train: dict[str, NoneOrMore]
+    heldout: dict[str, NoneOrMore]
+    keys: Count = 3
+    values: Count = 2
     thinking: bool = False
     turns: Literal["last", "all"] = "last"
     heldout_share: float | None = Field(None, gt=0, lt=1)
-    seed: int = 0
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -72,15 +72,15 @@ class TraceConfig(Strict):
     """
 
     chunking: Chunking = Chunking()
-    layers: list[NonNegativeInt] = Field(min_length=1)
+    layers: list[NoneOrMore] = Field(min_length=1)
     oracle: Literal["attention", "indexer"] = "attention"
-    votes: PositiveInt = 3
-    window: PositiveInt = 64
-    text_rows: PositiveInt = 320
-    answer_lead: PositiveInt = 16
-    tail: PositiveInt = 8
-    top_chunks: PositiveInt = 256
-    own_tokens: NonNegativeInt = 0
+    votes: Count = 3
+    window: Count = 64
+    text_rows: Count = 320
+    answer_lead: Count = 16
+    tail: Count = 8
+    top_chunks: Count = 256
+    own_tokens: NoneOrMore = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -2,9 +2,12 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from data_gen.core.config import Strict
+from data_gen.core.config import Count, NoneOrMore, Strict, Width
+
+LARGEST = 1 << 24
+"""Heads times rank: 256 times the paper's."""
 
 
 class IndexerConfig(Strict):
@@ -16,13 +19,19 @@ class IndexerConfig(Strict):
     join: how the layers' logits become one score per chunk.
     """
 
-    heads: PositiveInt
-    rank: PositiveInt
-    distance_bumps: NonNegativeInt = 12
+    heads: Width
+    rank: Width
+    distance_bumps: int = Field(12, ge=0, le=1 << 16)
     scale: bool = True
     slot: bool = True
     bias: bool = False
     join: Literal["sum", "mean", "max"] = "sum"
+
+    @model_validator(mode="after")
+    def _fits_somewhere(self) -> Self:
+        if self.heads * self.rank > LARGEST:
+            raise ValueError(f"heads times rank is {self.heads * self.rank}, more than {LARGEST}")
+        return self
 
 
 class CandidatesConfig(Strict):
@@ -36,8 +45,8 @@ class CandidatesConfig(Strict):
     """
 
     kind: Literal["all", "sampled"] = "all"
-    negatives: PositiveInt = 3
-    positives: PositiveInt = 512
+    negatives: Count = 3
+    positives: Count = 512
     source: Literal["uniform", "in_batch", "hard"] = "uniform"
     common_weight: PositiveFloat = 1.0
 
@@ -84,11 +93,11 @@ class TrainConfig(Strict):
     loss: str = "listwise_mass"
     loss_options: dict[str, float | bool] = Field(default_factory=dict)
     candidates: CandidatesConfig = CandidatesConfig()
-    epochs: PositiveInt
-    windows_per_document: PositiveInt = 64
-    stride: PositiveInt = 1
+    epochs: Count
+    windows_per_document: Count = 64
+    stride: Count = 1
     tails: bool = True
-    accumulation: PositiveInt = 1
+    accumulation: Count = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
@@ -97,11 +106,11 @@ class TrainConfig(Strict):
     golden: PositiveFloat = 0.05
     budget: float = Field(0.1, gt=0, le=1)
     select: Literal["budget", "threshold"] = "budget"
-    validation_every: PositiveInt = 6
+    validation_every: Count = 6
     choose: Literal["mass_recall", "peak_entropy"] = "mass_recall"
-    eval_epochs: PositiveInt = 2
-    patience: PositiveInt = 5
-    workers: NonNegativeInt | None = None
+    eval_epochs: Count = 2
+    patience: Count = 5
+    workers: NoneOrMore | None = None
     report_to: list[str] = Field(default_factory=list)
     seed: int = Field(0, ge=0, lt=1 << 32)
     init: str | None = None

@@ -10,6 +10,7 @@ from pydantic import ValidationError, model_validator
 from data_gen.config import BackboneConfig, DocumentsConfig, TraceConfig
 from data_gen.core.config import Strict
 from data_gen.core.errors import InputError
+from data_gen.core.files import one_line
 from eval.online.config import BenchmarkConfig, DecodeConfig
 from indexer_train.config import IndexerConfig, TrainConfig
 
@@ -52,10 +53,10 @@ def load_recipe(name: str) -> Recipe:
         raise InputError(f"recipe {name!r}: neither a .yaml file nor one of {', '.join(known)}")
     try:
         return Recipe.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise InputError(f"recipe {name}: not YAML ({str(error).splitlines()[0]})") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
         raise InputError(f"recipe {name}: {where or 'top level'}: {reason}") from error
+    except Exception as error:  # of YAML: also numbers of 5,000 digits, or brackets without end
+        raise InputError(f"recipe {name}: not YAML ({one_line(error)})") from error

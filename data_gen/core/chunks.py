@@ -2,7 +2,9 @@
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_gen.core.config import Count
 
 
 class Chunking(BaseModel):
@@ -14,9 +16,9 @@ class Chunking(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: PositiveInt = 16
-    sink: int = 1
-    recent: int = 8
+    tokens: Count = 16
+    sink: int = Field(1, lt=1 << 31)
+    recent: int = Field(8, lt=1 << 31)
 
     @model_validator(mode="after")
     def _not_negative(self) -> Self:

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from data_gen.core.config import Strict
+from data_gen.core.config import Count, NoneOrMore, Strict
 from data_gen.core.errors import InputError
 
 GeneratedTask = Literal[
@@ -43,9 +43,9 @@ class DecodeConfig(Strict):
     text_documents, text_tokens: plain-text documents whose last tokens are followed under each policy."""
 
     budget: float = Field(default=0.1, gt=0, le=1)
-    answer_tokens: PositiveInt = 40
-    text_documents: NonNegativeInt = 2
-    text_tokens: PositiveInt = 256
+    answer_tokens: Count = 40
+    text_documents: NoneOrMore = 2
+    text_tokens: Count = 256
 
 
 class BenchmarkFile(Strict):
@@ -58,7 +58,7 @@ class BenchmarkFile(Strict):
     source: str
     subset: str | None = None
     split: str = "train"
-    limit: PositiveInt | None = None
+    limit: Count | None = None
 
 
 class BenchmarkConfig(Strict):
@@ -76,22 +76,22 @@ class BenchmarkConfig(Strict):
     benchmarks.
     """
 
-    lengths: list[PositiveInt] | None = None
+    lengths: list[Count] | None = None
     tasks: list[GeneratedTask] = Field(default=TASKS)
-    examples: PositiveInt = 20
-    texts: PositiveInt = 4
-    text_tokens: PositiveInt = 256
+    examples: Count = 20
+    texts: Count = 4
+    text_tokens: Count = 256
     budgets: list[Share] = Field(default=[0.1], min_length=1)
     policies: list[PolicyName] | None = None
     cap: Share = 0.2
-    keys: PositiveInt = 3
-    values: PositiveInt = 2
-    queries: PositiveInt = 2
-    hops: PositiveInt = 3
-    common: PositiveInt = 10
+    keys: Count = 3
+    values: Count = 2
+    queries: Count = 2
+    hops: Count = 3
+    common: Count = 10
     haystack: str | None = None
     files: list[BenchmarkFile] = Field(default=[])
-    seed: NonNegativeInt = 0
+    seed: NoneOrMore = 0
 
     def changed(self, files: list[str], **given: Any) -> Self:
         """A copy with what was `given` (None and [] were not) and more files, FORMAT=SOURCE each.

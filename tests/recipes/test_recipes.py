@@ -123,3 +123,36 @@ def test_the_wheel_carries_recipes_and_packages(tmp_path):
     assert {"recipes/pocket_v4/model/model.safetensors", "recipes/pocket_v4/config.yaml"} <= names
     assert {"cli.py", "data_gen/traces/store.py", "indexer_train/model.py", "eval/offline/recall.py"} <= names
     assert {f"{package}/py.typed" for package in ("data_gen", "indexer_train", "eval", "recipes")} <= names
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("indexer", {"rank": 2**70}),
+        ("indexer", {"heads": 10**30}),
+        ("indexer", {"heads": 60_000, "rank": 60_000}),
+        ("indexer", {"distance_bumps": 10**9}),
+        ("documents", {"tokens": [1, 2**40]}),
+        ("documents", {"seed": 10**40}),
+        ("trace", {"window": 2**31}),
+        ("train", {"epochs": 10**12}),
+        ("decode", {"answer_tokens": 10**12}),
+    ],
+)
+def test_numbers_that_nothing_can_hold_are_refused_by_name(tmp_path, tiny_recipe, section, change):
+    settings = tiny_recipe.model_dump(mode="json")
+    settings[section] |= change
+    path = tmp_path / "large.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError, match=f"^recipe {path}: {section}") as refused:
+        load_recipe(str(path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["a: " + "1" * 5000, "[" * 100_000, "a: !!python/object:os.system {}", "\0", "- \t:"])
+def test_what_no_yaml_parser_survives_is_one_line(tmp_path, text):
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"^recipe {path}: ") as refused:
+        load_recipe(str(path))
+    assert "\n" not in str(refused.value)
