@@ -37,7 +37,10 @@ def imported(folders):
 
 @pytest.mark.parametrize(
     ("folders", "extras"),
-    [(["cli", "data_gen", "indexer_train", "eval", "recipes"], ["cpu", "gpu", "gguf"]), (["tests"], ["cpu", "dev"])],
+    [
+        (["cli", "data_gen", "indexer_train", "eval", "recipes"], ["cpu", "gpu", "gguf", "lm-eval"]),
+        (["tests"], ["cpu", "dev", "lm-eval"]),
+    ],
 )
 def test_every_import_is_a_declared_dependency(folders, extras):
     declared = PROJECT["dependencies"] + [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
