@@ -99,15 +99,24 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     return modules
 
 
+Extend = Callable[[int, int, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor] | None]
+"""(layer, sequence, query [B, H, S, d], scaling) -> keys and values [B, KV, R, d] that all new tokens see too."""
+
+
 @contextmanager
 def observe(
-    model: PreTrainedModel, observer: Callable[[AttentionCall], None], cache: object | None = None
+    model: PreTrainedModel,
+    observer: Callable[[AttentionCall], None],
+    cache: object | None = None,
+    extend: Extend | None = None,
 ) -> Iterator[None]:
     """Report calls of `model`'s full-attention layers to `observer` while the context is open.
 
     Reported are the calls of the thread that opened it; with `cache` only those of forwards that read into this one.
+    extend: asked before each of them for more keys and values, which go in front of its own; None leaves it as it is.
+    What is extended is of one new token, which sees everything: it has no mask.
     """
-    watch = _Watch(attention_modules(model), observer, cache)
+    watch = _Watch(attention_modules(model), observer, cache, extend)
     name: Any = model.config.get_text_config(decoder=True)._attn_implementation  # its key in the registry
     with _REGISTRY.tapped(name), _REGISTRY.told(watch):
         hooks = [module.register_forward_pre_hook(watch.enters, with_kwargs=True) for module in watch.layers]
@@ -122,8 +131,13 @@ class _Watch:
     """One observation. layers: module -> layer index; inputs: of the calls at work, hidden states and rotary tables."""
 
     def __init__(
-        self, modules: dict[int, nn.Module], observer: Callable[[AttentionCall], None], cache: object | None
+        self,
+        modules: dict[int, nn.Module],
+        observer: Callable[[AttentionCall], None],
+        cache: object | None,
+        extend: Extend | None,
     ) -> None:
+        self.extend = extend
         self.layers = {module: layer for layer, module in modules.items()}
         self.observer, self.cache, self.thread = observer, cache, threading.get_ident()
         self.inputs: dict[nn.Module, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -137,6 +151,16 @@ class _Watch:
             return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         self.inputs[module] = (hidden, kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1])
+
+    def extends(self, module: Any, parts: list[_Part], masks: list[torch.Tensor | None], kwargs: dict) -> None:
+        """Before the attention function, which is given parts and masks as they are left here."""
+        if self.extend is None or threading.get_ident() != self.thread or module not in self.inputs:
+            return
+        for sequence, (query, key, value) in enumerate(parts):
+            more = self.extend(self.layers[module], sequence, query, kwargs.get("scaling") or module.head_dim**-0.5)
+            if more is not None:
+                parts[sequence] = query, torch.cat([more[0], key], dim=2), torch.cat([more[1], value], dim=2)
+                masks[sequence] = None
 
     def leaves(self, module: Any, parts: list[_Part], outputs: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
         """Behind the attention function; outputs: one a part."""
@@ -169,17 +193,19 @@ class _Tap:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         forward = self.original or sys.modules[type(module).__module__].eager_attention_forward
+        masks: list[torch.Tensor | None]
         if isinstance(key, list):  # each sequence sees all that its cache holds: no mask
             parts = list(zip(query.split(1), key, value, strict=True))
-            results = [forward(module, *part, None, **kwargs) for part in parts]
-            answer = torch.cat([output for output, _ in results]), None
+            masks = [None] * len(parts)
         else:
-            parts = [(query, key, cast(torch.Tensor, value))]
-            answer = forward(module, *parts[0], attention_mask, **kwargs)
-            results = [answer]
-        for watch in self.watches.get(module, ()):
+            parts, masks = [(query, key, cast(torch.Tensor, value))], [attention_mask]
+        watches = self.watches.get(module, ())
+        for watch in watches:
+            watch.extends(module, parts, masks, kwargs)
+        results = [forward(module, *part, mask, **kwargs) for part, mask in zip(parts, masks, strict=True)]
+        for watch in watches:
             watch.leaves(module, parts, [output for output, _ in results], kwargs)
-        return answer
+        return (torch.cat([output for output, _ in results]), None) if isinstance(key, list) else results[0]
 
 
 class _Registry:

@@ -84,11 +84,13 @@ def open_runner(
     """What asks examples as `config` says. Raises InputError for a bundle of another backbone."""
     check_backbone(indexer, backbone)
     documents = trained_documents(indexer)
-    policies = [policy.name for policy in ONLINE_POLICIES] if config.policies is None else config.policies
+    every = [policy.name for policy in ONLINE_POLICIES if config.correction or not policy.corrects]
+    policies = every if config.policies is None else config.policies
     thinking = documents is not None and documents.thinking
     return Runner(
-        backbone.model, tokenizer, indexer, policies, config.budgets, config.cap, thinking, backbone.info.context
-    )
+        backbone.model, tokenizer, indexer, policies, config.budgets, config.cap, thinking, backbone.info.context,
+        correction=config.correction,
+    )  # fmt: skip
 
 
 def answer_settings(runner: Runner, config: BenchmarkConfig, haystack: Haystack | None) -> dict[str, Any]:
@@ -97,6 +99,8 @@ def answer_settings(runner: Runner, config: BenchmarkConfig, haystack: Haystack 
     for name, value in sorted(runner.indexer.query_encoder.state_dict().items()):
         weights.update(name.encode() + value.float().cpu().numpy().tobytes())
     settings = config.model_dump(mode="json", exclude={"lengths", "tasks", "examples", "texts", "files"})
+    if config.correction is None:
+        del settings["correction"]
     return settings | {
         "policies": runner.policies,
         "backbone": runner.indexer.spec.backbone,

@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from data_gen.core.config import Count, NoneOrMore, Strict
 from data_gen.core.errors import InputError
+from eval.runtime.correction import Correction
 
 GeneratedTask = Literal[
     "single", "multi_key", "multi_value", "multi_query", "variable_tracking", "aggregation", "text", "mrcr"
@@ -40,12 +41,14 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 class DecodeConfig(Strict):
     """budget: share of chunks kept on top of the protected ones; answer_tokens: longest generated answer;
-    text_documents, text_tokens: plain-text documents whose last tokens are followed under each policy."""
+    text_documents, text_tokens: plain-text documents whose last tokens are followed under each policy; correction: of
+    `indexer+correction`, which is not decoded without."""
 
     budget: float = Field(default=0.1, gt=0, le=1)
     answer_tokens: Count = 40
     text_documents: NoneOrMore = 2
     text_tokens: Count = 256
+    correction: Correction | None = None
 
 
 class BenchmarkFile(Strict):
@@ -70,10 +73,10 @@ class BenchmarkConfig(Strict):
     for models that read no text of ours (a line says that mrcr was not asked); `text` is plain text to follow;
     examples: of each task and length; texts: of each length; text_tokens: followed of each text; budgets: shares of
     chunks kept on top of the protected ones; policies: beside full attention, names of `ONLINE_POLICIES`, None for
-    all; cap: as budgets, for `indexer+fallback`: windows that ask for more are read with full attention; keys, values,
-    queries, hops: sizes of the needle tasks; common: words to find by `aggregation`; haystack: plain text that training
-    has not seen, a source as documents.source is; None: what the indexer's training held out; files: published
-    benchmarks.
+    all; cap: as budgets, for `indexer+fallback`: windows that ask for more are read with full attention; correction: of
+    `indexer+correction`, which is not asked without; keys, values, queries, hops: sizes of the needle tasks; common:
+    words to find by `aggregation`; haystack: plain text that training has not seen, a source as documents.source is;
+    None: what the indexer's training held out; files: published benchmarks.
     """
 
     lengths: list[Count] | None = None
@@ -84,6 +87,7 @@ class BenchmarkConfig(Strict):
     budgets: list[Share] = Field(default=[0.1], min_length=1)
     policies: list[PolicyName] | None = None
     cap: Share = 0.2
+    correction: Correction | None = None
     keys: Count = 3
     values: Count = 2
     queries: Count = 2
@@ -92,6 +96,12 @@ class BenchmarkConfig(Strict):
     haystack: str | None = None
     files: list[BenchmarkFile] = Field(default=[])
     seed: NoneOrMore = 0
+
+    @model_validator(mode="after")
+    def _corrected(self) -> Self:
+        if self.correction is None and "indexer+correction" in (self.policies or []):
+            raise ValueError("policy indexer+correction needs a correction, {chunks: 8} for example")
+        return self
 
     def changed(self, files: list[str], **given: Any) -> Self:
         """A copy with what was `given` (None and [] were not) and more files, FORMAT=SOURCE each.

@@ -16,13 +16,15 @@ Keep = Callable[[Session], None]
 
 @dataclass
 class Usage:
-    """What a course kept, summed over its steps. resident, total: tokens; bytes: of resident keys and values."""
+    """What a course kept, summed over its steps. resident, total: tokens; bytes: of resident keys and values; fetched:
+    chunks that came back from the cold side."""
 
     steps: int = 0
     refreshes: int = 0
     resident: int = 0
     total: int = 0
     bytes: int = 0
+    fetched: float = 0
 
     @property
     def kept_share(self) -> float:
@@ -69,6 +71,7 @@ class Course:
         self.usage.resident += self.session.resident_tokens
         self.usage.total += self.session.position + 1
         self.usage.bytes += self.session.resident_bytes
+        self.usage.fetched = self.session.fetched
         for watch in self.watchers:
             watch(self.session, logits)
         if self.usage.steps < len(self.given):

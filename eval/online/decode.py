@@ -39,7 +39,7 @@ def decode_check(
         raise InputError("the recipe has no held-out document to decode")
     followed = [_text(document, config) for document in texts]
     seeing = [policy.name for policy in ONLINE_POLICIES if policy.under == "budgets" and not policy.foresees]
-    runner = Runner(model, tokenizer, indexer, seeing, [config.budget], in_step=True)
+    runner = Runner(model, tokenizer, indexer, seeing, [config.budget], in_step=True, correction=config.correction)
     records: list[Record] = [runner.run(example) for example in progress([*questions, *followed], "decoding")]
     answered = records[: len(questions)]
     values = {example.name: example.references for example in questions}

@@ -15,6 +15,7 @@ from data_gen.core.keys import mean_pooled_scores
 from data_gen.core.tensors import tiled_scores
 from eval.online.cycle import Keep
 from eval.online.session import CsaSession, DenseSession, Session
+from eval.runtime.correction import Correction
 from eval.serving.select import Fallback, Limits, Served, resident_chunks, serve
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Threshold
@@ -135,11 +136,13 @@ def calibrated(indexer: MemoryIndexer) -> Threshold | None:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a policy is made of for one example. share: of the unprotected chunks that it may keep."""
+    """What a policy is made of for one example. share: of the unprotected chunks that it may keep; correction: of those
+    that correct every step."""
 
     indexer: MemoryIndexer
     foresight: Foresight
     share: float
+    correction: Correction | None = None
 
 
 def best(score: Ranking, share: float) -> Keep:
@@ -152,14 +155,15 @@ class OnlinePolicy:
     """A way to fix the resident set.
 
     name: in recipes, rows and records; keep: makes what fixes it, for one example; under: what is asked of it: every
-    one of the budgets, the cap alone, or nothing; foresees: it looks at what full attention went on to need; has:
-    whether an indexer and its backbone allow it.
+    one of the budgets, the cap alone, or nothing; foresees: it looks at what full attention went on to need; corrects:
+    it is asked with a correction only; has: whether an indexer and its backbone allow it.
     """
 
     name: str
     keep: Callable[[Circumstances], Keep]
     under: Literal["budgets", "nothing", "cap"] = "budgets"
     foresees: bool = False
+    corrects: bool = False
     has: Callable[[MemoryIndexer], bool] = lambda indexer: True
 
 
@@ -169,21 +173,39 @@ def _capped(given: Circumstances) -> Keep:
     return Capped(given.indexer, threshold, given.share, Fallback())
 
 
-def _learned_keys(indexer: MemoryIndexer) -> bool:
+def _corrected(given: Circumstances) -> Keep:
+    score, correction = indexer_policy(given.indexer), given.correction
+    assert correction is not None  # or the policy is not asked
+    begun = False
+
+    def keep(session: Session) -> None:
+        nonlocal begun
+        assert isinstance(session, DenseSession)
+        if not begun:
+            session.correct(correction)
+            begun = True
+        session.keep(score(session), given.share, correction.chunks)
+
+    return keep
+
+
+def learned_keys(indexer: MemoryIndexer) -> bool:
     """Whether the backbone is a DeepSeek-V4, which has indexers of its own, and no keys to pool."""
     return indexer.spec.key == "fp8_rope_hadamard"
 
 
 ONLINE_POLICIES = [
     OnlinePolicy("indexer", lambda given: best(indexer_policy(given.indexer), given.share)),
+    OnlinePolicy("indexer+correction", _corrected, corrects=True, has=lambda indexer: not learned_keys(indexer)),
     OnlinePolicy(
-        "mean_pooled", lambda given: best(mean_pooled, given.share), has=lambda indexer: not _learned_keys(indexer)
+        "mean_pooled", lambda given: best(mean_pooled, given.share), has=lambda indexer: not learned_keys(indexer)
     ),
-    OnlinePolicy("native", lambda given: best(native, given.share), has=_learned_keys),
+    OnlinePolicy("native", lambda given: best(native, given.share), has=learned_keys),
     OnlinePolicy("recency", lambda given: best(recency, given.share)),
     OnlinePolicy("random", lambda given: best(random, given.share)),
     OnlinePolicy("protected", lambda given: best(protected, given.share), under="nothing"),
     OnlinePolicy("oracle", lambda given: best(given.foresight, given.share), foresees=True),
     OnlinePolicy("indexer+fallback", _capped, under="cap", has=lambda indexer: calibrated(indexer) is not None),
 ]
-"""In the order of the tables. `indexer+fallback`: the bundle's threshold under a cap, as it is served."""
+"""In the order of the tables. `indexer+fallback`: the bundle's threshold under a cap, as it is served;
+`indexer+correction`: as many chunks as `indexer`, some of which each layer chooses at every token."""

@@ -15,8 +15,9 @@ class RunRecord(BaseModel):
 
     budget: None for what has none; kept: resident tokens / all tokens; kv_bytes, chunks: resident, these three over
     the tokens of the policy's own answer; refreshes: times the resident set was fixed; fallbacks of windows: read with
-    full attention, None where that is not counted; agreement, kl, loss: means over the tokens of a text that is
-    followed (nats); score, response: of an answer, with what it was begun with.
+    full attention, None where that is not counted; fetched: chunks from the cold side, a token; mean_key_bytes: held
+    for a per-step correction, both None where none is asked for; agreement, kl, loss: means over the tokens of a text
+    that is followed (nats); score, response: of an answer, with what it was begun with.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -29,6 +30,8 @@ class RunRecord(BaseModel):
     refreshes: int
     fallbacks: int | None = None
     windows: int | None = None
+    fetched: float | None = None
+    mean_key_bytes: int | None = None
     agreement: float | None = None
     kl: float | None = None
     loss: float | None = None

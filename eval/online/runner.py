@@ -13,10 +13,18 @@ from data_gen.backbones.load import Backbone
 from data_gen.core.errors import InputError
 from eval.online.cycle import Course, go_on
 from eval.online.examples import Example, TextExample, common
-from eval.online.online_policies import ONLINE_POLICIES, Capped, Circumstances, Foresight, OnlinePolicy
+from eval.online.online_policies import (
+    ONLINE_POLICIES,
+    Capped,
+    Circumstances,
+    Foresight,
+    OnlinePolicy,
+    learned_keys,
+)
 from eval.online.records import Record, RunRecord
 from eval.online.scorers import FOLLOWERS, SCORED_WITH_PREFIX, SCORERS, Follower
 from eval.online.session import Session, open_session
+from eval.runtime.correction import Correction
 from indexer_train.model import MemoryIndexer
 
 
@@ -31,7 +39,8 @@ class Runner:
     policies: names of those asked for beside full attention; budgets: shares of the unprotected chunks;
     cap: the same of policies under a cap; thinking: chat templates with it; context: examples of more tokens are left
     out, None: none is; in_step: full attention reads in the same passes as the others. If not, it goes first and by
-    itself, and the oracle may look at it. Reading one token rounds otherwise than reading one of each in a single
+    itself, and the oracle may look at it. correction: of the policies that correct every step, None: they are not run;
+    every run then says what it fetched. Reading one token rounds otherwise than reading one of each in a single
     pass: KL from full attention then contains that rounding, which shows in bf16.
     """
 
@@ -44,6 +53,11 @@ class Runner:
     thinking: bool = False
     context: int | None = None
     in_step: bool = False
+    correction: Correction | None = None
+
+    def __post_init__(self) -> None:
+        if self.correction is not None and learned_keys(self.indexer):
+            raise InputError("correction: DeepSeek-V4's chunks have no attention keys to average; leave it out")
 
     @cached_property
     def prefill(self) -> "Prefill":
@@ -54,6 +68,7 @@ class Runner:
     def available(self) -> list[OnlinePolicy]:
         """The asked policies that this backbone and bundle have, in the order asked for."""
         known = {policy.name: policy for policy in ONLINE_POLICIES if policy.has(self.indexer)}
+        known = {name: policy for name, policy in known.items() if self.correction or not policy.corrects}
         return [known[name] for name in self.policies if name in known]
 
     @cached_property
@@ -112,7 +127,8 @@ class Runner:
             full.watchers.append(foresight.watch)
         lanes = [_Lane("full", None, full)]
         for policy, share in asked:
-            keep = policy.keep(Circumstances(self.indexer, foresight, 1.0 if share is None else share))
+            given_share = 1.0 if share is None else share
+            keep = policy.keep(Circumstances(self.indexer, foresight, given_share, self.correction))
             lanes.append(_Lane(policy.name, share, Course(session.fork(), keep, given, most, asks=asks)))
         return lanes
 
@@ -149,6 +165,9 @@ class Runner:
         usage, keep = lane.course.usage, lane.course.keep
         if isinstance(keep, Capped):
             measured = {"fallbacks": keep.served.count("full"), "windows": len(keep.served)} | measured
+        if self.correction is not None:
+            means = lane.course.session.host.resident_bytes().means
+            measured = {"fetched": usage.fetched / usage.steps, "mean_key_bytes": means} | measured
         return RunRecord(
             policy=lane.policy,
             budget=lane.budget,

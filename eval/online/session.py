@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from data_gen.backbones.deepseek_v4_hooks import arguments
 from data_gen.backbones.observe import AttentionCall, attention_modules, observe
 from data_gen.core.chunks import Chunking
+from data_gen.core.errors import InputError
 from data_gen.traces.labels import candidates, pooled_attention
+from eval.runtime.correction import Correction
 from eval.runtime.hosts.deepseek_v4 import DeepseekV4Host, ResidentCsaCache
 from eval.runtime.hosts.dense import DenseHost, ResidentCache
 from eval.runtime.hosts.together import read_together
@@ -25,11 +27,13 @@ from indexer_train.spec import IndexerSpec
 class Session(ABC):
     """A host with one sequence, and the state that a policy may look at.
 
-    chunking: of the history; host: reads, and keeps what is resident.
+    chunking: of the history; host: reads, and keeps what is resident; refetched: chunks that
+    came back from the cold side with the sets that were kept.
     """
 
     chunking: Chunking
     host: DenseHost | DeepseekV4Host
+    refetched: int = 0
 
     @property
     def position(self) -> int:
@@ -45,6 +49,11 @@ class Session(ABC):
     def resident_bytes(self) -> int:
         """Bytes of resident keys and values."""
         return self.host.cache.resident_bytes()
+
+    @property
+    def fetched(self) -> float:
+        """Chunks that came from the cold side; one layer's part of a chunk counts as its share of the layers."""
+        return self.refetched
 
     @abstractmethod
     def fork(self) -> Self:
@@ -73,19 +82,26 @@ class Session(ABC):
         Raises ValueError unless everything is resident.
         """
 
-    def keep(self, scores: torch.Tensor, budget: float) -> None:
+    def keep(self, scores: torch.Tensor, budget: float, less: int = 0) -> None:
         """Fix the resident set: the best unprotected chunks under `budget`, the protected ones, the unfinished one.
 
-        scores: [N] of the complete chunks at the newest position; those of -inf are not kept, whatever the budget.
+        scores: [N] of the complete chunks at the newest position; those of -inf are not kept, whatever the budget;
+        less: chunks of the budget that a correction is left. Raises InputError for a budget of fewer.
         """
         candidate = candidates(torch.tensor([self.position]), self.chunking, len(scores))
-        count = torch.tensor([self.chunking.kept(budget, self.position)])
+        bought = self.chunking.kept(budget, self.position)
+        if bought < less:
+            raise InputError(
+                f"correction: {less} chunks, but a budget of {budget} buys {bought} of {len(scores)}; correct by fewer "
+                "chunks, or raise the budget"
+            )
+        count = torch.tensor([bought - less])
         chosen = select(scores[None], candidate & (scores > -torch.inf), count)
         self.keep_chunks((chosen | ~candidate)[0].nonzero().flatten())
 
     def keep_chunks(self, chunks: torch.Tensor) -> None:
         """Make exactly these complete chunks ([R], ascending) resident, beside the unfinished one."""
-        self.host.keep([chunks])
+        self.refetched += self.host.keep([chunks]).fetched
 
 
 class DenseSession(Session):
@@ -103,7 +119,17 @@ class DenseSession(Session):
 
     @property
     def resident_tokens(self) -> int:
-        return self.cache.full[0].rows
+        held = 0 if self.cache.corrector is None else self.cache.corrector.chunks_held
+        return self.cache.full[0].rows + held * self.chunking.tokens
+
+    @property
+    def fetched(self) -> float:
+        corrector = self.cache.corrector
+        return self.refetched + (0 if corrector is None else corrector.fetched / len(self.cache.full))
+
+    def correct(self, correction: Correction) -> None:
+        """Correct every step from the next `keep` on."""
+        self.cache.correct(correction, {layer: call.query[0, :, -1:] for layer, call in self.newest.items()})
 
     def fork(self) -> "DenseSession":
         twin = copy.copy(self)

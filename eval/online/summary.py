@@ -115,6 +115,7 @@ def decode_rows(questions: Sequence[Record], texts: Sequence[Record]) -> list[De
                 kv_share=statistics.fmean(run.kept for run in used),
                 kv_mb=statistics.fmean(run.kv_bytes for run in used) / 1e6,
                 refreshes=max((run.refreshes for run in followed), default=0),
+                **_fetches(used),
             )
         )
     return rows
@@ -276,17 +277,31 @@ def _groups(records: Sequence[Record]) -> Iterator[tuple[dict[str, Any], list[Re
         yield {"benchmark": benchmark, "task": task, "length": length}, members
 
 
+def _fetches(runs: Sequence[RunRecord]) -> dict[str, float]:
+    """What runs fetched, and the mean keys they held for it; {} where that is not counted."""
+    if runs[0].fetched is None:
+        return {}
+    return {
+        "fetched": statistics.fmean(_value(run, "fetched") for run in runs),
+        "mean_key_mb": statistics.fmean(_value(run, "mean_key_bytes") for run in runs) / 1e6,
+    }
+
+
 def _usage(records: Sequence[Record], lane: Lane, trained: int | None) -> dict[str, Any]:
     tokens, runs = float(np.mean([record.tokens for record in records])), _runs(records, lane)
     counted = {name: sum(getattr(run, name) for run in runs) for name in ("fallbacks", "windows")} if (
         runs[0].windows is not None
     ) else {}  # fmt: skip
-    return counted | {
-        "policy": lane[0],
-        "budget": lane[1],
-        "tokens": tokens,
-        "beyond": None if trained is None else tokens / trained,
-        "kept": float(column(records, lane, "kept").mean()),
-        "kv_mb": float(column(records, lane, "kv_bytes").mean()) / 1e6,
-        "chunks": float(column(records, lane, "chunks").mean()),
-    }
+    return (
+        counted
+        | _fetches(runs)
+        | {
+            "policy": lane[0],
+            "budget": lane[1],
+            "tokens": tokens,
+            "beyond": None if trained is None else tokens / trained,
+            "kept": float(column(records, lane, "kept").mean()),
+            "kv_mb": float(column(records, lane, "kv_bytes").mean()) / 1e6,
+            "chunks": float(column(records, lane, "chunks").mean()),
+        }
+    )

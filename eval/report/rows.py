@@ -7,19 +7,14 @@ over a document's windows) and intervals 95 % ones unless a field says otherwise
 
 from typing import Any, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from data_gen.core.chunks import Chunking
+from eval.report.row import CountedRow, Row
 
 Interval = tuple[float, float]
 Value = TypeVar("Value")
 OpenInterval = tuple[float | None, float | None]
-
-
-class Row(BaseModel):
-    """A line of results.json: read only, and a field that nobody knows is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Setting(Row):
@@ -209,7 +204,7 @@ class Evaluated(Row):
     thresholds: dict[str, str]
 
 
-class DecodeRow(Row):
+class DecodeRow(CountedRow):
     """One policy of `lookahead decode`.
 
     correct of examples: needle questions whose answer holds every value, with Wilson's interval [low, high];
@@ -253,7 +248,7 @@ class AnswerRow(Row):
         return row | row.pop("said")
 
 
-class _Answered(Row):
+class _Answered(CountedRow):
     """One policy and budget on the examples of one benchmark, task and length.
 
     length: asked for, in tokens, None for files; budget: share kept, None of full attention; tokens: mean length;
@@ -273,11 +268,6 @@ class _Answered(Row):
     chunks: float
     fallbacks: int | None = None
     windows: int | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_uncounted(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        row = write(self)
-        return row if self.windows is not None else {k: v for k, v in row.items() if k not in ("fallbacks", "windows")}
 
 
 class AccuracyRow(_Answered):
@@ -320,7 +310,7 @@ class DepthRow(Row):
 class Results(Row):
     """A whole results.json; None: not measured. `measured` is by verb: "evaluate", "decode", "benchmark"."""
 
-    measured: dict[str, Setting] = {}
+    measured: dict[str, Setting] = Field(default={})
     recall: list[RecallRow] | None = None
     by_length: list[LengthRecall] | None = None
     by_depth: list[DepthRecall] | None = None

@@ -155,6 +155,8 @@ def threshold_lines(results: Results) -> list[str]:
 
 def decode_table(rows: Iterable[DecodeRow]) -> Table:
     """The decode check, a line per policy."""
+    rows = list(rows)
+    counted = any(row.fetched is not None for row in rows)
     header = ["policy", "needles right", "95 % interval", "text agreement", "text KL", "chunks", "KV share", "KV MB"]
     lines = [
         [
@@ -166,10 +168,11 @@ def decode_table(rows: Iterable[DecodeRow]) -> Table:
             f"{row.chunks:.1f}",
             f"{row.kv_share:.1%}",
             f"{row.kv_mb:.1f}",
+            *([row.fetched, row.mean_key_mb] if counted else []),
         ]
         for row in rows
     ]
-    return Table(header, lines)
+    return Table(header + (["chunks fetched a token", "mean keys MB"] if counted else []), lines)
 
 
 def decode_summary(rows: Sequence[DecodeRow]) -> str:

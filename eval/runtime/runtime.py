@@ -19,12 +19,13 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from data_gen.core.errors import InputError
 from data_gen.core.files import write_atomically
 from eval.runtime.calls import check_call, model_state
+from eval.runtime.correction import Correction
 from eval.runtime.cycle import Choice, DecodeCycle, Refresh
 from eval.runtime.hosts.base import Host
 from eval.runtime.hosts.deepseek_v4 import DeepseekV4Host
 from eval.runtime.hosts.dense import DenseHost
 from eval.serving.level1 import Backend, open_level1
-from eval.serving.select import Fallback, Limits, serve
+from eval.serving.select import Fallback, Limits, Resident, resident_chunks, serve
 from indexer_train.formats.bundle import load_bundle
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Threshold
@@ -34,11 +35,16 @@ NOTHING = torch.empty(0, 0, dtype=torch.int64)
 """No sequence, no token."""
 
 
-def open_host(model: PreTrainedModel, spec: IndexerSpec, pageable: bool | None = None) -> Host:
-    """A new batch of sequences of `model`, for an indexer of `spec`; pageable: as ColdPool's."""
+def open_host(
+    model: PreTrainedModel, spec: IndexerSpec, pageable: bool | None = None, correction: Correction | None = None
+) -> Host:
+    """A new batch of sequences of `model`, for an indexer of `spec`; pageable: as ColdPool's. Raises InputError for a
+    correction of a DeepSeek-V4."""
     if model.config.model_type == "deepseek_v4":
+        if correction is not None:
+            raise InputError("correction: DeepSeek-V4's chunks have no attention keys to average; leave it out")
         return DeepseekV4Host(model, spec.layers, pageable)
-    return DenseHost(model, spec.chunking.tokens, spec.layers, pageable)
+    return DenseHost(model, spec.chunking.tokens, spec.layers, pageable, correction)
 
 
 class LSARuntime:
@@ -47,8 +53,9 @@ class LSARuntime:
     limits: floor and cap of the resident set, by default no cap; selection: instead of the bundle's; fallback: what to
     do with windows that ask for more than the cap; backend: of Level 1 (open_level1); pageable: True keeps the cold
     side in pageable memory, for machines that cannot pin as much, and fetches get slower; lag: as DecodeCycle's. The
-    set chosen at the end of a prompt has no lag, for nothing is missing there. Raises InputError for a bundle of
-    another model, a cap below the protected chunks, a fallback without a threshold.
+    set chosen at the end of a prompt has no lag, for nothing is missing there; correction: chunks that each layer adds
+    at every step to a set of as many fewer, of one sequence. Raises InputError for a bundle of another model, a cap
+    below the protected chunks, a fallback without a threshold, a correction of a DeepSeek-V4.
 
     A runtime holds one conversation and serves one thread; several runtimes of one model, or of several, get on side by
     side in as many threads.
@@ -64,9 +71,11 @@ class LSARuntime:
         backend: Backend = "auto",
         pageable: bool | None = None,
         lag: Literal[0, 1] = 0,
+        correction: Correction | None = None,
     ) -> None:
         self.indexer, self.model, self.spec = indexer.to(model.device), model, indexer.spec
-        self.host = open_host(model, self.spec, pageable)
+        self.host = open_host(model, self.spec, pageable, correction)
+        self.correction = correction
         self.cycle = DecodeCycle(self.host, self.spec.window, self._choose, lag)
         if self.spec.backbone != self.host.info.fingerprint:
             rounded = (
@@ -163,13 +172,31 @@ class LSARuntime:
         total, (first, last) = chunking.visible(position), chunking.candidates(position)
         hidden = self.host.hidden()
         queries = self.level1.pack(hidden, torch.full((len(hidden),), position))
-        resident = self.level1.resident(queries, self.host.level1_keys())
+        resident = self._resident(queries)
         protected = total - (last - first)
         kept = [
             serve(resident, sequence, total, self.limits.cap, protected, self.fallback)
             for sequence in range(len(hidden))
         ]
         return Choice([chunks for chunks, _ in kept], resident.demand.tolist(), [how for _, how in kept])
+
+    def _resident(self, queries: torch.Tensor) -> Resident:
+        """What Level 1 asks for, less the worst chunks where a correction takes their place."""
+        keys, chunking = self.host.level1_keys(), self.spec.chunking
+        if self.correction is None:
+            return self.level1.resident(queries, keys)
+        scores, positions = self.level1.joined_scores(queries, keys), queries[:, -1].long()
+        whole = resident_chunks(scores, positions, chunking, self.level1.selection, self.limits)
+        position = int(positions[0])
+        first, last = chunking.candidates(position)
+        left = int(whole.counts[0]) - self.correction.chunks
+        if left < chunking.visible(position) - (last - first):
+            raise InputError(
+                f"correction: {self.correction.chunks} chunks, but of {chunking.visible(position)} only "
+                f"{int(whole.counts[0])} would be resident ({self.level1.selection}), the protected ones included; "
+                "correct by fewer chunks, or keep more"
+            )
+        return resident_chunks(scores, positions, chunking, self.level1.selection, Limits(cap=left))
 
     def save_trace(self, path: str | Path) -> None:
         """Write what every window did, and the totals, as JSON."""
@@ -187,6 +214,13 @@ class LSARuntime:
             "totals": totals,
             "windows": [asdict(window) for window in self.windows],
         }
+        if isinstance(self.host, DenseHost) and self.correction is not None:
+            corrector = self.host.cache.corrector
+            assert corrector is not None
+            fetched = corrector.fetched * self.host.chunk_bytes // len(self.host.info.full_layers)
+            trace["correction"] = self.correction.model_dump() | {
+                "fetched_bytes": fetched, "mean_key_bytes": corrector.mean_bytes(),
+            }  # fmt: skip
         write_atomically(Path(path), lambda target: target.write_text(json.dumps(trace, indent=1) + "\n"))
 
     def summary(self) -> str:

@@ -36,11 +36,12 @@ def rope_follows_length(model: PreTrainedModel) -> bool:
 class ResidentBytes:
     """Beside the model now. tensors: all layers of the resident chunks, as they lie; served: the same as a serving
     engine holds it (DeepSeek-V4: 584 + 132 bytes an entry; dense: without rows that stand for no chunk); keys: the
-    memory indexer's keys of all chunks."""
+    memory indexer's keys of all chunks; means: mean keys of the per-step correction."""
 
     tensors: int
     served: int
     keys: int
+    means: int = 0
 
 
 class Host(ABC):

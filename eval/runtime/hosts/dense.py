@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from math import prod
 from typing import Any, Self, cast
 
 import torch
@@ -14,8 +15,10 @@ from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.observe import AttentionCall, observe
 from data_gen.core.errors import InputError
 from data_gen.core.keys import KeyPooler, flatten_heads
+from eval.runtime.correction import Correction
 from eval.runtime.hosts.base import Host, ResidentBytes, rope_follows_length
-from eval.runtime.hosts.resident import PAD, Move, ResidentChunks
+from eval.runtime.hosts.corrector import Corrector, Rows
+from eval.runtime.hosts.resident import PAD, Move, Prepared, ResidentChunks
 
 PIECE_TOKENS = 4096
 """Tokens of a sequence read at once: their mask over 131,072 earlier ones takes half a GiB, in torch's bool."""
@@ -87,7 +90,7 @@ class ResidentCache(ResidentChunks):
 
     Chunks are of `chunk_tokens` tokens; a token of an unfinished one is always resident. observed: layers whose chunk
     keys and newest hidden state are kept, as `remember` is told; pooled: layer -> chunk keys of all sequences so far,
-    [B, KV, N, d]; pageable: as ColdPool's.
+    [B, KV, N, d]; pageable: as ColdPool's; corrector: of the per-step correction, None without.
     """
 
     def __init__(
@@ -97,17 +100,24 @@ class ResidentCache(ResidentChunks):
         chunk_tokens: int,
         observed: Sequence[int] = (),
         pageable: bool | None = None,
+        correction: Correction | None = None,
     ) -> None:
         super().__init__(config=config)
         for layer in full_layers:
             self.layers[layer] = ResidentLayer()
         self.full_layers, self.chunk_tokens, self.observed = list(full_layers), chunk_tokens, list(observed)
-        self.pageable = pageable
+        self.pageable, self.correction = pageable, correction
         self._forget()
 
     def _forget(self) -> None:
         super()._forget()
         self.pooled = {layer: KeyPooler(self.chunk_tokens) for layer in self.observed}
+        self.correct(self.correction, {})
+
+    def correct(self, correction: Correction | None, queries: dict[int, torch.Tensor]) -> None:
+        """From the next `keep` on. queries: layer -> the newest token's, [H, 1, d] after RoPE, where one was read."""
+        self.correction = correction
+        self.corrector = None if correction is None else Corrector(correction, queries)
 
     @property
     def full(self) -> list[ResidentLayer]:
@@ -155,6 +165,32 @@ class ResidentCache(ResidentChunks):
             ]
             self.cold.append(torch.cat(parts, dim=-1))
 
+    def keep(self, resident: Sequence[torch.Tensor] | Prepared) -> Move:
+        if self.corrector is not None and self.batch > 1:
+            raise InputError(f"{self.batch} sequences at once: the per-step correction serves one; give one at a time")
+        move = super().keep(resident)
+        if self.corrector is not None:
+            if self.cold.pools and self.cold.pools[0].pinned:
+                torch.cuda.current_stream().synchronize()  # copies into pinned memory may be under way
+            self.corrector.refresh(self.resident()[0], self.total, self.full_layers, self._cold_rows)
+        return move
+
+    def extend(self, layer: int, sequence: int, query: torch.Tensor, scaling: float) -> Rows | None:
+        """What the per-step correction adds to the resident rows of a layer, as `observe` takes it."""
+        if self.corrector is None or len(query) > 1:
+            return None
+        rows = self.corrector.rows(layer, query[0], scaling, self._cold_rows)
+        return None if rows is None else (_in_line(rows[0]), _in_line(rows[1]))
+
+    def _cold_rows(self, layer: int, chunks: list[int]) -> Rows:
+        """Keys and values of chunks of the only sequence, from the cold side, [n, KV, tokens, d] each."""
+        place = self.full_layers.index(layer)
+        shapes = [(each.keys.shape[1], self.chunk_tokens, each.keys.shape[3]) for each in self.full]
+        first, size = 2 * sum(map(prod, shapes[:place])), 2 * prod(shapes[place])
+        units = torch.stack([self.cold.pools[0][chunk][first : first + size] for chunk in chunks])
+        keys, values = units.to(self.full[place].keys.device).unflatten(1, (2, *shapes[place])).unbind(dim=1)
+        return keys, values
+
     def _rewrite(self, move: Move, fetched: torch.Tensor | None) -> None:
         """Beside the unfinished chunk, which stays. fetched: [n, keys and values of all layers], or None."""
         width = self.table.rows(self.total)
@@ -176,8 +212,9 @@ class ResidentCache(ResidentChunks):
                 setattr(layer, name, torch.cat([rows.flatten(2, 3), unfinished], dim=2))
 
     def resident_bytes(self) -> int:
-        """Bytes of resident keys and values of the full-attention layers, as they lie."""
-        return sum(2 * layer.keys.nbytes for layer in self.full if layer.keys is not None)
+        """Bytes of resident keys and values of the full-attention layers and their correction, as they lie."""
+        held = 0 if self.corrector is None else self.corrector.held_bytes()
+        return held + sum(2 * layer.keys.nbytes for layer in self.full if layer.keys is not None)
 
     def fork(self) -> Self:
         twin = super().fork()
@@ -185,6 +222,7 @@ class ResidentCache(ResidentChunks):
         for layer in (*self.full, *twin.full):
             layer.leave_room()
         twin.pooled = {layer: copy.copy(pooler) for layer, pooler in self.pooled.items()}
+        twin.corrector = None if self.corrector is None else self.corrector.fork()
         return twin
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -198,6 +236,11 @@ def _by_chunk(states: torch.Tensor, size: int) -> torch.Tensor:
     return states.unflatten(2, (states.shape[2] // size, size))
 
 
+def _in_line(chunks: torch.Tensor) -> torch.Tensor:
+    """[n, KV, size, d] -> [1, KV, n * size, d]."""
+    return chunks.transpose(0, 1).flatten(1, 2)[None]
+
+
 def _put(rows: torch.Tensor, where: tuple[torch.Tensor, torch.Tensor], chunks: torch.Tensor) -> None:
     """Chunks [n, KV, size, d] to (sequence, row) pairs of rows [B, KV, R, size, d]."""
     rows[where[0].to(rows.device), :, where[1].to(rows.device)] = chunks
@@ -206,14 +249,19 @@ def _put(rows: torch.Tensor, where: tuple[torch.Tensor, torch.Tensor], chunks: t
 class DenseHost(Host):
     """A model and one batch of sequences that it decodes (see `Host`).
 
-    layers: transformer layers that the memory indexer reads; pageable: as ColdPool's. Raises InputError when a layer
-    has no full attention.
+    layers: transformer layers that the memory indexer reads; pageable: as ColdPool's; correction: per-step, of one
+    sequence. Raises InputError when a layer has no full attention.
     """
 
     cache: ResidentCache
 
     def __init__(
-        self, model: PreTrainedModel, chunk_tokens: int, layers: Sequence[int], pageable: bool | None = None
+        self,
+        model: PreTrainedModel,
+        chunk_tokens: int,
+        layers: Sequence[int],
+        pageable: bool | None = None,
+        correction: Correction | None = None,
     ) -> None:
         backbone = DenseBackbone(model)
         if unknown := sorted(set(layers) - set(backbone.info.full_layers)):
@@ -223,7 +271,7 @@ class DenseHost(Host):
         self.model, self.info, self.modules = model, backbone.info, backbone.modules
         self.layers, self.one_thread = list(layers), rope_follows_length(model)
         self.cache: ResidentCache = ResidentCache(
-            model.config, backbone.info.full_layers, chunk_tokens, layers, pageable
+            model.config, backbone.info.full_layers, chunk_tokens, layers, pageable, correction
         )
         self._mask: torch.Tensor | None = None
 
@@ -234,7 +282,7 @@ class DenseHost(Host):
         Reading a padded batch into it raises InputError: chunks are counted from the first token of every sequence.
         """
         with ExitStack() as stack:
-            stack.enter_context(observe(self.model, self.cache.remember, self.cache))
+            stack.enter_context(observe(self.model, self.cache.remember, self.cache, self.cache.extend))
             enters = self.model.get_decoder().register_forward_pre_hook(self._enters, with_kwargs=True)
             stack.callback(enters.remove)
             for module in self.modules.values():
@@ -242,7 +290,8 @@ class DenseHost(Host):
             yield
 
     def piece(self, sequences: int) -> int:
-        return PIECE_TOKENS
+        corrector = self.cache.corrector
+        return 1 if corrector is not None and corrector.active else PIECE_TOKENS
 
     def keys(self) -> torch.Tensor:
         """Mean keys of all complete chunks, as a trace holds them: [B, N, layers, KV * d] fp16."""
@@ -255,6 +304,7 @@ class DenseHost(Host):
             tensors=self.cache.resident_bytes(),
             served=self.cache.resident_bytes() - empty * self.chunk_bytes,
             keys=self.cache.total * self.cache.batch * len(self.layers) * self.info.key_width * torch.half.itemsize,
+            means=0 if self.cache.corrector is None else self.cache.corrector.mean_bytes(),
         )
 
     def _enters(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:

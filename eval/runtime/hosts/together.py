@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 
 from data_gen.backbones.observe import AttentionCall, observe
 from data_gen.core.errors import InputError
+from eval.runtime.hosts.corrector import Rows
 from eval.runtime.hosts.dense import ResidentCache
 
 
@@ -52,7 +53,10 @@ def read_together(
         caches[call.sequence].remember(call)
         observer(call)
 
+    def extend(layer: int, sequence: int, query: torch.Tensor, scaling: float) -> Rows | None:
+        return caches[sequence].extend(layer, sequence, query, scaling)
+
     together = _Caches(caches)
-    with observe(model, note, together):
+    with observe(model, note, together, extend):
         ids = torch.tensor(tokens, device=model.device)[:, None]
         return model(ids, past_key_values=together, logits_to_keep=1).logits[:, -1]

@@ -9,7 +9,8 @@ from eval.online.online_policies import ONLINE_POLICIES, Circumstances, Foresigh
 def keeps(indexer, share):
     """What `lookahead decode` compares: full attention, and all that rank what they have seen."""
     given = Circumstances(indexer, Foresight(indexer.spec.window), share)
-    ranked = [each for each in ONLINE_POLICIES if each.under == "budgets" and not each.foresees and each.has(indexer)]
+    seeing = [each for each in ONLINE_POLICIES if each.under == "budgets" and not each.foresees and not each.corrects]
+    ranked = [each for each in seeing if each.has(indexer)]
     return {"full": None} | {each.name: each.keep(given) for each in ranked}
 
 

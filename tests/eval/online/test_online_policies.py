@@ -12,6 +12,7 @@ from eval.online.config import BenchmarkConfig
 from eval.online.online_policies import ONLINE_POLICIES, indexer_policy, mean_pooled, random, recency
 from eval.online.session import DenseSession
 from eval.online.summary import wilson
+from eval.runtime.correction import Correction
 from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.training.trainer import train
 from tests.conftest import tiny_model
@@ -84,7 +85,10 @@ def test_wilson_interval():
 
 def test_a_recipe_may_name_every_policy_and_no_other():
     names = [policy.name for policy in ONLINE_POLICIES]
-    assert BenchmarkConfig(policies=names).policies == names and len(set(names)) == len(names)
+    correction = Correction(chunks=8)
+    assert BenchmarkConfig(policies=names, correction=correction).policies == names and len(set(names)) == len(names)
+    with pytest.raises(ValidationError, match=r"indexer\+correction needs a correction"):
+        BenchmarkConfig(policies=names)
     listed = f"Input should be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
     with pytest.raises(ValidationError, match=re.escape(listed)) as caught:
         BenchmarkConfig(policies=["indexer", "full"])

@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 
+from data_gen.core.errors import InputError
 from eval.online.examples import Example, TextExample, user
 from eval.online.online_policies import ONLINE_POLICIES, Foresight
 from eval.online.runner import Runner
 from eval.online.session import DenseSession
+from eval.runtime.correction import Correction
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
 from tests.conftest import tiny_model
@@ -75,12 +77,39 @@ def test_every_policy_of_the_list(policy, tokenizer, indexer, pocket, pocket_ind
     assert having
     for model, words, who, ids in having:
         example = question(messages=[], ids=ids, prefix="", answer_tokens=4)
-        full, everything = Runner(model, words, who, [policy.name], [1.0]).run(example).runs
+        correction = Correction(chunks=2) if policy.corrects else None
+        full, everything = Runner(model, words, who, [policy.name], [1.0], correction=correction).run(example).runs
         assert everything.policy == policy.name and everything.refreshes == 1
         if policy.under != "nothing":
             assert everything.budget == 1 and everything.kept == 1 and everything.response == full.response
         few = calibrated(who, 1e9) if policy.under == "cap" else who
-        assert 0 < Runner(model, words, few, [policy.name], [0.1], 0.1).run(example).runs[1].kept < 0.5
+        runner = Runner(model, words, few, [policy.name], [0.1], 0.1, correction=correction)
+        assert 0 < runner.run(example).runs[1].kept < 0.5
+
+
+def test_a_correction_keeps_as_many_bytes_and_says_what_it_fetched(tokenizer, indexer):
+    example = TextExample("t", None, question().prompt(tokenizer, False), 30, "text", "text", scorer="at_once")
+    for query in ("same", "previous"):
+        runner = Runner(tiny_model("llama"), tokenizer, indexer, ["indexer", "indexer+correction"], [0.1],
+                        correction=Correction(chunks=3, query=query))  # fmt: skip
+        full, plain, corrected = runner.run(example).runs
+        assert full.fetched == full.mean_key_bytes == plain.mean_key_bytes == 0
+        assert corrected.policy == "indexer+correction" and corrected.fetched > plain.fetched
+        assert corrected.kept == pytest.approx(plain.kept) and corrected.chunks == pytest.approx(plain.chunks)
+        assert corrected.kv_bytes == pytest.approx(plain.kv_bytes) and corrected.kl != plain.kl
+        at = len(example.tokens) - 31  # the newest token read at the last refresh but for whole windows
+        at += (29 // indexer.spec.window) * indexer.spec.window
+        assert corrected.mean_key_bytes == at // indexer.spec.chunking.tokens * 3 * 2 * 16 * 2  # layers, KV, d, fp16
+    assert Runner(tiny_model("llama"), tokenizer, indexer, ["indexer"], [0.1]).run(example).runs[1].fetched is None
+
+
+def test_a_correction_is_refused_where_it_cannot_be(tokenizer, indexer, pocket, pocket_indexer):
+    with pytest.raises(InputError, match="DeepSeek-V4"):
+        Runner(pocket.backbone.model, pocket.tokenizer, pocket_indexer, [], [0.1], correction=Correction(chunks=2))
+    runner = Runner(tiny_model("llama"), tokenizer, indexer, ["indexer+correction"], [0.01],
+                    correction=Correction(chunks=8))  # fmt: skip
+    with pytest.raises(InputError, match=r"a budget of 0\.01 buys 1 of"):
+        runner.run(question())
 
 
 def test_fallback_reads_windows_that_ask_for_more_than_the_cap_in_full(tokenizer, indexer):

@@ -9,6 +9,10 @@ from transformers import DynamicCache, GenerationConfig
 from data_gen.backbones.load import adapter
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
+from eval.online.cycle import Course, go_on
+from eval.online.online_policies import ONLINE_POLICIES, Circumstances, Foresight
+from eval.online.session import DenseSession
+from eval.runtime.correction import Correction
 from eval.runtime.runtime import LSARuntime
 from eval.serving.select import Fallback, Limits
 from indexer_train.config import IndexerConfig
@@ -223,3 +227,52 @@ def test_what_does_not_work_is_refused(model, indexer):
     other = MemoryIndexer.from_spec(indexer.spec.model_copy(update={"backbone": "another"}))
     with pytest.raises(InputError, match="fingerprint another"):
         LSARuntime(other, model)
+
+
+dense_families = pytest.mark.parametrize("model", ["llama", "gemma3"], indirect=True)
+
+
+@dense_families
+@pytest.mark.parametrize("query", ["same", "previous"])
+def test_a_correction_beside_a_set_of_as_many_fewer(model, indexer, query, tmp_path):
+    """Written by the runtime as by the session that evaluates it; all resident is the model's own generate."""
+    ids, correction = prompt(150), Correction(chunks=3, query=query)
+    expected = generate(model, ids, **GREEDY)
+    runtime = LSARuntime(indexer, model, selection=EVERYTHING, correction=correction)
+    assert torch.equal(runtime.generate(ids, **GREEDY), expected)
+    runtime = LSARuntime(indexer, model, selection=TENTH, correction=correction)
+    plain = LSARuntime(indexer, model, selection=TENTH)
+    ours, _ = (each.generate(ids, **GREEDY)[0, 150:].tolist() for each in (runtime, plain))
+    fewer = [one.resident - other.resident for one, other in zip(plain.windows, runtime.windows, strict=True)]
+    assert fewer == [3] * 4 and runtime.host.resident_bytes().tensors == plain.host.resident_bytes().tensors
+    session = DenseSession(model, indexer.spec.chunking)
+    session.read(ids[0, :-1].tolist())
+    given = Circumstances(indexer, Foresight(8), 0.1, correction)
+    keep = next(policy for policy in ONLINE_POLICIES if policy.corrects).keep(given)
+    course = Course(session, keep, [int(ids[0, -1])], 30)
+    go_on([course], 8)
+    assert ours == course.answer and session.host.cache.corrector.fetched > 0
+    runtime.save_trace(tmp_path / "trace.json")
+    written = json.loads((tmp_path / "trace.json").read_text())["correction"]
+    fetched = session.host.cache.corrector.fetched * runtime.host.chunk_bytes // len(runtime.host.info.full_layers)
+    assert written == {
+        "chunks": 3, "query": query, "fetched_bytes": fetched,
+        "mean_key_bytes": (173 // 4) * len(runtime.host.info.full_layers) * 2 * 16 * 2,
+    }  # fmt: skip
+    again = runtime.generate(ids[:, :140], **FEW)  # another conversation starts anew
+    fresh = LSARuntime(indexer, model, selection=TENTH, correction=correction)
+    assert torch.equal(again, fresh.generate(ids[:, :140], **FEW))
+
+
+@two_families
+def test_a_correction_that_cannot_be_is_refused(model, indexer):
+    if model.config.model_type == "deepseek_v4":
+        with pytest.raises(InputError, match="correction: DeepSeek-V4"):
+            LSARuntime(indexer, model, correction=Correction(chunks=2))
+        return
+    runtime = LSARuntime(indexer, model, selection=TENTH, correction=Correction(chunks=4))
+    with pytest.raises(InputError, match="correction: 4 chunks, but of 37 only 6 would be resident"):
+        runtime.generate(prompt(150), **FEW)
+    runtime = LSARuntime(indexer, model, selection=TENTH, correction=Correction(chunks=2))
+    with pytest.raises(InputError, match="3 sequences at once"):
+        runtime.generate(prompt(150, 3), **FEW)
