@@ -4,6 +4,7 @@
     python -m benchmarks.ablations smollm2-quickstart runs/quickstart/traces/train --out runs/ablations --train NAME ...
     python -m benchmarks.ablations smollm2-quickstart runs/quickstart/traces/train --out runs/ablations --share 0/8
     python -m benchmarks.ablations smollm2-quickstart --out runs/ablations
+    python -m benchmarks.ablations smollm2-quickstart runs/quickstart/traces/train --out runs/correction --correction 8
 
 Trains every variation on the same traces (--train: only these), asks every held-out question and follows every text
 under all of them (--share K/N: every N-th document from the K-th on, for processes side by side), and prints the tables
@@ -14,12 +15,16 @@ key words that nothing else has. A table has, for each variation, needles right,
 attention and their differences from the recipe on the same documents with 95 % intervals, then what the held-back
 training documents said: peak entropy, golden and mass recall; and how each of those ranks the variations beside the
 outcomes (Spearman). OUT/ablations.json holds every row.
+
+--correction CHUNKS asks the recipe's indexer also with a per-step correction of so many chunks, which come off its
+budget, by each token's own query and by that of the one before; the table then says what was fetched (chunks a token)
+and the bytes of mean keys. It trains and asks the recipe alone, in an OUT of its own.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -34,6 +39,7 @@ from data_gen.traces.store import TraceStore
 from eval.online.runner import stop_tokens
 from eval.online.scorers import fidelity
 from eval.report.tables import table
+from eval.runtime.correction import Correction, CorrectionQuery
 from indexer_train.load import load_indexer
 from indexer_train.losses import LOSSES
 from indexer_train.measure.intervals import bootstrap_means
@@ -93,14 +99,18 @@ def learn(recipe: Recipe, traces: Path, names: list[str], out: Path) -> None:
         )
 
 
-def ask(recipe: Recipe, out: Path, development: str, follow: int, share: tuple[int, int]) -> None:
+def ask(recipe: Recipe, out: Path, development: str, follow: int, share: tuple[int, int], correction: int) -> None:
     """Go on behind every document's prompt under every trained variation; OUT/asked-K.jsonl keeps the finished ones."""
     model, tokenizer = load_backbone(recipe.backbone)
     masked, stop = MaskedModel(model, recipe.trace.chunking), stop_tokens(model, tokenizer)
     indexers = {name: load_indexer(out / name / "indexer") for name in VARIATIONS if (out / name / "indexer").exists()}
     scores = {name: trained(indexer.to(model.device)) for name, indexer in indexers.items()} | {"recency": recency}
-    context, window = model.config.get_text_config(decoder=True).max_position_embeddings, recipe.trace.window
     budget, made = recipe.decode.budget, origin(model.device)
+    asked = [Policy(name, score, budget) for name, score in scores.items()]
+    for query in get_args(CorrectionQuery) if correction else ():
+        corrected = Correction(chunks=correction, query=query)
+        asked.append(Policy(f"{RECIPE} + {correction} by {query}", scores[RECIPE], budget, corrected))
+    context, window = model.config.get_text_config(decoder=True).max_position_embeddings, recipe.trace.window
     journal = out / f"asked-{share[0]}-of-{share[1]}.jsonl"
     done = {json.loads(line)["name"] for line in journal.read_text().splitlines()} if journal.exists() else set()
     every = [each for name in SETS for each in documents(recipe, name, development, tokenizer, context)]
@@ -114,8 +124,7 @@ def ask(recipe: Recipe, out: Path, development: str, follow: int, share: tuple[i
             said = answers(masked, full, document.tokens[place], most, window, ended)
         else:
             log_full = followed(masked, full, document.tokens[place:-1], window)
-        policies = [Policy(each, score, budget) for each, score in scores.items()]
-        policies += [Policy("oracle of peaks", foresight(full, window, True), budget)]
+        policies = [*asked, Policy("oracle of peaks", foresight(full, window, True), budget)]
         policies += [Policy("oracle of mass", foresight(full, window, False), budget)]
         going = masked.begin(prompt, policies)
         if document.values:
@@ -131,6 +140,13 @@ def ask(recipe: Recipe, out: Path, development: str, follow: int, share: tuple[i
             policy.name: value | {"kept": share}
             for policy, value, share in zip(every_policy, values, kept, strict=True)
         }
+        if correction:
+            held = sum(means.nbytes for means in prompt.means.values())
+            for each, policy, fetched in zip(
+                (full, *[going] * len(policies)), every_policy, [0.0, *going.fetched.tolist()], strict=True
+            ):
+                means = 0 if policy.correction is None else held
+                runs[policy.name] |= {"fetched": fetched / each.read, "mean_key_bytes": means}
         with journal.open("a") as file:
             file.write(json.dumps({"name": name, "set": name.split()[0], "runs": runs, "origin": made}) + "\n")
 
@@ -182,6 +198,9 @@ def rows(records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
                 row |= {metric: float(own.mean()), f"{metric}_documents": len(own)}
                 row[f"{metric}_difference"] = [float(each[0]) for each in bootstrap_means((own - ours)[:, None])]
             row["kept"] = float(np.mean([record["runs"][name]["kept"] for record in members]))
+            for metric in ("fetched", "mean_key_bytes"):
+                if metric in members[0]["runs"][name]:
+                    row[metric] = float(np.mean([record["runs"][name][metric] for record in members]))
             diagnosis = out / name / "diagnosis.json"
             found.append(row | (json.loads(diagnosis.read_text()) if diagnosis.exists() else {}))
     return found
@@ -204,13 +223,16 @@ def tables(found: list[dict[str, Any]]) -> str:
     def differs(value: list[float]) -> str:
         return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*value)
 
+    counted = any("fetched" in row for row in found)
     lines = [
         [row["set"], row["policy"], f"{row['right'] * row['right_documents']:.0f} of {row['right_documents']}",
          differs(row["right_difference"]), row["kl"], differs(row["kl_difference"]), f"{row['kept']:.1%}",
+         *([row["fetched"], row["mean_key_bytes"] / 1e6] if counted else []),
          *(row.get(name, "-") for name in DIAGNOSES)]
         for row in found
     ]  # fmt: skip
-    head = ["set", "variation", "right", "beside the recipe", "KL", "beside the recipe", "KV kept", *DIAGNOSES]
+    head = ["set", "variation", "right", "beside the recipe", "KL", "beside the recipe", "KV kept"]
+    head += [*(["chunks fetched a token", "mean keys, MB"] if counted else []), *DIAGNOSES]
     ranked = table(["set", "diagnosis", "rank: right", "rank: KL"], correlations(found))
     return f"{table(head, lines)}\n\n{ranked}"
 
@@ -224,15 +246,17 @@ def main() -> None:
     parser.add_argument("--train", action="append", choices=list(VARIATIONS), help="these only, and ask nothing")
     parser.add_argument("--share", help="K/N: ask every N-th document from the K-th on, and train nothing")
     parser.add_argument("--development", default="stdlib", help="source of the development documents")
+    parser.add_argument("--correction", type=int, default=0, metavar="CHUNKS", help="the recipe also with a correction")
     parser.add_argument("--follow", type=int, default=128, help="tokens followed of each text")
     arguments = parser.parse_args()
     recipe, out = load_recipe(arguments.recipe), arguments.out
     if arguments.traces is not None and arguments.share is None:
         same = [name for name in VARIATIONS if name == recipe.train.loss]
-        learn(recipe, arguments.traces, arguments.train or [n for n in VARIATIONS if n not in same], out)
+        every = [RECIPE] if arguments.correction else [name for name in VARIATIONS if name not in same]
+        learn(recipe, arguments.traces, arguments.train or every, out)
     if arguments.traces is not None and arguments.train is None:
         first, of = map(int, (arguments.share or "0/1").split("/"))
-        ask(recipe, out, arguments.development, arguments.follow, (first, of))
+        ask(recipe, out, arguments.development, arguments.follow, (first, of), arguments.correction)
     if arguments.train or arguments.share:
         return  # others go on beside this process: the tables are printed by a call of its own
     records = [json.loads(line) for file in sorted(out.glob("asked-*.jsonl")) for line in file.read_text().splitlines()]

@@ -20,8 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data_gen.backbones.observe import AttentionCall, attention_modules, observe
 from data_gen.core.chunks import Chunking
+from data_gen.core.errors import InputError
 from data_gen.core.keys import KeyPooler, flatten_heads
 from data_gen.traces.labels import candidates
+from eval.runtime.correction import Correction
+from eval.runtime.hosts.corrector import correction_scores
 from eval.runtime.hosts.dense import PIECE_TOKENS, ResidentLayer
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import select
@@ -33,22 +36,26 @@ Score = Callable[["Continuation", int], torch.Tensor]
 @dataclass
 class Prompt:
     """What a prompt of `tokens` tokens left behind: the stock cache, chunk keys of each full-attention layer
-    [KV, N, d] and the newest state entering its attention [hidden]."""
+    [KV, N, d], their means after RoPE [KV, N, d] fp16, the newest state entering its attention [hidden] and the newest
+    query [H, 1, d]."""
 
     tokens: int
     cache: Cache
     keys: dict[int, torch.Tensor]
+    means: dict[int, torch.Tensor]
     newest: dict[int, torch.Tensor]
+    queries: dict[int, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Policy:
     """One row of a continuation. score: None keeps everything; budget: share of the visible chunks, beside the
-    protected ones."""
+    protected ones; correction: of every step, its chunks are taken off the budget."""
 
     name: str
     score: Score | None
     budget: float
+    correction: Correction | None = None
 
 
 @dataclass
@@ -57,17 +64,23 @@ class Continuation:
 
     resident: [rows, tokens of the prompt] bool, None before the first refresh; newest: layer -> [rows, hidden];
     watched: layer -> probabilities of each token read on each complete chunk, highest and mean over heads [S, N], of a
-    continuation of one row that keeps everything.
+    continuation of one row that keeps everything; queries: layer -> newest ones [rows, H, 1, d]; complete: chunks at
+    the last refresh; held: (layer, row) -> what corrected the newest token [N] bool; fetched: chunks [rows], of which
+    one layer's part counts as its share of the layers.
     """
 
     prompt: Prompt
     policies: Sequence[Policy]
     cache: Cache
     newest: dict[int, torch.Tensor]
+    queries: dict[int, torch.Tensor]
+    fetched: torch.Tensor
     read: int = 0
+    complete: int = 0
     resident: torch.Tensor | None = None
     kept: list[torch.Tensor] = field(default_factory=list)
     watched: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+    held: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     @property
     def position(self) -> int:
@@ -89,15 +102,19 @@ class MaskedModel:
         cache = DynamicCache(config=self.model.config)
         poolers = {layer: KeyPooler(self.chunking.tokens) for layer in self.layers}
         newest: dict[int, torch.Tensor] = {}
+        queries: dict[int, torch.Tensor] = {}
 
         def note(call: AttentionCall) -> None:
             poolers[call.layer].append(call.new_keys()[0])
             newest[call.layer] = call.hidden[0, -1]
+            queries[call.layer] = call.query[0, :, -1:]
 
         with observe(self.model, note):
             for piece in torch.tensor([tokens], device=self.model.device).split(PIECE_TOKENS, dim=1):
                 self.model(piece, past_key_values=cache, logits_to_keep=1)
-        return Prompt(len(tokens), cache, {layer: pooler.pooled for layer, pooler in poolers.items()}, newest)
+        keys = {layer: pooler.pooled for layer, pooler in poolers.items()}
+        means = {layer: _means(cache.layers[layer].keys[0], self.chunking.tokens) for layer in self.layers}
+        return Prompt(len(tokens), cache, keys, means, newest, queries)
 
     def begin(self, prompt: Prompt, policies: Sequence[Policy], watch: bool = False) -> Continuation:
         """Nothing read yet, nothing evicted."""
@@ -111,24 +128,37 @@ class MaskedModel:
                 for name in ("keys", "values"):
                     setattr(cache.layers[place], name, getattr(layer, name).expand(rows, -1, -1, -1).contiguous())
         newest = {layer: state.expand(rows, -1) for layer, state in prompt.newest.items()}
-        return Continuation(prompt, policies, cache, newest, watched={} if watch else None)
+        queries = {layer: query.expand(rows, -1, -1, -1) for layer, query in prompt.queries.items()}
+        return Continuation(
+            prompt, policies, cache, newest, queries, torch.zeros(rows), watched={} if watch else None
+        )  # fmt: skip
 
     def refresh(self, going: Continuation) -> None:
         """Fix every row's resident set from the newest token that it has read."""
         size, position = self.chunking.tokens, going.position
         chunks = going.prompt.tokens // size
         candidate = candidates(torch.tensor([position]), self.chunking, chunks)
-        rows = []
+        rows, shares = [], []
+        going.complete = self.chunking.visible(position)
         for row, policy in enumerate(going.policies):
             if policy.score is None:
                 kept = torch.ones_like(candidate)
+                shares.append(0.0)
             else:
-                count = torch.tensor([self.chunking.kept(policy.budget, position)])
+                corrected = 0 if policy.correction is None else policy.correction.chunks
+                bought = self.chunking.kept(policy.budget, position)
+                if bought < corrected:
+                    raise InputError(f"a correction of {corrected} chunks, but the budget buys {bought} of {chunks}")
+                count = torch.tensor([bought - corrected])
                 kept = ~candidate | select(policy.score(going, row)[None].cpu(), candidate, count)
+                shares.append(min(corrected, int((~kept).sum())) * size / going.prompt.tokens)
+                if going.resident is not None:
+                    before = going.resident[row, : chunks * size : size].cpu()
+                    going.fetched[row] += int((kept[0] & ~before).sum())
             unfinished = going.prompt.tokens - chunks * size
             rows.append(nn.functional.pad(kept[0].repeat_interleave(size), (0, unfinished), value=True))
         going.resident = torch.stack(rows).to(self.model.device)
-        going.kept.append(going.resident.float().mean(dim=1).cpu())
+        going.kept.append(going.resident.float().mean(dim=1).cpu() + torch.tensor(shares))
 
     @torch.no_grad()
     def read(self, going: Continuation, tokens: torch.Tensor, last: bool = False) -> torch.Tensor:
@@ -200,7 +230,7 @@ class MaskedModel:
         )
         late = (grouped @ key.float().transpose(2, 3) * scaling).view(rows, kv, heads // kv, new, behind)
         if going.resident is not None:
-            early.masked_fill_(~going.resident[None, :, None, None], -torch.inf)
+            early.masked_fill_(~self._seen(going, layer, query, key, scaling)[None, :, None], -torch.inf)
         order = torch.arange(behind, device=key.device)
         late = late.masked_fill(order > order[behind - new :, None], -torch.inf).transpose(0, 1)
         top = torch.maximum(early.amax(dim=-1), late.amax(dim=-1))[..., None]
@@ -215,6 +245,43 @@ class MaskedModel:
         output = (early.flatten(1, 3) @ past_value).view(kv, rows, heads // kv, new, width)
         output = (output + late @ value.float().transpose(0, 1)[:, :, None]) / total
         return output.permute(1, 3, 0, 2, 4).reshape(rows, new, heads, width).to(query.dtype)
+
+    def _seen(
+        self, going: Continuation, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Which tokens of the prompt each new one attends to, [rows, S, P] bool; S is 1 where all see the same.
+
+        query: [rows, H, S, d]; key: [rows, KV, n, d], of all tokens behind the prompt.
+        """
+        assert going.resident is not None
+        size, prompt, seen = self.chunking.tokens, going.prompt, going.resident[:, None]
+        chunks = prompt.tokens // size
+        before, going.queries[layer] = going.queries[layer], query[:, :, -1:]
+        for row, policy in enumerate(going.policies):
+            absent = ~going.resident[row, : chunks * size : size]
+            if policy.correction is None or not (count := min(policy.correction.chunks, int(absent.sum()))):
+                continue
+            asks = query[row]
+            if policy.correction.query == "previous":
+                asks = torch.cat([before[row], asks], dim=1)[:, :-1]
+            unfinished = prompt.cache.layers[layer].keys[0, :, chunks * size :]
+            later = _means(torch.cat([unfinished, key[row]], dim=1), size)[:, : going.complete - chunks]
+            means = torch.cat([prompt.means[layer], later], dim=1)
+            scores = correction_scores(asks, means, scaling)[:, :chunks].masked_fill(~absent, -1)
+            added = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(count).indices, True)
+            last = going.held.get((layer, row), torch.zeros_like(absent)) & absent
+            missing = added & ~torch.cat([last[None], added[:-1]])
+            going.fetched[row] += int(missing.sum()) / len(self.layers)
+            going.held[layer, row] = added[-1]
+            if seen.shape[1] == 1:
+                seen = seen.repeat(1, len(added), 1)
+            seen[row, :, : chunks * size] |= added.repeat_interleave(size, dim=1)
+        return seen
+
+
+def _means(keys: torch.Tensor, size: int) -> torch.Tensor:
+    """Keys of tokens [KV, T, d] -> means of complete chunks [KV, T // size, d] fp16."""
+    return keys[:, : keys.shape[1] // size * size].float().unflatten(1, (-1, size)).mean(dim=2).half()
 
 
 def trained(indexer: MemoryIndexer) -> Score:

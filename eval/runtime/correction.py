@@ -6,6 +6,8 @@ from pydantic import ConfigDict
 
 from data_gen.core.config import Count, Strict
 
+CorrectionQuery = Literal["same", "previous"]
+
 
 class Correction(Strict):
     """Beside the resident set of a window, chunks that each layer finds by itself at every token.
@@ -17,4 +19,4 @@ class Correction(Strict):
     model_config = ConfigDict(frozen=True)
 
     chunks: Count
-    query: Literal["same", "previous"] = "same"
+    query: CorrectionQuery = "same"

@@ -3,12 +3,12 @@
 import torch
 
 from benchmarks.masked import MaskedModel, Policy, recency, trained
-from data_gen.backbones.dense import fingerprint
 from data_gen.backbones.tiny import tiny_backbone
 from data_gen.core.chunks import Chunking
 from eval.online import online_policies
 from eval.online.cycle import Course, go_on
 from eval.online.session import DenseSession
+from eval.runtime.correction import Correction
 from indexer_train.config import IndexerConfig
 from indexer_train.model import MemoryIndexer
 from indexer_train.spec import IndexerSpec
@@ -23,29 +23,41 @@ def test_a_window_read_at_once_under_masks_is_decoding_under_evictions():
     torch.manual_seed(0)
     spec = IndexerSpec(
         shape=IndexerConfig(heads=2, rank=8), layers=info.full_layers[:2], hidden=info.hidden, key_width=info.key_width,
-        chunking=chunking, window=8, backbone=fingerprint(model),
+        chunking=chunking, window=8, backbone=info.fingerprint,
     )  # fmt: skip
     indexer = MemoryIndexer.from_spec(spec, device="cpu")
     tokens = torch.randint(5, 100, (150,)).tolist()
     prompt, rest = tokens[:131], tokens[131:147]
     session.read(prompt)
     rankings = {"full": None, "recency": online_policies.recency, "indexer": online_policies.indexer_policy(indexer)}
-    expected: dict[str, list[torch.Tensor]] = {name: [] for name in rankings}
+    corrections = {query: Correction(chunks=2, query=query) for query in ("same", "previous")}
+    expected: dict[str, list[torch.Tensor]] = {name: [] for name in [*rankings, *corrections]}
     courses = []
     for name, ranking in rankings.items():
         keep = None if ranking is None else lambda each, ranking=ranking: each.keep(ranking(each), budget)
         seen = [lambda _, logits, name=name: expected[name].append(logits)]
         courses.append(Course(session.fork(), keep, rest, watchers=seen))
+    corrects = next(policy for policy in online_policies.ONLINE_POLICIES if policy.corrects)
+    for query, correction in corrections.items():
+        given = online_policies.Circumstances(indexer, online_policies.Foresight(8), budget, correction)
+        seen = [lambda _, logits, name=query: expected[name].append(logits)]
+        courses.append(Course(session.fork(), corrects.keep(given), rest, watchers=seen))
     go_on(courses, 8)
     masked = MaskedModel(model, chunking)
     rows = [("full", None), ("recency", recency), ("indexer", trained(indexer))]
-    going = masked.begin(masked.prompt(prompt), [Policy(name, score, budget) for name, score in rows])
+    policies = [Policy(name, score, budget) for name, score in rows]
+    policies += [Policy(query, trained(indexer), budget, correction) for query, correction in corrections.items()]
+    going = masked.begin(masked.prompt(prompt), policies)
     found = []
     for piece in torch.tensor(rest).split(8):
         masked.refresh(going)
-        found.append(masked.read(going, piece.expand(3, -1)))
-    for row, (name, _) in enumerate(rows):
+        found.append(masked.read(going, piece.expand(5, -1)))
+    for row, name in enumerate(expected):
         torch.testing.assert_close(torch.cat(found, dim=1)[row], torch.stack(expected[name]), atol=2e-4, rtol=1e-3)
     kept = torch.stack(going.kept)
     assert bool((kept[:, 0] == 1).all()) and bool((kept[:, 1:] < 0.6).all())
     assert not torch.equal(expected["recency"][-1], expected["indexer"][-1])
+    assert not torch.equal(expected["same"][-1], expected["indexer"][-1])
+    torch.testing.assert_close(kept[:, 3:], kept[:, 2:3].expand(-1, 2))
+    torch.testing.assert_close(going.fetched, torch.tensor([course.usage.fetched for course in courses]))
+    assert going.fetched[3] > going.fetched[2]
