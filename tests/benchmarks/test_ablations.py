@@ -45,8 +45,8 @@ def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, mo
     )
     monkeypatch.setattr(ablations, "load_recipe", lambda _: recipe)
 
-    def call(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["ablations", "debug", *arguments, "--out", str(tmp_path / "out")])
+    def call(*arguments: str, out: str = "out") -> str:
+        monkeypatch.setattr(sys, "argv", ["ablations", "debug", *arguments, "--out", str(tmp_path / out)])
         ablations.main()
         return capsys.readouterr().out
 
@@ -63,4 +63,14 @@ def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, mo
     assert by_name["full"]["kl"] == 0 < by_name["oracle of peaks"]["kl"] < by_name["recency"]["kl"]
     assert by_name["full"]["kept"] == 1 > by_name["recipe"]["kept"]
     assert by_name["recipe"]["kl_difference"] == [0, 0, 0] and by_name["recipe"]["kl_documents"] == 2
-    assert len(found["rank_correlations"]) == 6
+    assert len(found["rank_correlations"]) == 6 and "fetched" not in table
+
+    (tmp_path / "corrected").mkdir()
+    (tmp_path / "out" / names[0]).rename(tmp_path / "corrected" / names[0])
+    table = call(traces, "--correction", "2", "--follow", "16", out="corrected")
+    found = json.loads((tmp_path / "corrected" / "ablations.json").read_text())["rows"]
+    by_name = {row["policy"]: row for row in found if row["set"] == "report"}
+    for name in ("recipe + 2 by same", "recipe + 2 by previous"):
+        assert by_name[name]["kept"] == pytest.approx(by_name["recipe"]["kept"]) and name in table
+        assert by_name[name]["fetched"] > by_name["recipe"]["fetched"] and by_name[name]["kl_difference"][0] != 0
+        assert by_name[name]["mean_key_bytes"] > by_name["recipe"]["mean_key_bytes"] == 0

@@ -185,10 +185,11 @@ class ResidentCache(ResidentChunks):
     def _cold_rows(self, layer: int, chunks: list[int]) -> Rows:
         """Keys and values of chunks of the only sequence, from the cold side, [n, KV, tokens, d] each."""
         place = self.full_layers.index(layer)
-        shapes = [(each.keys.shape[1], self.chunk_tokens, each.keys.shape[3]) for each in self.full]
+        like = [cast(torch.Tensor, each.keys) for each in self.full]
+        shapes = [(keys.shape[1], self.chunk_tokens, keys.shape[3]) for keys in like]
         first, size = 2 * sum(map(prod, shapes[:place])), 2 * prod(shapes[place])
         units = torch.stack([self.cold.pools[0][chunk][first : first + size] for chunk in chunks])
-        keys, values = units.to(self.full[place].keys.device).unflatten(1, (2, *shapes[place])).unbind(dim=1)
+        keys, values = units.to(like[place].device).unflatten(1, (2, *shapes[place])).unbind(dim=1)
         return keys, values
 
     def _rewrite(self, move: Move, fetched: torch.Tensor | None) -> None:
