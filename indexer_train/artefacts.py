@@ -228,10 +228,12 @@ def _checkpoint(folder: Path, progress: Progress) -> Found:
 
 
 def _chosen_by(checkpoint: Path) -> str:
-    """What the run of a checkpoint keeps the best by, in words; runs of earlier versions know mass recall alone."""
+    """What the run of a checkpoint keeps the best by, in words; "checkpoint" where its run is not beside it."""
     settings = checkpoint.absolute().parents[1] / SETTINGS
-    train = json.loads(settings.read_bytes())["train"] if settings.exists() else {}
-    return train.get("choose", "mass_recall").replace("_", " ")
+    if not settings.exists():
+        return "checkpoint"
+    with whole(settings, "settings", "train into a new folder"):
+        return json.loads(settings.read_bytes())["train"]["choose"].replace("_", " ")
 
 
 def _checkpoints(folder: Path) -> Found:

@@ -162,7 +162,12 @@ def _probe(backbone: Backbone) -> None:
     config = TraceConfig(chunking=chunking, layers=layers, window=1, tail=1, text_rows=1, top_chunks=8)
     try:
         words = backbone.model.config.get_text_config(decoder=True).vocab_size
-        backbone.trace([place % words for place in range(length)], torch.arange(length - 2, length), config)
+        tokens = [place % words for place in range(length)]
+        backbone.trace(tokens, torch.arange(length - 2, length), config)
+        with torch.no_grad():  # tracing sees what enters attention, not what comes of the last layers
+            logits = backbone.model(torch.tensor([tokens], device=backbone.model.device)).logits
+        if not bool(logits.isfinite().all()):
+            raise InputError("its output is NaN or infinite; the weights are damaged, or do not fit the dtype")
     except InputError as error:
         raise InputError(f"{type(backbone.model).__name__} is not supported: {error}") from error
     except Exception as error:  # of a model's own code, met where it differs from all that is known

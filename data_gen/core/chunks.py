@@ -17,8 +17,8 @@ class Chunking(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokens: Count = 16
-    sink: int = Field(1, lt=1 << 31)
-    recent: int = Field(8, lt=1 << 31)
+    sink: int = Field(default=1, lt=1 << 31)
+    recent: int = Field(default=8, lt=1 << 31)
 
     @model_validator(mode="after")
     def _not_negative(self) -> Self:

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ def _opened(path: Path) -> IO[bytes]:
     if path.suffix != ".zst":
         return open(path, "rb")
     try:
-        return importlib.import_module("zstandard").open(path, "rb")
+        return io.BufferedReader(importlib.import_module("zstandard").open(path, "rb"))  # its own has no readline
     except ImportError as error:
         raise InputError(f"documents {path}: reading it needs the package zstandard: pip install zstandard") from error
 

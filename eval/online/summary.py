@@ -111,6 +111,7 @@ def decode_rows(questions: Sequence[Record], texts: Sequence[Record]) -> list[De
                 high=high,
                 agreement=statistics.fmean(_value(run, "agreement") for run in followed) if followed else None,
                 kl=statistics.fmean(_value(run, "kl") for run in followed) if followed else None,
+                texts=len(followed),
                 chunks=statistics.fmean(run.chunks for run in used),
                 kv_share=statistics.fmean(run.kept for run in used),
                 kv_mb=statistics.fmean(run.kv_bytes for run in used) / 1e6,

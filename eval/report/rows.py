@@ -209,8 +209,9 @@ class DecodeRow(CountedRow):
 
     correct of examples: needle questions whose answer holds every value, with Wilson's interval [low, high];
     agreement: share of text tokens whose most likely successor is full attention's; kl: KL(full || policy), nats a
-    text token, both None without a text; chunks: resident; kv_share: resident tokens / all; kv_mb: resident keys and
-    values in 10^6 bytes, all three means over the tokens of the policy's own answers; refreshes: in the longest text.
+    text token, both over `texts` texts and None without any; chunks: resident; kv_share: resident tokens / all;
+    kv_mb: resident keys and values in 10^6 bytes, all three means over the tokens of the policy's own answers;
+    refreshes: in the longest text.
     """
 
     policy: str
@@ -220,6 +221,7 @@ class DecodeRow(CountedRow):
     high: float
     agreement: float | None
     kl: float | None
+    texts: int
     chunks: float
     kv_share: float
     kv_mb: float

@@ -97,7 +97,7 @@ def fidelity_table(rows: Iterable[FidelityRow]) -> Table:
             column_name(row),
             row.texts,
             f"{number(row.agreement, row.texts)}{bounds(row.agreement_interval, row.texts)}",
-            f"{row.kl:.3f}" + ("" if row.kl_interval[0] is None else " [{:.3f}, {:.3f}]".format(*row.kl_interval)),
+            f"{number(row.kl, row.texts)}{bounds(row.kl_interval, row.texts)}",
             row.perplexity,
             f"{row.kept:.1%}",
             f"{row.kv_mb:.1f}",

@@ -79,6 +79,7 @@ def load_scorer(folder: Path) -> Scorer:
         bundle = Bundle.model_validate(content)
     if _checksum(content["spec"], weights) != bundle.sha256:
         raise InputError(f"{folder}: damaged bundle (the checksum of {HEADER} and {WEIGHTS} differs); {REMEDY}")
-    scorer = Scorer(bundle.spec)
-    scorer.load_state_dict(load_file(weights))
+    with whole(weights, "bundle", REMEDY):
+        scorer = Scorer(bundle.spec)
+        scorer.load_state_dict(load_file(weights))
     return scorer.to("cuda" if torch.cuda.is_available() else "cpu").eval()

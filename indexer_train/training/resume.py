@@ -27,7 +27,9 @@ def same_settings(out: Path, settings: dict[str, Any]) -> None:
     text = json.dumps(settings, indent=1)
     path = out / SETTINGS
     begun = (out / "checkpoints").exists() or (out / "indexer").exists()
-    if begun and path.exists() and path.read_bytes() != text.encode():
+    if begun and not path.exists():
+        raise InputError(f"{out}: holds a training run whose {SETTINGS} is missing; choose another folder")
+    if begun and path.read_bytes() != text.encode():
         raise InputError(f"{out}: holds a training run with other settings or traces; choose another folder")
     write_atomically(path, lambda file: file.write_text(text))
 

@@ -112,6 +112,16 @@ def test_a_model_whose_output_is_none_is_called_that(family):
         adapter(model)
 
 
+@pytest.mark.parametrize("part", ["down_proj", "lm_head"])
+def test_so_is_one_whose_last_layers_make_it_so(part):
+    model = tiny_model("llama")
+    module = model.lm_head if part == "lm_head" else model.get_decoder().layers[-1].mlp.down_proj
+    with torch.no_grad():
+        module.weight[3] = torch.nan
+    with pytest.raises(InputError, match="its output is NaN or infinite"):
+        adapter(model)
+
+
 @pytest.fixture
 def saved(tmp_path, tokenizer):
     """A folder with a tiny Llama."""

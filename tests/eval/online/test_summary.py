@@ -90,7 +90,10 @@ def test_fidelity():
     (row,) = fidelity_rows(records, 250)
     assert row.agreement == pytest.approx(0.8) and row.perplexity == pytest.approx(8) and row.texts == 2
     assert row.agreement_interval == pytest.approx((0.7, 0.9)) and row.kl_interval == pytest.approx((0.1, 0.3))
-    for texts, agreement in ((2, "0.80 [0.70, 0.90]"), (20, "0.800 [0.700, 0.900]")):
+    for texts, agreement, kl in (
+        (2, "0.80 [0.70, 0.90]", "0.20 [0.10, 0.30]"),
+        (20, "0.800 [0.700, 0.900]", "0.200 [0.100, 0.300]"),
+    ):
         table = str(fidelity_table([row.model_copy(update={"texts": texts})]))
-        assert f"| {agreement} " in table and "0.200 [0.100, 0.300]" in table and "500 (2.0x trained)" in table
+        assert f"| {agreement} " in table and f"| {kl} " in table and "500 (2.0x trained)" in table
     assert accuracy_rows(records, 250) == []

@@ -5,7 +5,7 @@ from eval.online.summary import accuracy_rows, depth_rows, fidelity_rows
 
 DECODE = [
     {"policy": policy, "correct": correct, "examples": 10, "low": correct / 10 - 0.1, "high": correct / 10 + 0.1,
-     "agreement": 0.9, "kl": 0.1, "chunks": 20.0, "kv_share": share, "kv_mb": 60 * share, "refreshes": 3}
+     "agreement": 0.9, "kl": 0.1, "texts": 1, "chunks": 20.0, "kv_share": share, "kv_mb": 60 * share, "refreshes": 3}
     for policy, correct, share in (("full", 8, 1.0), ("indexer", 7, 0.2), ("random", 2, 0.2))
 ]  # fmt: skip
 

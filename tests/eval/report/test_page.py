@@ -165,7 +165,7 @@ def test_the_summary_holds_every_table(folder):
     assert line.split("|")[2].strip() == f"{top['golden_recall']:.2f}"
     depth = next(r for r in results["by_depth"] if (r["policy"], r["budget"]) == ("indexer", 0.1))
     assert re.search(rf"\| {depth['task']} +\| indexer +\| {depth['mass_recall']:.2f}", summary)
-    assert f"| {results['benchmark_text'][1]['kl']:.3f} [" in summary
+    assert f"| {results['benchmark_text'][1]['kl']:.2f} [" in summary
 
 
 def test_every_group_says_what_its_threshold_kept(folder):
@@ -271,8 +271,8 @@ def test_parts_of_the_results_make_a_report_of_their_own(folder, tmp_path):
 def test_the_plain_sentence_says_nothing_of_what_was_not_asked():
     row = {"examples": 0, "correct": 0, "low": 0.0, "high": 1.0, "kl": 0.1, "chunks": 9.0, "refreshes": 3}
     rows = [
-        row | {"policy": "full", "kv_share": 1.0, "kv_mb": 8.0, "agreement": 1.0},
-        row | {"policy": "indexer", "kv_share": 0.25, "kv_mb": 2.0, "agreement": 0.875},
+        row | {"policy": "full", "kv_share": 1.0, "kv_mb": 8.0, "agreement": 1.0, "texts": 1},
+        row | {"policy": "indexer", "kv_share": 0.25, "kv_mb": 2.0, "agreement": 0.875, "texts": 1},
     ]
     typed = [DecodeRow.model_validate(row) for row in rows]
     assert decode_summary(typed) == (

@@ -171,6 +171,10 @@ def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path)
     train(stores[0], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
     with pytest.raises(InputError, match="other settings or traces"):
         train(stores[1], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
+    (tmp_path / "training.json").rename(tmp_path / "elsewhere.json")
+    with pytest.raises(InputError, match=r"training\.json is missing"):
+        train(stores[1], tiny_recipe.indexer, tiny_recipe.train, tmp_path)
+    (tmp_path / "elsewhere.json").rename(tmp_path / "training.json")
     rare = tiny_recipe.train.model_copy(update={"candidates": CandidatesConfig(common_weight=0.5)})
     with pytest.raises(InputError, match="listwise_mass weighs no single chunk"):
         train(stores[0], tiny_recipe.indexer, rare, tmp_path / "b")
