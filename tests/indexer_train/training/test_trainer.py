@@ -43,15 +43,15 @@ def test_a_killed_run_resumes_to_the_same_bits(stores, tiny_recipe, tmp_path, mo
     settings = tiny_recipe.train.model_copy(update={"candidates": CandidatesConfig(kind=kind)})
     whole = train(stores[0], tiny_recipe.indexer, settings, tmp_path / "whole")
     settings = settings.model_copy(update={"workers": workers})
-    stock = trainer_module.SentenceTransformerTrainer
+    stock = trainer_module.IndexerTrainer
 
     def killed(*args, callbacks, **kwargs):
         return stock(*args, callbacks=[*callbacks, KillAt(step)], **kwargs)
 
-    monkeypatch.setattr(trainer_module, "SentenceTransformerTrainer", killed)
+    monkeypatch.setattr(trainer_module, "IndexerTrainer", killed)
     with pytest.raises(KeyboardInterrupt):
         train(stores[0], tiny_recipe.indexer, settings, tmp_path / "killed")
-    monkeypatch.setattr(trainer_module, "SentenceTransformerTrainer", stock)
+    monkeypatch.setattr(trainer_module, "IndexerTrainer", stock)
     half_written = tmp_path / "killed" / "checkpoints" / "checkpoint-999"
     half_written.mkdir(parents=True)
     resumed = train(stores[0], tiny_recipe.indexer, settings, tmp_path / "killed")
