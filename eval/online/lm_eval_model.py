@@ -68,7 +68,9 @@ class LookaheadLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return int(self.tokenizer.eos_token_id)
+        token = self.tokenizer.eos_token_id
+        assert isinstance(token, int), token
+        return token
 
     @property
     def tokenizer_name(self) -> str:

@@ -30,7 +30,8 @@ def trained(pocket, tmp_path_factory):
     """A memory indexer of recipe pocket-v4 that begins as the backbone's own ones and has seen six short chats twice,
     as its bundle holds it."""
     root = tmp_path_factory.mktemp("trained")
-    write_chats(load_config(pocket.folder.with_name("config.yaml")), root / "chats.jsonl", 8, (512, 640))  # hashes hold some of them out
+    pocket_config = load_config(pocket.folder.with_name("config.yaml"))
+    write_chats(pocket_config, root / "chats.jsonl", 8, (512, 640))  # of which hashes hold some out
     recipe = load_recipe("pocket-v4")
     documents = recipe.documents.model_copy(
         update={"source": str(root / "chats.jsonl"), "train": {"chat": 6}, "heldout": {}}
