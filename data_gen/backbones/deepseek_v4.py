@@ -7,8 +7,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from data_gen.backbones.deepseek_v4_hooks import CSA, CsaCall, csa_attention, csa_layers, observe_csa
 from data_gen.backbones.dense import check_finite
-from data_gen.backbones.observe import context_of
+from data_gen.backbones.layers import config_digest, context_of
 from data_gen.config import TraceConfig
+from data_gen.core.entry_bytes import compressed_bytes, index_key_bytes
 from data_gen.core.errors import InputError
 from data_gen.core.fingerprint import fingerprint
 from data_gen.core.key_bytes import encode_keys, hadamard
@@ -30,7 +31,10 @@ NEAR = 1e-4
 
 
 class DeepseekV4Backbone:
-    """A causal LM with compressed sparse attention (CSA); layers are named by CSA ordinal."""
+    """A causal LM with compressed sparse attention (CSA); layers are named by CSA ordinal.
+
+    Raises InputError for a model without a CSA layer.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
@@ -39,6 +43,7 @@ class DeepseekV4Backbone:
         if not self.layers:
             raise InputError("the backbone has no compressed sparse attention layer: there is nothing to index")
         self.chunk_tokens: int = config.compress_rates[CSA]
+        entry = compressed_bytes(config.head_dim - config.qk_rope_head_dim, config.qk_rope_head_dim)
         self.info = BackboneInfo(
             model_type=config.model_type,
             fingerprint=fingerprint(model.state_dict().items()),
@@ -46,8 +51,10 @@ class DeepseekV4Backbone:
             hidden=config.hidden_size,
             key_width=config.index_head_dim,
             context=context_of(model),
+            config=config_digest(model),
             key="fp8_rope_hadamard",
             rope=_rope(model, self.layers[0]),
+            entry_bytes=len(self.layers) * (index_key_bytes(config.index_head_dim) + entry),
         )
 
     def check(self, config: TraceConfig) -> None:
@@ -71,9 +78,13 @@ class DeepseekV4Backbone:
         Raises InputError when the document is too long, `config` does not fit the backbone, or the recomputed top-k is
         not the model's own.
         """
-        reader = _Reader(self, positions, config)
+        reader = _EntryReader(self, positions, config)
         reader.read(tokens)
         return reader.finish()
+
+    def probe(self, tokens: list[int], config: TraceConfig) -> None:
+        """Trace the last ones of a few tokens, with all that tracing checks."""
+        self.trace(tokens, torch.arange(len(tokens) - 2, len(tokens)), config)
 
     @torch.no_grad()
     def trace_own(self, prompt: list[int], config: TraceConfig) -> tuple[list[int], RawTrace]:
@@ -84,7 +95,7 @@ class DeepseekV4Backbone:
         """
         tokens = list(prompt)
         first, last = max(0, len(prompt) - config.answer_lead), len(prompt) + config.own_tokens - 1
-        reader = _Reader(self, torch.arange(first, last), config)
+        reader = _EntryReader(self, torch.arange(first, last), config)
         stop = self.model.generation_config.eos_token_id
         stops = stop if isinstance(stop, list) else [stop]
         unread = tokens
@@ -98,7 +109,7 @@ class DeepseekV4Backbone:
         return tokens, reader.finish()
 
 
-class _Reader:
+class _EntryReader:
     """Reads one document piece by piece and keeps its trace."""
 
     def __init__(self, backbone: DeepseekV4Backbone, positions: torch.Tensor, config: TraceConfig) -> None:
@@ -174,7 +185,7 @@ class _Reader:
 
 
 def piece_tokens(model: PreTrainedModel, length: int, sequences: int = 1) -> int:
-    """How many tokens to read at once behind `length` so that no layer holds more than PIECE_ELEMENTS scores."""
+    """How many tokens to read at once after `length` so that no layer holds more than PIECE_ELEMENTS scores."""
     config = model.config
     heads = max(config.num_attention_heads, config.index_n_heads)
     on_cpu = model.device.type == "cpu"
@@ -192,7 +203,7 @@ def _rope(model: PreTrainedModel, layer: int) -> Rope:
     theirs = csa_attention(model, layer).compressor.indexer.rotary_emb
     same = torch.allclose(rope.frequencies(), theirs.compress_inv_freq.float().cpu(), rtol=1e-6, atol=0)
     if not same or theirs.compress_attention_scaling != 1.0:
-        raise InputError(f"the backbone's RoPE is not its config's ({rope}); was it cast to bf16 after loading?")
+        raise InputError(f"the backbone's RoPE differs from its config ({rope}); was it cast to bf16 after loading?")
     return rope
 
 
@@ -215,7 +226,7 @@ class CsaOracle(Protocol):
         ...
 
 
-class IndexerOracle:
+class IndexerOracle(CsaOracle):
     """The release's labels: votes of the native indexers."""
 
     def __init__(self, top_k: int, votes: int) -> None:
@@ -236,7 +247,7 @@ class IndexerOracle:
         return GoldenChunks.concatenate(self.pieces)
 
 
-class AttentionOracle:
+class AttentionOracle(CsaOracle):
     """Core attention probabilities, which are zero but for each layer's picks: kept sparse throughout.
 
     top: chunks kept of each query token, by head-maximum probability averaged over layers.

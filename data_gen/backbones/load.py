@@ -10,15 +10,29 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.dense import DenseBackbone
+from data_gen.backbones.dsa import DsaBackbone
+from data_gen.backbones.families import Family, family_of
+from data_gen.backbones.layers import longest_text
 from data_gen.backbones.tiny import tiny_backbone
 from data_gen.config import BackboneConfig, TraceConfig
 from data_gen.core.chunks import Chunking
+from data_gen.core.cpu import multiply_by_product
 from data_gen.core.errors import InputError
 from data_gen.core.files import one_line, package_folder
+from data_gen.core.fingerprint import APART
 from data_gen.traces.types import BackboneInfo, RawTrace
 
 
@@ -37,12 +51,16 @@ class Backbone(Protocol):
         """Raise InputError unless the settings fit the backbone: its layers, its oracles, its chunks."""
         ...
 
+    def probe(self, tokens: list[int], config: TraceConfig) -> None:
+        """Raise InputError unless what tracing of a few tokens recomputes is what the model computes."""
+        ...
+
     def trace(self, tokens: list[int], positions: torch.Tensor, config: TraceConfig) -> RawTrace:
-        """Read a document once, teacher-forced, and keep the query tokens at `positions`."""
+        """Read a document once, teacher-forced, and keep the query tokens at `positions` ([T] int64, ascending)."""
         ...
 
     def trace_own(self, prompt: list[int], config: TraceConfig) -> tuple[list[int], RawTrace]:
-        """On-policy: let the model write up to `config.own_tokens` tokens behind `prompt`, greedily, and trace those.
+        """On-policy: let the model write up to `config.own_tokens` tokens after `prompt`, greedily, and trace those.
 
         Returns (prompt and written tokens, trace); the query tokens start `config.answer_lead` before the prompt's end
         and leave out the last token, which answers none.
@@ -50,12 +68,18 @@ class Backbone(Protocol):
         ...
 
 
-ADAPTERS: dict[str, Callable[[PreTrainedModel], Backbone]] = {"deepseek_v4": DeepseekV4Backbone}
-"""Families with an adapter of their own, by `model_type`; any other model is read as an ordinary decoder."""
+ADAPTERS: dict[Family, Callable[[PreTrainedModel], Backbone]] = {
+    "deepseek_v4": DeepseekV4Backbone,
+    "dsa": DsaBackbone,
+    "dense": DenseBackbone,
+}
+"""What traces a model of each family."""
 SPREADABLE = ("deepseek_v4",)
-"""Families that are read while they lie on several GPUs."""
+"""Types of models that are read while they lie on several GPUs."""
 PROBE_TOKENS = 24
 """Read when a backbone is opened, to see whether it can be traced."""
+MOST = 10_000
+"""Layers, heads or experts: no model has more, and transformers would build them until the memory is full."""
 TINY = "tiny"
 """The path that stands for data_gen/backbones/tiny.py."""
 
@@ -77,8 +101,13 @@ def public_name(path: str) -> str | None:
     return path if path.startswith("package:") or not _looks_local(path) else None
 
 
+def absolute(path: str) -> str:
+    """The `path` of a backbone as a process with another working folder reads it."""
+    return str(Path(resolve(path)).absolute()) if path != TINY and _looks_local(path) else path
+
+
 _READING = threading.Lock()
-"""One load at a time changes the package gguf: the last of two at once would leave the other's change behind."""
+"""One load at a time changes the package gguf: the last of two at once would leave the other's change in place."""
 
 
 @contextlib.contextmanager
@@ -95,45 +124,92 @@ def _read_once() -> Iterator[None]:
             gguf.GGUFReader, gguf.get_tensor_name_map = own
 
 
-def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model in eval mode on the best device, tokenizer). Raises InputError when there is nothing to load."""
-    if config.path == TINY:
-        return tiny_backbone()
+def _place(config: BackboneConfig) -> tuple[str, dict[str, str], contextlib.AbstractContextManager[None]]:
+    """(folder or hub id, what transformers is told beside it, what to read it in)."""
     path = resolve(config.path)
     local = Path(path)
     if _looks_local(path) and not local.exists():
         raise InputError(f"backbone {path}: no such file or folder")
-    folder, extra, reading = path, {}, contextlib.nullcontext()
-    if path.endswith(".gguf"):
-        if importlib.util.find_spec("gguf") is None:
-            raise InputError("reading a GGUF file needs the package gguf: pip install 'lookahead-indexer[gguf]'")
-        folder, extra = str(local.parent), {"gguf_file": local.name}
-        reading = _read_once()
+    if local.is_dir() and not (local / "config.json").exists():
+        raise InputError(f"backbone {path}: no model there (config.json is missing); name the folder that holds it")
+    if not path.endswith(".gguf"):
+        return path, {}, contextlib.nullcontext()
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("reading a GGUF file needs the package gguf: pip install 'lookahead-indexer[gguf]'")
+    return str(local.parent), {"gguf_file": local.name}, _read_once()
+
+
+def load_tokenizer(config: BackboneConfig) -> tuple[PreTrainedTokenizerBase, tuple[int, int]]:
+    """(tokenizer, (context, vocabulary) of the model in tokens), without its weights. Raises InputError."""
+    if config.path == TINY:
+        model, tokenizer = tiny_backbone()
+        return tokenizer, limits_of(model.config)
+    folder, extra, reading = _place(config)
+    try:
+        with reading:
+            _check_counts(PretrainedConfig.get_config_dict(folder, **extra)[0])
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, **extra)
+            tokenizer("a", verbose=False)  # nobody checks its settings before it is used
+            found: Any = AutoConfig.from_pretrained(folder, **extra)
+        return tokenizer, limits_of(found)
+    except InputError as error:
+        raise InputError(f"backbone {config.path} cannot be traced: {error}") from error
+    except Exception as error:  # of many parsers, which raise whatever a file that is not theirs leads them to
+        raise InputError(f"backbone {config.path} cannot be loaded as a causal LM: {one_line(error)}") from error
+
+
+def limits_of(config: PretrainedConfig) -> tuple[int, int]:
+    """(context, vocabulary) in tokens. Raises InputError where the config does not say."""
+    return longest_text(config, config.model_type), int(config.get_text_config(decoder=True).vocab_size)
+
+
+def load_backbone(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model in eval mode on the best device, tokenizer). Raises InputError when there is nothing to load."""
+    if config.path == TINY:
+        return tiny_backbone()
+    folder, extra, reading = _place(config)
+    weights = {} if extra else {"use_safetensors": True}  # never the pickled file beside a missing one
     dtype = getattr(torch, config.dtype)
     spread = {"device_map": "auto"} if config.spread else {}
     try:
         with reading:
+            _check_counts(PretrainedConfig.get_config_dict(folder, **extra)[0])
             tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+            tokenizer("a", verbose=False)  # nobody checks its settings before it is used
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, **extra, **spread
+                folder, dtype=dtype, output_loading_info=True, **weights, **extra, **spread
             )
     except Exception as error:  # of many parsers, which raise whatever a file that is not theirs leads them to
         raise InputError(f"backbone {config.path} cannot be loaded as a causal LM: {one_line(error)}") from error
     model, found = loaded
+    others = sorted(name for name in found["unexpected_keys"] if not APART.search(name))
     if missing := sorted(found["missing_keys"]):
-        others = sorted(found["unexpected_keys"])
         unknown = f"; it holds {len(others)} that the model does not know ({_few(others)})" if others else ""
         raise InputError(
             f"backbone {config.path}: the checkpoint is not whole: {len(missing)} tensors of the model are missing "
             f"({_few(missing)}){unknown}"
         )
+    if others:
+        raise InputError(
+            f"backbone {config.path}: {type(model).__name__} does not have {len(others)} tensors of the checkpoint "
+            f"({_few(others)}); if the model is right without them, load it and save it with transformers"
+        )
     if config.spread and model.config.model_type not in SPREADABLE:
-        raise InputError(f"backbone.spread: only the DeepSeek-V4 adapter reads a model on several GPUs; {path} is none")
+        raise InputError(f"backbone.spread: only a DeepSeek-V4 can be spread over several GPUs; {folder} is not one")
     with contextlib.suppress(AttributeError):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     if not config.spread:
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")  # a cast here would round RoPE frequencies too
+    multiply_by_product(model)
     return model.eval(), tokenizer
+
+
+def _check_counts(config: dict[str, Any]) -> None:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value)
+        elif name.startswith("num_") and isinstance(value, int) and value > MOST:
+            raise InputError(f"its configuration says {name} {value}, which is more than any model has")
 
 
 def _few(names: list[str]) -> str:
@@ -147,8 +223,8 @@ def adapter(model: PreTrainedModel, name: str | None = None) -> Backbone:
     """
     if away := [name for name, value in model.named_parameters() if value.is_meta]:
         raise InputError(f"{type(model).__name__}: {len(away)} tensors lie on no device (meta: {_few(away)}); load the "
-                         "model where all of it fits")  # fmt: skip
-    found = ADAPTERS.get(model.config.model_type, DenseBackbone)(model)
+                         "model where it fits completely")  # fmt: skip
+    found = ADAPTERS[family_of(model)](model)
     found.info = replace(found.info, name=name)
     _probe(found)
     return found
@@ -163,11 +239,15 @@ def _probe(backbone: Backbone) -> None:
     try:
         words = backbone.model.config.get_text_config(decoder=True).vocab_size
         tokens = [place % words for place in range(length)]
-        backbone.trace(tokens, torch.arange(length - 2, length), config)
+        if isinstance(embeddings := backbone.model.get_input_embeddings(), nn.ModuleList):
+            raise InputError(f"it reads {len(embeddings)} streams of tokens at once, not one text")
+        backbone.probe(tokens, config)
         with torch.no_grad():  # tracing sees what enters attention, not what comes of the last layers
-            logits = backbone.model(torch.tensor([tokens], device=backbone.model.device)).logits
-        if not bool(logits.isfinite().all()):
+            output = backbone.model(torch.tensor([tokens], device=backbone.model.device), use_cache=True)
+        if not bool(output.logits.isfinite().all()):
             raise InputError("its output is NaN or infinite; the weights are damaged, or do not fit the dtype")
+        if (kind := type(output.past_key_values)) is not DynamicCache:
+            raise InputError(f"it decodes into a {kind.__name__} of its own and takes no other cache")
     except InputError as error:
         raise InputError(f"{type(backbone.model).__name__} is not supported: {error}") from error
     except Exception as error:  # of a model's own code, met where it differs from all that is known

@@ -10,6 +10,7 @@ threads and foreign forwards of an observed model get on side by side. However o
 it was when the last one ends.
 """
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -22,9 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from data_gen.backbones.layers import attention_modules
 from data_gen.core.errors import InputError
 
-_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query, key and value of one sequence, or of all where they share a tensor."""
 
 
@@ -33,7 +35,7 @@ class AttentionCall:
     """One call of one full-attention layer: S new tokens, T keys attended (past and new).
 
     hidden: [B, S, hidden], entering the attention block; query: [B, H, S, d] and key, value: [B, KV, T, d] after RoPE;
-    cos, sin: rotary tables of the new tokens; output: [B, S, H, d], before the output projection; sequence: which one
+    given: what else the block was called with; output: [B, S, H, d], before the output projection; sequence: which one
     this is, where several with keys of their own are read at once (then B is 1).
     """
 
@@ -43,60 +45,106 @@ class AttentionCall:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    given: dict[str, Any]
     scaling: float
     softcap: float | None
     sinks: torch.Tensor | None
     output: torch.Tensor
     sequence: int = 0
 
-    def unrotated(self, states: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """Undo RoPE on states [B, heads, R, d] of `rows` of the new tokens: the model's own rotation run backwards."""
-        rotate = getattr(sys.modules[type(self.module).__module__], "apply_rotary_pos_emb", None)
-        if rotate is None:
-            raise InputError(f"{type(self.module).__name__} does not rotate with apply_rotary_pos_emb: not supported")
-        cos, sin = self.cos[:, rows].float(), self.sin[:, rows].float()
-        squared = cos**2 + sin**2  # above one where RoPE also scales (YaRN)
-        states = states.float()
-        content, _ = rotate(states, states[:, :0], cos / squared, -sin / squared)
-        return content
+    def content(self) -> "Content":
+        """What the block makes of the new tokens before RoPE: all of it, up to the attention function."""
+        return run_again(self, self.hidden, turned=False)
 
     def new_keys(self) -> torch.Tensor:
-        """Keys of the new tokens before RoPE, [B, KV, S, d] fp32."""
-        return self.unrotated(self.key[:, :, -self.query.shape[2] :])
+        """What the layer caches of the new tokens before RoPE, [B, KV, S, d] fp32: keys, or with MLA the latent."""
+        return run_again(self, self.hidden, turned=False, whole=False).cached.float()
 
 
-def context_of(model: PreTrainedModel) -> int:
-    """Longest text in tokens. Raises InputError where the model's config does not say."""
-    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(found, int) or found < 1:
-        raise InputError(f"{type(model).__name__}: its config says max_position_embeddings {found}, so how long a text "
-                         "may be is not known")  # fmt: skip
-    return found
+@dataclass(frozen=True)
+class Content:
+    """What an attention block made of S tokens without a past. cached: the first of what it caches, [B, KV, S, c];
+    query, key: as its attention function got them, [B, H, S, d] and [B, KV, S, d], None where it was not reached."""
+
+    cached: torch.Tensor
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
 
 
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Layer index -> attention module of the full-attention layers; sliding-window layers are left out."""
-    decoder = model.get_decoder()
-    config: Any = model.config.get_text_config(decoder=True)
-    layers = getattr(decoder, "layers", None)
-    if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
-        raise InputError(f"{type(model).__name__} is not a decoder with layers[i].self_attn: no adapter for it")
-    window = getattr(config, "sliding_window", None)
-    endless = window is not None and window >= context_of(model)  # a window that holds all there can be is none
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        sliding = window is not None and getattr(config, "use_sliding_window", True)
-        kinds = ["sliding_attention" if sliding else "full_attention"] * len(layers)
-    modules = {
-        index: layer.self_attn
-        for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True))
-        if kind == "full_attention" or (kind == "sliding_attention" and endless)
-    }
-    if not modules:
-        raise InputError(f"{type(model).__name__} has no full-attention layer: there is no long history to index")
-    return modules
+class _Made(Exception):
+    """Ends a block that is run again once it has made what was wanted."""
+
+
+class _Note:
+    """Stands for the cache of a block that is run again: it keeps nothing, and notes what it is given.
+
+    whole: go on after it, to the attention function.
+    """
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+        self.cached: torch.Tensor | None = None
+        self.query: torch.Tensor | None = None
+        self.key: torch.Tensor | None = None
+
+    def update(
+        self, first: torch.Tensor, second: torch.Tensor, layer: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.cached = first
+        if not self.whole:
+            raise _Made
+        return first, second
+
+    def update_indexer(self, keys: torch.Tensor, layer: int) -> torch.Tensor:
+        return keys
+
+    def get_seq_length(self, *args: object) -> int:
+        return 0
+
+
+_AGAIN = threading.local()
+"""note: of the block that is run again in this thread."""
+
+
+def run_again(call: AttentionCall, hidden: torch.Tensor, turned: bool, whole: bool = True) -> Content:
+    """Run a call's attention block on hidden states [B, S, hidden] at the call's positions, without a past.
+
+    turned: by the call's rotary tables, else by tables that turn nothing; whole: up to the attention function, else to
+    the cache. The block's own code makes its keys, whatever part of them it turns, or none. Raises InputError for a
+    block that caches nothing, that attends to keys of another one, or whose rotary tables are of an unknown kind.
+    """
+    given = {name: value for name, value in call.given.items() if name not in ("hidden_states", *CACHE_NAMES)}
+    if not turned and (tables := given.get("position_embeddings")) is not None:
+        given["position_embeddings"] = _still(tables, f"layer {call.layer}")
+    note = _Note(whole)
+    cache = next((name for name in CACHE_NAMES if name in call.given), CACHE_NAMES[0])
+    module: Any = call.module
+    _AGAIN.note = note
+    try:
+        with _REGISTRY.tapped(module.config._attn_implementation):
+            module.forward(hidden_states=hidden, **given, **{cache: note})
+    except _Made:
+        if note.cached is None:  # what its attention function was given is not its own
+            raise InputError(f"layer {call.layer} takes the keys of an earlier one") from None
+        return Content(note.cached, note.query, note.key)
+    finally:
+        _AGAIN.note = None
+    raise InputError(f"layer {call.layer}: {type(call.module).__name__} caches nothing that could be kept or fetched")
+
+
+CACHE_NAMES = ("past_key_values", "past_key_value")
+"""What attention blocks call their cache."""
+
+
+def _still(tables: Any, where: str) -> Any:
+    """Rotary tables that turn nothing, of the shape of others."""
+    if isinstance(tables, torch.Tensor) and tables.is_complex():
+        return torch.ones_like(tables)
+    if isinstance(tables, tuple) and len(tables) == 2 and all(isinstance(table, torch.Tensor) for table in tables):
+        return torch.ones_like(tables[0]), torch.zeros_like(tables[1])
+    raise InputError(
+        f"{where}: its rotary tables are neither (cos, sin) nor complex, so keys without positions cannot be computed"
+    )
 
 
 Extend = Callable[[int, int, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor] | None]
@@ -116,7 +164,7 @@ def observe(
     extend: asked before each of them for more keys and values, which go in front of its own; None leaves it as it is.
     What is extended is of one new token, which sees everything: it has no mask.
     """
-    watch = _Watch(attention_modules(model), observer, cache, extend)
+    watch = _AttentionWatch(attention_modules(model), observer, cache, extend)
     name: Any = model.config.get_text_config(decoder=True)._attn_implementation  # its key in the registry
     with _REGISTRY.tapped(name), _REGISTRY.told(watch):
         hooks = [module.register_forward_pre_hook(watch.enters, with_kwargs=True) for module in watch.layers]
@@ -127,8 +175,8 @@ def observe(
                 hook.remove()
 
 
-class _Watch:
-    """One observation. layers: module -> layer index; inputs: of the calls at work, hidden states and rotary tables."""
+class _AttentionWatch:
+    """One observation. layers: module -> layer index; inputs: of the calls at work, hidden states and all arguments."""
 
     def __init__(
         self,
@@ -140,7 +188,7 @@ class _Watch:
         self.extend = extend
         self.layers = {module: layer for layer, module in modules.items()}
         self.observer, self.cache, self.thread = observer, cache, threading.get_ident()
-        self.inputs: dict[nn.Module, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.inputs: dict[nn.Module, dict[str, Any]] = {}
 
     def enters(self, module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
         """Before the attention block. kwargs: None for a thread in which the hook is being added or removed."""
@@ -149,10 +197,10 @@ class _Watch:
         self.inputs.pop(module, None)  # of a call that was broken off
         if self.cache is not None and kwargs.get("past_key_values") is not self.cache:
             return
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self.inputs[module] = (hidden, kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1])
+        names = inspect.signature(module.forward).parameters if args else ()
+        self.inputs[module] = dict(zip(names, args, strict=False)) | kwargs
 
-    def extends(self, module: Any, parts: list[_Part], masks: list[torch.Tensor | None], kwargs: dict) -> None:
+    def extends(self, module: Any, parts: list[_States], masks: list[torch.Tensor | None], kwargs: dict) -> None:
         """Before the attention function, which is given parts and masks as they are left here."""
         if self.extend is None or threading.get_ident() != self.thread or module not in self.inputs:
             return
@@ -162,15 +210,17 @@ class _Watch:
                 parts[sequence] = query, torch.cat([more[0], key], dim=2), torch.cat([more[1], value], dim=2)
                 masks[sequence] = None
 
-    def leaves(self, module: Any, parts: list[_Part], outputs: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
-        """Behind the attention function; outputs: one a part."""
+    def leaves(self, module: Any, parts: list[_States], outputs: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
+        """After the attention function; outputs: one per part."""
         if threading.get_ident() != self.thread or module not in self.inputs:
             return
-        hidden, (cos, sin) = self.inputs.pop(module)
+        given = self.inputs.pop(module)
+        hidden = given["hidden_states"]
+        given |= {name: None for name in CACHE_NAMES if name in given}  # whoever keeps a call keeps no cache by it
         states = [hidden] if len(parts) == 1 else hidden.split(1)
         for sequence, (state, part, output) in enumerate(zip(states, parts, outputs, strict=True)):
             call = AttentionCall(
-                self.layers[module], module, state, *part, cos, sin, kwargs.get("scaling") or module.head_dim**-0.5,
+                self.layers[module], module, state, *part, given, kwargs.get("scaling") or module.head_dim**-0.5,
                 kwargs.get("softcap"), kwargs.get("s_aux"), output, sequence,
             )  # fmt: skip
             self.observer(call)
@@ -179,7 +229,7 @@ class _Watch:
 class _Tap:
     """Stands in the registry for the attention function `name`; users: observations that need it there."""
 
-    def __init__(self, name: str, watches: dict[nn.Module, tuple[_Watch, ...]]) -> None:
+    def __init__(self, name: str, watches: dict[nn.Module, tuple[_AttentionWatch, ...]]) -> None:
         self.original = ALL_ATTENTION_FUNCTIONS.get(name)
         self.watches, self.users = watches, 0
 
@@ -192,6 +242,9 @@ class _Tap:
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if (note := getattr(_AGAIN, "note", None)) is not None:  # the block is run again for what it gives us here
+            note.query, note.key = query, cast(torch.Tensor, key)
+            raise _Made
         forward = self.original or sys.modules[type(module).__module__].eager_attention_forward
         masks: list[torch.Tensor | None]
         if isinstance(key, list):  # each sequence sees all that its cache holds: no mask
@@ -215,7 +268,7 @@ class _Registry:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._taps: dict[str, _Tap] = {}
-        self._watches: dict[nn.Module, tuple[_Watch, ...]] = {}
+        self._watches: dict[nn.Module, tuple[_AttentionWatch, ...]] = {}
 
     @contextmanager
     def tapped(self, name: str) -> Iterator[None]:
@@ -244,7 +297,7 @@ class _Registry:
                             mapping[name] = tap.original
 
     @contextmanager
-    def told(self, watch: _Watch) -> Iterator[None]:
+    def told(self, watch: _AttentionWatch) -> Iterator[None]:
         """Taps report calls of the watched modules while this is open."""
         with self._lock:
             for module in watch.layers:

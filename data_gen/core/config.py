@@ -11,6 +11,6 @@ NoneOrMore = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Strict(BaseModel):
-    """A recipe section: an unknown key is an error, not a surprise, and so is a number that is infinite or none."""
+    """A recipe section: an unknown key is an error, not a surprise, and so is a number that is infinite or NaN."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

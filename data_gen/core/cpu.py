@@ -1,32 +1,39 @@
 """What is done for the CPU alone; `python -m benchmarks.cpu_tricks` prints the gain of each, on and off in turns.
 
-Gains noted here are of a training step (CPU time) or of an evaluation (peak memory) on an Intel Xeon at 2.80 GHz with
-AVX-512, one thread, median of two rounds of 4 steps beside other work: 5 % either way says nothing.
+It differs from processor to processor: what was measured is in docs/results.md.
 """
 
 import ctypes
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""Whether products are oneDNN's: PyTorch's default library leaves AVX-512 unused on AMD processors, and half of their
-speed with it. On processors without it the default library is a little faster, and so it is on that Intel: 0.87x."""
+
+def _amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+
+
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and _amd()
+"""Whether products are oneDNN's: PyTorch's default library leaves AVX-512 unused on AMD processors. On Intel's it is
+the faster one."""
 CACHE_ELEMENTS = 1 << 18
 """Matches of queries and keys held in the CPU's cache at once (1 MiB in fp32)."""
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""The variable by which torch is told."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse blocks of up to 32 MiB (its largest bound) instead of giving them back; elsewhere do nothing.
-
-    1.16x.
-    """
+    """Let glibc reuse blocks of up to 32 MiB (its largest bound) instead of giving them back; elsewhere do nothing."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
@@ -34,10 +41,7 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Let glibc give blocks of 8 MiB and more back at once, as it does not when such blocks came and went before: heaps
-    of large blocks in changing sizes grow by gigabytes. Elsewhere do nothing.
-
-    1.36x less memory (1.22 GiB, not 1.66) in evaluating documents of 98,304 chunks.
-    """
+    of large blocks in changing sizes grow by gigabytes. Elsewhere do nothing."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 8 << 20)
 
@@ -45,9 +49,14 @@ def return_freed_memory() -> None:
 def ask_for_huge_pages() -> None:
     """Let torch ask the kernel for huge pages, unless the environment says otherwise; before torch first allocates.
 
-    Training makes every gradient anew, and the kernel clears each new page: 1.08x.
+    The kernel clears each new page, and larger ones in fewer calls. torch has no other switch than a variable that it
+    reads when it first allocates, so that is what happens here; nothing is left in the environment, and no child
+    inherits it.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once and has no other switch
+    if HUGE_PAGES not in os.environ:
+        os.environ[HUGE_PAGES] = "1"
+        torch.empty(1)
+        del os.environ[HUGE_PAGES]
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, relu: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -67,10 +76,28 @@ def _dense(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
 
 
+class ProductLinear(nn.Linear):
+    """nn.Linear that multiplies by `product` where no gradient is asked for."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        if torch.is_grad_enabled() or not input.is_cpu or input.dtype != torch.float32:
+            return super().forward(input)
+        found = product(input.reshape(-1, self.in_features), self.weight)
+        return (found if self.bias is None else found.add_(self.bias)).view(*input.shape[:-1], self.out_features)
+
+
+def multiply_by_product(model: nn.Module) -> None:
+    """Make the stock linear layers of a model those of `product`, where that is another library than torch's own."""
+    for module in model.modules() if ONEDNN else ():
+        if type(module) is nn.Linear:
+            module.__class__ = ProductLinear
+
+
 class SteadyLinear(nn.Linear):
     """nn.Linear without bias whose weight's gradient lies in the same memory in every step (in fp32 on the CPU).
 
-    Whoever keeps a gradient beyond `zero_grad` must copy it. 1.03x beside the other tricks, which is noise.
+    Whoever keeps a gradient beyond `zero_grad` must copy it.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:

@@ -13,9 +13,9 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from pydantic import ValidationError
@@ -27,6 +27,8 @@ from data_gen.core.errors import InputError
 CHECKSUMS = "checksums.json"
 UNSEALED = {CHECKSUMS, "README.md", "calibration.json", "reliability.png"}
 """Files of a sealed folder that anybody may add or edit: nothing is computed from them."""
+RESULTS = "results.json"
+"""What evaluate, decode and benchmark add to."""
 UNFINISHED = ".unfinished-"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 BLANK = "0" * 64
@@ -52,7 +54,8 @@ def one_line(error: Exception) -> str:
         return f"{'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}"
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first  # a heading alone says nothing
 
 
 @contextmanager
@@ -78,32 +81,74 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises OSError, with `path`, when there is no room for it.
     """
     with writing(path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED, suffix=path.suffix)
-        try:
+        while not _written(path, write):
+            pass
+
+
+def _written(path: Path, write: Callable[[Path], object]) -> bool:
+    """`write_atomically` once; False where another process's `sweep` took the file before it was locked, or after a
+    library had written it anew in its place, which takes the lock away."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED, suffix=path.suffix)
+    try:
+        with suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)  # for as long as this process lives, see `sweep`
-            write(Path(temporary))
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+        if not os.fstat(handle).st_nlink:
+            return False
+        write(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        return True
+    except FileNotFoundError:
+        if Path(temporary).exists():
+            raise
+        return False
+    finally:
+        os.close(handle)
+        Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time, for work that any of them may do for all; the folder is made if there is none.
+
+    On a file system without locks several do it at once: it must come to the same bytes, whoever is last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{UNFINISHED}lock"
+    with _locked(path):
+        try:
+            yield
         finally:
-            os.close(handle)
-            Path(temporary).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> BinaryIO:
+    """A file, made and locked. One that its last holder removed keeps nobody out: then it is made anew."""
+    while True:
+        file = open(path, "wb")  # noqa: SIM115 - whoever asked closes it
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes left unfinished in `folder`; files that somebody writes just now stay."""
     for path in folder.glob(f"{UNFINISHED}*"):
-        with open(path, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
+        # It has its name now, somebody holds it, or nobody can tell. NFS locks only what is open for writing.
+        with suppress(OSError), open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """A sealed safetensors file whose bytes are a function of what it holds: the library writes metadata in any order.
+    """A sealed safetensors file of tensors of any shapes, whose bytes are a function of what it holds.
+
+    The library itself writes metadata in any order.
 
     Raises OSError when there is no room for it.
     """
@@ -115,7 +160,9 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapp
             header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
             ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
             if len(ordered) != size:
-                raise InputError(f"{path}: its header cannot be put in order: this safetensors writes it otherwise")
+                raise InputError(
+                    f"{path}: its header cannot be sorted, because this version of safetensors writes it differently"
+                )
             file.seek(8)
             file.write(ordered)
         _seal(path)
@@ -143,6 +190,12 @@ def broken_seal(path: Path) -> str | None:
         return "its checksum is missing"
     intact = _digest(path, head, place).encode() == head[slice(*place)]
     return None if intact else "its bytes are not those that were written"
+
+
+def seal_of(path: Path) -> str | None:
+    """The checksum that a sealed file says it has, whether it has or not; None without one. Raises OSError."""
+    head, place = _head(path)
+    return None if place is None else head[slice(*place)].decode()
 
 
 def _head(path: Path) -> tuple[bytes, tuple[int, int] | None]:
@@ -175,9 +228,14 @@ def _seal(path: Path) -> None:
 def seal_folder(folder: Path) -> None:
     """Write checksums.json over all files that lie in `folder` now."""
     with writing(folder):
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNSEALED)
-        own = [path for path in files if not path.name.startswith(UNFINISHED)]
-        _write_checksums(folder, {path.relative_to(folder).as_posix(): [file_checksum(path)] for path in own})
+        files = {path.relative_to(folder).as_posix(): [file_checksum(path)] for path in _sealable(folder)}
+        _write_checksums(folder, files)
+
+
+def _sealable(folder: Path) -> list[Path]:
+    """The files that a seal covers, in order: hidden ones are unfinished, or a file system's or the hub's."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNSEALED)
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def folder_checksums(folder: Path) -> dict[str, list[str]]:
@@ -187,7 +245,7 @@ def folder_checksums(folder: Path) -> dict[str, list[str]]:
     """
     path = folder / CHECKSUMS
     with whole(path, "checksums", "copy the folder again, or make it anew"):
-        return read_sealed(path)["files"]
+        return dict(read_sealed(path)["files"])
 
 
 def folder_damage(folder: Path) -> str | None:
@@ -203,11 +261,17 @@ def folder_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if file_checksum(folder / name) not in allowed:
             return f"{name} is not the one that was written"
-    return None
+    more = sorted({path.relative_to(folder).as_posix() for path in _sealable(folder)} - files.keys())
+    return f"{more[0]} was added" if more else None
 
 
 def replace_sealed(path: Path, folder: Path, write: Callable[[Path], object]) -> None:
-    """Replace one file of a sealed folder; killed at any moment, the folder is whole with the old or the new one."""
+    """Replace one file of a sealed folder; killed at any moment, the folder is whole with the old or the new one.
+
+    What an earlier one left unfinished goes.
+    """
+    for place in {folder, path.parent}:
+        sweep(place)
     name, files = path.relative_to(folder).as_posix(), folder_checksums(folder)
 
     def announced(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 chunk keys as bytes: fp8 values and one fp32 scale a chunk, as rows or as 64-chunk pages.
+"""DeepSeek-V4 chunk keys as bytes: fp8 values and one fp32 scale per chunk, as rows or as 64-chunk pages.
 
 Row: the d values as float8_e4m3fn, then the scale as four little-endian bytes (132 bytes for d = 128).
 Page: the values of 64 chunks, then their 64 scales (8,448 bytes), the layout of a serving engine's key pool.
@@ -38,6 +38,12 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache
+def _doubles(width: int, device: torch.device) -> torch.Tensor:
+    """Sylvester's matrix / sqrt(width), [width, width] fp64, kept where it is used."""
+    return (_signs(width).double() * width**-0.5).to(device)
+
+
+@lru_cache
 def _signs(width: int) -> torch.Tensor:
     """Sylvester's matrix, [width, width] of +-1."""
     matrix = torch.ones(1, 1)
@@ -51,11 +57,12 @@ class _Hadamard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        given, width, half = x, x.shape[-1], 1
-        if x.device.type == "cpu":  # passes over memory are slow there: a product takes the first seven at once
-            half = min(width, 128)
-            with torch.autocast("cpu", enabled=False):
-                x = product(x.reshape(-1, half), _signs(half)).view(x.shape)
+        width = x.shape[-1]
+        if not x.is_cpu:  # one product instead of a launch a pass; neither autocast nor TF32 touches fp64
+            return (x.double() @ _doubles(width, x.device)).float()
+        half = min(width, 128)  # passes over memory are slow: a product takes the first seven at once
+        with torch.autocast("cpu", enabled=False):
+            x = product(x.reshape(-1, half), _signs(half)).view(x.shape)
         while half < width:
             even, odd = x.unflatten(-1, (-1, 2, half)).unbind(-2)
             x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -63,7 +70,7 @@ class _Hadamard(torch.autograd.Function):
             torch.add(even, odd, out=sums)
             torch.sub(even, odd, out=differences)
             half *= 2
-        return x * width**-0.5 if x is given else x.mul_(width**-0.5)
+        return x.mul_(width**-0.5)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -80,6 +87,7 @@ def encode_keys(keys: torch.Tensor) -> torch.Tensor:
     if not bool(keys.isfinite().all()):
         raise InputError("encode_keys: a key holds NaN or infinity; it has no fp8 code")
     scale = (keys.abs().amax(dim=-1).clamp_min(SMALLEST_RANGE) / LARGEST).unsqueeze(-1)
+    # Times the reciprocal, not divided: a serving engine does so, and a division rounds a few values otherwise.
     values = (keys * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return torch.cat([values.view(torch.uint8), scale.view(torch.uint8)], dim=-1)
 
@@ -92,7 +100,7 @@ def decode_keys(rows: torch.Tensor, device: torch.device | None = None) -> torch
     """
     check_rows(rows)
     values, scale = _split(rows if device is None else rows.to(device))
-    if values.is_cpu:  # four times as fast as torch converts there
+    if values.is_cpu:  # torch converts slowly there
         return _values().index_select(0, values.flatten().int()).view(values.shape).mul_(scale)
     return values.view(torch.float8_e4m3fn).float() * scale
 

@@ -8,9 +8,11 @@ import torch
 
 from data_gen.core.key_bytes import SCALE_BYTES, check_rows, decode_keys, hadamard
 
-KeyKind = Literal["mean_pre_rope", "fp8_rope_hadamard"]
-"""mean_pre_rope: attention keys before RoPE, averaged over a chunk. fp8_rope_hadamard: DeepSeek-V4's indexer keys after
-RoPE (at the chunk's first token) and Hadamard, rows of core/key_bytes.py."""
+KeyKind = Literal["mean_pre_rope", "mean_index_key", "fp8_rope_hadamard"]
+"""mean_pre_rope: attention keys before RoPE, or the latent they are made of (MLA), averaged over a chunk.
+mean_index_key: keys of lightning indexers over tokens (DSA) before RoPE, averaged over a chunk.
+fp8_rope_hadamard: DeepSeek-V4's indexer keys after RoPE (at the chunk's first token) and Hadamard, rows of
+core/key_bytes.py."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class KeyRecipe:
     """How a trace stores keys of one kind, and what queries go through to meet them.
 
     dtype: of stored values; beside: values of a stored row beyond the key's own width; turn: [..., d] -> [..., d], of
-    queries behind RoPE.
+    queries after RoPE.
     """
 
     dtype: torch.dtype
@@ -32,6 +34,7 @@ class KeyRecipe:
 
 KEY_RECIPES: dict[KeyKind, KeyRecipe] = {
     "mean_pre_rope": KeyRecipe(torch.float16, 0, lambda query: query),
+    "mean_index_key": KeyRecipe(torch.float16, 0, lambda query: query),
     "fp8_rope_hadamard": KeyRecipe(torch.uint8, SCALE_BYTES, hadamard),
 }
 """Every kind there is; `key_vectors` reads them all."""
@@ -43,7 +46,7 @@ def key_vectors(stored: torch.Tensor, device: torch.device | None = None) -> tor
 
 
 def check_stored(stored: torch.Tensor) -> None:
-    """Raise InputError when stored keys are damaged, see `check_rows`; floats may be anything."""
+    """Raise InputError when stored keys, [..., d + 4] uint8, are damaged, see `check_rows`; floats may be anything."""
     if stored.dtype == torch.uint8:
         check_rows(stored)
 

@@ -33,7 +33,7 @@ class Rope(BaseModel):
     @model_validator(mode="after")
     def _pairs(self) -> Self:
         if self.dims % 2:
-            raise ValueError("dims must be even: they turn in pairs")
+            raise ValueError("dims must be even, because they are rotated in pairs")
         if self.beta_fast <= self.beta_slow:
             raise ValueError("beta_fast must exceed beta_slow")
         return self
@@ -46,7 +46,7 @@ class Rope(BaseModel):
         """From one entry of a transformers config's `rope_parameters`. Raises InputError on a type we do not know."""
         kind = parameters.get("rope_type", "default")
         if kind not in ("default", "yarn"):
-            raise InputError(f"RoPE of type {kind!r} is not known; `default` and `yarn` are")
+            raise InputError(f"unknown RoPE type {kind!r}; choose `default` or `yarn`")
         settings = {"dims": dims, "theta": parameters["rope_theta"], "positions": positions}
         if kind == "yarn":
             settings |= {"factor": parameters["factor"], "original": parameters["original_max_position_embeddings"]}
@@ -81,7 +81,9 @@ class Rope(BaseModel):
         return positions[..., None].float() * _frequencies(self, positions.device)
 
     def check(self, positions: torch.Tensor) -> None:
-        """Raise InputError at a position that is refused: a table that clamps there scores distances that are wrong.
+        """Raise InputError at a position that is refused: a table that clamps there scores wrong distances.
+
+        positions: integers of any shape.
 
         Of positions on a GPU the process ends instead, with a device assertion (`require`): check them on the
         CPU, before they move.

@@ -32,7 +32,7 @@ def heed_signals() -> None:
             end()
         signal.signal(signal.SIGALRM, end)
         signal.alarm(GRACE)
-        atexit.register(os.write, 2, LINE)  # behind what is said on the way out
+        atexit.register(os.write, 2, LINE)  # after what is said on the way out
         sys.exit(code)
 
     for each in (signal.SIGINT, signal.SIGTERM):

@@ -9,13 +9,13 @@ from data_gen.core.cpu import CACHE_ELEMENTS, product
 from data_gen.core.errors import InputError
 
 TILE_ELEMENTS = 1 << 24
-"""Scores held at once (64 MiB in fp32): the key tile shrinks as heads and rows grow."""
+"""Scores held at once on a GPU (64 MiB in fp32)."""
 CACHE_ROWS = 512
 """Heads times queries of such a tile: enough for the matrix product to run at full speed."""
 
 
 def require(holds: torch.Tensor, message: Callable[[], str]) -> None:
-    """Raise InputError unless all of `holds` (bool) is true; the message is made only then.
+    """Raise InputError unless all of `holds` (bool, any shape) is true; the message is made only then.
 
     A GPU is not waited for: there the assertion fails on the device, and the program at its next wait.
     """
@@ -64,9 +64,9 @@ def ranges(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
 
 
 def ranked(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(stable ascending order, whether each value in that order is a new one) of integers that are not negative.
+    """(stable ascending order, whether each value in that order is a new one) of integers that are not negative, [n].
 
-    Sorted in digits of 16 bits: numpy sorts those by radix, ten times as fast as wider integers.
+    Sorted in digits of 16 bits: numpy sorts those by radix, much faster than wider integers.
     """
     digits, rest = [values.astype(np.uint16)], values >> 16
     while rest.any():
@@ -78,7 +78,7 @@ def ranked(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """np.unique of integers that are not negative, with its inverse, faster."""
+    """np.unique of integers [n] that are not negative, with its inverse [n], faster."""
     order, new = ranked(values)
     which = np.empty(len(values), np.int64)
     which[order] = new.cumsum() - 1

@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 
+from data_gen.core.entry_bytes import compressed_bytes, index_key_bytes
 from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import check_rows
 from data_gen.core.rope import Rope
@@ -20,6 +21,7 @@ V4_FLASH = BackboneInfo(
     context=1 << 20,
     key="fp8_rope_hadamard",
     rope=Rope(dims=64, theta=160000, positions=1 << 20, factor=16),
+    entry_bytes=21 * (compressed_bytes(448, 64) + index_key_bytes(128)),
 )
 """The one model that dumps come from."""
 SAMPLED_TOKENS = 3
@@ -51,7 +53,7 @@ class Dropped:
 
 
 def read_document(tensors: dict[str, torch.Tensor], layers: list[int]) -> tuple[RawTrace, Dropped]:
-    """Check a dump's tensors and keep those of `layers` (CSA ordinals).
+    """Check a dump's tensors, [T, ...] of query tokens and [N, ...] of chunks; keep those of `layers` (CSA ordinals).
 
     Raises InputError that names the first tensor with a wrong shape, dtype or content.
     """
@@ -69,7 +71,7 @@ def read_document(tensors: dict[str, torch.Tensor], layers: list[int]) -> tuple[
         _require(
             list(hidden[layer].shape) == shape, f"hidden_layer_{layer} is {list(hidden[layer].shape)}, not {shape}"
         )
-        extremes = torch.stack(hidden[layer].aminmax())  # NaN spreads; 30 times as fast as isfinite of every value
+        extremes = torch.stack(hidden[layer].aminmax())  # NaN spreads; much faster than isfinite of every value
         _require(bool(extremes.isfinite().all()), f"hidden_layer_{layer} holds NaN or infinity")
         keys[layer] = _keys(tensors, layer)
         _require(len(keys[layer]) == len(keys[layers[0]]), f"compk_layer_{layer} has another number of chunks")
@@ -119,7 +121,7 @@ def _native(tensors: dict[str, torch.Tensor], layer: int, row: int, visible: int
 
 
 def _labels(tensors: dict[str, torch.Tensor], positions: torch.Tensor, chunks: int) -> tuple[GoldenChunks, Dropped]:
-    """The golden chunks that exist and were visible, each once a token; the others are counted and dropped."""
+    """The golden chunks that exist and were visible, each once per token; the others are counted and dropped."""
     index = _tensor(tensors, "label_indices", torch.int32, 1).long()
     votes = _tensor(tensors, "label_scores", torch.int32, 1)
     pointers = _tensor(tensors, "label_pointers", torch.int32, 1).long()

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -11,16 +10,19 @@ from typing import Any
 
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
+from data_gen.core.files import file_checksum
+from data_gen.core.shard import Shard
+from data_gen.core.tell import Progress
 from data_gen.flashmemory.document import CHUNK_TOKENS, V4_FLASH, Dropped, read_document
 from data_gen.flashmemory.unpickle import load_dump
+from data_gen.traces import failures
 from data_gen.traces.store import TraceDocument, TraceStore
 from data_gen.traces.types import DocumentMeta, Manifest, Span
 
 NAME = re.compile(r"doc_(\d{5}|[1-9]\d{5,})\.pkl")
 """As the server numbers them; anything looser would let two files share a number."""
 METADATA = "server_metadata.jsonl"
-
-Progress = Callable[[Iterable[Path], str], Iterable[Path]]
+BEGINNING = 1 << 16
 
 
 @dataclass
@@ -37,8 +39,14 @@ class ImportReport:
     failed: list[str] = field(default_factory=list)
 
 
-def import_dumps(folder: Path, root: Path, trace: TraceConfig, progress: Progress) -> ImportReport:
-    """Read all dumps of `folder` into the store at `root`; finished documents are left as they are.
+def import_dumps(
+    folder: Path,
+    root: Path,
+    trace: TraceConfig,
+    progress: Progress,
+    shard: Shard = Shard(),  # noqa: B008 - frozen
+) -> ImportReport:
+    """Read the shard's dumps of `folder` into the store at `root`; finished documents are left as they are.
 
     Documents keep their numbers, gaps included. A damaged file is reported and does not stop the others. Raises
     InputError when there is no dump, when `trace` does not describe dumps, and when `root` holds other traces.
@@ -53,16 +61,22 @@ def import_dumps(folder: Path, root: Path, trace: TraceConfig, progress: Progres
         raise InputError(f"trace: dumps need oracle `indexer` and chunks of {CHUNK_TOKENS} tokens")
     if unknown := sorted(set(trace.layers) - set(V4_FLASH.full_layers)):
         raise InputError(f"trace.layers: {unknown} are not among the {len(V4_FLASH.full_layers)} CSA layers of a dump")
-    manifest = Manifest(backbone=V4_FLASH, trace=trace, documents={}, versions={"torch": version("torch")})
+    numbers = {_number(path): path for path in paths}
+    plan = {number: (path.stem, _beginning(path)) for number, path in numbers.items()}
+    manifest = Manifest(backbone=V4_FLASH, trace=trace, documents={}, plan=plan, versions={"torch": version("torch")})
     store = TraceStore.create(root, manifest)
+    if shard.count == 1:
+        store.sweep()
+    else:
+        failures.begin(root, shard)
     others = [f"{path}: not named like a dump (doc_00000.pkl)" for path in found if path not in paths]
     report = ImportReport(failed=others)
     metadata = _read_metadata(folder / METADATA, report)
-    for path in progress(paths, "importing"):
-        number = int(path.stem.removeprefix("doc_"))
+    for path in progress([path for number, path in numbers.items() if shard.owns(number)], "importing"):
+        number = _number(path)
         try:
             if store.path(number).exists():
-                _check_same(path, store.path(number), trace)
+                _check_same(path, TraceDocument(store.path(number), trace, store.manifest.planned(number)))
                 report.present += 1
                 continue
             dropped = _import_one(path, number, store, metadata.get(path.name, {}))
@@ -72,19 +86,35 @@ def import_dumps(folder: Path, root: Path, trace: TraceConfig, progress: Progres
             continue
         report.written += 1
         report.dropped += dropped
+    if not TraceStore(root, store.manifest).missing():
+        failures.finish(root)
+        store.sweep()
     return report
 
 
-def _check_same(path: Path, document: Path, trace: TraceConfig) -> None:
-    """Raise InputError when `document` was made of another dump than `path`: every folder counts from 0."""
-    if TraceDocument(document, trace).source.get("sha256") != _sha256(path):
-        raise InputError(f"{document} was made of another dump; import each folder into a store of its own")
+def _number(path: Path) -> int:
+    return int(path.stem.removeprefix("doc_"))
 
 
-def _sha256(path: Path) -> str:
+def _beginning(path: Path) -> str:
+    """What tells a dump from another of its name before it is read whole: a hash of its size and beginning."""
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            read = f"{path.stat().st_size} ".encode() + file.read(BEGINNING)
+    except OSError:  # a damaged file is reported when its turn comes
+        read = b""
+    return hashlib.sha256(read).hexdigest()[:16]
+
+
+def _check_same(path: Path, document: TraceDocument) -> None:
+    """Raise InputError when `document` was made of another dump than `path`: every folder counts from 0."""
+    if document.source.get("sha256") != _checksum(path):
+        raise InputError(f"{document.path} was made from another dump; import each folder into a store of its own")
+
+
+def _checksum(path: Path) -> str:
+    try:
+        return file_checksum(path)
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror or error})") from error
 
@@ -100,7 +130,7 @@ def _import_one(path: Path, number: int, store: TraceStore, server: dict[str, An
         spans=[Span(first=0, last=len(raw.positions), serve=0, tail=True)],
     )
     client = _read_json(path.with_suffix(".json"))
-    source = {"client": client, "server": server, "dropped": vars(dropped), "sha256": _sha256(path)}
+    source = {"client": client, "server": server, "dropped": vars(dropped), "sha256": _checksum(path)}
     store.write(number, meta, raw, source)
     return dropped
 

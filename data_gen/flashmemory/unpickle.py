@@ -17,7 +17,7 @@ LARGE = 4096
 
 
 def load_dump(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a dump by name.
+    """The tensors of a dump by name, of any shapes.
 
     Only the three globals that pickled tensors need are allowed; any other is refused by name. Peak memory is the
     document and its largest tensor twice. Raises InputError (without the path) when the file is no dump, is damaged, or

@@ -4,10 +4,9 @@ import hashlib
 import itertools
 import json
 import random
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,11 +16,11 @@ from data_gen.core.errors import InputError
 from data_gen.core.files import one_line
 from data_gen.text.needles import NEEDLE_TASKS, Split, make_task
 from data_gen.text.rows import RawDocument, Skipped
-from data_gen.text.sources import WHOLE, documents_of, split_paragraphs, whole_documents
+from data_gen.text.sources import WHOLE, Numbered, documents_of, whole_documents
+from data_gen.text.stream import Stream
 from data_gen.traces.types import Span
 
 TASKS = ("text", "document", "chat", *NEEDLE_TASKS)
-Kind = TypeVar("Kind")
 LONG = 16
 """Characters that few tokens have."""
 INSTRUCTION = "Read the text below, then answer the question at its end.\n\n"
@@ -31,7 +30,9 @@ INSTRUCTION = "Read the text below, then answer the question at its end.\n\n"
 class Document:
     """Token ids to read, and the query tokens that matter in them.
 
-    prompt: tokens before the (last) answer, the whole document for text; values: what a right answer must contain.
+    prompt: tokens before the (last) answer, the whole document for text; values: what a right answer must contain;
+    seed: what was drawn of it is a function of; sources: numbers of the source's documents that its text is from, and
+    source: a hash of those as they were.
     """
 
     name: str
@@ -42,6 +43,9 @@ class Document:
     positions: list[int]
     values: list[str] = field(default_factory=list)
     depth: float | None = None
+    seed: str = ""
+    sources: list[int] = field(default_factory=list)
+    source: str = ""
 
     @property
     def digest(self) -> str:
@@ -50,28 +54,32 @@ class Document:
         return hashlib.sha256(read.encode()).hexdigest()[:16]
 
 
-def build_documents(
+def draw_documents(
     config: DocumentsConfig,
     trace: TraceConfig,
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     split: Split,
     skipped: Skipped | None = None,
-) -> list[Document]:
-    """All documents of one split, the same ones on every call. skipped: counts bad rows where the recipe skips them.
+) -> Iterator[Document]:
+    """The documents of one split, one at a time and the same ones on every call.
 
-    Raises InputError when the source has too little text, or a document is shorter than one window or longer than
-    `context` tokens.
+    skipped: counts bad rows where the recipe skips them, and the texts and chats that make no whole document. Raises
+    InputError when the source has too little text, or a document is shorter than one window or longer than `context`
+    tokens.
     """
     counts = {"train": config.train, "heldout": config.heldout}
     if unknown := sorted((config.train.keys() | config.heldout.keys()) - set(TASKS)):
         raise InputError(f"documents: unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
     builder = _Builder(config, trace, tokenizer, context, split, counts, skipped)
-    documents = []
     for task in TASKS:
         for index in range(counts[split].get(task, 0)):
-            documents.append(builder.build(task, f"{split}-{task}-{index:04d}"))
-    return documents
+            yield builder.build(task, index)
+
+
+def source_hash(digests: Iterable[bytes]) -> str:
+    """Sixteen hexadecimal digits for the source's documents (`raw_digest`) that one document's text comes from."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 class _Builder:
@@ -87,37 +95,56 @@ class _Builder:
     ) -> None:
         self.config, self.trace, self.tokenizer, self.context = config, trace, tokenizer, context
         self.split: Split = split
+        self.skipped = skipped or Skipped()
+        self.source = Numbered(documents_of(config, self.skipped))
+        self.used: dict[int, bytes] = {}
         whole = {side: sum(tasks.get(task, 0) for task in WHOLE) for side, tasks in counts.items()}
+        if counts[split].get("chat") and config.turns == "all" and trace.own_tokens:
+            raise InputError("documents.turns: with trace.own_tokens only the last answer can be traced; use `last`")
         self.whole: Iterator[RawDocument] = iter(())
         if any(whole.values()):
             if any(count for tasks in counts.values() for task, count in tasks.items() if task not in WHOLE):
                 raise InputError("documents: whole documents or chats and packed text need separate recipes")
-            self.whole = whole_documents(config, split == "heldout", skipped)
+            self.whole = whole_documents(self.source, config, split == "heldout")
         else:
-            raw = documents_of(config, skipped)
-            self.stream = _Stream(raw, heldout_share(config), tokenizer, split)
+            self.stream = Stream(self.source, heldout_share(config), tokenizer, split)
 
-    def build(self, task: str, name: str) -> Document:
-        rng = random.Random(f"{self.config.seed} {name}")
-        if task == "chat":
-            return self._chat(name)
-        if task == "document":
-            return self._text(name, self._next(str, name), task)
+    def build(self, task: str, index: int) -> Document:
+        """Number `index` of a task."""
+        seed = f"{self.config.seed} {self.split}-{task}-{index:04d}"
+        self.used = {}
+        name = f"{self.split}-{task}-{index:07d}"
+        document = self._whole(task, name) if task in WHOLE else self._packed(task, name, random.Random(seed))
+        return replace(document, seed=seed, sources=list(self.used), source=source_hash(self.used.values()))
+
+    def _whole(self, task: str, name: str) -> Document:
+        """The next text or chat that makes a document, where the recipe skips bad rows; else the next one."""
+        while True:
+            raw = self._next(name)
+            try:
+                return self._chat(name, raw) if task == "chat" else self._text(name, raw)
+            except InputError as error:
+                if self.config.bad_rows != "skip":
+                    raise
+                self.skipped.add(error)
+                self.skipped.unfit.add(self.source.last[0])
+
+    def _packed(self, task: str, name: str, rng: random.Random) -> Document:
         length = rng.randint(*self.config.tokens)
         if task == "text":
-            ids = self._text_ids("\n\n".join(self.stream.take(length)))[:length]
+            ids = self._text_ids("\n\n".join(self.stream.take(length, self.used)))[:length]
             return self._plain(name, task, ids)
         return self._needles(task, name, length, rng)
 
-    def _next(self, kind: type[Kind], name: str) -> Kind:
+    def _next(self, name: str) -> RawDocument:
         document = next(self.whole, None)
         if document is None:
             raise InputError(
-                f"documents {self.config.source}: none left for {name} (hashes decide which are held out, see "
-                "documents.heldout_share); ask for fewer, or give more"
+                f"documents {self.config.source}: no document is left for {name} (hashes decide which are held out, "
+                "see documents.heldout_share); ask for fewer, or give more"
+                + (f"; {self.skipped}" if self.skipped.count else "")
             )
-        if not isinstance(document, kind):
-            raise InputError(f"documents {self.config.source}: {name} needs {'text' if kind is str else 'messages'}")
+        self.used = dict([self.source.last])
         return document
 
     def _text_ids(self, text: str) -> list[int]:
@@ -128,13 +155,15 @@ class _Builder:
         beginning = text[: LONG * self.context]
         if len(beginning) < len(text) and (tokens := len(self._text_ids(beginning))) > self.context:
             raise InputError(
-                f"{name}: {len(text)} characters, of which the first {len(beginning)} are {tokens} tokens already, but "
+                f"{name}: {len(text)} characters; the first {len(beginning)} alone are {tokens} tokens, but "
                 f"the backbone's context is {self.context}"
             )
 
-    def _text(self, name: str, text: str, task: str) -> Document:
+    def _text(self, name: str, text: RawDocument) -> Document:
+        if not isinstance(text, str):
+            raise InputError(f"documents {self.config.source}: {name} needs text")
         self._refuse_longer(name, text)
-        return self._plain(name, task, self._text_ids(text))
+        return self._plain(name, "document", self._text_ids(text))
 
     def _plain(self, name: str, task: str, ids: list[int]) -> Document:
         first = max(len(ids) - self.trace.text_rows, _first_useful(self.trace.chunking))
@@ -146,28 +175,27 @@ class _Builder:
         task = make_task(name, self.split, rng, self.config.keys, self.config.values)
         overhead = len(
             conversation(
-                self.tokenizer, [_user(_question(task.question, [])), _assistant(task.answer)], self.config.thinking
+                self.tokenizer, [user(_question(task.question, [])), assistant(task.answer)], self.config.thinking
             )
         )
         overhead += sum(len(self._text_ids(sentence)) + 4 for sentence, _ in task.needles) + 8
         if length - overhead < 64:
             raise InputError(f"documents: {length} tokens leave no room for text around the needles of {name!r}")
-        paragraphs = self.stream.take(length - overhead)
+        paragraphs = self.stream.take(length - overhead, self.used)
         placed = sorted(task.needles, key=lambda needle: -needle[1])
         for sentence, depth in placed:
             paragraphs.insert(round(depth * len(paragraphs)), sentence)
-        messages = [_user(_question(task.question, paragraphs)), _assistant(task.answer)]
+        messages = [user(_question(task.question, paragraphs)), assistant(task.answer)]
         return self._answered(document, name, messages, [1], task.values, task.depth)
 
-    def _chat(self, name: str) -> Document:
-        messages = self._next(list, name)
+    def _chat(self, name: str, messages: RawDocument) -> Document:
+        if isinstance(messages, str):
+            raise InputError(f"documents {self.config.source}: {name} needs messages")
         self._refuse_longer(name, "\n".join(message["content"] for message in messages))
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise InputError(f"documents {self.config.source}: {name} must end with an assistant message")
         if self.config.turns == "last":
             return self._answered(name, "chat", messages, [len(messages) - 1])
-        if self.trace.own_tokens:
-            raise InputError("documents.turns: the backbone's own tokens (trace.own_tokens) replace a last answer only")
         return self._answered(name, "chat", messages, [i for i, m in enumerate(messages) if m["role"] == "assistant"])
 
     def _answered(
@@ -183,7 +211,8 @@ class _Builder:
         try:
             ids, places = located(self.tokenizer, messages, turns, self.config.thinking)
         except InputError as error:
-            raise InputError(f"{name}: {error}") from error
+            where = f"documents {self.config.source}: {name}" if task == "chat" else name
+            raise InputError(f"{where}: {error}") from error
         spans: list[Span] = []
         positions: list[int] = []
         for prompt, end in places:
@@ -202,7 +231,7 @@ class _Builder:
         shortest = _first_useful(self.trace.chunking) + window
         if length < shortest:
             raise InputError(
-                f"{document.name}: {length} tokens, shorter than one window behind the protected chunks ({shortest})"
+                f"{document.name}: {length} tokens; the protected chunks and one window need at least {shortest}"
             )
         return document
 
@@ -267,66 +296,21 @@ def located(
 def _pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[list[int]]:
     """Message by message, so that no token spans two of them; special tokens in the first one only."""
     if any(message.get("tool_calls") for message in messages):
-        raise InputError("messages with tool calls need a chat template to write them, and the model has none")
+        raise InputError("messages with tool calls need a chat template, and the model has none")
     pieces = [tokenizer(f"{message['content']}\n\n", verbose=False).input_ids for message in messages]
     special = set(tokenizer.all_special_ids)
     return [*pieces[:1], *([token for token in piece if token not in special] for piece in pieces[1:])]
 
 
-def _user(text: str) -> dict[str, str]:
+def user(text: str) -> dict[str, str]:
+    """A user's message."""
     return {"role": "user", "content": text}
 
 
-def _assistant(text: str) -> dict[str, str]:
+def assistant(text: str) -> dict[str, str]:
+    """The model's message."""
     return {"role": "assistant", "content": text}
 
 
 def _question(question: str, paragraphs: list[str]) -> str:
     return INSTRUCTION + "\n\n".join([*paragraphs, question])
-
-
-class _Stream:
-    """Paragraphs of one side of a source, read as they are needed and each handed out once.
-
-    So no two documents, of whichever side, share text: not those that validation holds back either.
-    """
-
-    def __init__(
-        self, raw: Iterable[RawDocument], heldout_share: float, tokenizer: PreTrainedTokenizerBase, split: Split
-    ) -> None:
-        sides = split_paragraphs((_as_text(document) for document in raw), heldout_share)
-        self.texts = (paragraphs for held_out, paragraphs in sides if held_out == (split == "heldout"))
-        self.tokenizer, self.split = tokenizer, split
-        self.unused: deque[tuple[str, int]] = deque()
-        self.read = 0
-
-    def take(self, tokens: int) -> list[str]:
-        """Paragraphs of about `tokens` tokens, the last one cut. Raises InputError at the end of the source."""
-        taken: list[str] = []
-        while tokens > 0:
-            text, length = self._next()
-            if length > tokens:
-                ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:tokens]
-                text = str(self.tokenizer.decode(ids))
-            taken.append(text)
-            tokens -= length
-        return taken
-
-    def _next(self) -> tuple[str, int]:
-        """(paragraph, its tokens)."""
-        while not self.unused:
-            paragraphs = next(self.texts, None)
-            if paragraphs is None:
-                raise InputError(
-                    f"documents: only {self.read} tokens of text for {self.split} documents; ask for fewer or shorter"
-                )
-            ids = self.tokenizer(paragraphs, add_special_tokens=False, verbose=False).input_ids
-            self.unused.extend((text, len(piece) + 1) for text, piece in zip(paragraphs, ids, strict=True))
-            self.read += sum(map(len, ids))
-        return self.unused.popleft()
-
-
-def _as_text(document: RawDocument) -> str:
-    if not isinstance(document, str):
-        raise InputError("documents: chats cannot be packed; use the task `chat`")
-    return document

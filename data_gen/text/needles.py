@@ -133,7 +133,9 @@ def make_task(name: str, split: Split, rng: random.Random, keys: int, values: in
     counts = NEEDLE_TASKS[name](keys, values)
     asked, others = counts.asked, counts.others
     if others >= len(KEYS[split]):
-        raise InputError(f"documents.keys: {keys} more needles with other keys, but only {len(KEYS[split])} key words")
+        raise InputError(
+            f"documents.keys: {keys} needles with other keys, but there are only {len(KEYS[split])} key words"
+        )
     key, *other_keys = rng.sample(KEYS[split], 1 + others)
     numbers = [str(2 * n + PARITY[split]) for n in rng.sample(range(5_000, 50_000), asked + others)]
     sentences = [wording.needle.format(key=key, value=number) for number in numbers[:asked]]
@@ -155,5 +157,5 @@ def make_task(name: str, split: Split, rng: random.Random, keys: int, values: in
 
 
 def vocabulary() -> str:
-    """A hash of all wordings and keys: a store begun with others must not go on with these."""
+    """A hash of all wordings and keys: a store begun with others must not continue with these."""
     return hashlib.sha256(repr((WORDINGS, KEYS)).encode()).hexdigest()[:16]

@@ -3,20 +3,24 @@
 import ast
 import glob
 import hashlib
+import io
 import json
 import re
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
+import fsspec
+
 from data_gen.config import DocumentsConfig
 from data_gen.core.errors import InputError
-from data_gen.core.files import package_folder
+from data_gen.core.files import one_line, package_folder
 from data_gen.text.rows import RawDocument, Skipped, read_dataset, read_lines, read_list
+from data_gen.text.seen import Seen
 
 WHOLE = ("document", "chat")
 """Tasks that read a source's documents as they are; the others pack its paragraphs to a length."""
@@ -49,6 +53,8 @@ def read_source(source: str | list[str], text_field: str, skipped: Skipped | Non
 
 
 def _read(source: str, text_field: str) -> Iterator[RawDocument | InputError]:
+    if not source:
+        raise InputError("documents: an empty name; name a source")
     path = Path(source).expanduser()
     return next(kind for kind in SOURCES.values() if kind.takes(source, path)).read(source, path, text_field)
 
@@ -86,7 +92,7 @@ def _code(root: Path) -> Iterator[str]:
                 with tokenize.open(file) as code:
                     text = code.read()
             except (SyntaxError, UnicodeDecodeError) as error:
-                raise InputError(f"documents {file}: not Python in an encoding that it names") from error
+                raise InputError(f"documents {file}: not Python source in the encoding that it declares") from error
             if text.strip():  # many packages begin with an empty __init__.py
                 yield text
 
@@ -95,7 +101,7 @@ def _folder(path: Path) -> Iterator[str]:
     for file in sorted(path.rglob("*")):
         if file.suffix.lower() in TEXT_FILES and file.is_file():
             try:
-                text = file.read_text(encoding="utf-8")
+                text = file.read_text(encoding="utf-8-sig")
             except UnicodeDecodeError as error:
                 raise InputError(f"documents {file}: not UTF-8 text") from error
             if not text.strip():
@@ -127,19 +133,43 @@ def _read_glob(source: str, path: Path, text_field: str) -> Iterator[RawDocument
         yield from _read(file, text_field)
 
 
+def _read_jsonl(source: str, path: Path, text_field: str) -> Iterator[RawDocument | InputError]:
+    return read_lines(str(_existing(path)), lambda: path.open("rb"), text_field)
+
+
 def _read_parquet(source: str, path: Path, text_field: str) -> Iterator[RawDocument | InputError]:
     return read_dataset("parquet", text_field, str(_existing(path)), None, "train", data_files=str(path))
 
 
+def _read_address(source: str, path: Path, text_field: str) -> Iterator[RawDocument | InputError]:
+    if not path.name.endswith((*_LINES, ".json", ".parquet")):
+        known = ".jsonl, .jsonl.gz, .jsonl.zst, .json or .parquet"
+        raise InputError(f"documents {source}: expected an address that ends in {known}")
+    if path.name.endswith(_LINES):
+        return _read_lines_at(source, text_field)
+    return read_dataset(path.suffix[1:], text_field, source, None, "train", data_files=source)
+
+
+def _read_lines_at(address: str, text_field: str) -> Iterator[RawDocument | InputError]:
+    """As files on this machine are read: one bad row is a value."""
+    try:
+        files = fsspec.open_files(address)
+    except Exception as error:  # of whichever package reads such addresses
+        raise InputError(f"documents {address}: cannot be read ({one_line(error)})") from error
+    for file in files:
+        yield from read_lines(file.full_name, lambda file=file: io.BufferedReader(file.open()), text_field)
+
+
 def _refuse(source: str, path: Path, text_field: str) -> Iterator[RawDocument | InputError]:
-    raise InputError(f"documents {_existing(path)}: expected a folder, .jsonl or .parquet")
+    known = "a folder of texts, .jsonl, .jsonl.gz, .jsonl.zst, .json or .parquet"
+    raise InputError(f"documents {_existing(path)}: expected {known}")
 
 
 def _read_named(source: str, path: Path, text_field: str) -> Iterator[RawDocument | InputError]:
     name, *rest = source.split(":")
     subset, split = [*rest, "", ""][:2]
     if len(rest) > 2:
-        raise InputError(f"documents {source}: more than NAME:SUBSET:SPLIT")
+        raise InputError(f"documents {source}: has more parts than NAME:SUBSET:SPLIT")
     return read_dataset(str(Path(name).expanduser()), text_field, source, subset or None, split or "train")
 
 
@@ -149,12 +179,10 @@ SOURCES: dict[str, SourceKind] = {
     "builtin": SourceKind(lambda source, path: source == "builtin", lambda *_: _builtin()),
     "stdlib": SourceKind(lambda source, path: source == "stdlib", lambda *_: _code(Path(sysconfig.get_path("stdlib")))),
     "package": SourceKind(lambda source, path: source.startswith("package:"), _read_package),
+    "address": SourceKind(lambda source, path: "://" in source, _read_address),
     "folder": SourceKind(lambda source, path: path.is_dir(), lambda source, path, field: _folder(path)),
     "glob": SourceKind(lambda source, path: bool(_GLOB.search(source)) and not path.exists(), _read_glob),
-    "jsonl": SourceKind(
-        lambda source, path: path.name.endswith(_LINES),
-        lambda source, path, field: read_lines(_existing(path), field),
-    ),
+    "jsonl": SourceKind(lambda source, path: path.name.endswith(_LINES), _read_jsonl),
     "json": SourceKind(
         lambda source, path: path.suffix == ".json", lambda source, path, field: read_list(_existing(path), field)
     ),
@@ -175,17 +203,11 @@ def split_paragraphs(documents: Iterable[str], heldout_share: float) -> Iterator
     A document's side is decided by a hash of its text, so it does not depend on what else is read; paragraphs that
     repeat (white space aside) stay with the first document that has them, so the sides never share text.
     """
-    seen: set[bytes] = set()
+    seen = Seen()
     for text in documents:
-        digest = hashlib.sha256(text.encode()).digest()
-        paragraphs = []
-        for paragraph in text.split("\n\n"):
-            key = hashlib.sha256(" ".join(paragraph.split()).encode()).digest()
-            if paragraph.strip() and key not in seen:
-                paragraphs.append(paragraph.strip("\n"))
-            seen.add(key)
-        if paragraphs:
-            yield _is_held_out(digest, heldout_share), paragraphs
+        found = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+        if paragraphs := [paragraph.strip("\n") for paragraph in found if seen.add(" ".join(paragraph.split()))]:
+            yield _is_held_out(raw_digest(text), heldout_share), paragraphs
 
 
 def documents_of(config: DocumentsConfig, skipped: Skipped | None = None) -> Iterator[RawDocument]:
@@ -194,18 +216,35 @@ def documents_of(config: DocumentsConfig, skipped: Skipped | None = None) -> Ite
     return read_source(config.source, config.text_field, (skipped or Skipped()) if skip else None)
 
 
-def whole_documents(config: DocumentsConfig, held_out: bool, skipped: Skipped | None = None) -> Iterator[RawDocument]:
-    """One side of the source's documents for the tasks of WHOLE, each once, white space aside.
+class Numbered:
+    """The raw documents of a source, and which of them was read last: its number and digest."""
+
+    def __init__(self, documents: Iterable[RawDocument]) -> None:
+        self.documents = documents
+        self.last: tuple[int, bytes] = (-1, b"")
+
+    def __iter__(self) -> Iterator[RawDocument]:
+        for number, document in enumerate(self.documents):
+            self.last = number, raw_digest(document)
+            yield document
+
+
+def raw_digest(document: RawDocument) -> bytes:
+    """SHA-256 of a text or a chat as the source holds it."""
+    text = document if isinstance(document, str) else json.dumps(document)
+    return hashlib.sha256(text.encode()).digest()
+
+
+def whole_documents(documents: Iterable[RawDocument], config: DocumentsConfig, held_out: bool) -> Iterator[RawDocument]:
+    """One side of a source's `documents` for the tasks of WHOLE, each once, white space aside.
 
     As of packed text, a hash decides a document's side: what else the source holds, and where, moves none.
     """
-    share, seen = _whole_share(config), set[bytes]()
-    for document in documents_of(config, skipped):
+    share, seen = _whole_share(config), Seen()
+    for document in documents:
         key = " ".join(json.dumps(document).replace("\\n", " ").split())
-        digest = hashlib.sha256(key.encode()).digest()
-        if digest not in seen and _is_held_out(digest, share) == held_out:
+        if seen.add(key) and _is_held_out(hashlib.sha256(key.encode()).digest(), share) == held_out:
             yield document
-        seen.add(digest)
 
 
 def _whole_share(config: DocumentsConfig) -> float:
@@ -240,22 +279,26 @@ class Overlap:
         )
 
 
-def measure_overlap(config: DocumentsConfig) -> Overlap:
-    """Of the documents and chats that are read whole; of packed text it is none."""
+def measure_overlap(config: DocumentsConfig, unfit: Set[int] = frozenset()) -> Overlap:
+    """Of the documents and chats that are read whole; of packed text it is none. unfit: see `Skipped`."""
     training, heldout = _whole_counts(config)
     if not training or not heldout:
         return Overlap(heldout, 0, 0.0)
-    seen = {
-        paragraph
-        for document in islice(whole_documents(config, held_out=False), training)
-        for paragraph in _paragraphs(document)
-    }
+    seen = Seen()
+    for document in islice(_fit_documents(config, False, unfit), training):
+        for paragraph in _paragraphs(document):
+            seen.add(paragraph)
     sharing = common = total = 0
-    for document in islice(whole_documents(config, held_out=True), heldout):
+    for document in islice(_fit_documents(config, True, unfit), heldout):
         paragraphs = list(_paragraphs(document))
         shared = sum(len(paragraph) for paragraph in paragraphs if paragraph in seen)
         sharing, common, total = sharing + bool(shared), common + shared, total + sum(map(len, paragraphs))
     return Overlap(heldout, sharing, common / max(1, total))
+
+
+def _fit_documents(config: DocumentsConfig, held_out: bool, unfit: Set[int]) -> Iterator[RawDocument]:
+    source = Numbered(documents_of(config))
+    return (document for document in whole_documents(source, config, held_out) if source.last[0] not in unfit)
 
 
 def _paragraphs(document: RawDocument) -> Iterator[str]:

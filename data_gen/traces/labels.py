@@ -5,15 +5,18 @@ into windows. `SparseOracle` pools the oracle over them: as it is stored, a few 
 spread out over all chunks (`WindowLabels`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
 import torch
+from torch import nn
 
 from data_gen.core.chunks import Chunking
+from data_gen.core.cpu import CACHE_ELEMENTS
 from data_gen.core.tensors import TILE_ELEMENTS, distinct, ranges
 from data_gen.traces.types import GoldenChunks, Span, SparseAttention
 
@@ -22,9 +25,10 @@ TOP_P = 0.6
 COMMON = 0.8
 """A chunk that is golden for a larger share of a document's tokens says little about any one of them."""
 DENSE_ELEMENTS = 1 << 25
-"""Query tokens x chunks of which an oracle is kept spread out (256 MiB); beyond, a few windows at a time are."""
+"""Query tokens x chunks of which an oracle is kept spread out (288 MiB), where it names one in SPARSE of them."""
+SPARSE = 64
 SPREAD_WINDOWS = 256
-"""Windows pooled at once where votes are spread out: what is sorted then must not grow with the document."""
+"""Windows pooled at once where they are spread out: what is sorted then must not grow with the document."""
 
 
 def pooled_attention(
@@ -35,35 +39,36 @@ def pooled_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention probability per chunk, computed in key tiles, never [S, T].
+    """Attention probability per chunk, computed for a few queries at a time, never [S, T].
 
     query: [H, R, d] and key: [KV, T, d], both after RoPE; positions: [R], 0-based, a query sees keys 0..position.
-    softcap: tanh cap of the logits (Gemma-2); sinks: [H] extra logits of the softmax (GPT-OSS).
+    softcap: tanh cap of the logits (Gemma-2); sinks: [H] extra logits of the softmax (GPT-OSS);
+    seen: [R, T] bool, the keys that sparse attention lets a query see, None for all.
     Returns [H, R, ceil(T / chunk_tokens)] fp32; the denominator holds every visible token, protected or not, so rows
     sum to one (less the share of `sinks`). The last entry may belong to an unfinished chunk.
     """
     heads, rows, _ = query.shape
     kv_heads, length, _ = key.shape
-    chunks = -(-length // chunk_tokens)
-    query = query.float().reshape(kv_heads, -1, query.shape[-1])  # [KV, groups * R, d]
-    log_mass = query.new_empty(heads, rows, chunks)
-    step = max(1, TILE_ELEMENTS // (heads * rows * chunk_tokens))
-    for first in range(0, chunks, step):
-        last = min(chunks, first + step)
-        tile = key[:, first * chunk_tokens : last * chunk_tokens].float()
-        logits = (query @ tile.transpose(1, 2) * scaling).reshape(heads, rows, -1)
+    query = query.float().unflatten(0, (kv_heads, -1)) * scaling  # [KV, groups, R, d]
+    columns = key.float().transpose(1, 2)
+    index = torch.arange(length, device=key.device)
+    pooled = query.new_empty(heads, rows, -(-length // chunk_tokens))
+    few = max(1, (CACHE_ELEMENTS if key.is_cpu else TILE_ELEMENTS) // (heads * length))
+    for first in range(0, rows, few):
+        tile = slice(first, first + few)
+        logits = (query[:, :, tile].flatten(1, 2) @ columns).reshape(heads, -1, length)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
-        index = torch.arange(first * chunk_tokens, first * chunk_tokens + tile.shape[1], device=key.device)
-        logits = logits.masked_fill(index > positions[:, None], -torch.inf)
-        missing = (last - first) * chunk_tokens - tile.shape[1]
-        logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
-        log_mass[..., first:last] = logits.unflatten(-1, (-1, chunk_tokens)).logsumexp(dim=-1)
-    total = log_mass
-    if sinks is not None:
-        total = torch.cat([log_mass, sinks.float().reshape(heads, 1, 1).expand(heads, rows, 1)], dim=-1)
-    return (log_mass - total.logsumexp(dim=-1, keepdim=True)).exp()
+        hidden = index > positions[tile, None]
+        logits.masked_fill_(hidden if seen is None else hidden | ~seen[tile], -torch.inf)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.float().reshape(heads, 1, 1).expand(heads, logits.shape[1], 1)], dim=-1)
+        probability = logits.softmax(dim=-1)[..., :length]
+        missing = -length % chunk_tokens
+        pooled[:, tile] = nn.functional.pad(probability, (0, missing)).unflatten(-1, (-1, chunk_tokens)).sum(dim=-1)
+    return pooled
 
 
 def native_picks(logits: torch.Tensor, visible: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -89,22 +94,19 @@ def lookahead_windows(
     One of `length` query tokens starts every `every` rows from each span's `serve` on; one that the end of its span
     cuts short counts only where the span says so (`tail`) and `shortest` tokens remain. positions: [T] int64.
     """
-    found = []
+    found, places = [np.empty((0, 2), np.int64)], positions.numpy()  # quicker than torch on so few numbers
     for span in spans:
-        for row in range(span.serve, span.last, every):
-            end = min(row + length, span.last)
-            long_enough = end - row == length or (span.tail and end - row >= shortest)
-            first, last = chunking.candidates(int(positions[row]))
-            if long_enough and last > first:
-                found.append((row, end))
-    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
+        rows = np.arange(span.serve, max(span.serve, span.last), every)
+        ends = np.minimum(rows + length, span.last)
+        enough = ends - rows >= (min(shortest, length) if span.tail else length)
+        found.append(np.stack([rows, ends], axis=1)[enough & (places[rows] >= chunking.first_choice)])
+    return torch.from_numpy(np.concatenate(found))
 
 
 def candidates(positions: torch.Tensor, chunking: Chunking, chunks: int) -> torch.Tensor:
     """[W, chunks] bool: unprotected chunks visible to resident sets fixed at `positions` ([W])."""
-    bounds = torch.tensor([chunking.candidates(int(p)) for p in positions]).reshape(-1, 2)
-    index = torch.arange(chunks)
-    return (index >= bounds[:, :1]) & (index < bounds[:, 1:])
+    index, last = torch.arange(chunks), (positions + 1) // chunking.tokens - chunking.recent
+    return (index >= chunking.sink) & (index < last[:, None])
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,14 @@ class WindowOracle:
     """What one lookahead window needed, as far as something was stored: a row of `WindowLabels`.
 
     bounds: first and one past the last candidate; chunks: [K] int64, ascending candidates that the oracle names; mass,
-    peak: [K] fp32; protected: mass on protected chunks.
+    peak: [K] fp32; protected_mass: on protected chunks.
     """
 
     bounds: tuple[int, int]
     chunks: np.ndarray
     mass: np.ndarray
     peak: np.ndarray
-    protected: float
+    protected_mass: float
 
     def golden(self, threshold: float) -> np.ndarray:
         """Ascending golden chunks, [G] int64."""
@@ -189,99 +191,74 @@ class SparseOracle:
         return self.windows(np.array([[first, last]]), [bounds])[0]
 
     def windows(self, rows: np.ndarray, bounds: list[tuple[int, int]]) -> list[WindowOracle]:
-        """`window` of each of the windows [B, 2], all of them pooled at once."""
-        owner, places = self._stored(rows)
-        width = 1 + int(self.chunks[places].max(initial=0))
-        named, where = distinct(owner * width + self.chunks[places])
-        mass = np.bincount(where, self.mass[places], minlength=len(named)).astype(np.float64)  # of nothing: integers
-        peak = np.zeros(len(named), np.float32)
-        np.maximum.at(peak, where, self.peak[places])
-        starts = np.arange(len(rows) + 1) * width
-        limits = named.searchsorted(starts[:-1, None] + np.minimum(bounds, width))
-        cuts = named.searchsorted(starts).tolist()
+        """`window` of each of the windows [B, 2]."""
         found = []
-        for number, (first, last) in enumerate(rows.tolist()):
-            own, inside = mass[cuts[number] : cuts[number + 1]], slice(*limits[number])
-            own /= max(own.sum(), 1.0) if self.votes else last - first
+        for (first, last), bound, (chunks, mass, peak) in zip(
+            rows.tolist(), bounds, self._pooled(rows, False), strict=True
+        ):
+            inside = slice(*chunks.searchsorted(bound))
             protected = 1 - mass[inside].sum() - self.rest[first:last].mean()
-            parts = named[inside] - starts[number], mass[inside].astype(np.float32), peak[inside]
-            found.append(WindowOracle(bounds[number], *parts, float(protected)))
+            parts = chunks[inside], mass[inside].astype(np.float32), peak[inside]
+            found.append(WindowOracle(bound, *parts, float(protected)))
         return found
 
     def labels(self, windows: torch.Tensor, positions: torch.Tensor, chunking: Chunking) -> WindowLabels:
         """All of `windows` ([W, 2] rows) spread out over the document's chunks. positions: [T] int64, of the rows."""
         candidate = candidates(positions[windows[:, 0]], chunking, self.size)
-        if self.votes:
-            return self._spread(windows, candidate)
-        if len(self.rest) * self.size <= DENSE_ELEMENTS:
-            return self._running(windows, candidate, self._dense, 0)
-        stride = int(windows[1, 0] - windows[0, 0]) if len(windows) > 1 else 1
-        longest = int(windows.diff(dim=1).max())
-        rows = DENSE_ELEMENTS // 2 // self.size - longest
-        few = max(1, rows // stride + 1)
-        parts = []
-        for some, seen in zip(windows.split(few), candidate.split(few), strict=True):
-            first, last = int(some.min()), int(some.max())
-            parts.append(vars(self._running(some, seen, self.dense(first, last), first)).values())
-        return WindowLabels(*(torch.cat(each) for each in zip(*parts, strict=True)))
-
-    def _stored(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(window, place in `chunks`) of everything stored of the tokens of windows [B, 2], window by window."""
-        begin, end = self.pointers[rows].T
-        return np.repeat(np.arange(len(rows)), end - begin), ranges(begin, end)
-
-    def _spread(self, windows: torch.Tensor, candidate: torch.Tensor) -> WindowLabels:
-        """Labels made of votes: whole numbers, whose sums are exact in any order. Cost: what is stored, and W x N."""
         mass, peak = torch.zeros(2, len(windows), self.size)
+        masses, peaks = mass.numpy(), peak.numpy()
         for start in range(0, len(windows), SPREAD_WINDOWS):
-            some = slice(start, start + SPREAD_WINDOWS)
-            owner, places = self._stored(windows[some].numpy())
-            index = torch.from_numpy(owner * self.size + self.chunks[places])
-            votes = torch.from_numpy(self.mass[places])
-            mass[some].view(-1).index_add_(0, index, votes)
-            peak[some].view(-1).scatter_reduce_(0, index, votes, "amax")
-        mass /= mass.sum(dim=1, keepdim=True).clamp_min(1)
-        return WindowLabels(mass * candidate, peak * candidate, candidate, torch.zeros(len(windows)))
+            rows = windows[start : start + SPREAD_WINDOWS].numpy()
+            for place, (chunks, *needed) in enumerate(self._pooled(rows, self._is_dense), start):
+                masses[place, chunks], peaks[place, chunks] = needed
+        rests = torch.from_numpy(np.append(0, self.rest.cumsum(dtype=np.float64)))
+        first, last = windows.unbind(1)
+        rest = ((rests[last] - rests[first]) / (last - first)).float()
+        return WindowLabels(mass * candidate, peak * candidate, candidate, rest)
 
-    def _running(
-        self, windows: torch.Tensor, candidate: torch.Tensor, dense: tuple[torch.Tensor, torch.Tensor], origin: int
-    ) -> WindowLabels:
-        """Labels by running sums over `dense`, whose first row is row `origin` of the document.
+    def _pooled(self, rows: np.ndarray, dense: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each of the windows [B, 2]: ascending chunks with something stored, their mass (fp64) and highest peak.
 
-        `windows` adds up each window's own terms, this subtracts two running totals, which takes no sorting where most
-        chunks are stored. Both are float64 cut to float32 at the end: no value of four million compared came out
-        different, but nothing promises it, so neither stands in for the other where bits must stay what they were.
+        dense: add up rows of all chunks, which takes no sorting but keeps the oracle spread out; else what is stored is
+        sorted, and N does not enter. Either way a chunk's mass is added up token by token in fp64: the same to the last
+        bit.
         """
-        mean, peak = dense
-        rest = torch.from_numpy(self.rest)[origin : origin + len(mean)]
-        totals = torch.cat([mean.new_zeros(1, self.size), mean]).double().cumsum(0)
-        rests = torch.cat([rest.new_zeros(1), rest]).double().cumsum(0)
-        first, last = (windows - origin).unbind(1)
-        length = (last - first).double()
-        mass = ((totals[last] - totals[first]) / length[:, None]).clamp_min(0).float()
-        highest = torch.stack([peak[a:b].amax(dim=0) for a, b in zip(first.tolist(), last.tolist(), strict=True)])
-        return WindowLabels(
-            mass=mass * candidate,
-            peak=highest * candidate,
-            candidate=candidate,
-            rest=((rests[last] - rests[first]) / length).float(),
-        )
+
+        def share(mass: np.ndarray, tokens: int) -> np.ndarray:
+            return mass / (max(mass.sum(), 1.0) if self.votes else tokens)
+
+        if dense:
+            mass, peak, stored = self._dense
+            for first, last in rows.tolist():
+                chunks = np.flatnonzero(stored[first:last].any(axis=0))
+                total = mass[first:last].sum(axis=0, dtype=np.float64)
+                yield chunks, share(total[chunks], last - first), peak[first:last].max(axis=0)[chunks]
+            return
+        begin, end = self.pointers[rows].T
+        owner, places = np.repeat(np.arange(len(rows)), end - begin), ranges(begin, end)
+        named, where = distinct(owner * self.size + self.chunks[places])
+        mass = np.bincount(where, self.mass[places], minlength=len(named)).astype(np.float64)  # of nothing: integers
+        peak = np.zeros(len(named), np.float32)
+        np.maximum.at(peak, where, self.peak[places])
+        cuts = named.searchsorted(np.arange(len(rows) + 1) * self.size).tolist()
+        for number, ((first, last), (start, stop)) in enumerate(zip(rows.tolist(), pairwise(cuts), strict=True)):
+            yield named[start:stop] - number * self.size, share(mass[start:stop], last - first), peak[start:stop]
+
+    @property
+    def _is_dense(self) -> bool:
+        everything = len(self.rest) * self.size
+        return everything <= DENSE_ELEMENTS and len(self.chunks) * SPARSE >= everything
 
     @cached_property
-    def _dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.dense()
-
-    def dense(self, first: int = 0, last: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mass, peak) of rows first..last-1, each [rows, size] fp32; zero where nothing was stored."""
-        pointers = torch.from_numpy(self.pointers[first : None if last is None else last + 1])
-        rows = torch.repeat_interleave(pointers.diff())
-        stored = slice(int(pointers[0]), int(pointers[-1]))
-        index = rows, torch.from_numpy(self.chunks[stored])
-        mass, peak = torch.zeros(2, len(pointers) - 1, self.size)
-        mass[index], peak[index] = torch.from_numpy(self.mass[stored]), torch.from_numpy(self.peak[stored])
-        return mass, peak
+    def _dense(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(mass, peak, whether something is stored), each [T, size]; zero where nothing is."""
+        index = np.repeat(np.arange(len(self.rest)), np.diff(self.pointers)), self.chunks
+        mass, peak = np.zeros((2, len(self.rest), self.size), np.float32)
+        stored = np.zeros(mass.shape, bool)
+        mass[index], peak[index], stored[index] = self.mass, self.peak, True
+        return mass, peak, stored
 
     def common(self, golden: float) -> np.ndarray:
-        """Ascending chunks with a peak of at least `golden` at more than COMMON of the tokens."""
+        """Ascending chunks [n] with a peak of at least `golden` at more than COMMON of the tokens."""
         chunks, tokens = np.unique(self.chunks[self.peak >= golden], return_counts=True)
         return chunks[tokens > COMMON * len(self.rest)]

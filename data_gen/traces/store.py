@@ -1,12 +1,15 @@
 """The trace store: one safetensors file per document, one JSON manifest, nothing half-written.
 
-STORE/manifest.json             what every document shares
-STORE/doc_00000.safetensors     hidden states, keys, positions, oracle probabilities of one document
+STORE/manifest.json                     what every document shares, and which documents there are to be
+STORE/0000/doc_0000000.safetensors      hidden states, keys, positions, oracle probabilities of one document; the next
+                                        folder begins with number 1000
+
+A document's file names its store, its document and what that was to read: one of another store or place is refused.
 """
 
 import json
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +19,39 @@ from safetensors import safe_open
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.core.files import read_sealed, save_tensors, sweep, whole, write_atomically, write_sealed
+from data_gen.core.shard import Shard
+from data_gen.traces.device import DeviceOracle
+from data_gen.traces.failures import shards_of
 from data_gen.traces.labels import SparseOracle, WindowLabels, lookahead_windows
-from data_gen.traces.types import FORMAT, DocumentMeta, GoldenChunks, Manifest, NativeRow, RawTrace, SparseAttention
+from data_gen.traces.types import (
+    FORMAT,
+    DocumentMeta,
+    GoldenChunks,
+    Manifest,
+    NativeRow,
+    Planned,
+    RawTrace,
+    SparseAttention,
+)
 
 MANIFEST = "manifest.json"
 REMEDY = "delete it and generate again"
 """What to do with a damaged trace."""
+IN_A_FOLDER = 1000
+"""Documents: file systems grow slow where more lie side by side."""
+NAMED = 3
+"""Missing documents that a refusal names."""
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """A store's manifest. Raises InputError when it is damaged or of another format."""
     remedy = "copy it again, or generate into another folder"
     with whole(path, "manifest", remedy):
         version = json.loads(path.read_bytes())["format"]
     if version != FORMAT:
-        raise InputError(f"{path}: a store of format {version}, this version reads {FORMAT}; generate it again")
+        raise InputError(
+            f"{path}: the store has format {version}, but this version reads format {FORMAT}; generate it again"
+        )
     with whole(path, "manifest", remedy):
         return Manifest.model_validate(read_sealed(path))
 
@@ -37,15 +59,25 @@ def _read_manifest(path: Path) -> Manifest:
 class TraceDocument:
     """One document of a store; tensors are mapped from disk and read where they are touched.
 
-    Raises InputError when the file is damaged.
+    Raises InputError when the file is damaged, or of another store or place in it than `planned` says.
     """
 
-    def __init__(self, path: Path, trace: TraceConfig) -> None:
-        self.path = path
-        self.trace = trace
+    def __init__(self, path: Path, trace: TraceConfig, planned: Planned) -> None:
+        self.path, self.trace = path, trace
         with whole(path, "trace", REMEDY):
             self._file = safe_open(path, framework="pt")
-            self.meta = DocumentMeta.model_validate_json(self._file.metadata()["document"])
+            metadata = self._file.metadata()
+            self.meta = DocumentMeta.model_validate_json(metadata["document"])
+            found = Planned(metadata["store"], self.meta.name, metadata["content"])
+            if found.store != planned.store:
+                raise ValueError("it is of a store with other settings")
+            if found != planned:
+                raise ValueError(f"it holds {found.name} {found.content}, not {planned.name} {planned.content}")
+
+    @property
+    def root(self) -> Path:
+        """The store's folder."""
+        return self.path.parents[1]
 
     def hidden(self, layer: int) -> torch.Tensor:
         """[T, hidden] bf16, states entering the attention block of `layer`."""
@@ -70,7 +102,7 @@ class TraceDocument:
         return self._file.get_slice(name).get_shape()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that is stored, by name."""
+        """All that is stored, by name: [T, ...] of query tokens, [N, ...] of chunks, CSR parts of the oracle."""
         return {name: self._file.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
 
     @property
@@ -128,9 +160,20 @@ class TraceDocument:
         """The document's own oracle, layers averaged, to be pooled over windows."""
         return SparseOracle.of(self.golden if self.trace.oracle == "indexer" else self.attention, self.chunks)
 
-    def labels(self, windows: torch.Tensor) -> WindowLabels:
-        """The oracle pooled over `windows` ([W, 2] rows, from `windows`)."""
-        return self.oracle.labels(windows, self.positions, self.trace.chunking)
+    def labels(self, windows: torch.Tensor, device: torch.device | None = None) -> WindowLabels:
+        """The oracle pooled over `windows` ([W, 2] rows on the host, from `windows`), on a device if it is given."""
+        if device is None or device.type == "cpu":
+            return self.oracle.labels(windows, self.positions, self.trace.chunking)
+        return self._oracle_on(device).labels(windows)
+
+    @cached_property
+    def _oracle_on(self) -> Callable[[torch.device], DeviceOracle]:
+        return cache(lambda device: DeviceOracle(self.oracle, self.positions, self.trace.chunking, device))
+
+    def forget_oracle(self) -> None:
+        """Free what the oracle takes in memory, on every device; who asks again unpacks it again."""
+        for name in ("oracle", "_oracle_on", "attention", "golden"):
+            vars(self).pop(name, None)
 
 
 def _fields(trace: TraceConfig) -> dict[str, Any]:
@@ -139,63 +182,116 @@ def _fields(trace: TraceConfig) -> dict[str, Any]:
     return {f"chunking.{name}": value for name, value in values.pop("chunking").items()} | values
 
 
-class TraceStore:
-    """A folder of traced documents that share one manifest."""
+def number_of(path: Path) -> int:
+    """A document's number, by its file."""
+    return int(path.stem.removeprefix("doc_"))
 
-    def __init__(self, root: Path, manifest: Manifest, files: list[Path] | None = None) -> None:
-        self.root = root
-        self.manifest = manifest
-        self._files = files
+
+def file_of(number: int) -> str:
+    """Where document `number` lies in a store."""
+    return f"{number // IN_A_FOLDER:04d}/doc_{number:07d}.safetensors"
+
+
+class TraceStore:
+    """A folder of traced documents that share one manifest.
+
+    files: what each document's file must be, in order, where they are not all that the store has.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, files: dict[Path, Planned] | None = None) -> None:
+        self.root, self.manifest = root, manifest
+        if files is not None:
+            self.files = files
+
+    @cached_property
+    def files(self) -> dict[Path, Planned]:
+        """What each finished document's file must be, in order, as found when this is first asked.
+
+        Raises InputError when there is a file that the plan does not know.
+        """
+        planned = {self.path(number): self.manifest.planned(number) for number in sorted(self.manifest.plan)}
+        found = set(self.root.glob("*/doc_*.safetensors"))
+        if others := sorted(found - planned.keys()):
+            raise InputError(f"{others[0]}: not among the documents of this store; delete it, or move it back")
+        return {path: each for path, each in planned.items() if path in found}
 
     @classmethod
-    def open(cls, root: Path) -> "TraceStore":
-        """Open a store for reading. Raises InputError when there is none or it is empty."""
+    def open(cls, root: Path, partial: bool = False) -> "TraceStore":
+        """Open a store for reading; partial: even where documents are missing.
+
+        Raises InputError when there is none, and when it is empty or unfinished.
+        """
         path = root / MANIFEST
         if not path.exists():
             raise InputError(f"{root}: no trace store there ({MANIFEST} is missing); run `lookahead generate` first")
-        store = cls(root, _read_manifest(path))
-        if not store.paths():
+        store = cls(root, read_manifest(path))
+        if not store.files:
             raise InputError(f"{root}: the trace store holds no document")
+        if not partial and (missing := store.missing()):
+            names = [store.manifest.plan[number][0] for number in missing[:NAMED]]
+            named = ", ".join(names) + (" ..." if len(missing) > NAMED else "")
+            raise InputError(
+                f"{root}: {len(missing)} of {len(store.manifest.plan)} documents are missing ({named})"
+                f"{shards_of(root, missing)}; run the command that makes them again, or add --partial"
+            )
         return store
 
     @classmethod
     def create(cls, root: Path, manifest: Manifest) -> "TraceStore":
-        """Start a store, or continue one made with the same settings."""
+        """Start a store, or continue it with a grown plan. Raises InputError for other settings or other documents."""
         root.mkdir(parents=True, exist_ok=True)
-        sweep(root)
         path = root / MANIFEST
-        if path.exists():
-            earlier = _read_manifest(path) if list(root.glob("doc_*")) else manifest
+        if path.exists() and any(root.glob("*/doc_*")):
+            earlier = read_manifest(path)
             for field in ("backbone", "trace", "documents"):
                 if getattr(earlier, field) != getattr(manifest, field):
                     raise InputError(f"{root}: holds traces made with another {field}; choose another folder")
-            for name, digest in manifest.texts.items():
-                if earlier.texts.get(name) != digest:
+            for number, (name, content) in manifest.plan.items():
+                if earlier.plan.get(number) not in (None, (name, content)) and (root / file_of(number)).exists():
                     raise InputError(
-                        f"{root}: {name} is another text than the store was begun with, its source has changed; "
-                        "restore that, or choose another folder"
+                        f"{root}: {name} is not the document that the store was begun with: its source has changed; "
+                        "restore it, or choose another folder"
                     )
-            if earlier is not manifest:
+            plan = dict(sorted((earlier.plan | manifest.plan).items()))
+            if plan == earlier.plan:
                 return cls(root, earlier)
+            manifest = earlier.model_copy(update={"plan": plan})
         write_sealed(path, manifest.model_dump(mode="json"))
         return cls(root, manifest)
 
     def __len__(self) -> int:
-        return len(self.paths())
+        return len(self.files)
 
     def paths(self) -> list[Path]:
         """The finished documents' files, in order."""
-        return sorted(self.root.glob("doc_*.safetensors")) if self._files is None else self._files
+        return list(self.files)
+
+    def missing(self) -> list[int]:
+        """Numbers of planned documents that are not among `files`."""
+        return [number for number in self.manifest.plan if self.path(number) not in self.files]
+
+    def sweep(self) -> None:
+        """Remove what killed processes left unfinished."""
+        for folder in (self.root, *self.root.glob("[0-9]*/")):
+            sweep(folder)
+
+    def shard(self, shard: Shard) -> "TraceStore":
+        """A view of this store: the documents of one worker, by their numbers."""
+        return self.only(path for path in self.files if shard.owns(number_of(path)))
+
+    def only(self, paths: Iterable[Path]) -> "TraceStore":
+        """A view of this store: these of its files."""
+        return TraceStore(self.root, self.manifest, {path: self.files[path] for path in paths})
 
     def check_held_out(self) -> None:
         """Raise InputError on documents to train on: what an indexer learned by heart chooses nothing."""
         if self.manifest.documents.get("split") == "train":
-            raise InputError(f"{self.root}: training documents; this is decided on held-out ones")
+            raise InputError(f"{self.root}: holds training documents; use held-out documents here")
 
     def check_training(self) -> None:
         """Raise InputError on held-out documents: trained on, they would prove nothing."""
         if self.manifest.documents.get("split") == "heldout":
-            raise InputError(f"{self.root}: held-out documents; train on others")
+            raise InputError(f"{self.root}: holds held-out documents; train on others")
 
     def check_settings(self, trace: TraceConfig) -> None:
         """Raise InputError, naming the first difference, unless these are the settings it was traced with."""
@@ -204,31 +300,37 @@ class TraceStore:
             if own != asked[name]:
                 raise InputError(
                     f"{self.root}: traced with trace.{name} {own}, but the recipe says {asked[name]}; "
-                    "take the recipe that the traces were made with, or generate with this one"
+                    "use the recipe that the traces were made with, or generate with this one"
                 )
 
     def hold_back(self, every: int) -> tuple["TraceStore", "TraceStore"]:
         """Views of this store: (all documents but every n-th, every n-th one). Raises InputError if one is empty."""
         paths = self.paths()
         held = paths[every - 1 :: every]
-        rest = [path for path in paths if path not in held]
+        rest = [path for place, path in enumerate(paths, 1) if place % every]
         if not held or not rest:
-            one = f"every {every}th of {len(paths)}"
-            raise InputError(f"{self.root}: too few documents to validate on {one} and to train on the others")
-        return TraceStore(self.root, self.manifest, rest), TraceStore(self.root, self.manifest, held)
+            raise InputError(
+                f"{self.root}: validation_every {every} leaves nothing to {'validate' if rest else 'train'} on, of "
+                f"{len(paths)} documents; change it, or trace more"
+            )
+        return self.only(rest), self.only(held)
 
-    def path(self, index: int) -> Path:
-        return self.root / f"doc_{index:05d}.safetensors"
+    def path(self, number: int) -> Path:
+        """Of a document's file, whether it is there or not."""
+        return self.root / file_of(number)
 
     def document(self, path: Path) -> TraceDocument:
         """One of `paths`."""
-        return TraceDocument(path, self.manifest.trace)
+        return TraceDocument(path, self.manifest.trace, self.files[path])
 
     def __iter__(self) -> Iterator[TraceDocument]:
         return map(self.document, self.paths())
 
-    def write(self, index: int, meta: DocumentMeta, raw: RawTrace, source: dict[str, Any] | None = None) -> None:
-        """Write one document, with what it came with; it appears whole or not at all."""
+    def write(self, number: int, meta: DocumentMeta, raw: RawTrace, source: dict[str, Any] | None = None) -> int:
+        """Write one document with its `source`, whole or not at all: its bytes. Raises InputError if not planned."""
+        planned = self.manifest.planned(number)
+        if meta.name != planned.name:
+            raise InputError(f"{self.root}: document {number} is {planned.name}, not {meta.name}")
         tensors = {f"layers.{layer}.hidden": value for layer, value in raw.hidden.items()}
         tensors |= {f"layers.{layer}.keys": value for layer, value in raw.keys.items()}
         tensors |= {f"oracle.{name}": value for name, value in vars(raw.oracle).items()}
@@ -239,7 +341,10 @@ class TraceStore:
             parts = {part: value for part, value in vars(native).items() if value is not None}
             tensors |= {f"native.{layer}.{row}.{part}": value for part, value in parts.items()}
         tensors = {name: value.contiguous() for name, value in tensors.items()}
-        metadata = {"document": json.dumps(meta.model_dump())}
+        metadata = {"document": json.dumps(meta.model_dump()), "store": planned.store, "content": planned.content}
         if source:
             metadata["source"] = json.dumps(source)  # as ASCII: half a surrogate pair in a prompt has no UTF-8
-        write_atomically(self.path(index), lambda file: save_tensors(tensors, file, metadata))
+        path = self.path(number)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda file: save_tensors(tensors, file, metadata))
+        return path.stat().st_size

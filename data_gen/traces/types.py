@@ -3,17 +3,19 @@
 Every record type lives here; no backbone is needed to read one.
 """
 
+import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
 
 from data_gen.config import TraceConfig
+from data_gen.core.errors import InputError
 from data_gen.core.keys import KeyKind
 from data_gen.core.rope import Rope
 
-FORMAT = 2
+FORMAT = 4
 """Version of a store, its documents and what is mined beside them; readers know this one alone."""
 
 
@@ -25,6 +27,9 @@ class BackboneInfo:
     DeepSeek-V4 the ordinals of its compressed sparse attention (CSA) layers: ordinal 10 of V4-Flash is its layer 22;
     hidden, key_width: widths of a hidden state and of one decoded chunk key; context: longest document in tokens;
     key: how keys were made; rope: the rotation in them, which queries need too, None where keys have no position;
+    config: hash of what its configuration says (`config_digest`), which a store continues with alone;
+    entry_bytes: what a serving engine stores of one token, on DeepSeek-V4 of one compressed entry, in all layers that
+    evict; None where it is not known;
     name: what anybody can load the model by (hub id, file of a package), None for local files; it decides nothing.
     """
 
@@ -36,6 +41,8 @@ class BackboneInfo:
     context: int
     key: KeyKind = "mean_pre_rope"
     rope: Rope | None = None
+    entry_bytes: int | None = None
+    config: str = ""
     name: str | None = field(default=None, compare=False)
 
 
@@ -171,15 +178,38 @@ class DocumentMeta(BaseModel):
 class Manifest(BaseModel):
     """What every document of a store shares.
 
-    documents: their settings; texts: hash of what each was to read, by its name, empty where traces were imported;
-    versions: of the packages that read them.
+    documents: their settings; plan: (name, content hash) of each document that a finished store has, by its number; of
+    an imported one the hash is of its dump; versions: of the packages that read them; id: of the settings, repeated in
+    each document's file.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[2] = FORMAT
+    format: Literal[4] = FORMAT
     backbone: BackboneInfo
     trace: TraceConfig
     documents: dict[str, Any]
-    texts: dict[str, str] = {}
+    plan: dict[NonNegativeInt, tuple[str, str]]
     versions: dict[str, str]
+    id: str = ""
+
+    @model_validator(mode="after")
+    def _identified(self) -> Self:
+        if not self.id:
+            made_of = self.model_dump_json(include={"trace", "documents"}) + self.backbone.fingerprint
+            self.id = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+        return self
+
+    def planned(self, number: int) -> "Planned":
+        """What the file of document `number` is. Raises InputError when there is no such document."""
+        if number not in self.plan:
+            raise InputError(f"document {number}: not in the plan of these traces")
+        return Planned(self.id, *self.plan[number])
+
+
+class Planned(NamedTuple):
+    """What a document's file says it is: id of its store's settings, name, content hash."""
+
+    store: str
+    name: str
+    content: str

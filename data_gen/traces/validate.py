@@ -12,17 +12,17 @@ from data_gen.traces.types import Manifest
 def check_store(store: TraceStore) -> None:
     """Check every byte of every document. Raises InputError that names the first damaged one."""
     for document in tqdm(store, "checking", len(store.paths()), delay=5, unit="doc"):
-        check_document(document, store.manifest, read=True)
+        check_document(document, store.manifest)
 
 
-def check_document(document: TraceDocument, manifest: Manifest, read: bool) -> None:
-    """Check shapes, row numbers and chunk numbers of one document; with `read`, every byte of it too.
+def check_document(document: TraceDocument, manifest: Manifest) -> None:
+    """Check every byte, the shapes, row numbers and chunk numbers of one document.
 
     Raises InputError that names the file and what is wrong with it.
     """
     with whole(document.path, "trace", REMEDY):
-        reason = (broken_seal(document.path) if read else None) or _shapes(document, manifest) or _oracle(document)
-        if reason := reason or (_content(document, manifest) if read else None):
+        reason = broken_seal(document.path) or _shapes(document, manifest) or _oracle(document)
+        if reason := reason or _content(document, manifest):
             raise ValueError(reason)
 
 
