@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,11 @@ from typing import Any
 import torch
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import CHECKSUMS, UNFINISHED, one_line, whole
+from data_gen.core.files import CHECKSUMS, RESULTS, UNFINISHED, one_line, whole
+from data_gen.core.shard import ALL, Shard
+from data_gen.core.tell import Progress
+from data_gen.traces.failures import shards_of
+from data_gen.traces.progress import PLAN, progress_of
 from data_gen.traces.store import MANIFEST, TraceStore
 from data_gen.traces.validate import check_document
 from indexer_train.checkpoints import LAST, SETTINGS, STATE, checkpoints, damage
@@ -20,8 +24,6 @@ from indexer_train.formats.flashmemory import read_checkpoint
 from indexer_train.load import load_indexer
 from indexer_train.model import MemoryIndexer
 
-RESULTS = "results.json"
-"""What evaluate, decode and benchmark add to."""
 ROLES = {
     "model.safetensors": "weights",
     WEIGHTS: "weights",
@@ -33,8 +35,6 @@ ROLES = {
     "scheduler.pt": "state of the learning rate",
 }
 """Files of an artefact; others go by their names."""
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @dataclass
@@ -50,20 +50,22 @@ class Found:
         return "\n".join([self.kind, *(f"  {name.ljust(width)}  {value}" for name, value in self.facts)])
 
 
-def inspect(path: Path, progress: Progress) -> Found:
+def inspect(path: Path, progress: Progress, shard: Shard = ALL) -> Found:
     """Recognise what lies at `path` and check all of it; a file is described by the artefact that it is part of.
 
-    Raises InputError when it is nothing that is known.
+    shard: of a trace store, the documents to check. Raises InputError when it is nothing that is known.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+    if shard.count > 1:
+        return _store(path, progress, TraceStore.open(path, partial=True).shard(shard).paths())
     if path.is_file():
         return _file(path, progress)
     for marker, describe in KINDS.items():
         if (path / marker).exists():
             return describe(path, progress)
     if (here := path.absolute()).name == FOLDER and (here.parent / MANIFEST).exists():
-        return _hard_negatives(TraceStore.open(here.parent))
+        return _hard_negatives(TraceStore.open(here.parent, partial=True))
     if stores := [marker.parent for marker in sorted(path.glob(f"*/{MANIFEST}"))]:
         return _stores(stores, progress)
     if checkpoints(path):
@@ -79,11 +81,11 @@ def _file(path: Path, progress: Progress) -> Found:
         return KINDS[path.name](path.parent, progress)
     above = path.absolute().parents[:2]
     if path.name.startswith("doc_"):
-        if (above[0] / MANIFEST).exists():
-            return _store(path.parent, progress, [path])
-        if above[0].name == FOLDER and (above[1] / MANIFEST).exists():
-            root = above[1]
-            return _hard_negatives(TraceStore(root, TraceStore.open(root).manifest, [root / path.name]))
+        if (above[1] / MANIFEST).exists():
+            return _store(above[1], progress, [path.absolute()])
+        if above[1].name == FOLDER and ((root := above[1].parent) / MANIFEST).exists():
+            traced = root / path.absolute().relative_to(above[1])
+            return _hard_negatives(TraceStore.open(root, partial=True).only([traced]))
     owner = next((folder for folder in above if any((folder / marker).exists() for marker in KINDS)), None)
     tensors = path.suffix in {".pt", ".safetensors"}
     if tensors and (owner is None or path.name not in ROLES):
@@ -96,20 +98,23 @@ def _file(path: Path, progress: Progress) -> Found:
 
 
 def _store(root: Path, progress: Progress, only: list[Path] | None = None) -> Found:
-    found = Found("trace store" if only is None else "document of a trace store")
+    kind = "trace store"
+    if only is not None:
+        kind = f"{'document' if len(only) == 1 else f'{len(only)} documents'} of a trace store"
+    found = Found(kind)
     try:
-        opened = TraceStore.open(root)
+        opened = TraceStore.open(root, partial=True)
+        store = opened if only is None else opened.only(only)
     except InputError as error:
         found.damage.append(str(error))
         return found
-    store = TraceStore(root, opened.manifest, only or opened.paths())
     manifest, trace, backbone = store.manifest, store.manifest.trace, store.manifest.backbone
     tasks: Counter[str] = Counter()
     lengths, rows, chunks, windows = [], 0, 0, 0
     for path in progress(store.paths(), "reading"):
         try:
-            (document,) = TraceStore(root, manifest, [path])
-            check_document(document, manifest, read=True)
+            document = store.document(path)
+            check_document(document, manifest)
         except InputError as error:
             found.damage.append(str(error))
             continue
@@ -130,12 +135,14 @@ def _store(root: Path, progress: Progress, only: list[Path] | None = None) -> Fo
         ("tokens", f"{min(lengths)} to {max(lengths)} a document" if lengths else "-"),
         ("read", f"{rows} query tokens, {chunks} chunks, {windows} serving windows, {size / 2**20:.1f} MiB"),
     ]  # fmt: skip
+    if only is None and (missing := store.missing()):
+        found.facts.append(("missing", f"{len(missing)} of {len(manifest.plan)} documents{shards_of(root, missing)}"))
     if (root / FOLDER).exists() and only is None:
         try:
             found.facts.append(("hard negatives", "; ".join(HardNegatives.beside(store).made_by)))
         except InputError as error:
             found.damage.append(str(error))
-    if left := [path.name for path in root.glob(f"{UNFINISHED}*")]:
+    if left := [path.name for path in root.rglob(f"{UNFINISHED}*")]:
         found.facts.append(("left behind", f"{len(left)} unfinished files of a run that was killed"))
     return found
 
@@ -145,9 +152,24 @@ def _stores(roots: list[Path], progress: Progress) -> Found:
     found = Found("trace stores")
     for root in roots:
         one = _store(root, progress)
-        found.facts += [(f"{root.name}: {name}", value) for name, value in one.facts if name in ("documents", "read")]
+        found.facts += [
+            (f"{root.name}: {name}", value) for name, value in one.facts if name in ("documents", "missing", "read")
+        ]
         found.damage += one.damage
     return found
+
+
+def _planned(out: Path, progress: Progress) -> Found:
+    """Of `lookahead generate` while it works, which is how far it is, or when it has: its stores."""
+    try:
+        now = progress_of(out)
+    except InputError as error:
+        return Found("plan of traces", damage=[str(error)])
+    found = Found("plan of traces", [("planned", f"{now.documents} documents, {now.tokens} tokens"), ("traced", now)])
+    if now.done < now.documents:
+        return found
+    stores = _stores([out / side for side in now.sides], progress)
+    return Found(stores.kind, found.facts + stores.facts, stores.damage)
 
 
 def _hard_negatives(store: TraceStore) -> Found:
@@ -162,8 +184,8 @@ def _hard_negatives(store: TraceStore) -> Found:
 def _results(folder: Path, progress: Progress) -> Found:
     path = folder / RESULTS
     try:
-        sections = json.loads(path.read_text())
-        return Found("results", [(name, f"{len(rows)} rows") for name, rows in sections.items()])
+        sections = json.loads(path.read_text()).items()
+        return Found("results", [(name, f"{len(rows)} rows") for name, rows in sections if isinstance(rows, list)])
     except Exception as error:  # of JSON, or of rows that are none
         return Found("results", damage=[f"{path}: {one_line(error)}"])
 
@@ -215,15 +237,23 @@ def _model(kind: str, load: Callable[[Path], MemoryIndexer], folder: Path) -> Fo
 def _checkpoint(folder: Path, progress: Progress) -> Found:
     reason = damage(folder)
     if reason:
-        return Found("training checkpoint", damage=[f"{folder}: not whole ({reason}); training skips it"])
-    state = json.loads((folder / STATE).read_bytes())
-    best, step = state["best_metric"], state["best_global_step"]
+        return Found(
+            "training checkpoint", damage=[f"{folder}: not whole ({reason}); training does not continue from it"]
+        )
     found = _model("training checkpoint", load_indexer, folder)
-    found.facts = [
-        ("step", f"{state['global_step']} of {state['max_steps']}, epoch {state['epoch']:g}"),
-        (f"best {_chosen_by(folder)}", "-" if best is None else f"{best:.4f} at step {step}"),
-        *found.facts,
-    ]
+    try:
+        chosen_by = _chosen_by(folder)
+    except InputError as error:
+        found.damage.append(str(error))
+        chosen_by = "checkpoint"
+    with whole(folder / STATE, "checkpoint", "delete it"):
+        state = json.loads((folder / STATE).read_bytes())
+        best, step = state["best_metric"], state["best_global_step"]
+        found.facts = [
+            ("step", f"{state['global_step']} of {state['max_steps']}, epoch {state['epoch']:g}"),
+            (f"best {chosen_by}", "-" if best is None else f"{best:.4f} at step {step}"),
+            *found.facts,
+        ]
     return found
 
 
@@ -242,7 +272,7 @@ def _checkpoints(folder: Path) -> Found:
         reason = damage(path)
         found.facts.append((path.name, "not whole" if reason else "whole"))
         if reason:
-            found.damage.append(f"{path}: not whole ({reason}); training skips it")
+            found.damage.append(f"{path}: not whole ({reason}); training does not continue from it")
     return found
 
 
@@ -299,6 +329,7 @@ def _release(path: Path) -> Found:
 
 
 KINDS = {
+    PLAN: _planned,
     MANIFEST: _store,
     STATE: _checkpoint,
     HEADER: _bundle,

@@ -5,6 +5,7 @@ RUN/checkpoints/checkpoint-100/             the stock trainer's folder: indexer,
 RUN/checkpoints/checkpoint-100/loss.safetensors     the loss's own parameters, and how many processes train
 RUN/checkpoints/checkpoint-100/checksums.json       of all its files; the first process writes it last, when every
                                             process has written its own, so that a checkpoint with them is whole
+RUN/checkpoints/damaged-checkpoint-100/     one that was damaged after it had been whole; nothing reads it
 RUN/indexer/                                the trained indexer
 """
 
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from data_gen.core.files import folder_checksums, folder_damage, whole
+from data_gen.core.errors import InputError
+from data_gen.core.files import CHECKSUMS, folder_checksums, folder_damage, whole
 
 SETTINGS = "training.json"
 LAST = "loss.safetensors"
@@ -32,7 +34,20 @@ def checkpoints(folder: Path) -> list[Path]:
 def processes_of(checkpoint: Path) -> int:
     """How many processes trained until `checkpoint`."""
     with safe_open(checkpoint / LAST, framework="pt") as file:
-        return int((file.metadata() or {}).get("processes", 1))
+        return int(file.metadata()["processes"])
+
+
+def cut_short(checkpoint: Path) -> bool:
+    """Whether `checkpoint` was never whole, because whoever saved it was killed or had no room.
+
+    Then it has no checksums, or those of the indexer in it, which know nothing of what is written later.
+    """
+    if not (checkpoint / CHECKSUMS).exists():
+        return True
+    try:
+        return LAST not in folder_checksums(checkpoint)
+    except InputError:  # they are written whole, so that they were damaged later
+        return False
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -8,9 +8,13 @@ import torch
 from data_gen.core.errors import InputError
 from data_gen.core.files import folder_damage, whole
 from data_gen.core.rope import Rope
+from data_gen.core.shard import ALL, Shard
 from data_gen.traces.store import TraceStore
+from data_gen.traces.types import Manifest
 from data_gen.traces.validate import check_store
+from indexer_train.config import IndexerConfig
 from indexer_train.model import REMEDY, MemoryIndexer
+from indexer_train.spec import IndexerSpec, Provenance
 
 
 def load_indexer(folder: Path) -> MemoryIndexer:
@@ -23,6 +27,23 @@ def load_indexer(folder: Path) -> MemoryIndexer:
         indexer = MemoryIndexer(str(folder), device="cpu", local_files_only=True)
         indexer.query_encoder.spec  # noqa: B018 - other models of sentence-transformers have none
     return indexer.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def spec_for(manifest: Manifest, shape: IndexerConfig, provenance: Provenance | None = None) -> IndexerSpec:
+    """Of a new indexer of `shape` that fits traces of `manifest`, as `check_traces` checks it."""
+    trace, backbone = manifest.trace, manifest.backbone
+    return IndexerSpec(
+        shape=shape,
+        layers=trace.layers,
+        hidden=backbone.hidden,
+        key_width=backbone.key_width,
+        chunking=trace.chunking,
+        window=trace.window,
+        backbone=backbone.fingerprint,
+        key=backbone.key,
+        rope=backbone.rope,
+        provenance=provenance,
+    )
 
 
 def check_traces(indexer: MemoryIndexer, store: TraceStore) -> None:
@@ -49,10 +70,16 @@ def _turns(rope: Rope | None) -> Rope | None:
     return rope and rope.model_copy(update={"positions": 1})
 
 
-def open_traces(path: Path, indexers: Iterable[MemoryIndexer]) -> TraceStore:
-    """A trace store that these indexers can read, every byte of it checked."""
-    store = TraceStore.open(path)
+def open_traces(
+    path: Path, indexers: Iterable[MemoryIndexer], partial: bool = False, shard: Shard | None = ALL
+) -> TraceStore:
+    """A trace store that these indexers can read, every byte of the shard's documents checked.
+
+    partial: even one that lacks documents; shard: None where others check each document before they measure it.
+    """
+    store = TraceStore.open(path, partial)
     for indexer in indexers:
         check_traces(indexer, store)
-    check_store(store)
+    if shard is not None:
+        check_store(store.shard(shard))
     return store

@@ -1,5 +1,6 @@
 """MemoryIndexer: a query encoder per backbone layer beside frozen keys, made of sentence-transformers modules."""
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule, Router
 
-from data_gen.core.files import replace_sealed, seal_folder, whole, writing
+from data_gen.core.files import replace_sealed, seal_folder, whole, write_atomically, writing
 from data_gen.core.keys import check_stored, key_vectors
 from indexer_train.card import model_card
 from indexer_train.scorer import Scorer
@@ -185,6 +186,13 @@ class MemoryIndexer(SentenceTransformer):
         super().save(path, *args, **kwargs)
         seal_folder(Path(path))
 
+    def digest(self) -> str:
+        """SHA-256 of what its scores depend on: weights and spec, without how it is served and what it was made of."""
+        digest = hashlib.sha256(self.spec.model_dump_json(exclude={"selections", "provenance"}).encode())
+        for value in self.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def save_whole(self, folder: Path) -> None:
         """Save into a new folder, which appears whole or not at all. Raises OSError when there is no room for it."""
         folder = folder.resolve()
@@ -204,4 +212,5 @@ class MemoryIndexer(SentenceTransformer):
         self._create_model_card(str(folder))
 
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
-        (Path(path) / "README.md").write_text(model_card(self.spec), encoding="utf-8")
+        card = model_card(self.spec)
+        write_atomically(Path(path) / "README.md", lambda file: file.write_text(card, encoding="utf-8"))

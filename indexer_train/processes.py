@@ -41,7 +41,7 @@ def wait() -> None:
 
 
 def average(gradient: torch.Tensor) -> torch.Tensor:
-    """Mean of a gradient over the processes, for parameters outside of the wrapped model."""
+    """Mean of a gradient of any shape over the processes, for parameters outside of the wrapped model."""
     if count() > 1:
         dist.all_reduce(gradient)
         gradient /= count()
@@ -54,7 +54,10 @@ def workers(asked: int | None, cuda: bool) -> int:
         return asked or 0
     try:
         free = shutil.disk_usage("/dev/shm").free
-    except OSError:
+    except OSError as error:
+        logger.warning(
+            "/dev/shm cannot be read (%s): the GPU will wait for its batches; train.workers: %d insists", error, WORKERS
+        )
         return 0
     needed = SHARED_MEMORY * get_cpu_distributed_information().local_world_size  # one memory for all on this machine
     if free < needed:

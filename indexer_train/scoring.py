@@ -121,7 +121,7 @@ def _products(x: torch.Tensor, y: torch.Tensor, relu: bool = False) -> torch.Ten
 
 
 def _gather(keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """keys[rows], four times as fast on the CPU. keys: [N, d]; rows: [B, M] -> [B, M, d]."""
+    """keys[rows], as the CPU does it fast. keys: [N, d]; rows: [B, M] -> [B, M, d]."""
     return keys.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
@@ -152,10 +152,10 @@ def join_layers(logits: torch.Tensor, join: str) -> torch.Tensor:
 
 
 def ranking(scores: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """Chunks from the best to the worst, ties older first, those that are no candidates last: [W, N] int64.
+    """Chunks from the best to the worst, ties older first, those that are not candidates last: [W, N] int64.
 
     On the CPU the score's bits, made to sort downwards, and the chunk share one integer, so that NumPy's vectorised
-    sort gives the order that a stable argsort does, fifteen times as fast.
+    sort gives the order that a stable argsort does, much faster.
     """
     scores = scores.masked_fill(~candidate, -torch.inf)
     if scores.is_cuda or scores.dtype != torch.float32:

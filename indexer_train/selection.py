@@ -70,8 +70,8 @@ class Threshold(Strict):
     def choose(
         self, scores: torch.Tensor, candidate: torch.Tensor, positions: torch.Tensor, chunking: Chunking
     ) -> torch.Tensor:
-        """As `Budget.choose`; how many chunks that makes differs from window to window."""
-        return above(scores, candidate, self.scores(positions)[:, None])
+        """As `Budget.choose`, [W, N] bool; how many chunks that makes differs from window to window."""
+        return above(scores, candidate, self.scores(positions)[:, None].to(scores.device))
 
     def __str__(self) -> str:
         cuts = [f"{cut.score:.4g}" + (f" up to {cut.longest} tokens" if cut.longest else "") for cut in self.cuts]

@@ -93,12 +93,6 @@ class IndexerSpec(BaseModel):
         return self.selections[0] if self.selections else Threshold(cuts=[Cut(score=0.0)])
 
     @property
-    def thresholds(self) -> dict[str, float]:
-        """The score that keeps a share of the chunks of contexts of any length, by share."""
-        found = [each for each in self.selections if isinstance(each, Threshold) and each.target == "budget"]
-        return {str(each.value): each.cuts[0].score for each in found if len(each.cuts) == 1}
-
-    @property
     def packed(self) -> PackedQuery:
         """Where the parts of one layer's packed query lie."""
         shape = self.shape

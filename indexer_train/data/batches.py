@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from transformers import TrainerCallback
 
 from data_gen.core.tensors import distinct
-from data_gen.traces.labels import SparseOracle, WindowOracle
+from data_gen.traces.labels import WindowOracle
 from data_gen.traces.store import TraceDocument, TraceStore
 from indexer_train import processes
 from indexer_train.config import CandidatesConfig
 from indexer_train.data.hard_negatives import HardNegatives
-from indexer_train.data.sampling import as_tensor, draw, generator, uniform, without
+from indexer_train.data.sampling import as_tensor, columns_of, draw, generator, uniform, without
 
 OPEN_DOCUMENTS = 32
 """Documents that stay open, each with its oracle unpacked (up to 256 MiB): memory must not grow with the store."""
@@ -33,14 +35,15 @@ def window_index(
     stride: only windows that start at every n-th row; tails: also those shorter than tau; weights: how often an epoch
     reads a document of the store in that folder, 1 where nothing is said.
     """
-    columns: dict[str, list[float]] = {"document": [], "first": [], "last": [], "weight": []}
+    parts = []
     for number, document in enumerate(store):
-        weight = (weights or {}).get(document.path.parent, 1.0)
-        for first, last in document.windows(serving=False).tolist():
-            if first % stride == 0 and (tails or last - first == store.manifest.trace.window):
-                for name, value in zip(columns, (number, first, last, weight), strict=True):
-                    columns[name].append(value)
-    return Dataset.from_dict(columns)
+        first, last = document.windows(serving=False).numpy().astype(np.int32).T
+        kept = (first % stride == 0) & ((last - first == store.manifest.trace.window) | tails)
+        own, weight = np.full(int(kept.sum()), number, np.int32), (weights or {}).get(document.root, 1.0)
+        parts.append((own, first[kept], last[kept], np.full(len(own), weight)))
+    columns = map(np.concatenate, zip(*parts, strict=True))
+    table: Any = pa.table(dict(zip(("document", "first", "last", "weight"), columns, strict=True)))
+    return Dataset(table, fingerprint=generate_random_fingerprint())  # else all of it is pickled to be hashed
 
 
 class DocumentBatchSampler(DefaultBatchSampler):
@@ -48,7 +51,7 @@ class DocumentBatchSampler(DefaultBatchSampler):
 
     A document of weight w is drawn w times on average: documents of one weight share round(w * documents) draws (one
     at least), all of them once before any twice. What an epoch draws is a function of (seed, epoch) alone, so that a
-    resumed run goes on with the same batches. Several processes take the batches in turns; those that do not go round
+    resumed run continues with the same batches. Several processes take the batches in turns; those that do not go round
     are left out, in every epoch others.
     """
 
@@ -58,9 +61,10 @@ class DocumentBatchSampler(DefaultBatchSampler):
         self.windows = batch_size
         self.batch_size = None  # batches differ in size; with a number here, accelerate drops the smaller ones
         self.seed, self.epoch = seed, 0
-        documents, weights = (torch.tensor(dataset[name][:]) for name in ("document", "weight"))
-        self.groups = [torch.nonzero(documents == number).flatten() for number in documents.unique()]
-        self.weights = [float(weights[group[0]]) for group in self.groups]
+        documents, weights = map(torch.tensor, columns_of(dataset, "document", "weight"))
+        _, counts = documents.unique_consecutive(return_counts=True)  # a document's windows lie side by side
+        self.groups = torch.arange(len(documents)).split(counts.tolist())
+        self.weights: list[float] = weights[counts.cumsum(0) - counts].tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw for that epoch from now on."""
@@ -113,18 +117,13 @@ class Collator(ABC):
         return lru_cache(maxsize=OPEN_DOCUMENTS)(lambda number: self.store.document(self.paths[number]))
 
     @cached_property
-    def oracle(self) -> Callable[[int], SparseOracle]:
-        """A document's oracle by its number."""
-        return lru_cache(maxsize=len(self.paths))(lambda number: self.document(number).oracle)
-
-    @cached_property
     def common(self) -> Callable[[int], np.ndarray]:
-        """A document's chunks that are golden nearly everywhere, by its number."""
-        return lru_cache(maxsize=len(self.paths))(lambda number: self.document(number).oracle.common(self.golden))
+        """A document's chunks [n] that are golden nearly everywhere, by its number."""
+        return lru_cache(maxsize=OPEN_DOCUMENTS)(lambda number: self.document(number).oracle.common(self.golden))
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what has been opened: the processes that make batches open documents of their own."""
-        return {name: value for name, value in vars(self).items() if name not in ("document", "oracle", "common")}
+        return {name: value for name, value in vars(self).items() if name not in ("document", "common")}
 
     @property
     def epoch(self) -> int:
@@ -190,10 +189,10 @@ class SampledCandidates(Collator):
         self.hard = HardNegatives.beside(store) if settings.source == "hard" else None
 
     def candidates(self, number: int, windows: torch.Tensor) -> dict[str, torch.Tensor]:
-        document, oracle = self.document(number), self.oracle(number)
+        document = self.document(number)
         rng = generator(self.seed, self.epoch, number, *windows.flatten().tolist())
         bounds = [self.trace.chunking.candidates(place) for place in document.positions[windows[:, 0]].tolist()]
-        needed = oracle.windows(windows.numpy(), bounds)
+        needed = document.oracle.windows(windows.numpy(), bounds)
         golden = [window.golden(self.golden) for window in needed]
         offered = self._offered(document, windows, golden)
         chosen = [self._choose(rng, *each) for each in zip(needed, golden, offered, strict=True)]
@@ -209,7 +208,7 @@ class SampledCandidates(Collator):
             everywhere = torch.from_numpy(np.isin(used, common))[candidates]
             weights[(peak >= self.golden) & everywhere] = self.settings.common_weight
         protected = torch.zeros_like(mask)
-        protected[:, 0] = torch.tensor([window.protected for window in needed])
+        protected[:, 0] = torch.tensor([window.protected_mass for window in needed])
         rows = torch.from_numpy(used)
         keys = [document.keys(layer).index_select(0, rows) for layer in self.layers]
         return {

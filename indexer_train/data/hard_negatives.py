@@ -1,12 +1,10 @@
 """Hard negatives: chunks that an indexer ranks high and the oracle does not need, mined with faiss.
 
-STORE/hard_negatives/doc_00000.safetensors      chunks [T, count] int32, hardest first, -1 behind the last;
-                                                metadata: made_by (indexer, golden, count), document
+STORE/hard_negatives/0000/doc_0000000.safetensors   chunks [T, count] int32, hardest first, -1 after the last;
+                                                    metadata: made_by (indexer, golden, count), document
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors import safe_open
 from data_gen.core.errors import InputError
 from data_gen.core.files import broken_seal, save_tensors, sweep, whole, write_atomically
 from data_gen.core.keys import key_vectors
+from data_gen.core.tell import Progress
 from data_gen.traces.store import TraceDocument, TraceStore
 from indexer_train.data.sampling import as_tensor, without
 from indexer_train.model import MemoryIndexer
@@ -32,24 +31,25 @@ ROWS = 64
 
 
 class HardNegatives:
-    """The sidecar of a trace store, as training reads it."""
+    """The sidecar of a trace store, as training reads it: a document's when its turn comes.
 
-    def __init__(self, documents: dict[Path, torch.Tensor], made_by: list[str]) -> None:
-        self.documents = documents
+    made_by: what the documents' chunks were mined by.
+    """
+
+    def __init__(self, made_by: list[str]) -> None:
         self.made_by = made_by
 
     @classmethod
     def beside(cls, store: TraceStore) -> Self:
         """What was mined for the store's documents. Raises InputError when one is missing, damaged or of another."""
-        found, made_by = {}, set()
-        for document in store:
-            found[document.path], maker = _read(document)
-            made_by.add(maker)
-        return cls(found, sorted(made_by))
+        return cls(sorted({_read(document)[1] for document in store}))
 
     def of(self, document: TraceDocument, rows: torch.Tensor) -> list[np.ndarray]:
-        """Chunks mined for each of the rows ([B]), hardest first."""
-        return [row[row >= 0] for row in self.documents[document.path][rows].long().numpy()]
+        """Chunks mined for each of the rows ([B]), hardest first. Raises InputError when they are others by now."""
+        chunks, maker = _read(document)
+        if maker not in self.made_by:
+            raise InputError(f"{_sidecar(document)}: mined anew since training began; begin it again")
+        return [row[row >= 0] for row in chunks[rows].long().numpy()]
 
 
 def mine(
@@ -57,7 +57,7 @@ def mine(
     store: TraceStore,
     golden: float,
     count: int,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]],
+    progress: Progress,
 ) -> None:
     """Write the `count` hardest negatives of every query token beside the store; whole sidecars of these are kept.
 
@@ -65,17 +65,15 @@ def mine(
     InputError without faiss.
     """
     _faiss()
-    digest = hashlib.sha256(indexer.spec.model_dump_json(exclude={"selections", "provenance"}).encode())
-    for value in indexer.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
-    made_by = json.dumps({"indexer": digest.hexdigest(), "golden": golden, "count": count})
-    sweep(store.root / FOLDER)
+    made_by = json.dumps({"indexer": indexer.digest(), "golden": golden, "count": count})
+    for folder in (store.root / FOLDER).glob("*/"):
+        sweep(folder)
     for document in progress(store, "mining"):
         with suppress(InputError):
             if _read(document)[1] == made_by:
                 continue
-        sidecar = _sidecar(document.path)
-        sidecar.parent.mkdir(exist_ok=True)
+        sidecar = _sidecar(document)
+        sidecar.parent.mkdir(parents=True, exist_ok=True)
         mined = {"chunks": mine_document(indexer, document, golden, count)}
         metadata = {"made_by": made_by, "document": document.checksum or ""}
         write_atomically(sidecar, partial(save_tensors, mined, metadata=metadata))
@@ -83,7 +81,8 @@ def mine(
 
 @torch.no_grad()
 def mine_document(indexer: MemoryIndexer, document: TraceDocument, golden: float, count: int) -> torch.Tensor:
-    """[T, count] int32, see the module; rows that start no window have none."""
+    """[T, count] int32, see the module; rows that start no window have none, and no row more than there are chunks."""
+    count = min(count, document.chunks)
     found = torch.full((len(document.positions), count), -1, dtype=torch.int32)
     windows = document.windows(serving=False)
     if not len(windows):
@@ -123,13 +122,13 @@ def mine_document(indexer: MemoryIndexer, document: TraceDocument, golden: float
     return found
 
 
-def _sidecar(document: Path) -> Path:
-    return document.parent / FOLDER / document.name
+def _sidecar(document: TraceDocument) -> Path:
+    return document.root / FOLDER / document.path.relative_to(document.root)
 
 
 def _read(document: TraceDocument) -> tuple[torch.Tensor, str]:
     """(chunks [T, count], what they were made by) beside `document`, every byte checked."""
-    sidecar = _sidecar(document.path)
+    sidecar = _sidecar(document)
     if not sidecar.exists():
         raise InputError(f"{sidecar}: no hard negatives there; run `lookahead mine` on these traces first")
     rows, visible = len(document.positions), document.chunks

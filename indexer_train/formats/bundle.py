@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import whole, write_atomically
+from data_gen.core.files import sweep, whole, write_atomically
 from indexer_train.scorer import Scorer
 from indexer_train.spec import IndexerSpec
 
@@ -40,6 +40,7 @@ class Bundle(BaseModel):
 def export_bundle(indexer: "MemoryIndexer", folder: Path) -> Bundle:
     """Write a bundle; the JSON appears last, so a folder with one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     weights = folder / WEIGHTS
     tensors = {name: value.detach().cpu().contiguous() for name, value in indexer.query_encoder.state_dict().items()}
     write_atomically(weights, lambda file: save_file(tensors, file))

@@ -99,7 +99,7 @@ def import_checkpoints(
     file's RoPE table. Raises InputError when files do not belong together.
     """
     if not isfinite(offset):
-        raise InputError(f"--offset {offset}: not a number that a logit can be moved by")
+        raise InputError(f"--offset {offset}: must be a finite number")
     only = layers[0] if layers and len(layers) == len(paths) == 1 else None
     found = {path: read_checkpoint(path, only) for path in paths}
     weights: dict[int, LayerWeights] = {}
@@ -131,12 +131,15 @@ def _spec(
         raise InputError(f"the traces hold {info.key} keys; the release's checkpoints score DeepSeek-V4's indexer keys")
     shapes = {(weights.heads, weights.rank, weights.hidden, weights.width) for weights in kept.values()}
     if len(shapes) > 1:
-        raise InputError(f"layers {sorted(kept)} differ in heads, rank or widths; an indexer's layers are alike")
+        raise InputError(
+            f"layers {sorted(kept)} differ in heads, rank or widths; all layers of an indexer must be alike"
+        )
     ((heads, rank, hidden, width),) = shapes
     if (hidden, width) != (info.hidden, info.key_width):
         hint = "" if manifest else "; of another model, pass --traces"
         raise InputError(
-            f"hidden and key width are {hidden} and {width}, the backbone's {info.hidden} and {info.key_width}{hint}"
+            f"hidden and key width are {hidden} and {width}, "
+            f"but the backbone has {info.hidden} and {info.key_width}{hint}"
         )
     tables = {path: checkpoint.table for path, checkpoint in found.items() if checkpoint.table is not None}
     for path, table in tables.items():

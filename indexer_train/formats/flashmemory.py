@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import one_line, whole, write_atomically
+from data_gen.core.files import one_line, sweep, whole, write_atomically
 from data_gen.core.rope import Rope
 from indexer_train.formats.weights import LayerWeights
 
@@ -47,7 +47,7 @@ def read_checkpoint(path: Path, layer: int | None = None) -> Checkpoint:
     and `layer` contradict each other.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'a folder; name a checkpoint in it' if path.is_dir() else 'no such file'}")
     state = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
     layers: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in state.items():
@@ -63,7 +63,7 @@ def read_checkpoint(path: Path, layer: int | None = None) -> Checkpoint:
     if any(not torch.equal(table, tables[0]) for table in tables[1:]):
         raise InputError(f"{path}: its layers have different {TABLE} tables")
     return Checkpoint(
-        {ordinal: _layer(path, ordinal, layers[ordinal]) for ordinal in sorted(layers)}, (*tables, None)[0]
+        {ordinal: _layer(path, ordinal, layers[ordinal]) for ordinal in sorted(layers)}, tables[0] if tables else None
     )
 
 
@@ -76,7 +76,7 @@ def write_checkpoint(layers: dict[int, LayerWeights], rope: Rope, out: Path, for
     if out.is_dir() and format != "flashmemory-layers":
         raise InputError(f"{out}: is a folder; {format} is one file, name it")
     if (out.suffix == ".safetensors") != (format == "flashmemory-safetensors"):
-        raise InputError(f"{out}: the ending .safetensors says what is inside; {format} is read by it")
+        raise InputError(f"{out}: only flashmemory-safetensors ends in .safetensors; name a file that fits {format}")
     named = {
         ordinal: {NAMES[part]: value for part, value in vars(weights).items()} for ordinal, weights in layers.items()
     }
@@ -94,7 +94,10 @@ def write_checkpoint(layers: dict[int, LayerWeights], rope: Rope, out: Path, for
 
 
 def check_table(where: Path, table: torch.Tensor, rope: Rope) -> None:
-    """Raise InputError unless `table` is `rope`'s, as far as both reach; sine and cosine may differ by 1e-5."""
+    """Raise InputError unless `table` is `rope`'s ([positions, dims / 2] complex), as far as both reach.
+
+    Sine and cosine may differ by 1e-5.
+    """
     if 2 * table.shape[1] != rope.dims:
         raise InputError(f"{where}: {TABLE} is {list(table.shape)}, not a table for {rope.dims} dims")
     for first in range(0, len(table), BLOCK):
@@ -162,5 +165,6 @@ def _pickle(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def _write(path: Path, write: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
     write_atomically(path, write)
     return path

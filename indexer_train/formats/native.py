@@ -1,7 +1,8 @@
 """First weights from the backbone's own lightning indexers, read tensor by tensor; the backbone is never loaded.
 
-Understood: a folder of safetensors shards of a `deepseek_v4` model, in DeepSeek's or transformers' names, in bf16,
-fp32 or fp8 with block scales; and the release's folder of layer_NN.safetensors files (NN = 2 * ordinal + 2).
+Understood: a folder of safetensors shards of a `deepseek_v4` model, in DeepSeek's or transformers' names, or of a model
+with sparse attention over tokens (DSA), in transformers' names; in bf16, fp32 or fp8 with block scales; and the
+release's folder of layer_NN.safetensors files (NN = 2 * ordinal + 2).
 """
 
 import json
@@ -13,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_gen.core.errors import InputError
+from data_gen.core.fingerprint import INDEX
 from indexer_train.formats.weights import LayerWeights
 from indexer_train.model import MemoryIndexer
 
-INDEX = "model.safetensors.index.json"
 DEEPSEEK = {
     "wq_a": "attn.wq_a",
     "q_norm": "attn.q_norm",
@@ -28,6 +29,12 @@ TRANSFORMERS = {
     "q_norm": "self_attn.q_a_norm",
     "wq_b": "self_attn.compressor.indexer.q_b_proj",
     "weights_proj": "self_attn.compressor.indexer.scorer.weights_proj",
+}
+DSA = {
+    "wq_a": "self_attn.q_a_proj",
+    "q_norm": "self_attn.q_a_layernorm",
+    "wq_b": "self_attn.indexer.wq_b",
+    "weights_proj": "self_attn.indexer.weights_proj",
 }
 LAYER_FILE = {
     "wq_a": "wq_a",
@@ -60,7 +67,8 @@ def initialise(indexer: MemoryIndexer, folder: Path) -> None:
 
 
 def read_native(folder: Path, layers: list[int]) -> dict[int, LayerWeights]:
-    """The native indexers of the CSA layers with these ordinals, in fp32. Reads nothing else of the checkpoint.
+    """The native indexers of these layers, by ordinal among CSA layers or, with DSA, by number, in fp32. Reads nothing
+    else of the checkpoint.
 
     Raises InputError when the folder is no such checkpoint or lacks a layer.
     """
@@ -75,19 +83,23 @@ def read_native(folder: Path, layers: list[int]) -> dict[int, LayerWeights]:
 
 def _read_sharded(folder: Path, layers: list[int]) -> dict[int, LayerWeights]:
     files = _weight_map(folder)
-    pattern = re.compile(rf"((?:model\.)?layers\.(\d+)\.)(?:{DEEPSEEK['wq_b']}|{TRANSFORMERS['wq_b']})\.weight")
-    found = sorted((int(match[2]), match[1]) for match in map(pattern.fullmatch, files) if match)
-    if not found:
-        raise InputError(f"{folder}: no layer with an indexer there; is it a deepseek_v4 checkpoint?")
-    if missing := [layer for layer in layers if layer >= len(found)]:
-        raise InputError(
-            f"{folder}: has {len(found)} CSA layers, ordinals 0..{len(found) - 1}; {missing} are not there"
+    asks = "|".join(names["wq_b"] for names in (DEEPSEEK, TRANSFORMERS, DSA))
+    pattern = re.compile(rf"((?:model\.)?layers\.(\d+)\.)({asks})\.weight")
+    matches = sorted((match for match in map(pattern.fullmatch, files) if match), key=lambda match: int(match[2]))
+    if not matches:
+        raise InputError(f"{folder}: no layer with an indexer there; is it a checkpoint of DeepSeek-V4, or with DSA?")
+    dsa = matches[0][3] == DSA["wq_b"]
+    found = {int(match[2]) if dsa else ordinal: match for ordinal, match in enumerate(matches)}
+    if missing := [layer for layer in layers if layer not in found]:
+        what = (
+            f"indexers in layers {sorted(found)}" if dsa else f"{len(found)} CSA layers, ordinals 0..{len(found) - 1}"
         )
+        raise InputError(f"{folder}: has {what}; {missing} are not there")
     block = _block_size(folder)
     weights = {}
     for layer in layers:
-        number, prefix = found[layer]
-        names = DEEPSEEK if f"{prefix}{DEEPSEEK['wq_b']}.weight" in files else TRANSFORMERS
+        prefix, number, asked = found[layer].groups()
+        names = next(names for names in (DEEPSEEK, TRANSFORMERS, DSA) if names["wq_b"] == asked)
         tensors = {part: _read_weight(folder, files, prefix + name, block) for part, name in names.items()}
         weights[layer] = LayerWeights.checked(f"{folder}, layer {number}", **tensors)
     return weights
@@ -145,6 +157,7 @@ def dequantise(where: str, weight: torch.Tensor, scale: torch.Tensor, block: lis
     """fp8 weight [M, N] times the scale of its block -> fp32.
 
     scale: [ceil(M / block rows), ceil(N / block columns)], fp32, bf16, float8_e8m0fnu or that format's raw bytes.
+    Raises InputError, which begins with `where`, for scales of another dtype or shape.
     """
     if scale.dtype not in SCALE_TYPES:
         raise InputError(f"{where}: scales are {scale.dtype}, not fp32, bf16, float8_e8m0fnu or its bytes")

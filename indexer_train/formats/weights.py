@@ -26,7 +26,7 @@ class LayerWeights:
 
     @classmethod
     def checked(cls, where: str, **tensors: torch.Tensor) -> Self:
-        """Convert to fp32 (exact from narrower floats). Raises InputError, naming `where`, unless shapes agree."""
+        """Convert to fp32 (exact from narrower floats). Raises InputError, naming `where`, for shapes of no layer."""
         for name, tensor in tensors.items():
             plain = tensor.layout == torch.strided and tensor.ndim == (1 if name == "q_norm" else 2)
             if tensor.dtype not in EXACT or not plain or not tensor.numel():

@@ -20,3 +20,8 @@ LOSSES: dict[str, type[IndexerLoss]] = {
     "bpr": BprLoss,
     "margin": MarginLoss,
 }
+
+
+def gives_probabilities(loss: str | None) -> bool:
+    """Whether a sigmoid of the scores means something: of a pointwise loss, and of one that is not known."""
+    return loss not in LOSSES or LOSSES[loss].pointwise

@@ -21,7 +21,7 @@ class LossOptions(Strict):
 class Targets:
     """The oracle for B windows and N chunks: all of a document's, or those drawn for each window.
 
-    mass, peak: [B, N] (`WindowLabels`); candidate: [B, N] bool; protected: [B], mass on protected
+    mass, peak: [B, N] (`WindowLabels`); candidate: [B, N] bool; protected_mass: [B], on protected
     chunks; weight: [B, N] of each candidate in a pointwise loss, None for one; most: golden chunks of the window that
     has the most, which a GPU would have to be waited for.
     """
@@ -29,7 +29,7 @@ class Targets:
     mass: torch.Tensor
     peak: torch.Tensor
     candidate: torch.Tensor
-    protected: torch.Tensor
+    protected_mass: torch.Tensor
     weight: torch.Tensor | None = None
     most: int | None = None
 
@@ -51,28 +51,29 @@ def mean_over(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class IndexerLoss(nn.Module, ABC):
     """A loss on logits [L, B, N]; layers are independent indexers, so their losses are averaged.
 
-    pointwise: a mean over single candidates, which can be weighted; graded: learns from the oracle's degrees, even
-    where nothing is golden.
+    pointwise: a mean over single candidates, which can be weighted, and whose scores' sigmoids are probabilities; all
+    others train an order; graded: learns from the oracle's degrees, even where nothing is golden. Raises InputError on
+    an option that the loss lacks.
     """
 
-    Options: type[LossOptions] = LossOptions
+    options_type: type[LossOptions] = LossOptions
     options: Any
-    """An instance of the class's own Options."""
+    """An instance of the class's own `options_type`."""
     pointwise = False
     graded = False
     scoring = torch.float32
     """dtype of the products of queries and keys; a run in bf16 changes it."""
 
     def __init__(self, model: MemoryIndexer, golden: float, **options: float | bool) -> None:
-        """golden: peak (or votes) that makes a chunk golden. Raises InputError on an option that the loss lacks."""
+        """golden: peak (or votes) that makes a chunk golden."""
         super().__init__()
         self.model = model
         self.golden = golden
         try:
-            self.options = self.Options(**options)
+            self.options = self.options_type(**options)
         except ValidationError as error:
             first = error.errors()[0]
-            known = ", ".join(self.Options.model_fields) or "none"
+            known = ", ".join(self.options_type.model_fields) or "none"
             reason = "unknown option" if first["type"] == "extra_forbidden" else first["msg"]
             raise InputError(f"train.loss_options.{first['loc'][0]}: {reason} (options: {known})") from error
 
@@ -84,8 +85,8 @@ class IndexerLoss(nn.Module, ABC):
         with torch.no_grad():  # no parameters: the wrapper, which waits for their gradients, is left out
             keys = inner(document)["sentence_embedding"]
         logits = inner.layer_logits(queries, keys, document.get("chunks"), query.get("candidates"), self.scoring)
-        mass, peak, candidate, protected, weight = label.unbind(dim=1)
-        targets = Targets(mass, peak, candidate.bool(), protected[:, 0], weight, query.get("most_golden"))
+        mass, peak, candidate, protected_mass, weight = label.unbind(dim=1)
+        targets = Targets(mass, peak, candidate.bool(), protected_mass[:, 0], weight, query.get("most_golden"))
         return self.compute(logits, targets)
 
     @property

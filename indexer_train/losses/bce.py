@@ -7,6 +7,12 @@ from pydantic import Field
 from indexer_train.losses.base import IndexerLoss, LossOptions, Targets
 
 
+class BceOptions(LossOptions):
+    """smoothing: golden counts as 1 - smoothing, the rest as smoothing."""
+
+    smoothing: float = Field(0.0, ge=0, lt=0.5)
+
+
 class BceLoss(IndexerLoss):
     """Plain classification: a score of one half divides what is golden from what is not.
 
@@ -21,12 +27,8 @@ class BceLoss(IndexerLoss):
     Source: the release's training/train.py, its default; label smoothing as there.
     """
 
+    options_type = BceOptions
     pointwise = True
-
-    class Options(LossOptions):
-        """smoothing: golden counts as 1 - smoothing, the rest as smoothing."""
-
-        smoothing: float = Field(0.0, ge=0, lt=0.5)
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         smoothing = self.options.smoothing

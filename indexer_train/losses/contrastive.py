@@ -10,6 +10,12 @@ from indexer_train.losses.base import IndexerLoss, LossOptions, Targets, mean_ov
 from indexer_train.model import MemoryIndexer
 
 
+class ContrastiveOptions(LossOptions):
+    """temperature: where the learned temperature starts."""
+
+    temperature: PositiveFloat = 1.0
+
+
 class ContrastiveLoss(IndexerLoss):
     """Retrieval: each golden chunk against all candidates of its window that are not golden.
 
@@ -27,10 +33,7 @@ class ContrastiveLoss(IndexerLoss):
     positives in the denominator.
     """
 
-    class Options(LossOptions):
-        """temperature: where the learned temperature starts."""
-
-        temperature: PositiveFloat = 1.0
+    options_type = ContrastiveOptions
 
     def __init__(self, model: MemoryIndexer, golden: float, **options: float | bool) -> None:
         super().__init__(model, golden, **options)

@@ -7,6 +7,15 @@ from pydantic import Field
 from indexer_train.losses.base import IndexerLoss, LossOptions, Targets
 
 
+class FocalOptions(LossOptions):
+    """gamma: focus on what is still wrong; alpha: weight of golden chunks, 1 - alpha of the others (None: equal);
+    smoothing: golden counts as 1 - smoothing, the rest as smoothing."""
+
+    gamma: float = Field(2.0, ge=0)
+    alpha: float | None = Field(None, gt=0, lt=1)
+    smoothing: float = Field(0.0, ge=0, lt=0.5)
+
+
 class FocalLoss(IndexerLoss):
     """The release's loss: golden or not, with the weight on candidates that are still scored wrongly.
 
@@ -24,15 +33,8 @@ class FocalLoss(IndexerLoss):
     release's training/train.py, --focal-loss.
     """
 
+    options_type = FocalOptions
     pointwise = True
-
-    class Options(LossOptions):
-        """gamma: focus on what is still wrong; alpha: weight of golden chunks, 1 - alpha of the others (None: equal);
-        smoothing: golden counts as 1 - smoothing, the rest as smoothing."""
-
-        gamma: float = Field(2.0, ge=0)
-        alpha: float | None = Field(None, gt=0, lt=1)
-        smoothing: float = Field(0.0, ge=0, lt=0.5)
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         gamma, alpha, smoothing = self.options.gamma, self.options.alpha, self.options.smoothing

@@ -6,15 +6,17 @@ from indexer_train.losses.base import IndexerLoss, LossOptions, Targets
 from indexer_train.scoring import join_layers
 
 
+class ListwiseOptions(LossOptions):
+    """joined: train the one score that the layers are joined to when served, not each layer on its own."""
+
+    joined: bool = False
+
+
 class ListwiseLoss(IndexerLoss):
     """Cross-entropy between a softmax over the candidates and what the oracle says of them."""
 
+    options_type = ListwiseOptions
     graded = True
-
-    class Options(LossOptions):
-        """joined: train the one score that the layers are joined to when served, not each layer on its own."""
-
-        joined: bool = False
 
     def compared(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         """Layer logits [L, B, N], or the joined score [1, B, N]; minus infinity where there is no candidate."""

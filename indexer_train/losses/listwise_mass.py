@@ -4,7 +4,14 @@ import torch
 from pydantic import Field
 
 from indexer_train.losses.base import Targets
-from indexer_train.losses.listwise import ListwiseLoss, cross_entropy
+from indexer_train.losses.listwise import ListwiseLoss, ListwiseOptions, cross_entropy
+
+
+class ListwiseMassOptions(ListwiseOptions):
+    """peaks: share of the candidates' mass that is dealt out among them by their peaks instead, as ListwisePeakLoss
+    counts them: from this loss (0) to that one, with the protected slot (1)."""
+
+    peaks: float = Field(0.0, ge=0, le=1)
 
 
 class ListwiseMassLoss(ListwiseLoss):
@@ -17,18 +24,14 @@ class ListwiseMassLoss(ListwiseLoss):
 
     averaged over windows.
 
-    Labels: mass, attention probability averaged over heads, layers and the window's tokens; protected, the mass on
+    Labels: mass, attention probability averaged over heads, layers and the window's tokens; protected_mass, that on
     protected chunks; peak where `peaks` is above 0.
     Requires: nothing; windows without a golden chunk train too. Best with `indexer.slot`, and all candidates.
     Source: the top-one cross-entropy of Cao et al. 2007, "Learning to Rank: From Pairwise Approach to Listwise
     Approach" (ListNet), with attention for relevance; the slot is this project's own.
     """
 
-    class Options(ListwiseLoss.Options):
-        """peaks: share of the candidates' mass that is dealt out among them by their peaks instead, as ListwisePeakLoss
-        counts them: from this loss (0) to that one, with the protected slot (1)."""
-
-        peaks: float = Field(0.0, ge=0, le=1)
+    options_type = ListwiseMassOptions
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         logits = self.compared(logits, targets)
@@ -37,5 +40,5 @@ class ListwiseMassLoss(ListwiseLoss):
         if self.options.peaks:
             peak = targets.peak / targets.peak.sum(dim=-1, keepdim=True).clamp_min(1e-12)
             mass = torch.lerp(mass, peak * mass.sum(dim=-1, keepdim=True), self.options.peaks)
-        target = torch.cat([targets.protected[:, None], mass], dim=-1)
+        target = torch.cat([targets.protected_mass[:, None], mass], dim=-1)
         return cross_entropy(target, torch.cat([slot, logits], dim=-1).log_softmax(dim=-1))

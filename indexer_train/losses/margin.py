@@ -6,6 +6,12 @@ from pydantic import PositiveFloat
 from indexer_train.losses.base import IndexerLoss, LossOptions, Targets
 
 
+class MarginOptions(LossOptions):
+    """margin: how far golden chunks must lead, in logits."""
+
+    margin: PositiveFloat = 1.0
+
+
 class MarginLoss(IndexerLoss):
     """Ranking: every golden chunk above every other candidate of its window, by a margin and no more.
 
@@ -22,10 +28,7 @@ class MarginLoss(IndexerLoss):
     training/train.py, --pairwise-loss margin.
     """
 
-    class Options(LossOptions):
-        """margin: how far golden chunks must lead, in logits."""
-
-        margin: PositiveFloat = 1.0
+    options_type = MarginOptions
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         golden = targets.golden(self.golden).expand_as(logits)

@@ -1,5 +1,6 @@
 """Thresholds from held-out traces: for a share of the chunks, or for a share of the attention mass."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -73,7 +74,7 @@ def measure(
         tasks: dict[str, dict[str, float]] = {}
         for name in means[0]:
             for task, value in task_mean(scored, [each[name] for each in means]).items():
-                if value == value:
+                if not math.isnan(value):
                     tasks.setdefault(task or "all", {})[name] = value
         rows += [Metric(data=data, task=task, selection=str(selection), values=found) for task, found in tasks.items()]
     return rows

@@ -74,12 +74,16 @@ class Tally:
         return 1 - (self.needed - self.mass) / self.windows
 
     def ratios(self) -> dict[str, torch.Tensor]:
-        """Every metric of RATIOS, elementwise."""
+        """Every metric of RATIOS, elementwise: [W] or [W, cuts] as the counts."""
         return {name: getattr(self, name) for name in RATIOS}
 
     def total(self) -> Self:
         """All windows added up; the ratios of the sum are the micro averages. [W, ...] -> [...]."""
         return type(self)(**{name: value.sum(dim=0) for name, value in vars(self).items()})
+
+    def on_host(self) -> Self:
+        """The same in the host's memory."""
+        return type(self)(**{name: value.cpu() for name, value in vars(self).items()})
 
     @classmethod
     def concatenate(cls, pieces: list[Self]) -> Self:
@@ -98,7 +102,7 @@ def tally(selected: torch.Tensor, labels: WindowLabels, golden: float, visible: 
         hits=(truth & selected).sum(dim=1).double(),
         needed=needed_mass(labels),
         mass=selected_mass(selected, labels),
-        windows=torch.ones(len(visible), dtype=torch.float64),
+        windows=torch.ones_like(visible, dtype=torch.float64),
     )
 
 
@@ -115,7 +119,7 @@ def ranked_tally(
     selected = torch.minimum(counts, available)
 
     def best(values: torch.Tensor) -> torch.Tensor:
-        """What the best-ranked chunks hold together at each cut; chunks that are no candidates hold nothing."""
+        """What the best-ranked chunks hold together at each cut; chunks that are not candidates hold nothing."""
         sums = values.gather(1, order).cumsum(dim=1, dtype=torch.float64)
         return torch.nn.functional.pad(sums, (1, 0)).gather(1, selected)
 
@@ -169,7 +173,8 @@ def peak_entropy(scores: torch.Tensor, labels: WindowLabels) -> torch.Tensor:
 class ServedWindows:
     """Lookahead windows of one document, as serving refreshes them unless said otherwise.
 
-    windows: [W, 2] rows; positions: [W] of their first rows; labels: what they needed; visible: [W] chunks.
+    windows: [W, 2] rows; positions: [W] of their first rows; labels: what they needed; visible: [W] chunks. The first
+    two are on the host, the others where the windows are measured.
     """
 
     document: TraceDocument
@@ -179,11 +184,16 @@ class ServedWindows:
     visible: torch.Tensor
 
     @classmethod
-    def of(cls, document: TraceDocument, windows: torch.Tensor) -> Self:
-        """Look up what `windows` ([W, 2]) needed."""
+    def of(cls, document: TraceDocument, windows: torch.Tensor, device: torch.device | None = None) -> Self:
+        """Look up what `windows` ([W, 2]) needed; device: where they are measured, the host unless said otherwise."""
         positions = document.positions[windows[:, 0]]
         visible = (positions + 1) // document.trace.chunking.tokens
-        return cls(document, windows, positions, document.labels(windows), visible)
+        return cls(document, windows, positions, document.labels(windows, device), visible.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the windows are measured."""
+        return self.visible.device
 
     @property
     def chunking(self) -> Chunking:
@@ -192,15 +202,19 @@ class ServedWindows:
 
     def kept(self, budget: float) -> torch.Tensor:
         """[W] chunks that `budget` buys in each window."""
-        return torch.tensor([self.chunking.kept(budget, p) for p in self.positions.tolist()])
+        return torch.tensor([self.chunking.kept(budget, p) for p in self.positions.tolist()]).to(self.device)
 
 
 def served_windows(documents: Iterable[TraceDocument]) -> Iterator[ServedWindows]:
-    """Every document's serving windows; documents without one, or that need nothing in any, are left out."""
+    """Every document's serving windows; documents without one, or that need nothing in any, are left out.
+
+    Of a document's oracle the labels alone stay in memory: many keep all of what this returns.
+    """
     for document in documents:
         windows = document.windows(serving=True)
         if len(windows):
             served = ServedWindows.of(document, windows)
+            document.forget_oracle()
             if served.labels.mass.any():
                 yield served
 
@@ -223,7 +237,7 @@ class DocumentScorer:
         """[L, W, N] logits of the indexer's layers at each window's first token."""
         rows = served.windows[:, 0]
         hidden = torch.stack([self._document.hidden(layer)[rows].float() for layer in self.indexer.spec.layers], dim=1)
-        return self.indexer.layer_logits(self.indexer.pack(hidden, served.positions), self._keys).cpu()
+        return self.indexer.layer_logits(self.indexer.pack(hidden, served.positions), self._keys).to(served.device)
 
     def joined_scores(self, served: ServedWindows) -> torch.Tensor:
         """[W, N] scores that serving ranks by at each window's first token."""

@@ -10,15 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from data_gen.core.errors import InputError
 from data_gen.core.files import write_atomically
 from data_gen.traces.store import TraceStore
+from indexer_train.losses import gives_probabilities
 from indexer_train.measure.calibration import ScoredWindows, Target, calibrate, measure, score_windows, task_mean
 from indexer_train.measure.metrics import served_windows
 from indexer_train.model import MemoryIndexer
@@ -38,11 +36,12 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """rows: what each way of selecting keeps and finds, by length; error: see `calibration_error`; plot: its file;
-    beyond: the asked length past which nothing was measured, so that its score holds for all longer ones."""
+    """rows: what each way of selecting keeps and finds, by length; error: see `calibration_error`, None where the loss
+    trained an order, so that a sigmoid of the score means nothing; plot: its file; beyond: the asked length past which
+    nothing was measured, so that its score holds for all longer ones."""
 
     rows: list[dict[str, Any]]
-    error: float
+    error: float | None
     plot: Path
     beyond: int | None
 
@@ -89,14 +88,16 @@ def calibrate_folder(
     )
     rows = [row for each in selections for row in _measure(scored, each, longest, golden)]
     content = {"traces": store.manifest.documents, "rows": rows, "reliability": [asdict(each) for each in bins]}
-    if indexer.spec.provenance is not None:
-        kept = [row for row in indexer.spec.provenance.metrics if row.data != "calibration"]
-        indexer.spec.provenance.metrics = kept + measure(scored, selections, golden, "calibration")
+    made = indexer.spec.provenance
+    if made is not None:
+        kept = [row for row in made.metrics if row.data != "calibration"]
+        made.metrics = kept + measure(scored, selections, golden, "calibration")
     write_atomically(folder / "calibration.json", lambda file: file.write_text(json.dumps(content, indent=1)))
-    _plot(scored, bins, threshold, golden, folder / "reliability.png")
+    error = calibration_error(bins) if gives_probabilities(made and made.train.get("loss")) else None
+    _plot(scored, bins, error, threshold, golden, folder / "reliability.png")
     indexer.save_spec(folder)
     beyond = max(longest) if len(threshold.cuts) == len(set(longest)) else None
-    return Calibrated(rows, calibration_error(bins), folder / "reliability.png", beyond)
+    return Calibrated(rows, error, folder / "reliability.png", beyond)
 
 
 def _measure(
@@ -121,15 +122,25 @@ def _measure(
 
 
 def _plot(
-    scored: Sequence[ScoredWindows], bins: Sequence[Bin], threshold: Threshold, golden: float, path: Path
+    scored: Sequence[ScoredWindows],
+    bins: Sequence[Bin],
+    error: float | None,
+    threshold: Threshold,
+    golden: float,
+    path: Path,
 ) -> None:
-    """Left: predicted against observed; right: what thresholds keep and find, beside budgets of the same size."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4))
-    left.plot([0, 1], [0, 1], ":", color="gray")
-    left.plot([each.predicted for each in bins], [each.observed for each in bins], "o-", color="tab:red", ms=4)
-    left.set_xlabel("predicted: mean sigmoid(score)")
-    left.set_ylabel("observed: share of golden chunks")
-    left.set_title(f"reliability, error {calibration_error(bins):.3f}")
+    """Left: golden chunks by score, and what its sigmoid predicts where there is an `error`; right: what thresholds
+    keep and find, beside budgets of the same size."""
+    figure = Figure(figsize=(9, 4), layout="tight")
+    left, right = figure.subplots(1, 2)
+    middles = [100 * (place + 0.5) / len(bins) for place in range(len(bins))]
+    left.plot(middles, [each.observed for each in bins], "o-", color="tab:red", ms=4, label="observed: golden")
+    if error is not None:
+        left.plot(middles, [each.predicted for each in bins], "s:", color="gray", ms=3, label="sigmoid of the score")
+        left.set_title(f"calibration error {error:.3f}")
+    left.set_xlabel("chunks by score, percentile")
+    left.set_ylabel("share of chunks")
+    left.legend(fontsize=8)
     budgets = [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5]
     for label, style, selections in (
         ("one threshold", "o-", [calibrate(scored, "budget", share) for share in budgets]),
@@ -145,6 +156,4 @@ def _plot(
     right.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
-    pyplot.close(figure)

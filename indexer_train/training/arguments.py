@@ -14,7 +14,8 @@ def training_arguments(config: TrainConfig, out: Path, steps: int) -> SentenceTr
     """steps: of one epoch. Checkpoints go to `out`/checkpoints, one at every evaluation; the best and the last stay."""
     every = config.eval_epochs * steps
     cuda = torch.cuda.is_available()
-    workers = processes.workers(config.workers, cuda)
+    on_host = config.batches == "host"
+    workers = processes.workers(config.workers, cuda) if on_host else 0
     return SentenceTransformerTrainingArguments(
         output_dir=str(out / "checkpoints"),
         num_train_epochs=config.epochs,
@@ -34,14 +35,13 @@ def training_arguments(config: TrainConfig, out: Path, steps: int) -> SentenceTr
         eval_strategy="steps",
         eval_steps=every,
         save_steps=every,
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{config.choose}",
         greater_is_better=config.choose == "mass_recall",
         logging_steps=every,
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step
         restore_callback_states_from_checkpoint=True,
-        dataloader_pin_memory=cuda,
+        dataloader_pin_memory=cuda and on_host,
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
         accelerator_config={"non_blocking": cuda},

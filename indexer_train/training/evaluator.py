@@ -18,7 +18,7 @@ class MassRecallEvaluator(BaseEvaluator):
     entropy, which sees the whole ranking and needs no selection.
 
     select: the best `budget` of every window's chunks, or all that reach the one threshold that keeps as many on the
-    whole, calibrated anew for each checkpoint.
+    whole, calibrated again for each checkpoint.
     """
 
     def __init__(self, store: TraceStore, budget: float, select: Literal["budget", "threshold"] = "budget") -> None:

@@ -3,19 +3,23 @@
 import json
 import logging
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import rotate_checkpoints
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import replace_sealed, seal_folder, write_atomically
+from data_gen.core.files import replace_sealed, seal_folder, sweep, write_atomically
 from indexer_train import processes
-from indexer_train.checkpoints import LAST, SETTINGS, STATE, checkpoints, damage, processes_of
+from indexer_train.checkpoints import LAST, SETTINGS, STATE, checkpoints, cut_short, damage, processes_of
 from indexer_train.losses.base import IndexerLoss
 
 logger = logging.getLogger(__name__)
+KEPT = 2
+"""Checkpoints: the best and the newest."""
 
 
 def same_settings(out: Path, settings: dict[str, Any]) -> None:
@@ -24,6 +28,7 @@ def same_settings(out: Path, settings: dict[str, Any]) -> None:
     A run that never reached a checkpoint left nothing to mix with: its settings may be corrected. Raises InputError.
     """
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     text = json.dumps(settings, indent=1)
     path = out / SETTINGS
     begun = (out / "checkpoints").exists() or (out / "indexer").exists()
@@ -35,7 +40,7 @@ def same_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 class KeepLoss(TrainerCallback):
-    """Saves what the loss learns beside the model, where the stock trainer would start anew; seals the checkpoint."""
+    """Saves what the loss learns beside the model, where the stock trainer would start again; seals the checkpoint."""
 
     def __init__(self, loss: IndexerLoss) -> None:
         self.loss = loss
@@ -49,6 +54,8 @@ class KeepLoss(TrainerCallback):
             metadata = {"processes": str(processes.count())}
             write_atomically(folder / LAST, lambda file: save_file(learned, file, metadata))
             seal_folder(folder)
+            # The stock trainer would remove older ones when the new one is not whole yet.
+            rotate_checkpoints(args.output_dir, KEPT, state.best_model_checkpoint)
 
 
 def restore_loss(loss: IndexerLoss, checkpoint: Path) -> None:
@@ -58,22 +65,38 @@ def restore_loss(loss: IndexerLoss, checkpoint: Path) -> None:
     """
     if (earlier := processes_of(checkpoint)) != processes.count():
         raise InputError(
-            f"{checkpoint}: {earlier} processes trained until there, {processes.count()} would go on differently; "
+            f"{checkpoint}: made by {earlier} processes, and {processes.count()} would continue differently; "
             f"start {earlier}, or train into another folder"
         )
     loss.load_state_dict(load_file(checkpoint / LAST), strict=False)
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, or None; others are removed (by the first process)."""
+    """The newest whole checkpoint in `folder`, or None; the first process clears newer ones out of the way.
+
+    Those that were whole once are set aside, those that were cut short while they were saved are removed.
+    """
+    newest, damaged = None, dict[Path, str]()
     for path in reversed(checkpoints(folder)):
-        if reason := damage(path):
-            logger.warning("%s is not whole (%s); the one before it is taken", path, reason)
-            if processes.rank() == 0:
-                shutil.rmtree(path)
+        if not (reason := damage(path)):
+            newest = path
+            break
+        damaged[path] = reason
+    processes.wait()  # until all have looked
+    for path, reason in damaged.items() if processes.rank() == 0 else ():
+        if cut_short(path):
+            shutil.rmtree(path)
+            logger.warning("%s was cut short while it was saved (%s); it is removed", path, reason)
         else:
-            return path
-    return None
+            logger.warning("%s is not whole (%s); it is kept as %s, and not used", path, reason, _set_aside(path).name)
+    return newest
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Give a checkpoint a new name, which is none of a checkpoint, so that this step can be saved again."""
+    names = (f"damaged-{checkpoint.name}" + (f"-{number}" if number else "") for number in count())
+    aside = next(path for name in names if not (path := checkpoint.with_name(name)).exists())
+    return checkpoint.rename(aside)
 
 
 def stay_with_best(checkpoint: Path) -> TrainerState:
@@ -96,7 +119,9 @@ def stay_with_best(checkpoint: Path) -> TrainerState:
 def check_best(best: Path) -> None:
     """Raise InputError unless the run's best checkpoint is there and whole: it would end with other weights."""
     if reason := damage(best) if best.exists() else "it is missing":
-        raise InputError(f"{best}: damaged best checkpoint ({reason}); copy it there or train into a new folder")
+        raise InputError(
+            f"{best}: damaged best checkpoint ({reason}); restore a copy of it, or train into a new folder"
+        )
 
 
 def over(state: TrainerState) -> bool:

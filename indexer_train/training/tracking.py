@@ -18,9 +18,7 @@ def check_trackers(report_to: list[str]) -> None:
     """Raise InputError unless the stock trainer knows every tracker and its package is installed."""
     installed = get_available_reporting_integrations()
     if unknown := [name for name in report_to if name not in installed]:
-        raise InputError(
-            f"train.report_to: {', '.join(unknown)} is no tracker that is installed; choose from {', '.join(installed)}"
-        )
+        raise InputError(f"train.report_to: not installed: {', '.join(unknown)}; choose from {', '.join(installed)}")
 
 
 def begin(report_to: list[str], out: Path, recipe: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from data_gen.core.cpu import keep_freed_memory
 from data_gen.core.errors import InputError
-from data_gen.core.files import writing
+from data_gen.core.files import seal_of, writing
 from data_gen.traces.store import TraceStore
 from data_gen.traces.validate import check_store
 from indexer_train import processes
@@ -29,10 +29,11 @@ from indexer_train.data.batches import (
     TellEpoch,
     window_index,
 )
+from indexer_train.data.device import DeviceCollator
 from indexer_train.data.mixture import sources
 from indexer_train.data.sampling import any_golden
 from indexer_train.formats.native import initialise
-from indexer_train.load import load_indexer
+from indexer_train.load import load_indexer, spec_for
 from indexer_train.losses import LOSSES, IndexerLoss
 from indexer_train.measure.calibration import calibrate, measure, score_windows
 from indexer_train.model import MemoryIndexer
@@ -51,8 +52,8 @@ from indexer_train.training.resume import (
     stay_with_best,
 )
 
-WITHOUT_EFFECT = {"workers", "report_to"}
-"""Settings of training that change no result: a run may go on with others."""
+WITHOUT_EFFECT = {"workers", "report_to", "check_bytes"}
+"""Settings of training that change no result: a run may continue with others."""
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def train(
         restore_loss(run.loss, checkpoint)
     tracking.begin(config.report_to, out, run.settings)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.state.best_model_checkpoint is not None:  # the stock trainer goes on with the last where it cannot read
+    if trainer.state.best_model_checkpoint is not None:  # the stock trainer takes the last where it cannot read
         check_best(Path(trainer.state.best_model_checkpoint))
     return _finish(run.indexer, run.evaluator, config, out)
 
@@ -111,14 +112,14 @@ def _train_one_by_one(
 ) -> MemoryIndexer:
     """A run for each layer under `out`/layer-N, put together in `out`/indexer: layers share no parameters."""
     if shape.bias or config.loss_options.get("joined"):
-        raise InputError("train.one_by_one: `bias` and a `joined` loss are of all layers together; leave them out")
+        raise InputError("train.one_by_one: `bias` and a `joined` loss concern all layers together; leave them out")
     if processes.rank() == 0:
         same_settings(out, _settings(store, shape, config, weights, None))
     traces, validation = store.hold_back(config.validation_every)
     indexer = MemoryIndexer.from_spec(_spec(traces, len(validation.paths()), shape, config, weights))
     for layer in store.manifest.trace.layers:
         trace = store.manifest.trace.model_copy(update={"layers": [layer]})
-        one = TraceStore(store.root, store.manifest.model_copy(update={"trace": trace}), store.paths())
+        one = TraceStore(store.root, store.manifest.model_copy(update={"trace": trace}), store.files)
         alone = config.model_copy(update={"one_by_one": False})
         part = train(one, shape, alone, out / f"layer-{layer}", weights)
         own = part.query_encoder.encoders[str(layer)].state_dict()
@@ -153,17 +154,6 @@ class Run:
     settings: dict[str, Any]
 
 
-def make_trainer(
-    store: TraceStore,
-    shape: IndexerConfig,
-    config: TrainConfig,
-    out: Path,
-    weights: dict[Path, float] | None = None,
-) -> IndexerTrainer:
-    """The stock trainer as `train` runs it, with a new indexer; arguments and errors as there."""
-    return stock_trainer(prepare(store, shape, config, out, weights), config, out)
-
-
 def stock_trainer(run: Run, config: TrainConfig, out: Path) -> IndexerTrainer:
     """The stock sentence-transformers trainer for `run`, with what it lacks as callbacks."""
     callbacks: list[TrainerCallback] = [
@@ -184,7 +174,7 @@ def stock_trainer(run: Run, config: TrainConfig, out: Path) -> IndexerTrainer:
 
 
 def prepare(
-    store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Path, weights: dict[Path, float] | None
+    store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Path, weights: dict[Path, float] | None = None
 ) -> Run:
     """Refuse what cannot go well, then make what a run needs; the first process writes `out`/training.json.
 
@@ -200,7 +190,7 @@ def prepare(
     if config.init is not None:
         initialise(indexer, Path(config.init))
     loss = _loss(indexer, config)
-    collator, mined = _collator(traces, config)
+    collator, mined = _collator(traces, config, indexer.device)
     settings = _settings(store, shape, config, weights, mined)
     if processes.rank() == 0:
         same_settings(out, settings)
@@ -216,21 +206,21 @@ def _check(store: TraceStore, config: TrainConfig) -> None:
     oracle = store.manifest.trace.oracle
     highest = 1 if oracle == "attention" else len(store.manifest.backbone.full_layers)
     if config.golden > highest:
-        raise InputError(f"train.golden {config.golden:g}: the oracle `{oracle}` says {highest} at most")
+        raise InputError(f"train.golden {config.golden:g}: the oracle `{oracle}` gives {highest} at most")
     if config.candidates.common_weight != 1 and not LOSSES[config.loss].pointwise:
         raise InputError(f"train.candidates.common_weight: {config.loss} weighs no single chunk; leave it out")
     tracking.check_trackers(config.report_to)
-    own = store.paths()[processes.rank() :: processes.count()]
-    check_store(TraceStore(store.root, store.manifest, own))
+    if config.check_bytes:
+        check_store(store.only(store.paths()[processes.rank() :: processes.count()]))
 
 
 def _check_windows(traces: TraceStore, validation: TraceStore, index: Dataset, config: TrainConfig) -> None:
     """Raise InputError where there is nothing to learn from, or nothing to judge it by."""
-    if not len(index) or not len(window_index(validation)):
+    if not len(index) or not any(len(document.windows(serving=False)) for document in validation):
         raise InputError(f"{traces.root}: too few documents with a whole lookahead window to train and validate on")
     if not LOSSES[config.loss].graded and not any_golden(traces, index, config.golden):
         raise InputError(
-            f"{traces.root}: no training window has a golden chunk (at least {config.golden:g}), so that {config.loss} "
+            f"{traces.root}: no training window has a golden chunk (at least {config.golden:g}), so {config.loss} "
             "would learn nothing; lower train.golden"
         )
 
@@ -240,25 +230,15 @@ def _spec(
 ) -> IndexerSpec:
     """Of an indexer trained on `traces` and chosen on `validation` other documents."""
     trace, backbone = traces.manifest.trace, traces.manifest.backbone
-    return IndexerSpec(
-        shape=shape,
-        layers=trace.layers,
-        hidden=backbone.hidden,
-        key_width=backbone.key_width,
-        chunking=trace.chunking,
-        window=trace.window,
-        backbone=backbone.fingerprint,
-        key=backbone.key,
-        rope=backbone.rope,
-        provenance=Provenance(
-            backbone=backbone.model_type,
-            model=backbone.name,
-            oracle=trace.oracle,
-            sources=sources(traces, weights),
-            validation=validation,
-            train=config.model_dump(exclude=WITHOUT_EFFECT),
-        ),
+    made = Provenance(
+        backbone=backbone.model_type,
+        model=backbone.name,
+        oracle=trace.oracle,
+        sources=sources(traces, weights),
+        validation=validation,
+        train=config.model_dump(exclude=WITHOUT_EFFECT),
     )
+    return spec_for(traces.manifest, shape, made)
 
 
 def _loss(indexer: MemoryIndexer, config: TrainConfig) -> IndexerLoss:
@@ -270,9 +250,11 @@ def _loss(indexer: MemoryIndexer, config: TrainConfig) -> IndexerLoss:
     return loss
 
 
-def _collator(traces: TraceStore, config: TrainConfig) -> tuple[Collator, list[str] | None]:
+def _collator(traces: TraceStore, config: TrainConfig, device: torch.device) -> tuple[Collator, list[str] | None]:
     """What makes batches of `traces`, and what its hard negatives were mined by (None without any)."""
     layers = traces.manifest.trace.layers
+    if config.batches == "device":
+        return DeviceCollator(traces, layers, config.golden, config.candidates, config.seed, device), None
     if config.candidates.kind == "all":
         return AllCandidates(traces, layers, config.golden, config.candidates), None
     collator = SampledCandidates(traces, layers, config.golden, config.candidates, config.seed)
@@ -288,7 +270,7 @@ def _settings(
 ) -> dict[str, Any]:
     """All that a run is made of; what the backbone is called changes nothing."""
     traces = store.manifest.model_dump(exclude={"backbone": {"name"}})
-    traces["files"] = [f"{document.path.name} {document.checksum}" for document in store]
+    traces["files"] = [f"{path.name} {seal_of(path)}" for path in store.paths()]
     settings = {"indexer": shape.model_dump(), "train": config.model_dump(exclude=WITHOUT_EFFECT), "traces": traces}
     more = {"weights": [*(weights or {}).values()], "hard_negatives": mined}
     return settings | {name: value for name, value in more.items() if value}
