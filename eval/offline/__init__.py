@@ -1,1 +1,1 @@
-"""Recall and its kin on held-out traces; no backbone."""
+"""Recall and related measures on held-out traces; no backbone."""

@@ -1,28 +1,38 @@
 """Everything `lookahead evaluate` measures, as the sections of results.json (eval/report/rows.py)."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from data_gen.core.cpu import return_freed_memory
 from data_gen.core.errors import InputError
-from data_gen.traces.store import TraceStore
+from data_gen.core.shard import Shard
+from data_gen.core.tell import Progress
+from data_gen.traces.store import TraceDocument, TraceStore
 from data_gen.traces.types import DocumentMeta
+from eval.offline.parts import Part, load_part, part_of, save_part
 from eval.offline.recall import (
     BUDGETS,
     THRESHOLD,
     Amount,
     DocumentRecall,
+    Group,
+    amounts_of,
+    by_task,
     in_pieces,
-    measure,
+    measure_document,
     ratios,
     recall_rows,
     task_groups,
 )
-from eval.offline.refresh import analyse_lookahead, timeline
+from eval.offline.refresh import lookahead_rows, lookahead_sums, timeline
 from eval.report.rows import (
     CellRecall,
     ComparisonRow,
@@ -30,6 +40,7 @@ from eval.report.rows import (
     DocumentRow,
     Evaluated,
     LengthRecall,
+    RecallRow,
     ReliabilityRow,
 )
 from indexer_train.measure.intervals import bootstrap_means
@@ -45,61 +56,114 @@ LENGTHS = 4
 """Bins of document lengths, equally wide."""
 SAMPLED = 1 << 16
 """Candidates of one document that its scores are judged by, at most."""
+LONG = 1 << 16
+"""Chunks of a document from which on memory is worth more than the time that giving it back takes."""
 COMPARED = ("mass_recall", "golden_recall", "precision", "f1", "kept")
 
 
-def evaluate(
-    indexers: dict[str, MemoryIndexer],
-    store: TraceStore,
-    golden: float,
-    budget: float,
-    every_token: bool = False,
-) -> dict[str, Any]:
-    """Measure one indexer ("indexer"), or two side by side ("A", "B"), on held-out traces.
+class Evaluation:
+    """One indexer ("indexer"), or two side by side ("A", "B"), on held-out traces, a document at a time.
 
-    Returns the sections of results.json from `recall` to `evaluated`, as models. Recall is at BUDGETS, `budget` and the
-    thresholds, by length and depth at the last two only; documents, reliability and timeline are of the first indexer;
-    comparison is None of one. Raises InputError on training traces and where no document has a window.
+    golden: head-maximum probability (or votes) that makes a chunk golden; every_token: a window from every traced
+    token instead of one per refresh. Recall is at BUDGETS, `budget` and the thresholds. Raises InputError on training
+    traces.
     """
-    store.check_held_out()
-    chosen = {name: threshold_for(name, indexer, budget) for name, indexer in indexers.items()}
-    thresholds = {name: threshold for name, (threshold, _) in chosen.items()}
-    budgets = sorted({*BUDGETS, budget})
-    found = list(measure(indexers, store, golden, thresholds, every_token, budgets))
-    if not found:
-        raise InputError(f"{store.root}: no document with a whole lookahead window; nothing to evaluate on")
-    first, *_ = indexers
-    short = [each for each in found if each.amount in (Amount(budget), THRESHOLD)]
-    lengths, length_of = length_bins([each.meta.length for each in found])
-    needles = [each for each in short if each.meta.depth is not None]
-    cells = [each for each in needles if (each.ranker.policy, each.amount) == (first, Amount(budget))]
-    places = {f"{depth} | {length}": (depth, length) for depth in DEPTH_BINS for length in lengths}
-    by_length = recall_rows(short, lambda meta: [length_of(meta)])
-    by_depth = recall_rows(needles, lambda meta: [depth_bin(meta)])
-    heat = recall_rows(cells, lambda meta: [f"{depth_bin(meta)} | {length_of(meta)}"])
-    return {
-        "recall": recall_rows(found, task_groups),
-        "by_length": [LengthRecall(**dict(row), length=lengths[row.task]) for row in by_length],
-        "by_depth": [DepthRecall(**dict(row), depth=DEPTH_BINS[row.task]) for row in by_depth],
-        "heat": [
-            CellRecall(**dict(row), depth=DEPTH_BINS[depth], length=lengths[length])
-            for row in heat
-            for depth, length in [places[row.task]]
-        ],
-        "documents": _documents(found, first),
-        "lookahead": analyse_lookahead(indexers, store, golden, budget),
-        "reliability": sampled_reliability(indexers[first], store, golden),
-        "timeline": timeline(indexers[first], store, golden, budget),
-        "comparison": compare(found) if len(indexers) == 2 else None,
-        "evaluated": Evaluated(
-            budget=budget,
-            golden=golden,
-            every_token=every_token,
-            bins=(list(DEPTH_BINS), list(lengths)),
-            notes=[*unseen_notes(indexers, store), *(note for _, note in chosen.values() if note is not None)],
-            thresholds={name: str(threshold) for name, threshold in thresholds.items()},
-        ),
-    }
+
+    def __init__(
+        self, indexers: dict[str, MemoryIndexer], store: TraceStore, golden: float, budget: float, every_token: bool
+    ) -> None:
+        store.check_held_out()
+        self.indexers, self.store, self.golden, self.budget = indexers, store, golden, budget
+        self.every_token = every_token
+        chosen = {name: threshold_for(name, indexer, budget) for name, indexer in indexers.items()}
+        self.thresholds = {name: threshold for name, (threshold, _) in chosen.items()}
+        self.notes = [note for _, note in chosen.values() if note is not None]
+        if max(document.chunks for document in store) > LONG:
+            return_freed_memory()
+        self.amounts = amounts_of(store, sorted({*BUDGETS, budget}))
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits for all that a part depends on."""
+        asked: list[Any] = [self.golden, self.budget, self.every_token, self.amounts, list(self.store.files.values())]
+        by = {
+            name: (indexer.digest(), self.thresholds[name].model_dump_json()) for name, indexer in self.indexers.items()
+        }
+        return hashlib.sha256(json.dumps([asked, by]).encode()).hexdigest()[:16]
+
+    def part(self, document: TraceDocument) -> Part:
+        """Measure one document."""
+        first, *_ = self.indexers.values()
+        recall = measure_document(self.indexers, document, self.golden, self.thresholds, self.every_token, self.amounts)
+        sums = lookahead_sums(self.indexers, document, self.golden, self.budget)
+        return Part(document.meta, list(recall), sums, *sample_candidates(first, document, self.golden))
+
+    def measure_shard(self, folder: Path, shard: Shard, progress: Progress) -> int:
+        """Write the shard's parts into `folder`, of one worker alone what several left over; how many are missing."""
+        for path in progress(self.store.shard(shard).paths(), "evaluating"):
+            if not (part := part_of(folder, path)).exists():
+                save_part(self.part(self.store.document(path)), part)
+        return sum(not (part_of(folder, path)).exists() for path in self.store.files)
+
+    def parts(self, folder: Path) -> list[Part]:
+        """Of all documents, in order. Raises InputError when one is damaged."""
+        return [load_part(part_of(folder, path)) for path in self.store.files]
+
+    def merged(self, parts: list[Part]) -> dict[str, Any]:
+        """The sections of results.json from `recall` to `evaluated`, as models, of all documents in order.
+
+        By length and depth at `budget` and the thresholds only; documents, reliability and timeline are of the first
+        indexer; comparison is None of one. Raises InputError where no document has a window.
+        """
+        found = [each for part in parts for each in part.recall]
+        if not found:
+            raise InputError(f"{self.store.root}: no document with a whole lookahead window; nothing to evaluate on")
+        first, *_ = self.indexers
+        short = [each for each in found if each.amount in (Amount(self.budget), THRESHOLD)]
+        lengths, length_of = length_bins([each.meta.length for each in found])
+        needles = [each for each in short if each.meta.depth is not None]
+        cells = [each for each in needles if (each.ranker.policy, each.amount) == (first, Amount(self.budget))]
+
+        def by_length(meta: DocumentMeta) -> list[Group]:
+            name = length_of(meta)
+            return [Group(name, length=lengths[name])]
+
+        def by_depth(meta: DocumentMeta) -> list[Group]:
+            name = depth_bin(meta)
+            return [Group(name, depth=DEPTH_BINS[name])]
+
+        def by_both(meta: DocumentMeta) -> list[Group]:
+            (depth,), (length,) = by_depth(meta), by_length(meta)
+            return [Group(f"{depth.task} | {length.task}", length.length, depth.depth)]
+
+        scores, truth = (torch.cat([getattr(part, name) for part in parts]) for name in ("scores", "truth"))
+        return {
+            "recall": recall_rows(found, RecallRow, by_task),
+            "by_length": recall_rows(short, LengthRecall, by_length),
+            "by_depth": recall_rows(needles, DepthRecall, by_depth),
+            "heat": recall_rows(cells, CellRecall, by_both),
+            "documents": _documents(found, first),
+            "lookahead": lookahead_rows([(part.meta, part.sums) for part in parts], self.store.manifest),
+            "reliability": [ReliabilityRow(**asdict(each)) for each in reliability(scores, truth)],
+            "timeline": timeline(self.indexers[first], self.store, self.golden, self.budget),
+            "comparison": compare(found) if len(self.indexers) == 2 else None,
+            "evaluated": Evaluated(
+                budget=self.budget,
+                golden=self.golden,
+                every_token=self.every_token,
+                bins=(list(DEPTH_BINS), list(lengths)),
+                notes=[*unseen_notes(self.indexers, self.store), *self.notes],
+                thresholds={name: str(threshold) for name, threshold in self.thresholds.items()},
+            ),
+        }
+
+
+def evaluate(
+    indexers: dict[str, MemoryIndexer], store: TraceStore, golden: float, budget: float, every_token: bool = False
+) -> dict[str, Any]:
+    """All documents of `store` in one process, see `Evaluation`."""
+    evaluation = Evaluation(indexers, store, golden, budget, every_token)
+    return evaluation.merged([evaluation.part(document) for document in store])
 
 
 def threshold_for(name: str, indexer: MemoryIndexer, budget: float) -> tuple[Threshold, str | None]:
@@ -126,21 +190,23 @@ def unseen_notes(indexers: dict[str, MemoryIndexer], store: TraceStore) -> list[
     ]
 
 
-def sampled_reliability(indexer: MemoryIndexer, store: TraceStore, golden: float) -> list[ReliabilityRow]:
-    """`reliability` of the candidates of all serving windows; of a long document every n-th, SAMPLED at most."""
-    scores, truth = [], []
-    for document in store:
-        windows = document.windows(serving=True)
-        scorer, seen = DocumentScorer(indexer, document), 0
-        bounds = [document.trace.chunking.candidates(int(p)) for p in document.positions[windows[:, 0]]]
-        every = max(1, -(-sum(last - first for first, last in bounds) // SAMPLED))
-        for served in in_pieces(document, windows):
-            candidate = served.labels.candidate
-            place = slice(-seen % every, None, every)
-            scores.append(scorer.joined_scores(served)[candidate][place])
-            truth.append(served.labels.golden(golden)[candidate][place])
-            seen += int(candidate.sum())
-    return [ReliabilityRow(**asdict(each)) for each in reliability(torch.cat(scores), torch.cat(truth))]
+def sample_candidates(
+    indexer: MemoryIndexer, document: TraceDocument, golden: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores [M] fp32, which are golden [M] bool) of one document's candidates in all serving windows, every n-th of a
+    long one, SAMPLED at most."""
+    scores, truth = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
+    windows = document.windows(serving=True)
+    scorer, seen = DocumentScorer(indexer, document), 0
+    bounds = [document.trace.chunking.candidates(int(p)) for p in document.positions[windows[:, 0]]]
+    every = max(1, -(-sum(last - first for first, last in bounds) // SAMPLED))
+    for served in in_pieces(document, windows, indexer.device):
+        candidate = served.labels.candidate
+        place = slice(-seen % every, None, every)
+        scores.append(scorer.joined_scores(served)[candidate][place].cpu())
+        truth.append(served.labels.golden(golden)[candidate][place].cpu())
+        seen += int(candidate.sum())
+    return torch.cat(scores), torch.cat(truth)
 
 
 def length_bins(lengths: list[int]) -> tuple[dict[str, tuple[int, int]], Callable[[DocumentMeta], str]]:

@@ -15,24 +15,26 @@ Policy = Callable[[ServedWindows], torch.Tensor]
 
 
 def oracle(served: ServedWindows) -> torch.Tensor:
-    """The attention mass itself: the best possible mass recall at any budget (golden recall has `golden_oracle`)."""
+    """The attention mass itself: the best possible mass recall at any budget (golden recall has `golden_oracle`),
+    [W, N]."""
     return served.labels.mass
 
 
 def golden_oracle(served: ServedWindows) -> torch.Tensor:
-    """The peaks themselves: the best possible golden recall at any budget."""
+    """The peaks themselves: the best possible golden recall at any budget, [W, N]."""
     return served.labels.peak
 
 
 def mean_pooled(served: ServedWindows) -> torch.Tensor:
-    """Mean-pooled keys scored by the backbone's own queries at the window's start, without lookahead."""
+    """Mean-pooled keys scored by the backbone's own queries at the window's start, without lookahead: [W, N]."""
     pooled = served.document.mean_pooled
     assert pooled is not None  # POLICIES leaves it out of documents without
-    return pooled[served.windows[:, 0]].float()
+    return pooled[served.windows[:, 0]].to(served.device).float()
 
 
 def used_now(served: ServedWindows) -> torch.Tensor:
-    """What the backbone itself used at the window's first token, without lookahead; among equals the newer chunk.
+    """What the backbone itself used at the window's first token, without lookahead; among equals the newer chunk:
+    [W, N].
 
     Its exact attention, which costs all keys ("exact_attention"), or of the oracle `indexer` how many of its own
     indexers picked the chunk ("native_votes"). A trace does not keep the native logits of every token, so chunks
@@ -40,17 +42,17 @@ def used_now(served: ServedWindows) -> torch.Tensor:
     """
     first = served.windows[:, 0]
     now = torch.stack([first, first + 1], dim=1)
-    return _newer_first(ServedWindows.of(served.document, now).labels.mass)
+    return _newer_first(ServedWindows.of(served.document, now, served.device).labels.mass)
 
 
 def recency(served: ServedWindows) -> torch.Tensor:
-    """Newest first."""
-    return torch.arange(served.document.chunks).float().expand(len(served.windows), -1)
+    """Newest first: [W, N]."""
+    return torch.arange(served.document.chunks, device=served.device).float().expand(len(served.windows), -1)
 
 
 def protected(served: ServedWindows) -> torch.Tensor:
-    """No preference: evaluation keeps nothing for it but the sink and the newest chunks."""
-    return torch.zeros(len(served.windows), served.document.chunks)
+    """No preference, [W, N]: evaluation keeps nothing for it but the sink and the newest chunks."""
+    return torch.zeros(len(served.windows), served.document.chunks, device=served.device)
 
 
 def golden_tokens(document: TraceDocument, golden: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +78,8 @@ class Frequency:
     def __call__(self, served: ServedWindows) -> torch.Tensor:
         chunks = served.document.chunks
         ends = self._ends[served.windows[:, 0] + 1].tolist()
-        return _newer_first(torch.stack([self._chunks[:end].bincount(minlength=chunks) for end in ends]))
+        counts = torch.stack([self._chunks[:end].bincount(minlength=chunks) for end in ends])
+        return _newer_first(counts.to(served.device))
 
 
 class Random:
@@ -87,7 +90,8 @@ class Random:
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
     def __call__(self, served: ServedWindows) -> torch.Tensor:
-        return torch.rand(len(served.windows), served.document.chunks, generator=self._generator)
+        scores = torch.rand(len(served.windows), served.document.chunks, generator=self._generator)
+        return scores.to(served.device)
 
 
 def _newer_first(scores: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat, TypeVar
 
 import numpy as np
 import torch
 
-from data_gen.core.cpu import return_freed_memory
 from data_gen.traces.store import TraceDocument, TraceStore
 from data_gen.traces.types import DocumentMeta
 from eval.offline.policies import golden_oracle, policies
@@ -18,16 +17,15 @@ from indexer_train.measure.intervals import bootstrap_means
 from indexer_train.measure.metrics import RATIOS, DocumentScorer, ServedWindows, Tally, ranked_tally, tally
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import join_layers
-from indexer_train.selection import Cut, Threshold
+from indexer_train.selection import Threshold
 
 BUDGETS = (0.02, 0.05, 0.1, 0.135, 0.2)
 TOP = (8, 16, 32, 64, 128, 256, 512, 1024)
 """Numbers of chunks K at which recall@K is measured, where some document of the store has more."""
 PIECE_ELEMENTS = 1 << 21
 """Windows x chunks measured at once: what evaluation holds does not grow with the number of windows."""
-LONG = 1 << 16
-"""Chunks of a document from which on memory is worth more than the 2 % of the time that giving it back takes."""
 PLAIN_TASKS = ("text", "document", "chat")
+AnyRecall = TypeVar("AnyRecall", bound=RecallRow)
 
 
 class Ranker(NamedTuple):
@@ -49,10 +47,19 @@ class Amount(NamedTuple):
         if isinstance(self.budget, float):
             return served.kept(self.budget)
         assert self.top is not None
-        return torch.full((len(served.windows),), self.top)
+        return torch.full_like(served.visible, self.top)
 
 
 THRESHOLD = Amount("threshold")
+
+
+class Group(NamedTuple):
+    """Documents that are averaged together. task: its name in tables; length, depth: the ends of the bins that it is
+    made of, None where it is not."""
+
+    task: str
+    length: tuple[int, int] | None = None
+    depth: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,21 +76,6 @@ class DocumentRecall:
     sums: Tally
 
 
-def evaluate_recall(
-    indexer: MemoryIndexer, store: TraceStore, golden: float, threshold: float, every_token: bool = False
-) -> list[RecallRow]:
-    """Score all chunks of every held-out document with every policy: a row per policy, group of tasks and cut.
-
-    golden: head-maximum probability (or votes) that makes a chunk golden; threshold: joined score to reach;
-    every_token: a window from every traced token instead of one per refresh.
-    Rows for each task and for all needle tasks together ("needles"); the indexer's layers on their own are "layer L",
-    at the threshold too: the one of the joined score, as no layer has one of its own.
-    """
-    given = Threshold(cuts=[Cut(score=threshold)])
-    found = measure({"indexer": indexer}, store, golden, {"indexer": given}, every_token)
-    return recall_rows(list(found), task_groups)
-
-
 def measure(
     indexers: dict[str, MemoryIndexer],
     store: TraceStore,
@@ -98,44 +90,60 @@ def measure(
     thresholds: of indexers by name; one without is measured at the budgets alone. Documents without a window, or that
     need nothing in any, are left out.
     """
-    longest = max(document.chunks for document in store)
-    if longest > LONG:
-        return_freed_memory()
-    amounts = [*map(Amount, budgets), *(Amount(f"top {count}", count) for count in TOP if count < longest)]
+    amounts = amounts_of(store, budgets)
     for document in store:
-        windows = document.windows(serving=not every_token)
-        scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
-        untrained = policies(document, golden) if baselines else {}
-        pieces: dict[tuple[Ranker, Amount], list[Tally]] = defaultdict(list)
-        for served in in_pieces(document, windows):
-            counts = torch.stack([amount.counts(served) for amount in amounts], dim=1)
-            for name, scorer in scorers.items():
-                layers = scorer.layer_logits(served)
-                joined = join_layers(layers, scorer.indexer.spec.shape.join)
-                alone = zip(scorer.indexer.spec.layers, layers, strict=True) if len(layers) > 1 else ()
-                prefix = "" if name == "indexer" else f"{name} "
-                scored = {Ranker(name, name): joined}
-                scored |= {Ranker(f"{prefix}layer {layer}", name, layer): scores for layer, scores in alone}
-                for ranker, scores in scored.items():
-                    if name in thresholds:
-                        reached = thresholds[name].choose(
-                            scores, served.labels.candidate, served.positions, served.chunking
-                        )
-                        pieces[ranker, THRESHOLD].append(tally(reached, served.labels, golden, served.visible))
-                    ranked = ranked_tally(scores, served.labels, golden, served.visible, counts)
-                    _add(pieces, ranker, amounts, ranked)
-            for policy, score in untrained.items():
-                asked = torch.zeros_like(counts) if policy == "protected" else counts
-                found = ranked_tally(score(served), served.labels, golden, served.visible, asked)
-                if policy == "oracle":  # each metric has a bound of its own
-                    best = ranked_tally(golden_oracle(served), served.labels, golden, served.visible, asked)
-                    found = replace(found, hits=best.hits)
-                _add(pieces, Ranker(policy), amounts, found)
-        for (ranker, amount), parts in pieces.items():
-            whole = Tally.concatenate(parts)
-            if whole.needed.any():
-                macro = {name: float(value.nanmean()) for name, value in whole.ratios().items()}
-                yield DocumentRecall(document.meta, ranker, amount, macro, whole.total())
+        yield from measure_document(indexers, document, golden, thresholds, every_token, amounts, baselines)
+
+
+def amounts_of(store: TraceStore, budgets: Sequence[float]) -> list[Amount]:
+    """`budgets`, and every K of TOP that is fewer than the chunks of the store's longest document."""
+    longest = max(document.chunks for document in store)
+    return [*map(Amount, budgets), *(Amount(f"top {count}", count) for count in TOP if count < longest)]
+
+
+def measure_document(
+    indexers: dict[str, MemoryIndexer],
+    document: TraceDocument,
+    golden: float,
+    thresholds: dict[str, Threshold],
+    every_token: bool,
+    amounts: list[Amount],
+    baselines: bool = True,
+) -> Iterator[DocumentRecall]:
+    """One document, as `measure` does each."""
+    windows = document.windows(serving=not every_token)
+    scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
+    untrained = policies(document, golden) if baselines else {}
+    pieces: dict[tuple[Ranker, Amount], list[Tally]] = defaultdict(list)
+    for served in in_pieces(document, windows, measured_on(indexers)):
+        counts = torch.stack([amount.counts(served) for amount in amounts], dim=1)
+        for name, scorer in scorers.items():
+            layers = scorer.layer_logits(served)
+            joined = join_layers(layers, scorer.indexer.spec.shape.join)
+            alone = zip(scorer.indexer.spec.layers, layers, strict=True) if len(layers) > 1 else ()
+            prefix = "" if name == "indexer" else f"{name} "
+            scored = {Ranker(name, name): joined}
+            scored |= {Ranker(f"{prefix}layer {layer}", name, layer): scores for layer, scores in alone}
+            for ranker, scores in scored.items():
+                if name in thresholds:
+                    reached = thresholds[name].choose(
+                        scores, served.labels.candidate, served.positions, served.chunking
+                    )
+                    pieces[ranker, THRESHOLD].append(tally(reached, served.labels, golden, served.visible))
+                ranked = ranked_tally(scores, served.labels, golden, served.visible, counts)
+                _add(pieces, ranker, amounts, ranked)
+        for policy, score in untrained.items():
+            asked = torch.zeros_like(counts) if policy == "protected" else counts
+            found = ranked_tally(score(served), served.labels, golden, served.visible, asked)
+            if policy == "oracle":  # each metric has a bound of its own
+                best = ranked_tally(golden_oracle(served), served.labels, golden, served.visible, asked)
+                found = replace(found, hits=best.hits)
+            _add(pieces, Ranker(policy), amounts, found)
+    for (ranker, amount), parts in pieces.items():
+        whole = Tally.concatenate(parts).on_host()
+        if whole.needed.any():
+            macro = {name: float(value.nanmean()) for name, value in whole.ratios().items()}
+            yield DocumentRecall(document.meta, ranker, amount, macro, whole.total())
 
 
 def task_groups(meta: DocumentMeta) -> list[str]:
@@ -143,25 +151,37 @@ def task_groups(meta: DocumentMeta) -> list[str]:
     return [meta.task] if meta.task in PLAIN_TASKS else [meta.task, "needles"]
 
 
-def recall_rows(found: list[DocumentRecall], groups: Callable[[DocumentMeta], list[str]]) -> list[RecallRow]:
-    """Average documents group by group (`groups` says which ones a document counts in)."""
-    cells: dict[tuple[Ranker, str, Amount], list[DocumentRecall]] = defaultdict(list)
+def by_task(meta: DocumentMeta) -> list[Group]:
+    """`task_groups`, to average by."""
+    return [Group(task) for task in task_groups(meta)]
+
+
+def recall_rows(
+    found: list[DocumentRecall], kind: type[AnyRecall], groups: Callable[[DocumentMeta], list[Group]]
+) -> list[AnyRecall]:
+    """Average documents group by group: rows of `kind`, whose bins its groups have.
+
+    groups: which ones a document counts in.
+    """
+    cells: dict[tuple[Ranker, Group, Amount], list[DocumentRecall]] = defaultdict(list)
     for each in found:
         for group in groups(each.meta):
             cells[each.ranker, group, each.amount].append(each)
-    return [_row(*cell, members) for cell, members in cells.items()]
+    return [_row(kind, *cell, members) for cell, members in cells.items()]
 
 
-def _row(ranker: Ranker, group: str, amount: Amount, members: list[DocumentRecall]) -> RecallRow:
+def _row(
+    kind: type[AnyRecall], ranker: Ranker, group: Group, amount: Amount, members: list[DocumentRecall]
+) -> AnyRecall:
     means, lows, highs = bootstrap_means(np.array([[each.macro[name] for name in RATIOS] for each in members]))
     sums = Tally.concatenate([each.sums for each in members]).total()
     intervals: dict[str, Interval | None] = {
         name: None if np.isnan(low) else (float(low), float(high))
         for name, low, high in zip(RATIOS, lows, highs, strict=True)
     }
-    return RecallRow(
+    return kind(
         **ranker._asdict(),
-        task=group,
+        **{name: value for name, value in group._asdict().items() if value is not None},
         context=max(each.meta.length for each in members),
         **amount._asdict(),
         **ratios(dict(zip(RATIOS, means, strict=True))),
@@ -177,11 +197,18 @@ def ratios(values: Mapping[str, SupportsFloat]) -> dict[str, Any]:
     return {name: None if isnan(float(value)) else float(value) for name, value in values.items()}
 
 
-def in_pieces(document: TraceDocument, windows: torch.Tensor) -> Iterator[ServedWindows]:
-    """`windows` ([W, 2]) a few at a time, in order."""
+def measured_on(indexers: Mapping[str, MemoryIndexer]) -> torch.device:
+    """Where documents are measured: on the indexers' device."""
+    return next(iter(indexers.values())).device
+
+
+def in_pieces(
+    document: TraceDocument, windows: torch.Tensor, device: torch.device | None = None
+) -> Iterator[ServedWindows]:
+    """`windows` ([W, 2]) a few at a time, in order, to be measured on `device` (None: the host)."""
     for piece in windows.split(max(1, PIECE_ELEMENTS // max(1, document.chunks))):
         if len(piece):
-            yield ServedWindows.of(document, piece)
+            yield ServedWindows.of(document, piece, device)
 
 
 def _add(pieces: dict[tuple[Ranker, Amount], list[Tally]], ranker: Ranker, amounts: list[Amount], found: Tally) -> None:

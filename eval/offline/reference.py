@@ -15,7 +15,7 @@ TILE = 1 << 14
 def reference_scores(
     indexer: MemoryIndexer, hidden: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor
 ) -> np.ndarray:
-    """What `MemoryIndexer.scores` should return. hidden: [B, L, hidden]; keys: [N, L, ...] as stored -> [B, N]."""
+    """What `MemoryIndexer.joined_scores` returns. hidden: [B, L, hidden]; keys: [N, L, ...] as stored -> [B, N]."""
     state = {name: value.detach().cpu().double().numpy() for name, value in indexer.query_encoder.state_dict().items()}
     logits = []
     for place, layer in enumerate(indexer.spec.layers):
@@ -95,7 +95,7 @@ def rotated(query: np.ndarray, positions: np.ndarray, rope: Rope) -> np.ndarray:
 
 
 def sylvester(width: int) -> np.ndarray:
-    """The Hadamard matrix / sqrt(width): entry (i, j) is negative where i & j has an odd number of bits."""
+    """The Hadamard matrix / sqrt(width), [width, width]: negative at (i, j) where i & j has an odd number of bits."""
     index = np.arange(width)
     odd = np.bitwise_count(index[:, None] & index) & 1
     return (1 - 2.0 * odd) / math.sqrt(width)

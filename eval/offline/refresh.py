@@ -3,18 +3,17 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_gen.core.key_bytes import SCALE_BYTES
 from data_gen.traces.labels import lookahead_windows
 from data_gen.traces.store import TraceDocument, TraceStore
-from data_gen.traces.types import Manifest
+from data_gen.traces.types import DocumentMeta, Manifest
 from eval.offline.policies import Policy, golden_tokens, policies
-from eval.offline.recall import in_pieces, task_groups
+from eval.offline.recall import in_pieces, measured_on, task_groups
 from eval.report.rows import DecayRow, Lookahead, RefreshRow, Timeline, TimelineWindow
-from eval.serving.entries import V4
 from indexer_train.measure.intervals import bootstrap_means
 from indexer_train.measure.metrics import DocumentScorer, ServedWindows, needed_mass, selected_mass
 from indexer_train.model import MemoryIndexer
@@ -24,8 +23,6 @@ INTERVALS = (8, 16, 32, 64, 128, 256)
 """Tokens between two refreshes."""
 DECAY_STEP = 8
 """Tokens of a window that share one value of its decay."""
-KV_BYTES = 2
-"""A value of a dense model's cache in bf16 or fp16."""
 SHOWN = 12
 """Windows of a timeline, at most."""
 BINS = 256
@@ -33,7 +30,7 @@ BINS = 256
 
 
 @dataclass
-class _Sums:
+class Sums:
     """What one document adds up to.
 
     mass, needed: over tokens; fetched, selected: chunks over refreshes; longest: tokens of its longest window.
@@ -48,15 +45,42 @@ class _Sums:
     offsets: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
 
 
-def chunk_bytes(manifest: Manifest) -> int:
-    """Bytes that a fetch of one chunk moves, over all layers that see the whole history; as eval/plan/plan.py."""
-    backbone = manifest.backbone
-    if backbone.key == "fp8_rope_hadamard":
-        return (V4.bytes + backbone.key_width + SCALE_BYTES) * len(backbone.full_layers)  # an entry and its index key
-    return 2 * backbone.key_width * KV_BYTES * manifest.trace.chunking.tokens * len(backbone.full_layers)
+def chunk_bytes(manifest: Manifest) -> int | None:
+    """Bytes that a fetch of one chunk moves, over all layers that evict, None where the traces do not say; as
+    eval/plan/plan.py."""
+    stored, compressed = manifest.backbone.entry_bytes, manifest.backbone.key == "fp8_rope_hadamard"
+    return stored if stored is None or compressed else stored * manifest.trace.chunking.tokens
 
 
 def analyse_lookahead(indexers: dict[str, MemoryIndexer], store: TraceStore, golden: float, budget: float) -> Lookahead:
+    """`lookahead_rows` of all documents of a store."""
+    found = [(document.meta, lookahead_sums(indexers, document, golden, budget)) for document in store]
+    return lookahead_rows(found, store.manifest)
+
+
+def lookahead_sums(
+    indexers: dict[str, MemoryIndexer], document: TraceDocument, golden: float, budget: float
+) -> dict[tuple[str, int], Sums]:
+    """What one document adds to `lookahead_rows`, by policy and interval."""
+    sums: dict[tuple[str, int], Sums] = defaultdict(Sums)
+    device = measured_on(indexers)
+    scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
+    for interval in sorted({*INTERVALS, document.trace.window}):
+        scored: dict[str, Policy] = {name: scorer.joined_scores for name, scorer in scorers.items()}
+        scored |= policies(document, golden)
+        del scored["protected"]  # keeps nothing, fetches nothing
+        before: dict[str, torch.Tensor | None] = {}
+        for served in in_pieces(document, refresh_windows(document, interval), device):
+            for name, score in scored.items():
+                chosen = select(score(served), served.labels.candidate, served.kept(budget))
+                _measure(sums[name, interval], served, chosen)
+                before[name] = _churn(sums[name, interval], served, chosen, before.get(name))
+                if interval == document.trace.window:
+                    _decay(sums[name, interval], served, chosen)
+    return dict(sums)
+
+
+def lookahead_rows(found: list[tuple[DocumentMeta, dict[tuple[str, int], Sums]]], manifest: Manifest) -> Lookahead:
     """Every indexer (by name) and policy refreshing every 8 to 256 tokens, and every tau, under one budget.
 
     mass_recall is the share of a document's attention mass that was resident, its tokens added up before dividing
@@ -65,29 +89,15 @@ def analyse_lookahead(indexers: dict[str, MemoryIndexer], store: TraceStore, gol
     refresh stays resident until the next. Text is cut to a multiple of the longest interval that fits: every interval
     sees the same tokens. Groups without a span as long as an interval have no row of it.
     """
-    sums: dict[tuple[str, str, int], list[_Sums]] = defaultdict(list)
-    for document in store:
-        scorers = {name: DocumentScorer(indexer, document) for name, indexer in indexers.items()}
-        for interval in sorted({*INTERVALS, document.trace.window}):
-            found: dict[str, _Sums] = defaultdict(_Sums)
-            scored: dict[str, Policy] = {name: scorer.joined_scores for name, scorer in scorers.items()}
-            scored |= policies(document, golden)
-            del scored["protected"]  # keeps nothing, fetches nothing
-            before: dict[str, torch.Tensor | None] = {}
-            for served in in_pieces(document, refresh_windows(document, interval)):
-                for name, score in scored.items():
-                    chosen = select(score(served), served.labels.candidate, served.kept(budget))
-                    _measure(found[name], served, chosen)
-                    before[name] = _churn(found[name], served, chosen, before.get(name))
-                    if interval == document.trace.window:
-                        _decay(found[name], served, chosen)
-            for name, each in found.items():
-                for group in task_groups(document.meta):
-                    sums[name, group, interval].append(each)
-    size = chunk_bytes(store.manifest)
+    sums: dict[tuple[str, str, int], list[Sums]] = defaultdict(list)
+    for meta, of_document in found:
+        for (name, interval), each in of_document.items():
+            for group in task_groups(meta):
+                sums[name, group, interval].append(each)
+    size = chunk_bytes(manifest)
     whole = {key: members for key, members in sums.items() if max(each.longest for each in members) >= key[2]}
     rows = [_row(*key, members, size) for key, members in whole.items()]
-    window = store.manifest.trace.window
+    window = manifest.trace.window
     decay = [row for (name, group, every), members in whole.items() if every == window
              for row in _decay_rows(name, group, members)]  # fmt: skip
     return Lookahead(rows=rows, decay=decay)
@@ -103,53 +113,52 @@ def refresh_windows(document: TraceDocument, interval: int) -> torch.Tensor:
     return lookahead_windows(spans, document.positions, document.trace.chunking, interval, interval, shortest=1)
 
 
-def _measure(sums: _Sums, served: ServedWindows, chosen: torch.Tensor) -> None:
-    tokens = served.windows.diff(dim=1)[:, 0].double()  # labels are means over a window's tokens
+def _measure(sums: Sums, served: ServedWindows, chosen: torch.Tensor) -> None:
+    tokens = served.windows.diff(dim=1)[:, 0].double().to(served.device)  # labels are means over a window's tokens
     sums.mass += float((selected_mass(chosen, served.labels) * tokens).sum())
     sums.needed += float((needed_mass(served.labels) * tokens).sum())
-    sums.longest = max(sums.longest, int(tokens.max()))
+    sums.longest = max(sums.longest, int(served.windows.diff(dim=1).max()))
 
 
-def _churn(
-    sums: _Sums, served: ServedWindows, chosen: torch.Tensor, before: torch.Tensor | None
-) -> torch.Tensor | None:
+def _churn(sums: Sums, served: ServedWindows, chosen: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor | None:
     """Count what each refresh fetches: chosen chunks that were evicted before. Returns the last resident set [N].
 
     Resident are chosen and protected chunks, and those that did not exist yet: they were made on the GPU.
     """
-    index = torch.arange(chosen.shape[1])
+    index = torch.arange(chosen.shape[1], device=chosen.device)
     ends = [served.chunking.candidates(position)[1] for position in served.positions.tolist()]
-    resident = chosen | (index < served.chunking.sink) | (index >= torch.tensor(ends)[:, None])
+    resident = chosen | (index < served.chunking.sink) | (index >= torch.tensor(ends).to(chosen.device)[:, None])
     starts = {span.serve for span in served.document.meta.spans}
-    for row, first in enumerate(served.windows[:, 0].tolist()):
-        if before is not None and first not in starts:
-            sums.fetched += int((chosen[row] & ~before).sum())
-            sums.selected += int(chosen[row].sum())
-            sums.refreshes += 1
-        before = resident[row]
-    return before
+    first = served.windows[:, 0].tolist()
+    later = [row for row in range(len(first)) if first[row] not in starts and (row or before is not None)]
+    earlier = torch.cat([resident[:1] if before is None else before[None], resident[:-1]])
+    sums.fetched += int((chosen[later] & ~earlier[later]).sum())
+    sums.selected += int(chosen[later].sum())
+    sums.refreshes += len(later)
+    return resident[-1]
 
 
-def _decay(sums: _Sums, served: ServedWindows, chosen: torch.Tensor) -> None:
+def _decay(sums: Sums, served: ServedWindows, chosen: torch.Tensor) -> None:
     """Add the mass that each part of a window finds in the set chosen at its start."""
     for offset in range(0, served.document.trace.window, DECAY_STEP):
         first = served.windows[:, 0] + offset
         last = torch.minimum(first + DECAY_STEP, served.windows[:, 1])
         rows = (last > first).nonzero()[:, 0]
         if len(rows):
-            part = served.document.labels(torch.stack([first, last], dim=1)[rows])
+            part = served.document.labels(torch.stack([first, last], dim=1)[rows], served.device)
             # Chunks protected at the refresh stay resident.
             part = replace(part, mass=part.mass * served.labels.candidate[rows])
-            tokens = (last - first)[rows].double()
+            tokens = (last - first)[rows].double().to(served.device)
             sums.offsets[offset][0] += float((selected_mass(chosen[rows], part) * tokens).sum())
             sums.offsets[offset][1] += float((needed_mass(part) * tokens).sum())
 
 
-def _row(policy: str, group: str, interval: int, members: list[_Sums], size: int) -> RefreshRow:
+def _row(policy: str, group: str, interval: int, members: list[Sums], size: int | None) -> RefreshRow:
     churn, _, _ = _interval([each.fetched / each.selected for each in members if each.selected])
     recall, low, high = _interval([each.mass / each.needed for each in members if each.needed])
     refreshes = sum(each.refreshes for each in members)
     fetched = sum(each.fetched for each in members) / refreshes if refreshes else None
+    moved = None if fetched is None or size is None else fetched * size
     return RefreshRow(
         policy=policy,
         task=group,
@@ -159,14 +168,14 @@ def _row(policy: str, group: str, interval: int, members: list[_Sums], size: int
         high=high,
         churn=churn,
         fetched_chunks=fetched,
-        fetched_bytes=None if fetched is None else fetched * size,
-        bytes_per_token=None if fetched is None else fetched * size / interval,
+        fetched_bytes=moved,
+        bytes_per_token=None if moved is None else moved / interval,
         documents=len(members),
         refreshes=refreshes,
     )
 
 
-def _decay_rows(policy: str, group: str, members: list[_Sums]) -> Iterator[DecayRow]:
+def _decay_rows(policy: str, group: str, members: list[Sums]) -> Iterator[DecayRow]:
     for offset in sorted({offset for each in members for offset in each.offsets}):
         parts = [each.offsets[offset] for each in members if offset in each.offsets]
         recall, low, high = _interval([mass / needed for mass, needed in parts if needed])
@@ -191,16 +200,18 @@ def _interval(values: list[float]) -> tuple[float | None, float | None, float | 
 
 def timeline(indexer: MemoryIndexer, store: TraceStore, golden: float, budget: float) -> Timeline | None:
     """The document with the most windows (then the most golden chunks), its first SHOWN of them; None without any."""
-    documents = [(document, document.windows(serving=True)) for document in store]
-    most = max(len(windows) for _, windows in documents)
+    counts = {path: len(store.document(path).windows(serving=True)) for path in store.files}  # none stays open
+    most = max(counts.values())
     if not most:
         return None
 
-    def needs(found: tuple[TraceDocument, torch.Tensor]) -> int:
-        return sum(int(served.labels.golden(golden).sum()) for served in in_pieces(*found))
+    def needs(path: Path) -> int:
+        document = store.document(path)
+        pieces = in_pieces(document, document.windows(serving=True), indexer.device)
+        return sum(int(served.labels.golden(golden).sum()) for served in pieces)
 
-    document, windows = max((each for each in documents if len(each[1]) == most), key=needs)
-    served = ServedWindows.of(document, windows[:SHOWN])
+    document = store.document(max((path for path, count in counts.items() if count == most), key=needs))
+    served = ServedWindows.of(document, document.windows(serving=True)[:SHOWN])
     candidate = served.labels.candidate
     scores = DocumentScorer(indexer, served.document).joined_scores(served)
     chosen = select(scores, candidate, served.kept(budget))

@@ -12,7 +12,7 @@ from data_gen.flashmemory.document import V4_FLASH
 from data_gen.traces.store import TraceDocument, TraceStore
 from data_gen.traces.types import NativeRow
 from eval.offline.reference import match, reference_scores, rotated, sylvester
-from eval.report.tables import table
+from eval.report.tables import Table
 from indexer_train.formats.native import read_native
 from indexer_train.formats.weights import LayerWeights
 from indexer_train.load import check_traces
@@ -199,4 +199,4 @@ def verdict_table(rows: list[Agreement]) -> str:
         overlaps = [fmean(row.overlap[k] for row in found) for k in TOP]
         worst, error = min(row.pearson for row in found), max(row.error for row in found)
         lines.append([what, len(found), max(row.chunks for row in found), f"{worst:.5f}", *overlaps, f"{error:.1e}"])
-    return table(header, lines)
+    return str(Table(header, lines))

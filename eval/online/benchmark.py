@@ -1,7 +1,7 @@
 """`lookahead benchmark`: what a model answers under every policy, on generated tasks and on published files."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from data_gen.backbones.load import Backbone
-from data_gen.config import DocumentsConfig
+from data_gen.config import BadRows, DocumentsConfig
 from data_gen.core.errors import InputError
+from data_gen.core.tell import Progress
 from data_gen.text.documents import heldout_share
 from eval.online.config import BenchmarkConfig
 from eval.online.examples import Example, TextExample, in_order
-from eval.online.formats import read_benchmark
+from eval.online.formats.rows import read_benchmark
 from eval.online.generated import Haystack, generate_examples
 from eval.online.online_policies import ONLINE_POLICIES
 from eval.online.records import Journal
@@ -33,10 +34,12 @@ def benchmark(
     indexer: MemoryIndexer,
     config: BenchmarkConfig,
     out: Path,
-    progress: Callable[[Iterable[str], str], Iterable[str]],
+    progress: Progress,
+    bad_rows: BadRows | None = None,
 ) -> tuple[dict[str, list[Row]], list[str]]:
-    """Ask every example; OUT/answers.jsonl keeps the finished ones, and the same call continues behind them.
+    """Ask every example; OUT/answers.jsonl keeps the finished ones, and the same call continues after them.
 
+    bad_rows: of the text that examples are made of; None: as in training.
     Returns (sections for results.json, lines on what is not in them). Raises InputError for a bundle of another
     backbone, lengths beyond the backbone's context, too little held-out text, files of other formats, and a folder with
     answers of other settings.
@@ -49,7 +52,8 @@ def benchmark(
     if config.tasks or not config.files:
         try:
             lengths, notes = _lengths(config, trained, backbone.info.context)
-            haystack = unseen_text(config, documents, tokenizer, max(lengths))
+            haystack = unseen_text(config, documents, tokenizer, max(lengths), bad_rows)
+            notes += [f"haystack: {haystack.skipped}"] * bool(haystack.skipped.count)
             generated |= generate_examples(config, lengths, haystack, tokenizer, runner.thinking)
         except InputError as error:  # files are asked all the same where nothing was said of what to generate
             if not config.files or config.tasks != ["mrcr"] or config.lengths or config.haystack:
@@ -99,8 +103,6 @@ def answer_settings(runner: Runner, config: BenchmarkConfig, haystack: Haystack 
     for name, value in sorted(runner.indexer.query_encoder.state_dict().items()):
         weights.update(name.encode() + value.float().cpu().numpy().tobytes())
     settings = config.model_dump(mode="json", exclude={"lengths", "tasks", "examples", "texts", "files"})
-    if config.correction is None:
-        del settings["correction"]
     return settings | {
         "policies": runner.policies,
         "backbone": runner.indexer.spec.backbone,
@@ -130,10 +132,8 @@ def _lengths(config: BenchmarkConfig, trained: int | None, context: int) -> tupl
         raise InputError(f"benchmark.lengths: {too_long[0]}, but the backbone's context is {context} tokens")
     if trained is None:
         if config.lengths is None:
-            raise InputError(
-                "the bundle does not say on which lengths it was trained: give the lengths to ask (--length)"
-            )
-        return sorted(set(config.lengths)), ["the bundle does not say on which lengths it was trained: none is beyond"]
+            raise InputError("the bundle does not say which lengths it was trained on; give lengths with --length")
+        return sorted(set(config.lengths)), ["the bundle does not say which lengths it was trained on: none is beyond"]
     lengths = set(config.lengths or [trained])
     if max(lengths) > trained:
         return sorted(lengths), []
@@ -145,14 +145,21 @@ def _lengths(config: BenchmarkConfig, trained: int | None, context: int) -> tupl
 
 
 def unseen_text(
-    config: BenchmarkConfig, documents: DocumentsConfig | None, tokenizer: PreTrainedTokenizerBase, longest: int
+    config: BenchmarkConfig,
+    documents: DocumentsConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    bad_rows: BadRows | None = None,
 ) -> Haystack:
-    """What examples of up to `longest` tokens are made of. Raises InputError where the bundle does not say what its
-    training held out, and no other text is named."""
+    """What examples of up to `longest` tokens are made of.
+
+    bad_rows: None: as in training, which stops where nothing is said of it. Raises InputError where the bundle does not
+    say what training held out, and no other text is named.
+    """
+    if bad_rows is None:
+        bad_rows = "stop" if documents is None else documents.bad_rows
     if config.haystack is not None:
-        return Haystack(config.haystack, "text", 1.0, tokenizer, longest)
+        return Haystack(config.haystack, "text", 1.0, tokenizer, longest, bad_rows)
     if documents is None or not (share := heldout_share(documents)):
-        raise InputError(
-            "the bundle does not say which text its training held out: name text that it has not seen (--documents)"
-        )
-    return Haystack(documents.source, documents.text_field, share, tokenizer, longest)
+        raise InputError("the bundle does not say which text its training held out; give unseen text with --documents")
+    return Haystack(documents.source, documents.text_field, share, tokenizer, longest, bad_rows)

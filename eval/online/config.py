@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from data_gen.core.config import Count, NoneOrMore, Strict
 from data_gen.core.errors import InputError
+from eval.online.formats import FORMATS
 from eval.runtime.correction import Correction
 
 GeneratedTask = Literal[
@@ -22,8 +23,6 @@ def _known_policy(value: Any) -> Any:
 
 
 def _known_format(value: Any) -> Any:
-    from eval.online.formats import FORMATS  # transformers, likewise
-
     return _one_of(list(FORMATS), value)
 
 
@@ -40,9 +39,12 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class DecodeConfig(Strict):
-    """budget: share of chunks kept on top of the protected ones; answer_tokens: longest generated answer;
-    text_documents, text_tokens: plain-text documents whose last tokens are followed under each policy; correction: of
-    `indexer+correction`, which is not decoded without."""
+    """What `lookahead decode` does with the held-out documents.
+
+    budget: share of chunks kept on top of the protected ones; answer_tokens: tokens of the longest generated answer;
+    text_documents: plain-text documents that are followed under each policy; text_tokens: how many of their last
+    tokens are followed; correction: settings of the policy `indexer+correction`; None: it is not decoded.
+    """
 
     budget: float = Field(default=0.1, gt=0, le=1)
     answer_tokens: Count = 40
@@ -54,7 +56,9 @@ class DecodeConfig(Strict):
 class BenchmarkFile(Strict):
     """A published benchmark.
 
-    source: .json, .jsonl, .parquet or a `datasets` name, with its subset and split; limit: its first examples only.
+    format: the publisher's form of it, one of `FORMATS`; source: a .json, .jsonl or .parquet file, or a `datasets`
+    name; subset: subset of such a data set; split: split of such a data set; limit: how many examples are asked, the
+    first ones; None: all.
     """
 
     format: FormatName
@@ -67,16 +71,19 @@ class BenchmarkFile(Strict):
 class BenchmarkConfig(Strict):
     """What `lookahead benchmark` asks.
 
-    lengths: of generated examples in tokens; None: the longest that the indexer was trained on; twice that is asked
-    too where no given one is longer than trained and the context allows it; tasks: generated ones; `mrcr`, the dense
-    demand where sparse attention is known to fail, is asked with them in any case; none beside files: the files only,
-    for models that read no text of ours (a line says that mrcr was not asked); `text` is plain text to follow;
-    examples: of each task and length; texts: of each length; text_tokens: followed of each text; budgets: shares of
-    chunks kept on top of the protected ones; policies: beside full attention, names of `ONLINE_POLICIES`, None for
-    all; cap: as budgets, for `indexer+fallback`: windows that ask for more are read with full attention; correction: of
-    `indexer+correction`, which is not asked without; keys, values, queries, hops: sizes of the needle tasks; common:
-    words to find by `aggregation`; haystack: plain text that training has not seen, a source as documents.source is;
-    None: what the indexer's training held out; files: published benchmarks.
+    lengths: lengths of generated examples in tokens; None: the longest that the indexer was trained on; twice that is
+    asked too where no given one is longer than trained and the context allows it; tasks: generated tasks to ask;
+    `mrcr`, the dense demand where sparse attention is known to fail, is asked with them in any case; an empty list
+    beside files: the files only, for models that read no text of ours (a line says that mrcr was not asked); `text` is
+    plain text to follow; examples: examples of each task and length; texts: plain texts of each length;
+    text_tokens: how many tokens of each text are followed; budgets: shares of chunks kept on top of the protected ones;
+    policies: names of `ONLINE_POLICIES` that are compared beside full attention; None: all; cap: share of the chunks
+    above which `indexer+fallback` reads a window with full attention; correction: settings of the policy
+    `indexer+correction`; None: it is not asked; keys: needles with other keys than the one in the question (multi_key);
+    values: values of one key (multi_value); queries: keys that one question asks for (multi_query); hops: assignments
+    after the first in a chain (variable_tracking); common: how many most common words `aggregation` asks for;
+    haystack: plain text that training has not seen, a source as documents.source is; None: what the indexer's training
+    held out; files: published benchmarks to ask as well; seed: seed of the generated examples.
     """
 
     lengths: list[Count] | None = None
@@ -109,7 +116,7 @@ class BenchmarkConfig(Strict):
         Files without tasks beside them are asked with mrcr alone, unless there were no tasks before. Raises InputError
         for what does not fit.
         """
-        given = {name: value for name, value in given.items() if value}
+        given = {name: value for name, value in given.items() if value not in (None, [])}
         if files:
             more = [dict(zip(("format", "source"), file.split("=", 1), strict=False)) for file in files]
             given = {"tasks": self.tasks and ["mrcr"]} | given | {"files": [*self.model_dump()["files"], *more]}

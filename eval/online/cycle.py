@@ -1,17 +1,19 @@
-"""The decode cycle: fix the resident set every tau tokens, read one token at a time in between.
+"""Policies go on in step: they continue the same history, so one forward pass reads a token of each.
 
-Policies go in step: they continue the same history, so one forward pass reads a token of each.
+When a resident set is chosen again is the runtime's rule (eval/runtime/cycle.py), whoever chooses.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from eval.online.session import Session
+from eval.runtime.cycle import Choice, DecodeCycle, Refresh
 
-Keep = Callable[[Session], None]
-"""Fixes a session's resident set from what it has read so far."""
+Keep = Callable[[Session], Choice]
+"""What should be resident in a session, from what it has read so far."""
 
 
 @dataclass
@@ -39,13 +41,13 @@ class Usage:
 
 @dataclass
 class Course:
-    """How a session goes on under one policy: it reads `given`, then writes greedily.
+    """How a session continues under one policy: it reads `given`, then writes greedily.
 
-    session: its own, which has read the prompt; keep: fixes the resident set, None keeps everything; given: at least
+    session: its own, which has read the prompt; keep: chooses the resident set, None keeps everything; given: at least
     one token; asks: places in it of tokens that end a question, where a window starts, the first one always; most:
     tokens that it may write; ended: whether what it wrote so far is all, its newest token included;
-    watchers: called with the session and the logits [vocabulary] behind every token that it reads; answer: the tokens
-    that it wrote.
+    watchers: called with the session and the logits [vocabulary] after every token that it reads; answer: the tokens
+    that it wrote; windows: what every refresh did.
     """
 
     session: Session
@@ -57,21 +59,35 @@ class Course:
     usage: Usage = field(default_factory=Usage)
     answer: list[int] = field(default_factory=list)
     asks: list[int] = field(default_factory=lambda: [0])
+    _cycle: DecodeCycle | None = None
 
-    def refresh(self, tau: int) -> None:
-        """Fix the resident set where a window of `tau` tokens starts."""
-        asked = max(place for place in self.asks if place <= self.usage.steps)
-        if self.keep is not None and (self.usage.steps - asked) % tau == 0:
-            self.keep(self.session)
-            self.usage.refreshes += 1
+    @property
+    def windows(self) -> list[Refresh]:
+        """What was resident, window after window; none without a policy."""
+        return [] if self._cycle is None else self._cycle.windows
+
+    def begin(self, tau: int) -> None:
+        """Windows of `tau` tokens from here on."""
+        if self.keep is not None:  # the cycle knows the session, not the course: what is over is freed at once
+            self._cycle = DecodeCycle(self.session.host, tau, partial(self.keep, self.session))
+
+    def refresh(self) -> None:
+        """Choose the resident set again where a window starts."""
+        if self._cycle is None:
+            return
+        if self.usage.steps in self.asks:
+            self._cycle.refresh()
+        else:
+            self._cycle.advance()
 
     def after(self, logits: torch.Tensor) -> int | None:
-        """Count the token just read; the next one, None to stop. logits: behind it, [vocabulary]."""
+        """Count the token just read; the next one, None to stop. logits: after it, [vocabulary]."""
         self.usage.steps += 1
         self.usage.resident += self.session.resident_tokens
         self.usage.total += self.session.position + 1
         self.usage.bytes += self.session.resident_bytes
-        self.usage.fetched = self.session.fetched
+        self.usage.refreshes = len(self.windows)
+        self.usage.fetched = sum(window.fetched for window in self.windows) + self.session.corrected
         for watch in self.watchers:
             watch(self.session, logits)
         if self.usage.steps < len(self.given):
@@ -89,10 +105,12 @@ def go_on(courses: Sequence[Course], tau: int) -> None:
     The set in force for a token was fixed before it was read, every `tau` tokens: every predicted token, the first
     included, comes from sparse attention.
     """
+    for course in courses:
+        course.begin(tau)
     going = [(course, course.given[0]) for course in courses]
     while going:
         for course, _ in going:
-            course.refresh(tau)
+            course.refresh()
         sessions, tokens = [course.session for course, _ in going], [token for _, token in going]
         logits = sessions[0].read_each(sessions, tokens)
         following = [(course, course.after(row)) for (course, _), row in zip(going, logits, strict=True)]

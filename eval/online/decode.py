@@ -1,11 +1,9 @@
 """`lookahead decode`: the held-out documents of a recipe, full attention beside lookahead sparse attention."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_gen.core.errors import InputError
+from data_gen.core.tell import Progress
 from data_gen.text.documents import Document
 from eval.online.config import DecodeConfig
 from eval.online.examples import Example, TextExample
@@ -15,8 +13,6 @@ from eval.online.runner import Runner
 from eval.online.summary import answer_rows, decode_rows
 from eval.report.rows import AnswerRow, DecodeRow
 from indexer_train.model import MemoryIndexer
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def decode_check(

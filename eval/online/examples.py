@@ -18,9 +18,9 @@ class Example:
 
     benchmark, task: where it is counted; length: tokens asked for, None for an example that is as long as it is;
     messages: the prompt; prefix: how the answer begins (RULER's answer prefix), read, not generated; references,
-    scorer: see eval/online/scorers.py; answer_tokens: most that are generated behind the prefix; depth: mean depth of
+    scorer: see eval/online/scorers.py; answer_tokens: most that are generated after the prefix; depth: mean depth of
     what is asked for, 0 to 1; left_out: why it cannot be scored, empty when it can; ids: the prompt's tokens, where it
-    comes as such, without messages; until_right: an answer ends when its score is 1; later: turns behind the prompt,
+    comes as such, without messages; until_right: an answer ends when its score is 1; later: turns after the prompt,
     the answer to each question and the next question, of which the last is asked.
     """
 
@@ -72,16 +72,6 @@ class TextExample:
     benchmark: str = "text"
     task: str = "text"
     scorer: str = "token_by_token"
-
-
-def user(text: str) -> dict[str, str]:
-    """A user's message."""
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    """The model's message."""
-    return {"role": "assistant", "content": text}
 
 
 def common(first: Sequence[int] | str, second: Sequence[int] | str) -> int:

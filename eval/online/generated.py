@@ -15,12 +15,14 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from data_gen.config import BadRows
 from data_gen.core.errors import InputError
-from data_gen.text.documents import INSTRUCTION
-from data_gen.text.needles import DEEPEST, KEYS, PARITY, WORDINGS, make_task
+from data_gen.text.documents import INSTRUCTION, assistant, user
+from data_gen.text.needles import DEEPEST, KEYS, PARITY, WORDINGS, Split, make_task
+from data_gen.text.rows import Skipped
 from data_gen.text.sources import read_source, split_paragraphs
 from eval.online.config import BenchmarkConfig
-from eval.online.examples import Example, TextExample, assistant, user
+from eval.online.examples import Example, TextExample
 
 ENOUGH = 64
 """Times the longest length asked for at which reading stops: a large source is not read to its end."""
@@ -34,8 +36,8 @@ class Haystack:
     """Paragraphs in the order of the source, drawn in runs; runs of different examples may overlap.
 
     heldout_share: of the source's documents that are used, the same ones as in text/documents.py, 1 for text that
-    no training ever saw; longest: tokens of the longest run that will be asked for. Raises InputError for chats and
-    when there is less text than that.
+    no training ever saw; longest: tokens of the longest run that will be asked for; bad_rows: as of documents, those
+    left out are counted by `skipped`. Raises InputError for chats and when there is less text than that.
     """
 
     def __init__(
@@ -45,12 +47,15 @@ class Haystack:
         heldout_share: float,
         tokenizer: PreTrainedTokenizerBase,
         longest: int,
+        bad_rows: BadRows = "stop",
     ) -> None:
         self.tokenizer = tokenizer
+        self.skipped = Skipped()
         self.paragraphs: list[tuple[str, int]] = []
         found = 0
         named = source if isinstance(source, str) else ", ".join(source)
-        texts = (_plain(raw, named) for raw in read_source(source, text_field))
+        rows = read_source(source, text_field, self.skipped if bad_rows == "skip" else None)
+        texts = (_plain(raw, named) for raw in rows)
         for heldout, paragraphs in split_paragraphs(texts, heldout_share):
             if heldout:
                 counted = [(text, len(ids) + 1) for text, ids in zip(paragraphs, self._ids(paragraphs), strict=True)]
@@ -92,18 +97,24 @@ class Haystack:
 
 def _plain(raw: object, source: str) -> str:
     if not isinstance(raw, str):
-        raise InputError(f"benchmark: {source} holds chats, no text to hide needles in; name text: benchmark.haystack")
+        raise InputError(f"benchmark: {source} holds chats, but needles need plain text; set benchmark.haystack")
     return raw
 
 
 def generate_examples(
-    config: BenchmarkConfig, lengths: list[int], haystack: Haystack, tokenizer: PreTrainedTokenizerBase, thinking: bool
+    config: BenchmarkConfig,
+    lengths: list[int],
+    haystack: Haystack,
+    tokenizer: PreTrainedTokenizerBase,
+    thinking: bool,
+    split: Split = "heldout",
 ) -> dict[str, Callable[[], Example | TextExample]]:
     """Name -> how to build it, every example of every task and length, the shortest first, the same on every call.
 
-    Raises InputError where a length leaves no room.
+    split: whose wordings and keys are asked with; those of training are for choosing among indexers. Raises InputError
+    where a length leaves no room.
     """
-    builder = _ExampleBuilder(config, haystack, tokenizer, thinking)
+    builder = _ExampleBuilder(config, haystack, tokenizer, thinking, split)
     examples: dict[str, Callable[[], Example | TextExample]] = {}
     for length in sorted(set(lengths)):
         for task in dict.fromkeys([*config.tasks, "mrcr"]):
@@ -116,9 +127,15 @@ def generate_examples(
 
 class _ExampleBuilder:
     def __init__(
-        self, config: BenchmarkConfig, haystack: Haystack, tokenizer: PreTrainedTokenizerBase, thinking: bool
+        self,
+        config: BenchmarkConfig,
+        haystack: Haystack,
+        tokenizer: PreTrainedTokenizerBase,
+        thinking: bool,
+        split: Split,
     ) -> None:
         self.config, self.haystack, self.tokenizer, self.thinking = config, haystack, tokenizer, thinking
+        self.split: Split = split
         self.words = haystack.words() if "aggregation" in config.tasks else []
 
     def build(self, task: str, length: int, name: str) -> Example | TextExample:
@@ -156,12 +173,12 @@ class _ExampleBuilder:
         ids = self.tokenizer("\n\n".join(self.haystack.draw(rng, length)), verbose=False).input_ids[:length]
         if len(ids) < 2 * self.config.text_tokens:
             raise InputError(
-                f"benchmark.text_tokens: {self.config.text_tokens} to follow of a text of {len(ids)}; at most half"
+                f"benchmark.text_tokens: {self.config.text_tokens} is more than half of a text of {len(ids)} tokens"
             )
         return TextExample(name, length, ids, self.config.text_tokens)
 
     def _needles(self, task: str, name: str, length: int, rng: random.Random) -> Callable[[int], Example]:
-        question = QUESTIONS[task](rng, self.config)
+        question = QUESTIONS[task](rng, self.config, self.split)
         # Twice what the answer takes, for models that list what they found.
         answer_tokens = 2 * self._count(question.answer) + 8
 
@@ -181,7 +198,9 @@ class _ExampleBuilder:
         words = rng.sample(self.words, len(self.words))
         common, rare = words[:wanted], words[wanted:]
         if len(rare) < 10 * wanted:
-            raise InputError(f"benchmark.common: {wanted} needs {11 * wanted} words of text, {len(words)} are there")
+            raise InputError(
+                f"benchmark.common: {wanted} needs {11 * wanted} words of text, but there are {len(words)}"
+            )
         per_entry = self._count("\n".join(f"1. {word}" for word in rare)) / len(rare)  # at least
         answer_tokens = 2 * self._count(", ".join(common)) + 8
 
@@ -205,7 +224,7 @@ class _ExampleBuilder:
 
         The required random prefix opens the answer, so that models that were never tuned to it can be scored.
         """
-        topics, mark = rng.sample(KEYS["heldout"], 3), "".join(rng.choices(string.ascii_letters + string.digits, k=8))
+        topics, mark = rng.sample(KEYS[self.split], 3), "".join(rng.choices(string.ascii_letters + string.digits, k=8))
         pick = rng.uniform(0, DEEPEST)
         per_turn = NOTE_TOKENS + self._count(f"Write a note about the {topics[0]}.") + 8
 
@@ -250,19 +269,22 @@ def hide(paragraphs: list[str], needles: list[tuple[str, float]]) -> list[str]:
     return hidden
 
 
-def _needle_task(name: str) -> Callable[[random.Random, BenchmarkConfig], Question]:
-    def ask(rng: random.Random, config: BenchmarkConfig) -> Question:
-        task = make_task(name, "heldout", rng, config.keys, config.values)
+Ask = Callable[[random.Random, BenchmarkConfig, Split], Question]
+
+
+def _needle_task(name: str) -> Ask:
+    def ask(rng: random.Random, config: BenchmarkConfig, split: Split) -> Question:
+        task = make_task(name, split, rng, config.keys, config.values)
         prefix, value, rest = task.answer.partition(f" {task.values[0]}")
         return Question(task.needles, task.asked, task.question, prefix, value + rest, task.values)
 
     return ask
 
 
-def _multi_query(rng: random.Random, config: BenchmarkConfig) -> Question:
+def _multi_query(rng: random.Random, config: BenchmarkConfig, split: Split) -> Question:
     """Several keys asked for at once."""
-    wording, keys = rng.choice(WORDINGS["heldout"]), rng.sample(KEYS["heldout"], config.queries)
-    values = [str(2 * n + PARITY["heldout"]) for n in rng.sample(range(5_000, 50_000), len(keys))]
+    wording, keys = rng.choice(WORDINGS[split]), rng.sample(KEYS[split], config.queries)
+    values = [str(2 * n + PARITY[split]) for n in rng.sample(range(5_000, 50_000), len(keys))]
     sentences = [wording.needle.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
     listed, answer = " and the ".join(keys), " ".join(["", " and ".join(values)])
     return Question(
@@ -275,7 +297,7 @@ def _multi_query(rng: random.Random, config: BenchmarkConfig) -> Question:
     )
 
 
-def _variable_tracking(rng: random.Random, config: BenchmarkConfig) -> Question:
+def _variable_tracking(rng: random.Random, config: BenchmarkConfig, split: Split) -> Question:
     """A chain of assignments through the text, in order; all its names are asked for."""
     names: list[str] = []
     while len(names) <= config.hops:
@@ -294,7 +316,7 @@ def _variable_tracking(rng: random.Random, config: BenchmarkConfig) -> Question:
     )
 
 
-QUESTIONS: dict[str, Callable[[random.Random, BenchmarkConfig], Question]] = {
+QUESTIONS: dict[str, Ask] = {
     **{name: _needle_task(name) for name in ("single", "multi_key", "multi_value")},
     "multi_query": _multi_query,
     "variable_tracking": _variable_tracking,

@@ -24,6 +24,7 @@ from eval.online.cycle import Course, Keep, go_on
 from eval.online.online_policies import ONLINE_POLICIES, Circumstances, Foresight
 from eval.online.runner import Prefill, check_backbone, stop_tokens
 from eval.online.session import Session, open_session
+from eval.runtime.cycle import Choice
 from indexer_train.formats.bundle import load_bundle
 
 
@@ -96,7 +97,8 @@ class LookaheadLM(TemplateLM):
         if self._policy is None:
             return None
         keep = self._policy()
-        return lambda session: keep(session) if session.position >= session.chunking.tokens - 1 else None
+        nothing = Choice([torch.arange(0)], [0], ["demand"])
+        return lambda session: keep(session) if session.host.cache.total else nothing
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -120,7 +122,7 @@ class LookaheadLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts in nats, each behind the token that ends texts."""
+        """Log-probability of whole texts in nats, each after the token that ends texts."""
         texts = [request.args[0] for request in requests]
         tokens = [self.tok_encode(text, add_special_tokens=False) for text in texts]
         asked = [(("", text), [self.prefix_token_id], ids) for text, ids in zip(texts, tokens, strict=True)]
@@ -130,7 +132,10 @@ class LookaheadLM(TemplateLM):
         """Greedy answers up to the first of a request's `until`. Raises InputError for a request to sample."""
         settings = [dict(request.args[1]) for request in requests]
         if any(each.get("do_sample") or each.get("temperature") for each in settings):
-            raise InputError("the task samples (do_sample, temperature): policies are compared on greedy answers")
+            raise InputError(
+                "the task samples (do_sample, temperature), but policies are compared on greedy answers; "
+                "take another task"
+            )
         most = [int(each.get("max_gen_toks", self._most)) for each in settings]
 
         def answered(session: Session, given: list[int], place: int) -> str:
@@ -159,13 +164,13 @@ class LookaheadLM(TemplateLM):
     ) -> list[Any]:
         """What `ask` makes of (a session that has read a context, its last token, the request's place) for each.
 
-        Contexts that begin alike are read once, one behind the other.
+        Contexts that begin alike are read once, one after the other.
         """
         for context, size in zip(contexts, sizes, strict=True):
             if self._context is not None and len(context) + size > self._context:
                 raise InputError(
                     f"a request of {len(context)} tokens and {size} to follow: the backbone's context is "
-                    f"{self._context} tokens; choose shorter examples, they are not cut"
+                    f"{self._context} tokens; choose shorter examples, because they are not cut"
                 )
         order = sorted(range(len(contexts)), key=lambda place: contexts[place])
         found: dict[int, Any] = {}

@@ -6,17 +6,19 @@ far, and keep the best under a budget; only the oracle knows what follows. Polic
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from data_gen.backbones.dense import content_keys
 from data_gen.core.keys import mean_pooled_scores
 from data_gen.core.tensors import tiled_scores
 from eval.online.cycle import Keep
-from eval.online.session import CsaSession, DenseSession, Session
+from eval.online.session import CsaSession, DenseSession, DsaSession, Session
 from eval.runtime.correction import Correction
-from eval.serving.select import Fallback, Limits, Served, resident_chunks, serve
+from eval.runtime.cycle import Choice
+from eval.serving.select import Fallback, Limits, resident_chunks, serve
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Threshold
 
@@ -35,41 +37,47 @@ def indexer_policy(indexer: MemoryIndexer) -> Ranking:
 
 
 def mean_pooled(session: Session) -> torch.Tensor:
-    """The backbone's own query at the newest token against mean-pooled keys, averaged over layers."""
+    """The backbone's own query at the newest token against mean-pooled keys, averaged over layers: [N]."""
     assert isinstance(session, DenseSession)
     scores = []
     for layer, call in session.newest.items():
         pooled = session.cache.pooled[layer].pooled[0]
         visible = torch.tensor([pooled.shape[1]], device=pooled.device)
-        query = call.unrotated(call.query[:, :, -1:], slice(-1, None))[0]
-        scores.append(mean_pooled_scores(query, pooled, call.scaling, visible)[0])
+        query = call.content().query
+        assert query is not None
+        scores.append(mean_pooled_scores(query[0, :, -1:], content_keys(call.module, pooled), call.scaling, visible)[0])
     return torch.stack(scores).mean(dim=0).cpu()
 
 
 def native(session: Session) -> torch.Tensor:
-    """A DeepSeek-V4's own indexers at the newest token: softmax over chunks, averaged over the CSA layers."""
-    assert isinstance(session, CsaSession)
+    """The backbone's own indexers at the newest token: softmax over what they score, averaged over their layers,
+    [N].
+
+    They score a chunk of a DeepSeek-V4 as a whole, and with DSA each of its tokens, whose shares add up.
+    """
+    assert isinstance(session, CsaSession | DsaSession)
     scores = []
     entries = session.cache.index_entries(0).unbind(dim=1)
     for (query, weights), keys in zip(session.native.values(), entries, strict=True):
-        keys = keys.to(query.device, torch.float32)
-        scores.append(tiled_scores(query, weights, keys)[0].softmax(dim=-1).cpu())
+        chunks, keys = keys.shape[:2], keys.flatten(0, 1).to(query.device, torch.float32)
+        shares = tiled_scores(query.float(), weights, keys)[0].softmax(dim=-1)
+        scores.append(shares.view(chunks).sum(dim=1).cpu())
     return torch.stack(scores).mean(dim=0)
 
 
 def recency(session: Session) -> torch.Tensor:
-    """Newest first."""
+    """Newest first: [N]."""
     return torch.arange(session.chunking.visible(session.position)).float()
 
 
 def random(session: Session) -> torch.Tensor:
-    """Uniform, a function of the position alone."""
+    """Uniform, a function of the position alone: [N]."""
     generator = torch.Generator().manual_seed(session.position)
     return torch.rand(session.chunking.visible(session.position), generator=generator)
 
 
 def protected(session: Session) -> torch.Tensor:
-    """Nothing beside the sink and the newest chunks, whatever the budget."""
+    """Nothing beside the sink and the newest chunks, whatever the budget: [N] of -inf."""
     return torch.full((session.chunking.visible(session.position),), -torch.inf)
 
 
@@ -88,11 +96,11 @@ class Foresight:
         self._masses: dict[int, torch.Tensor] = {}
 
     def watch(self, session: Session, logits: torch.Tensor | None = None) -> None:
-        """Keep the newest token's attention mass per complete chunk. Everything must be resident."""
+        """Keep the newest token's attention mass on each complete chunk, [N]. Everything must be resident."""
         self._masses[session.position] = session.mass()
 
     def __call__(self, session: Session) -> torch.Tensor:
-        """Scores [N] of the complete chunks for the window behind the newest token."""
+        """Scores [N] of the complete chunks for the window after the newest token."""
         last = max(self._masses)
         first = min(session.position + 1, last)
         window = [self._masses[place] for place in range(first, min(first + self.window, last + 1))]
@@ -103,30 +111,28 @@ class Foresight:
         return scores / len(window)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Capped:
     """The indexer as it is served: all chunks that reach its threshold, under a cap, with demand fallback above it.
 
     share: of the chunks that may be resident beside the protected ones; fallback: when a window gets full attention,
-    None for never; served: how each window so far was served.
+    None for never.
     """
 
     indexer: MemoryIndexer
     threshold: Threshold
     share: float
     fallback: Fallback | None
-    served: list[Served] = field(default_factory=list)
 
-    def __call__(self, session: Session) -> None:
-        """Fix the session's resident set."""
+    def __call__(self, session: Session) -> Choice:
+        """What should be resident in the session."""
         position, chunking = session.position, session.chunking
         total, (first, last) = chunking.visible(position), chunking.candidates(position)
         cap = chunking.kept(self.share, position) + chunking.sink + chunking.recent
         scores, positions = indexer_policy(self.indexer)(session)[None], torch.tensor([position])
         resident = resident_chunks(scores, positions, chunking, self.threshold, Limits(cap=cap))
         chunks, how = serve(resident, 0, total, cap, total - (last - first), self.fallback)
-        session.keep_chunks(chunks)
-        self.served.append(how)
+        return Choice([chunks], resident.demand.tolist(), [how])
 
 
 def calibrated(indexer: MemoryIndexer) -> Threshold | None:
@@ -147,7 +153,7 @@ class Circumstances:
 
 def best(score: Ranking, share: float) -> Keep:
     """Keeps the best chunks by `score`, as many as `share` of the unprotected ones."""
-    return lambda session: session.keep(score(session), share)
+    return lambda session: session.best(score(session), share)
 
 
 @dataclass(frozen=True)
@@ -178,20 +184,20 @@ def _corrected(given: Circumstances) -> Keep:
     assert correction is not None  # or the policy is not asked
     begun = False
 
-    def keep(session: Session) -> None:
+    def keep(session: Session) -> Choice:
         nonlocal begun
         assert isinstance(session, DenseSession)
         if not begun:
             session.correct(correction)
             begun = True
-        session.keep(score(session), given.share, correction.chunks)
+        return session.best(score(session), given.share, correction.chunks)
 
     return keep
 
 
 def learned_keys(indexer: MemoryIndexer) -> bool:
-    """Whether the backbone is a DeepSeek-V4, which has indexers of its own, and no keys to pool."""
-    return indexer.spec.key == "fp8_rope_hadamard"
+    """Whether chunk keys come from indexers of the backbone's own: it has no keys of heads to pool."""
+    return indexer.spec.key != "mean_pre_rope"
 
 
 ONLINE_POLICIES = [

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from data_gen.core.errors import InputError
+from data_gen.core.files import whole, writing
 
 
 class RunRecord(BaseModel):
@@ -44,7 +45,7 @@ class Record(BaseModel):
 
     length: tokens asked for, None for what is as long as it is; depth: mean depth of what is asked for, 0 to 1;
     tokens: prompt and answer at its longest; left_out: why it has no runs, empty where it has; runs: one a policy and
-    budget, full attention first; origin: machine and versions, where they were noted.
+    budget, full attention first.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -57,7 +58,6 @@ class Record(BaseModel):
     tokens: int
     left_out: str
     runs: list[RunRecord]
-    origin: dict[str, Any] | None = None
 
     def written(self) -> dict[str, Any]:
         """As the journal holds it: what was not measured is missing."""
@@ -65,7 +65,7 @@ class Record(BaseModel):
 
 
 class Journal:
-    """An append-only file of records by their name, one JSON line each behind a line of settings.
+    """An append-only file of records by their name, one JSON line each after a line of settings.
 
     settings: what every record depends on, JSON. Raises InputError when the file was written under other settings.
     """
@@ -74,18 +74,18 @@ class Journal:
         self.path = path
         settings = json.loads(json.dumps(settings))
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.read_bytes() if path.exists() else b""
-        whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may leave half a line
-        header, records = _parsed(path, whole.splitlines())
+        lines = path.read_bytes() if path.exists() else b""
+        lines = lines[: lines.rfind(b"\n") + 1]  # a killed run may leave half a line
+        header, records = _parsed(path, lines)
         for name in settings | header:
-            if whole and settings.get(name) != header.get(name):
+            if lines and settings.get(name) != header.get(name):
                 raise InputError(
                     f"{path}: holds answers under other settings ({name}); choose another folder or remove the file"
                 )
         self.records = {record.name: record for record in records}
         with open(path, "r+b" if path.exists() else "xb") as file:
-            file.truncate(len(whole))
-        if not whole:
+            file.truncate(len(lines))
+        if not lines:
             self._write(settings)
 
     def add(self, record: Record) -> None:
@@ -94,24 +94,16 @@ class Journal:
         self.records[record.name] = record
 
     def _write(self, content: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
 
-def read_journal(path: Path) -> tuple[dict[str, Any], list[Record]]:
-    """(settings, records) of a file that another process may be writing. Raises InputError when it is damaged."""
-    whole = path.read_bytes()
-    return _parsed(path, whole[: whole.rfind(b"\n") + 1].splitlines())
-
-
-def _parsed(path: Path, lines: list[bytes]) -> tuple[dict[str, Any], list[Record]]:
+def _parsed(path: Path, lines: bytes) -> tuple[dict[str, Any], list[Record]]:
     """Settings ({} of no lines) and records of whole lines."""
-    try:
-        header, *records = [json.loads(line) for line in lines] or [{}]
+    with whole(path, "journal", "remove it to start anew"):
+        header, *records = [json.loads(line) for line in lines.splitlines()] or [{}]
+        if not isinstance(header, dict):
+            raise ValueError("its first line holds no settings")
         return header, [Record.model_validate(record) for record in records]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: damaged (not JSON lines); remove it to start anew") from error
-    except ValidationError as error:
-        raise InputError(f"{path}: damaged (no record of an example); remove it to start anew") from error

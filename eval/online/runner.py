@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_gen.backbones.layers import caches_latents
 from data_gen.backbones.load import Backbone
 from data_gen.core.errors import InputError
 from eval.online.cycle import Course, go_on
@@ -24,24 +25,25 @@ from eval.online.online_policies import (
 from eval.online.records import Record, RunRecord
 from eval.online.scorers import FOLLOWERS, SCORED_WITH_PREFIX, SCORERS, Follower
 from eval.online.session import Session, open_session
-from eval.runtime.correction import Correction
+from eval.runtime.correction import NO_KEYS, Correction
 from indexer_train.model import MemoryIndexer
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Reads each example once with full attention, all but its last prompt token, then goes on under every policy.
+    """Reads each example once with full attention, all but its last prompt token, then continues under every policy.
 
     The resident set is fixed before the last prompt token and every tau tokens after, so the first answer token
     already comes from sparse attention. Later turns are read under the policy, with the set that is resident; before
-    the last token of each question it is fixed anew.
+    the last token of each question it is fixed again.
 
     policies: names of those asked for beside full attention; budgets: shares of the unprotected chunks;
     cap: the same of policies under a cap; thinking: chat templates with it; context: examples of more tokens are left
     out, None: none is; in_step: full attention reads in the same passes as the others. If not, it goes first and by
     itself, and the oracle may look at it. correction: of the policies that correct every step, None: they are not run;
     every run then says what it fetched. Reading one token rounds otherwise than reading one of each in a single
-    pass: KL from full attention then contains that rounding, which shows in bf16.
+    pass: KL from full attention then contains that rounding, which shows in bf16. Raises InputError for a correction of
+    a model that caches no keys of single heads.
     """
 
     model: PreTrainedModel
@@ -56,8 +58,8 @@ class Runner:
     correction: Correction | None = None
 
     def __post_init__(self) -> None:
-        if self.correction is not None and learned_keys(self.indexer):
-            raise InputError("correction: DeepSeek-V4's chunks have no attention keys to average; leave it out")
+        if self.correction is not None and (learned_keys(self.indexer) or caches_latents(self.model)):
+            raise InputError(NO_KEYS)
 
     @cached_property
     def prefill(self) -> "Prefill":
@@ -114,7 +116,7 @@ class Runner:
         )
 
     def _lanes(self, session: Session, given: list[int], asks: list[int], most: int) -> list["_Lane"]:
-        """The courses behind a session's prompt, full attention first, then in the order of rows."""
+        """The courses after a session's prompt, full attention first, then in the order of rows."""
         foresight = Foresight(self.indexer.spec.window)
         ranked, fixed, capped = (
             [policy for policy in self.available if policy.under == under] for under in ("budgets", "nothing", "cap")
@@ -164,7 +166,9 @@ class Runner:
     def _told(self, lane: "_Lane", measured: dict[str, Any]) -> RunRecord:
         usage, keep = lane.course.usage, lane.course.keep
         if isinstance(keep, Capped):
-            measured = {"fallbacks": keep.served.count("full"), "windows": len(keep.served)} | measured
+            windows = lane.course.windows
+            fallen = sum("full" in window.served for window in windows)
+            measured = {"fallbacks": fallen, "windows": len(windows)} | measured
         if self.correction is not None:
             means = lane.course.session.host.resident_bytes().means
             measured = {"fetched": usage.fetched / usage.steps, "mean_key_bytes": means} | measured
@@ -196,7 +200,7 @@ def check_backbone(indexer: MemoryIndexer, backbone: Backbone) -> None:
     if indexer.spec.backbone != backbone.info.fingerprint:
         raise InputError(
             f"the bundle is for a backbone with fingerprint {indexer.spec.backbone}, "
-            f"this model has {backbone.info.fingerprint}"
+            f"but this model has {backbone.info.fingerprint}"
         )
 
 

@@ -104,7 +104,7 @@ class Follower(Protocol):
     full attention, None for that one)."""
 
     def add(self, logits: torch.Tensor) -> None:
-        """Logits [V] behind the next token of the text; full attention's come first."""
+        """Logits [V] after the next token of the text; full attention's come first."""
         ...
 
     def means(self) -> dict[str, float]:
@@ -112,7 +112,7 @@ class Follower(Protocol):
         ...
 
 
-class TokenByToken:
+class TokenByToken(Follower):
     """Compares as it goes and keeps the log-probabilities of full attention alone; means in double precision."""
 
     def __init__(self, targets: list[int], full: "TokenByToken | None") -> None:
@@ -122,7 +122,6 @@ class TokenByToken:
         self._sums: list[tuple[float, float, float]] = []
 
     def add(self, logits: torch.Tensor) -> None:
-        """As `Follower`."""
         place = len(self._sums)
         log_p = logits.float().log_softmax(dim=-1)
         if self._full is self._log_p:
@@ -131,12 +130,11 @@ class TokenByToken:
         self._sums.append((float(agrees), float(kl), -float(log_p[self._targets[place]])))
 
     def means(self) -> dict[str, float]:
-        """As `Follower`."""
         agreement, kl, loss = (sum(values) / len(values) for values in zip(*self._sums, strict=True))
         return {"agreement": agreement, "kl": kl, "loss": loss}
 
 
-class AtOnce:
+class AtOnce(Follower):
     """Keeps the logits of every policy and compares whole texts, in float32: sums of many rows are rounded otherwise
     than those of one, and this is how figures of `lookahead decode` have always been made."""
 
@@ -145,11 +143,9 @@ class AtOnce:
         self._logits: list[torch.Tensor] = []
 
     def add(self, logits: torch.Tensor) -> None:
-        """As `Follower`."""
         self._logits.append(logits)
 
     def means(self) -> dict[str, float]:
-        """As `Follower`."""
         log_p = self._log_p()
         agrees, kl = fidelity(log_p, log_p if self._full is None else self._full._log_p())
         loss = -log_p[torch.arange(len(self._targets)), torch.tensor(self._targets)].mean()

@@ -2,23 +2,29 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from data_gen.backbones.deepseek_v4_hooks import arguments
-from data_gen.backbones.observe import AttentionCall, attention_modules, observe
+from data_gen.backbones.dsa_hooks import indexers
+from data_gen.backbones.families import Family, family_of
+from data_gen.backbones.layers import attention_modules
+from data_gen.backbones.observe import AttentionCall, observe
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.traces.labels import candidates, pooled_attention
 from eval.runtime.correction import Correction
+from eval.runtime.cycle import Choice
 from eval.runtime.hosts.deepseek_v4 import DeepseekV4Host, ResidentCsaCache
-from eval.runtime.hosts.dense import DenseHost, ResidentCache
+from eval.runtime.hosts.dense import DenseHost
+from eval.runtime.hosts.dense_cache import ResidentCache
+from eval.runtime.hosts.dsa import DsaCache, DsaHost
 from eval.runtime.hosts.together import read_together
 from indexer_train.scoring import select
 from indexer_train.spec import IndexerSpec
@@ -27,13 +33,11 @@ from indexer_train.spec import IndexerSpec
 class Session(ABC):
     """A host with one sequence, and the state that a policy may look at.
 
-    chunking: of the history; host: reads, and keeps what is resident; refetched: chunks that
-    came back from the cold side with the sets that were kept.
+    chunking: of the history; host: reads, and keeps what is resident.
     """
 
     chunking: Chunking
     host: DenseHost | DeepseekV4Host
-    refetched: int = 0
 
     @property
     def position(self) -> int:
@@ -51,9 +55,9 @@ class Session(ABC):
         return self.host.cache.resident_bytes()
 
     @property
-    def fetched(self) -> float:
-        """Chunks that came from the cold side; one layer's part of a chunk counts as its share of the layers."""
-        return self.refetched
+    def corrected(self) -> float:
+        """Chunks that a correction brought from the cold side; one layer's part counts as its share of the layers."""
+        return 0
 
     @abstractmethod
     def fork(self) -> Self:
@@ -61,7 +65,7 @@ class Session(ABC):
 
     @abstractmethod
     def read(self, tokens: list[int]) -> torch.Tensor:
-        """Read tokens with what is resident now; returns the logits behind the last one, [vocabulary].
+        """Read tokens with what is resident now; returns the logits after the last one, [vocabulary].
 
         Raises InputError beyond the model's context.
         """
@@ -82,8 +86,8 @@ class Session(ABC):
         Raises ValueError unless everything is resident.
         """
 
-    def keep(self, scores: torch.Tensor, budget: float, less: int = 0) -> None:
-        """Fix the resident set: the best unprotected chunks under `budget`, the protected ones, the unfinished one.
+    def best(self, scores: torch.Tensor, budget: float, less: int = 0) -> Choice:
+        """The best unprotected chunks under `budget`, and the protected ones; the unfinished one is beside any choice.
 
         scores: [N] of the complete chunks at the newest position; those of -inf are not kept, whatever the budget;
         less: chunks of the budget that a correction is left. Raises InputError for a budget of fewer.
@@ -92,24 +96,23 @@ class Session(ABC):
         bought = self.chunking.kept(budget, self.position)
         if bought < less:
             raise InputError(
-                f"correction: {less} chunks, but a budget of {budget} buys {bought} of {len(scores)}; correct by fewer "
-                "chunks, or raise the budget"
+                f"correction: {less} chunks, but a budget of {budget} keeps only {bought} of {len(scores)}; correct by "
+                "fewer chunks, or raise the budget"
             )
         count = torch.tensor([bought - less])
         chosen = select(scores[None], candidate & (scores > -torch.inf), count)
-        self.keep_chunks((chosen | ~candidate)[0].nonzero().flatten())
-
-    def keep_chunks(self, chunks: torch.Tensor) -> None:
-        """Make exactly these complete chunks ([R], ascending) resident, beside the unfinished one."""
-        self.refetched += self.host.keep([chunks]).fetched
+        return Choice([(chosen | ~candidate)[0].nonzero().flatten()], [int(chosen.sum())], ["demand"])
 
 
 class DenseSession(Session):
     """Of a model whose full-attention layers keep a key a token. newest: layer -> the newest token's attention call."""
 
+    kind: type[DenseHost] = DenseHost
+
     def __init__(self, model: PreTrainedModel, chunking: Chunking) -> None:
         self.model, self.chunking = model, chunking
-        self.host: DenseHost = DenseHost(model, chunking.tokens, sorted(attention_modules(model)))
+        layers = sorted(indexers(model) or attention_modules(model))
+        self.host: DenseHost = self.kind(model, chunking.tokens, layers)
         self.newest: dict[int, AttentionCall] = {}
 
     @property
@@ -123,12 +126,12 @@ class DenseSession(Session):
         return self.cache.full[0].rows + held * self.chunking.tokens
 
     @property
-    def fetched(self) -> float:
+    def corrected(self) -> float:
         corrector = self.cache.corrector
-        return self.refetched + (0 if corrector is None else corrector.fetched / len(self.cache.full))
+        return 0 if corrector is None else corrector.fetched / len(self.cache.full)
 
     def correct(self, correction: Correction) -> None:
-        """Correct every step from the next `keep` on."""
+        """Correct every step from the next choice on."""
         self.cache.correct(correction, {layer: call.query[0, :, -1:] for layer, call in self.newest.items()})
 
     def fork(self) -> "DenseSession":
@@ -143,8 +146,8 @@ class DenseSession(Session):
     @staticmethod
     def read_each(sessions: Sequence["DenseSession"], tokens: Sequence[int]) -> torch.Tensor:
         """Several are read in one forward pass, which costs little more than that of one."""
-        if len(sessions) == 1:
-            return sessions[0].read([tokens[0]])[None]
+        if len(sessions) == 1 or sessions[0].host.latent:
+            return Session.read_each(sessions, tokens)
         caches = [session.cache for session in sessions]
         return read_together(sessions[0].model, caches, tokens, lambda call: sessions[call.sequence]._remember(call))
 
@@ -162,10 +165,40 @@ class DenseSession(Session):
                 raise ValueError("full attention only: what evicted chunks would get is not known")
             row = torch.tensor([self.position], device=call.query.device)
             pooled = pooled_attention(
-                call.query[0, :, -1:], call.key[0], row, self.chunking.tokens, call.scaling, call.softcap, call.sinks
-            )
+                call.query[0, :, -1:], call.key[0], row, self.chunking.tokens, call.scaling, call.softcap, call.sinks,
+                self.host.picked(call.layer, call.key.shape[2]),
+            )  # fmt: skip
             total += pooled[:, 0, : len(total)].mean(dim=0).cpu()
         return total / len(self.newest)
+
+
+class DsaSession(DenseSession):
+    """Of a model whose layers attend to the tokens that lightning indexers pick (DSA).
+
+    native: what the newest token asked of each layer's own indexer: layer -> (query [1, H, d], weights [1, H]).
+    """
+
+    host: DsaHost
+    kind = DsaHost
+
+    def __init__(self, model: PreTrainedModel, chunking: Chunking) -> None:
+        super().__init__(model, chunking)
+        self.native: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def cache(self) -> DsaCache:
+        """What is cached of a token in all layers."""
+        return self.host.cache
+
+    def fork(self) -> "DsaSession":
+        twin = cast(DsaSession, super().fork())
+        twin.native = dict(self.native)
+        return twin
+
+    def _remember(self, call: AttentionCall) -> None:
+        super()._remember(call)
+        if call.layer in self.cache.observed:
+            self.native[call.layer] = self.cache.asked(call.layer)
 
 
 class CsaSession(Session):
@@ -229,8 +262,14 @@ class CsaSession(Session):
         return len(self.cache.resident()[0]) * rate + self.position + 1 - total * rate
 
 
+SESSIONS: dict[Family, Callable[[PreTrainedModel, IndexerSpec], Session]] = {
+    "deepseek_v4": lambda model, spec: CsaSession(model, spec.chunking, spec.layers),
+    "dsa": lambda model, spec: DsaSession(model, spec.chunking),
+    "dense": lambda model, spec: DenseSession(model, spec.chunking),
+}
+"""What opens a session of a model of each family."""
+
+
 def open_session(model: PreTrainedModel, spec: IndexerSpec) -> Session:
     """A new session of `model`'s family, for an indexer of `spec`."""
-    if model.config.model_type == "deepseek_v4":
-        return CsaSession(model, spec.chunking, spec.layers)
-    return DenseSession(model, spec.chunking)
+    return SESSIONS[family_of(model)](model, spec)

@@ -78,7 +78,7 @@ def rouge_l_recall(response: str, references: list[str]) -> float:
 def line_class(response: str, references: list[str]) -> float:
     """LongBench's trec and lsht: 1 / classes that the first line names, if the right one is among them.
 
-    A class that is part of the right one's name is not counted; the one behind it in the list always is, as the
+    A class that is part of the right one's name is not counted; the one after it in the list always is, as the
     published loop removes from the list that it goes through. references: the right class, then all classes.
     """
     answer, *classes = references
@@ -224,7 +224,7 @@ def only_label(response: str, references: list[str]) -> float:
 
 
 def node_f1(response: str, references: list[str]) -> float:
-    """GraphWalks: F1 of the nodes listed in the last line behind `Final Answer:`; an empty list where none is right.
+    """GraphWalks: F1 of the nodes listed in the last line after `Final Answer:`; an empty list where none is right.
 
     The release's own listing would keep `Final Answer: [` on the first node; here it is read off.
     """

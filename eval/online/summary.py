@@ -1,4 +1,4 @@
-"""Rows made from the records of examples: answers, text, depth by length, the decode check, leads over policies.
+"""Rows made from the records of examples: answers, text, depth by length, the decode check.
 
 Intervals are 95 % ones: Wilson's where every value is 0 or 1, else a bootstrap over examples; of differences, always a
 bootstrap over pairs of the same example.
@@ -12,16 +12,14 @@ from math import sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
 
 from eval.online.records import Record, RunRecord
 from eval.report.rows import AccuracyRow, AnswerRow, DecodeRow, DepthRow, FidelityRow
 from indexer_train.measure.intervals import bootstrap_means
 
 DEPTH_BINS = 5
-Triple = tuple[float | None, float | None, float | None]
-"""Mean and ends of its interval, None where there are too few examples."""
-NONE: Triple = (None, None, None)
+Z = 1.96
+"""Standard deviations on either side of a normal mean that hold 95 %."""
 Lane = tuple[str, float | None]
 """A policy and its budget."""
 
@@ -135,76 +133,6 @@ def answer_rows(questions: Sequence[Record], values: dict[str, list[str]]) -> li
     ]
 
 
-class LeadRow(BaseModel):
-    """One policy and budget on one task and length, with the indexer's lead over it under the same budget.
-
-    examples: those with an answer; left_out: the others, which no figure counts; solved: examples that full attention
-    answers; score, kl, agreement: [mean, low, high]; score_of_solved: over those alone; leads: of the indexer, on the
-    same examples, None where it has no run of that budget. A task has scores, text has kl and agreement.
-    """
-
-    task: str
-    length: int | None
-    policy: str
-    budget: float | None
-    examples: int
-    left_out: int
-    solved: int
-    kept: float
-    chunks: float
-    kv_mb: float
-    score: Triple | None = None
-    score_lead: Triple | None = None
-    score_of_solved: Triple | None = None
-    lead_of_solved: Triple | None = None
-    kl: Triple | None = None
-    kl_lead: Triple | None = None
-    agreement: Triple | None = None
-    agreement_lead: Triple | None = None
-
-
-def lead_rows(records: Sequence[Record], task: str, length: int | None) -> list[LeadRow]:
-    """A row per policy and budget over the records of one task and length."""
-    answers = [record for record in records if record.runs]
-    solved = np.array([record.runs[0].score is None or record.runs[0].score >= 1 for record in answers])
-    everything, found = np.ones_like(solved), []
-    for lane in lanes(answers):
-        ours = None if lane[0] == "indexer" or ("indexer", lane[1]) not in lanes(answers) else ("indexer", lane[1])
-
-        def lead(metric: str, of: np.ndarray, lane: Lane = lane, ours: Lane | None = ours) -> Triple:
-            if ours is None or not of.any():
-                return NONE
-            return paired(column(answers, ours, metric)[of], column(answers, lane, metric)[of])
-
-        if task == "text":
-            measured = {name: bootstrap(column(answers, lane, name)) for name in ("kl", "agreement")}
-            measured |= {f"{name}_lead": lead(name, everything) for name in ("kl", "agreement")}
-        else:
-            scores = column(answers, lane, "score")
-            measured = {"score": _scored(scores), "score_lead": lead("score", everything)}
-            measured |= {"score_of_solved": _scored(scores[solved]), "lead_of_solved": lead("score", solved)}
-        found.append(
-            LeadRow(
-                task=task,
-                length=length,
-                policy=lane[0],
-                budget=lane[1],
-                examples=len(answers),
-                left_out=len(records) - len(answers),
-                solved=int(solved.sum()),
-                kept=float(column(answers, lane, "kept").mean()),
-                chunks=float(column(answers, lane, "chunks").mean()),
-                kv_mb=float(column(answers, lane, "kv_bytes").mean()) / 1e6,
-                **measured,
-            )
-        )
-    return found
-
-
-def _scored(scores: np.ndarray) -> Triple:
-    return (float(scores.mean()), *interval(scores)) if len(scores) else NONE
-
-
 def left_out_lines(records: Sequence[Record]) -> list[str]:
     """What was not asked or cannot be scored, and why."""
     found = Counter((record.benchmark, record.task, record.left_out) for record in records)
@@ -238,13 +166,13 @@ def bootstrap(values: np.ndarray) -> Estimate:
     return Estimate(mean, *(None if math.isnan(bound) else bound for bound in (low, high)))
 
 
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: int, trials: int) -> tuple[float, float]:
     """95 % interval of a share; (0, 1) without trials."""
     if not trials:
         return 0.0, 1.0
-    share, spread = successes / trials, z * z / trials
+    share, spread = successes / trials, Z * Z / trials
     centre = (share + spread / 2) / (1 + spread)
-    half = z * sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+    half = Z * sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 

@@ -6,14 +6,13 @@ As in figures.py: rows in, a figure out, None where nothing is to draw.
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from eval.report.figures import finished
 from eval.report.rows import DocumentRow, Lookahead, RefreshRow, ReliabilityRow, Timeline
-from eval.report.tables import STYLES
+from eval.report.tables import STYLES, cut_name
 
 SHOWN = [policy for policy in STYLES if policy not in ("native", "protected")]
 """Policies that pictures of time show, in the order of the tables."""
@@ -25,7 +24,8 @@ def reliability_curve(bins: Sequence[ReliabilityRow], probabilities: bool) -> Fi
     scores were trained as `probabilities`."""
     if not bins:
         return None
-    figure, axis = pyplot.subplots(figsize=(5.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+    axis = figure.subplots()
     ends = 100 * np.cumsum([each.chunks for each in bins]) / sum(each.chunks for each in bins)
     middles = (ends + np.concatenate([[0], ends[:-1]])) / 2
     axis.plot(middles, [100 * each.observed for each in bins], "o-", color="tab:red", ms=4, label="observed: golden")
@@ -43,7 +43,8 @@ def threshold_transfer(documents: Sequence[DocumentRow], budget: float) -> Figur
     """What the one calibrated threshold kept of each held-out document, and the recall it had there, by length."""
     if not documents:
         return None
-    figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
     plain = {row.task for row in documents if row.depth is None}
     for axis, metric in zip(axes, ("kept", "mass_recall"), strict=True):
         for label, color, chosen in (("needles", "tab:blue", False), (" and ".join(sorted(plain)), "tab:orange", True)):
@@ -66,7 +67,8 @@ def refreshes(found: Lookahead) -> Figure | None:
     task = _longest(found.rows)
     if task is None:
         return None
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for policy in SHOWN:
         color, style = STYLES[policy]
         rows = [row for row in found.rows if (row.policy, row.task) == (policy, task)]
@@ -96,7 +98,8 @@ def churn(found: Lookahead) -> Figure | None:
     task = _longest(rows)
     if task is None:
         return None
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for policy in SHOWN:
         color, style = STYLES[policy]
         some = [row for row in rows if (row.policy, row.task) == (policy, task)]
@@ -133,7 +136,8 @@ def score_timeline(found: Timeline | None) -> Figure | None:
     """Tokens across, chunks upwards: grey the score's rank, blue what was kept, dots what tokens needed."""
     if found is None:
         return None
-    figure, axis = pyplot.subplots(figsize=(10.5, 5), layout="constrained")
+    figure = Figure(figsize=(10.5, 5), layout="constrained")
+    axis = figure.subplots()
     size, bins = found.bin_chunks, len(found.windows[0].ranks)
     for window in found.windows:
         left, right = window.first - 0.5, window.last + 0.5
@@ -152,7 +156,7 @@ def score_timeline(found: Timeline | None) -> Figure | None:
     axis.set_ylim(-0.5, found.windows[-1].candidates[1] + 8)
     axis.set_xlabel("token position (a refresh at every vertical line)")
     axis.set_ylabel(f"chunk of {found.chunk_tokens} tokens")
-    axis.set_title(f"{count} of {len(found.needed)} needs were kept at {found.budget:.0%}", fontsize=10)
+    axis.set_title(f"{count} of {len(found.needed)} needs were kept at {cut_name(found.budget)}", fontsize=10)
     dot = {"marker": "o", "ls": "", "ms": 4}
     legend = [
         Line2D([], [], color="tab:blue", lw=2, label="kept"),

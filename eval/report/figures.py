@@ -6,11 +6,7 @@ Each takes rows of results.json (rows.py) and gives a figure, None where nothing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -25,15 +21,14 @@ from eval.report.rows import (
 )
 from eval.report.tables import GROUPS, STYLES, depth_name, length_name
 
-matplotlib.rcParams["text.parse_math"] = False  # a name with two dollars in it is no formula
-
 
 def accuracy_against_bytes(rows: Sequence[DecodeRow]) -> Figure | None:
     """Accuracy of answers, with 95 % intervals, against the KV bytes that were resident."""
     points = [row for row in rows if row.examples]
     if not points:
         return None
-    figure, axis = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axis = figure.subplots()
     for row in points:
         share = row.correct / row.examples
         spread = [[max(0.0, share - row.low)], [max(0.0, row.high - share)]]
@@ -108,8 +103,8 @@ def answers_by_depth(rows: Sequence[DepthRow]) -> Figure | None:
     wide, high = 0.9 + 0.55 * len(lengths), 0.9 + 0.5 * len(depths)
     columns = max(1, min(len(policies), int(12 / wide)))
     lines = -(-len(policies) // columns)
-    size = (1.8 + wide * columns, 0.3 + high * lines)
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(1.8 + wide * columns, 0.3 + high * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(policies) :]:
         axis.remove()
     shown = list(axes.flat[: len(policies)])
@@ -135,9 +130,8 @@ def recall_curves(rows: Sequence[RecallRow]) -> Figure | None:
     tasks = [task for task in GROUPS if any(row.task == task for row in rows)]
     if not tasks:
         return None
-    figure, axes = pyplot.subplots(
-        2, len(tasks), figsize=(1.6 + 4.1 * len(tasks), 6.6), sharex=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(1.6 + 4.1 * len(tasks), 6.6), layout="constrained")
+    axes = figure.subplots(2, len(tasks), sharex=True, squeeze=False)
     for column, task in enumerate(tasks):
         for axis, metric in zip(axes[:, column], ("mass_recall", "golden_recall"), strict=True):
             for policy, (color, style) in STYLES.items():
@@ -165,7 +159,6 @@ def plot_recall(rows: Sequence[RecallRow], path: Path) -> None:
     """`recall_curves` as a PNG."""
     if (figure := recall_curves(rows)) is not None:
         write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
-        pyplot.close(figure)
 
 
 def depth_by_length(rows: Sequence[CellRecall], bins: tuple[list[str], list[str]]) -> Figure | None:
@@ -177,9 +170,8 @@ def depth_by_length(rows: Sequence[CellRecall], bins: tuple[list[str], list[str]
         return None
     depths = _between([depth_name(row.depth) for row in rows], bins[0])
     lengths = _between([length_name(row.length) for row in rows], bins[1])
-    figure, axes = pyplot.subplots(
-        1, 2, figsize=(3 + 2.3 * len(lengths), 1.6 + 0.62 * len(depths)), layout="constrained"
-    )
+    figure = Figure(figsize=(3 + 2.3 * len(lengths), 1.6 + 0.62 * len(depths)), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, metric in zip(axes, ("mass_recall", "golden_recall"), strict=True):
         grid = np.full((len(depths), len(lengths)), np.nan)
         for row in rows:
@@ -206,8 +198,8 @@ def _grid(panels: int, columns: int, inches: float, sharey: bool = False) -> tup
     """As many panels as asked, `columns` in a line at most."""
     columns = min(columns, panels)
     lines = -(-panels // columns)
-    size = (1.8 + inches * columns, 0.4 + inches * lines)
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, sharey=sharey, layout="constrained")
+    figure = Figure(figsize=(1.8 + inches * columns, 0.4 + inches * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=sharey)
     for axis in axes.flat[panels:]:
         axis.remove()
     return figure, list(axes.flat[:panels])
@@ -226,7 +218,7 @@ def _between(found: list[str], bins: list[str]) -> list[str]:
 
 
 def _cell(axis: Axes, place: tuple[int, int], value: float | None, count: int, size: int) -> None:
-    """Write a cell of a heat map: its value and how much is behind it."""
+    """Write a cell of a heat map: its value and how many examples are behind it."""
     shown = "-" if value is None else f"{value:.2f}"
     color = "white" if value is not None and value < 0.5 else "black"
     axis.text(place[1], place[0], f"{shown}\nn={count}", ha="center", va="center", fontsize=size, color=color)

@@ -1,7 +1,7 @@
 """The report: one HTML file with its pictures inside, no network, and a Markdown summary, made from results.json.
 
 What a reader wants comes first: the setting, one sentence, answers and text beside the bytes that they took. Recall is
-diagnosis and comes behind. What the sections show is in sections.py, the page is page.html.j2.
+diagnosis and comes after. What the sections show is in sections.py, the page is page.html.j2.
 """
 
 import base64
@@ -11,20 +11,21 @@ from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
-from matplotlib import pyplot
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import write_atomically
+from data_gen.core.files import RESULTS, write_atomically
 from eval.report.rows import Results
 from eval.report.sections import SECTIONS, Section
-from eval.report.tables import GROUPS, RESULTS, decode_summary, number, read_results
-from eval.report.tasks import average_rows
+from eval.report.tables import GROUPS, decode_summary, number, read_results
+from eval.report.tasks import average_rows, column_name
 
 LONG = 12
 """Rows beyond which the page folds a table."""
 
 
+@rc_context({"text.parse_math": False})  # a name with two dollars in it is no formula
 def write_report(folder: Path) -> tuple[Path, Path]:
     """FOLDER/report.html and FOLDER/report.md from FOLDER/results.json: whatever sections are there.
 
@@ -69,11 +70,11 @@ def _sentence(results: Results) -> str:
     if results.decode:
         return decode_summary(results.decode)
     if results.benchmark:
-        averages = {line[0]: line for line in average_rows(results.benchmark)}
-        full = averages.pop("full")
-        said = [f"{name} {accuracy} % with {share} of the KV bytes" for name, accuracy, _, _, share in averages.values()
-                if name.startswith("indexer ")]  # fmt: skip
-        return f"Mean accuracy over the benchmark: full attention {full[1]} %; {'; '.join(said)}." if said else ""
+        averages = average_rows(results.benchmark)
+        full = next(mean for mean in averages if mean.policy == "full")
+        said = [f"{column_name(mean)} {mean.percent} % with {mean.kv_share:.1%} of the KV bytes" for mean in averages
+                if mean.policy == "indexer"]  # fmt: skip
+        return f"Mean accuracy over the benchmark: full attention {full.percent} %; {'; '.join(said)}." if said else ""
     budget = results.evaluated.budget if results.evaluated else None
     rows = [row for row in results.recall or [] if row.task in GROUPS and row.budget == budget]
     found = [f"{row.policy} {number(row.mass_recall, row.documents)}" for row in rows if row.task == rows[0].task
@@ -93,10 +94,9 @@ def _page(head: dict[str, list[str]], sentence: str, sections: Iterable[Section]
 
 
 def _data_uri(picture: Figure) -> str:
-    """The figure as an SVG that needs nothing from outside, closed afterwards."""
+    """The figure as an SVG that needs nothing from outside."""
     buffer = io.BytesIO()
     picture.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(picture)
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -103,7 +103,7 @@ class DocumentRow(Ratios):
 
 
 class DecayRow(Row):
-    """Token-weighted mass recall in [low, high], `offset` tokens behind a refresh at the traces' own window."""
+    """Token-weighted mass recall in [low, high], `offset` tokens after a refresh at the traces' own window."""
 
     policy: str
     task: str
@@ -288,7 +288,7 @@ class AccuracyRow(_Answered):
 
 class FidelityRow(_Answered):
     """Text that is followed; intervals over texts. agreement: share of next tokens that are full attention's; kl: from
-    it, nats a token; perplexity: of the text under the policy."""
+    it, nats per token; perplexity: of the text under the policy."""
 
     texts: int
     agreement: float
@@ -337,4 +337,5 @@ class Results(Row):
 
     def content(self) -> dict[str, Any]:
         """The sections that were measured, as JSON holds them."""
-        return {name: rows for name, rows in self.model_dump().items() if name in self.model_fields_set}
+        found = self.model_dump()
+        return {name: rows for name, rows in found.items() if rows is not None and name in self.model_fields_set}

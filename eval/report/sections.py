@@ -22,6 +22,7 @@ from eval.report.tables import (
     recall_table,
 )
 from eval.report.tasks import answer_tables, average_table, fidelity_table
+from indexer_train.losses import gives_probabilities
 
 RECALLS = ("mass_recall", "golden_recall")
 MEANS = "Means over tasks and lengths"
@@ -45,8 +46,8 @@ def _decode(results: Results) -> Section | None:
     if not results.decode:
         return None
     text = (
-        "The same documents under every policy, from one prefill each. KV: keys and values of the full-attention "
-        "layers that are resident while answering; every policy has the same protected chunks on top of its budget."
+        "The same documents under every policy, each from one prefill. KV is the keys and values of the full-attention "
+        "layers that are resident while answering. Every policy has the same protected chunks on top of its budget."
     )
     pictures = {"accuracy": figures.accuracy_against_bytes(results.decode)}
     return Section("answers", "Accuracy against KV bytes", text, pictures, {"": decode_table(results.decode)}, open="")
@@ -60,13 +61,13 @@ def _benchmark(results: Results) -> Section | None:
         "depth": figures.answers_by_depth(results.benchmark_depth or []),
     }
     text = (
-        "Answers from one prefill; every policy has the same protected chunks on top. KV: keys and values of the "
-        "full-attention layers that are resident while answering. Intervals: Wilson where an answer is right or wrong, "
-        "bootstrap over examples where it is scored in between; points from full attention are those of the pairs. "
-        "'mrcr' is dense demand, where sparse attention is known to fail. The oracle knows what full attention's own "
-        "answer attended to. 'frequency' has no row: counting golden chunks takes the attention of every token of the "
-        "prompt, which one prefill does not give. Share of full: of the average accuracy, and the mean of each line's "
-        "share of the bytes."
+        "Answers from one prefill; every policy has the same protected chunks on top. KV is the keys and values of "
+        "the full-attention layers that are resident while answering. Intervals are Wilson intervals where an answer "
+        "is right or wrong, and bootstraps over examples where it gets a score in between; differences from full "
+        "attention are paired. 'mrcr' needs the whole history, where sparse attention is known to fail. The oracle "
+        "knows what full attention's own answer attended to. 'frequency' has no row, because counting golden chunks "
+        "takes the attention of every token of the prompt, which one prefill does not give. The share of full "
+        "attention is that of the average accuracy, next to the mean of each line's share of the bytes."
     )
     tables = {MEANS: average_table(results.benchmark), **answer_tables(results.benchmark)}
     return Section("tasks", "Benchmark: accuracy against KV bytes", text, pictures, tables, open=MEANS)
@@ -77,9 +78,9 @@ def _text(results: Results) -> Section | None:
     if picture is None:
         return None
     text = (
-        "Held-out text read on under each policy, one token at a time: how far the distribution of the next token is "
-        "from full attention's (0 is the same), beside the KV bytes that were resident. Intervals are bootstraps over "
-        "texts."
+        "Held-out text is read under each policy, one token at a time. The rows say how far the distribution of the "
+        "next token is from full attention's (0 is the same), and how many KV bytes were resident. Intervals are "
+        "bootstraps over texts."
     )
     tables = {"Fidelity of plain text": fidelity_table(results.benchmark_text)} if results.benchmark_text else {}
     return Section("text", "Text: KL from full attention", text, {"kl": picture}, tables)
@@ -90,12 +91,12 @@ def _recall(results: Results) -> Section | None:
         return None
     notes = results.evaluated.notes if results.evaluated else []
     text = (
-        "Diagnosis: it ranks policies otherwise than answers do. Every chunk is scored; every policy gets the same "
-        "budget on top of the same protected chunks, which count for nobody. Macro averages over documents; bands are "
-        "95 % bootstrap intervals over documents. The oracle is a bound, for each metric its own. 'exact_attention' is "
-        "what the backbone attended to at the window's first token, 'native_votes' how many of its own indexers picked "
-        "a chunk there, 'frequency' the chunks golden most often so far: all of them see full attention, which sparse "
-        "serving would not have."
+        "For diagnosis only: recall ranks policies differently from answers. Every chunk is scored. Every policy gets "
+        "the same budget on top of the same protected chunks, which do not count. These are macro averages over "
+        "documents; bands are 95 % bootstrap intervals over documents. Each metric has an oracle of its own as its "
+        "bound. 'exact_attention' ranks by what the backbone attended to at the window's first token, 'native_votes' "
+        "by how many of its own indexers picked a chunk there, 'frequency' by how often a chunk was golden so far. "
+        "All three see full attention, which sparse serving would not have."
     )
     tables = {"": recall_table(row for row in results.recall if row.policy != "protected")}
     pictures = {"recall": figures.recall_curves(results.recall)}
@@ -140,7 +141,7 @@ def _depth(results: Results) -> Section | None:
     if picture is None:
         return None
     budget = results.evaluated.budget
-    text = f"Of {_first(results)}, at {budget:.0%} kept; n: documents of a cell. Few of them mean little."
+    text = f"Of {_first(results)}, at {cut_name(budget)} kept; n: documents of a cell. Few of them mean little."
     return Section("cells", "Needle depth and document length", text, {"heat": picture})
 
 
@@ -185,7 +186,7 @@ def _metrics(results: Results) -> Section | None:
         "Micro averages": Table([*places, *(f"micro {name}" for name in names)], micro),
     }
     text = (
-        "Macro averages with 95 % intervals over documents, and micro averages: windows added up before dividing. "
+        "Macro averages with 95 % intervals over documents, and micro averages, which add up windows before dividing. "
         "'layer L' is one of the indexer's layers on its own. 'resident mass' is the share of all attention that is "
         "not on evicted chunks: there, and only there, protected chunks count."
     )
@@ -197,13 +198,13 @@ def _calibration(results: Results) -> Section | None:
         return None
     first, *_ = results.evaluated.thresholds.values()
     evaluated = results.measured.get("evaluate")
-    listwise = evaluated is not None and (evaluated.loss or "").startswith("listwise")
+    probabilities = gives_probabilities(None if evaluated is None else evaluated.loss)
     pictures = {
-        "reliability": diagnosis.reliability_curve(results.reliability or [], not listwise),
+        "reliability": diagnosis.reliability_curve(results.reliability or [], probabilities),
         "threshold": diagnosis.threshold_transfer(results.documents, results.evaluated.budget),
     }
     meant = "a calibrated probability would lie on the observed share"
-    if listwise:
+    if not probabilities:
         meant = "its loss trained an order, so a sigmoid of the score means nothing and is not drawn"
     text = (
         f"Of {_first(results)}. First: chunks in bins of equal counts, from the lowest scores to the highest; {meant}. "
@@ -230,9 +231,10 @@ def _time(results: Results) -> Section | None:
         return None
     pictures = {"lookahead": diagnosis.refreshes(found), "churn": diagnosis.churn(found)}
     text = (
-        "The same budget, refreshed more or less often. What arrives after a refresh stays resident until the next, so "
-        "recall is over the chunks that were there at the refresh: compare with the oracle at the same interval. Churn "
-        "counts selected chunks that were not resident before; recency only keeps what already is."
+        "The same budget, refreshed more or less often. Chunks that arrive after a refresh stay resident until the "
+        "next, so recall is over the chunks that were there at the refresh; compare it with the oracle at the same "
+        "interval. Churn counts selected chunks that were not resident before; recency keeps only chunks that are "
+        "already resident."
     )
     return Section("time", "Lookahead and churn", text, pictures)
 

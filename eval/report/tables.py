@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_gen.core.files import whole, write_atomically
+from data_gen.core.errors import InputError
+from data_gen.core.files import RESULTS, sweep, whole, write_atomically
 from eval.report.rows import ComparisonRow, DecodeRow, RecallRow, Results
 
-RESULTS = "results.json"
-"""What evaluate, decode and benchmark add to."""
 STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "A": ("tab:red", "-"), "B": ("tab:cyan", "-"),
+          "indexer+correction": ("tab:pink", "-"), "indexer+fallback": ("tab:olive", "-"),
           "native": ("tab:purple", "-"), "exact_attention": ("tab:purple", "-"), "native_votes": ("tab:purple", "-"),
           "mean_pooled": ("tab:blue", "-"), "frequency": ("tab:orange", "-"), "recency": ("tab:green", "-"),
           "random": ("tab:gray", ":"), "protected": ("tab:gray", "-.")}  # fmt: skip
@@ -23,8 +23,10 @@ FEW = 20
 
 
 def read_results(folder: Path) -> Results:
-    """FOLDER/results.json, empty where there is no such file. Raises InputError when it is damaged."""
+    """FOLDER/results.json, empty where there is none. Raises InputError when it is damaged, or FOLDER is a file."""
     path = folder / RESULTS
+    if next(each for each in (folder, *folder.absolute().parents) if each.exists()).is_file():
+        raise InputError(f"{folder}: a file stands where that folder is to be; name another folder")
     if not path.exists():
         return Results()
     with whole(path, "results", "repair it, or delete it and measure again"):
@@ -37,15 +39,11 @@ def write_results(folder: Path, **sections: Any) -> Results:
     Returns the whole. Raises InputError when the file there is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     results = read_results(folder).with_sections(**sections)
     text = json.dumps(results.content(), indent=1)
     write_atomically(folder / RESULTS, lambda file: file.write_text(text))
     return results
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table with aligned columns; floats with three decimals, None as a dash."""
-    return str(Table(header, rows))
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def length_name(length: tuple[int, int]) -> str:
 
 
 def policy_order(policy: str) -> tuple[int, str]:
-    """Sorts policies as STYLES does, layers of indexers behind."""
+    """Sorts policies as STYLES does, then layers of indexers."""
     names = list(STYLES)
     return (names.index(policy) if policy in names else len(names)), policy
 
@@ -148,8 +146,9 @@ def threshold_lines(results: Results) -> list[str]:
     for row in results.recall or []:
         if row.budget == "threshold" and row.policy in thresholds:
             who = "threshold" if row.policy == "indexer" else f"threshold of {row.policy}"
-            recall = f"macro mass recall {_text(row.mass_recall)}, golden recall {_text(row.golden_recall)}"
-            lines.append(f"{who}, {row.task}: {thresholds[row.policy]}: kept {row.kept:.1%}, {recall}")
+            mass, golden = (number(value, row.documents) for value in (row.mass_recall, row.golden_recall))
+            lines.append(f"{who}, {row.task}: {thresholds[row.policy]}: kept {row.kept:.1%}, "
+                         f"macro mass recall {mass}, golden recall {golden}")  # fmt: skip
     return lines
 
 
@@ -168,7 +167,7 @@ def decode_table(rows: Iterable[DecodeRow]) -> Table:
             f"{row.chunks:.1f}",
             f"{row.kv_share:.1%}",
             f"{row.kv_mb:.1f}",
-            *([row.fetched, row.mean_key_mb] if counted else []),
+            *(number(value, row.examples + row.texts) for value in (row.fetched, row.mean_key_mb) if counted),
         ]
         for row in rows
     ]

@@ -2,67 +2,101 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from eval.report.rows import AccuracyRow, FidelityRow
-from eval.report.tables import Table, bounds, number
+from eval.report.tables import FEW, Table, bounds, number
 
 Rows = Sequence[AccuracyRow]
 Place = tuple[str, str, int | None]
+Column = tuple[str, float | None]
 
 
 def benchmark_table(rows: Rows) -> Table:
     """A line per task and length, a column per policy: accuracy in %, its 95 % interval, resident KV in MB, and windows
     under full attention where those are counted.
     """
-    columns, lines = list(dict.fromkeys(map(column_name, rows))), []
-    cells = {(*_place(row), column_name(row)): row for row in rows}
+    columns, lines = _columns(rows), []
+    cells = {(_place(row), row.policy, row.budget): row for row in rows}
     for place in dict.fromkeys(map(_place, rows)):
-        found = [cells.get((*place, column)) for column in columns]
+        found = [cells.get((place, *column)) for column in columns]
         first = next(row for row in found if row is not None)
         lines.append([_task(place), _length(first), first.examples, *map(_cell, found)])
     averages = average_rows(rows)
-    for title, (accuracy, share) in {"average": (1, 2), "share of full": (3, 4)}.items():
-        lines.append([title, "", "", *(f"{line[accuracy]} / {line[share]}" for line in averages)])
-    return Table(["accuracy % [95 % interval] / KV MB", "tokens", "n", *columns], lines)
+    lines.append(["average", "", "", *(f"{mean.percent} / {mean.kv_mb:.1f}" for mean in averages)])
+    lines.append(["share of full", "", "", *(f"{mean.of_full} / {mean.kv_share:.1%}" for mean in averages)])
+    return Table(["accuracy % [95 % interval] / KV MB", "tokens", "n", *columns.values()], lines)
 
 
 def difference_table(rows: Rows) -> Table:
     """A line per task and length, a column per policy: accuracy less full attention's, and the share kept."""
     rows = [row for row in rows if row.policy != "full"]
-    columns = list(dict.fromkeys(map(column_name, rows)))
-    cells = {(*_place(row), column_name(row)): row for row in rows}
-    lines = []
+    columns, lines = _columns(rows), []
+    cells = {(_place(row), row.policy, row.budget): row for row in rows}
     for place in dict.fromkeys(map(_place, rows)):
-        found = [cells.get((*place, column)) for column in columns]
+        found = [cells.get((place, *column)) for column in columns]
         first = next(row for row in found if row is not None)
         lines.append([_task(place), _length(first), *map(_beside_full, found)])
-    return Table(["points from full [95 % interval] / kept", "tokens", *columns], lines)
+    return Table(["points from full [95 % interval] / kept", "tokens", *columns.values()], lines)
 
 
-def average_rows(rows: Rows) -> list[list[Any]]:
-    """Means over tasks and lengths, a line per policy: its name, accuracy in %, KV MB, and both as shares of full's.
+@dataclass(frozen=True)
+class Average:
+    """Means of one policy and budget over tasks and lengths.
 
-    The share of the bytes is the mean of each line's share, as the paper's.
+    examples: of all tasks and lengths; accuracy: 0 to 1; kv_mb: resident, in 10^6 bytes; accuracy_share: of full
+    attention's, None where that has none; kv_share: the mean of each line's share of full attention's bytes, as the
+    paper's.
     """
-    found: dict[str, list[AccuracyRow]] = defaultdict(list)
+
+    policy: str
+    budget: float | None
+    examples: int
+    accuracy: float
+    kv_mb: float
+    accuracy_share: float | None
+    kv_share: float
+
+    @property
+    def percent(self) -> str:
+        """The accuracy in %, with a decimal where FEW examples or more stand behind it."""
+        return f"{100 * self.accuracy:.{0 if self.examples < FEW else 1}f}"
+
+    @property
+    def of_full(self) -> str:
+        """The share of full attention's accuracy, a dash where there is none."""
+        return "-" if self.accuracy_share is None else f"{self.accuracy_share:.0%}"
+
+
+def average_rows(rows: Rows) -> list[Average]:
+    """Means over tasks and lengths, one for each policy and budget in the order of `rows`."""
+    found: dict[Column, list[AccuracyRow]] = defaultdict(list)
     for row in rows:
-        found[column_name(row)].append(row)
-    full = {_place(row): row.kv_mb for row in found["full"]}
-    best = sum(row.accuracy for row in found["full"])
-    lines = []
-    for column in dict.fromkeys(map(column_name, rows)):
-        members = found[column]
+        found[row.policy, row.budget].append(row)
+    full = {_place(row): row.kv_mb for row in rows if row.policy == "full"}
+    best = sum(row.accuracy for row in rows if row.policy == "full")
+    averages = []
+    for (policy, budget), members in found.items():
         accuracy = sum(row.accuracy for row in members)
-        bytes_share = _mean(row.kv_mb / full[_place(row)] for row in members)
-        lines.append([column, f"{100 * accuracy / len(members):.1f}", f"{_mean(row.kv_mb for row in members):.1f}",
-                      f"{accuracy / best:.0%}" if best else "-", f"{bytes_share:.1%}"])  # fmt: skip
-    return lines
+        averages.append(
+            Average(
+                policy=policy,
+                budget=budget,
+                examples=sum(row.examples for row in members),
+                accuracy=accuracy / len(members),
+                kv_mb=_mean(row.kv_mb for row in members),
+                accuracy_share=accuracy / best if best else None,
+                kv_share=_mean(row.kv_mb / full[_place(row)] for row in members),
+            )
+        )
+    return averages
 
 
 def average_table(rows: Rows) -> Table:
     """`average_rows`, a line per policy."""
-    return Table(["policy", "accuracy %, mean", "KV MB, mean", "accuracy, of full", "KV, of full"], average_rows(rows))
+    lines = [[column_name(mean), mean.percent, f"{mean.kv_mb:.1f}", mean.of_full, f"{mean.kv_share:.1%}"]
+             for mean in average_rows(rows)]  # fmt: skip
+    return Table(["policy", "accuracy %, mean", "KV MB, mean", "accuracy, of full", "KV, of full"], lines)
 
 
 def answer_tables(rows: Rows) -> dict[str, Table]:
@@ -82,10 +116,8 @@ def answer_tables(rows: Rows) -> dict[str, Table]:
                 points = None if row.policy == "full" else _points(row)
                 lines.append([row.task, column_name(row), row.examples, _accuracy(row), points, f"{row.kept:.1%}",
                               f"{row.kv_mb:.1f}", *full])  # fmt: skip
-        tokens, beyond = f"{members[0].tokens:,.0f} tokens", _length(members[0]).partition(" ")[2]
-        tables[" ".join(filter(None, [f"{benchmark}, {tokens}", beyond]))] = Table(
-            header + (["windows under full"] if counted else []), lines
-        )
+        caption = f"{benchmark}, {members[0].tokens:,.0f} tokens{_beyond(members[0])}"
+        tables[caption] = Table(header + (["windows under full"] if counted else []), lines)
     return tables
 
 
@@ -98,7 +130,7 @@ def fidelity_table(rows: Iterable[FidelityRow]) -> Table:
             row.texts,
             f"{number(row.agreement, row.texts)}{bounds(row.agreement_interval, row.texts)}",
             f"{number(row.kl, row.texts)}{bounds(row.kl_interval, row.texts)}",
-            row.perplexity,
+            number(row.perplexity, row.texts),
             f"{row.kept:.1%}",
             f"{row.kv_mb:.1f}",
         ]
@@ -108,9 +140,14 @@ def fidelity_table(rows: Iterable[FidelityRow]) -> Table:
     return Table([*header, "KV MB"], lines)
 
 
-def column_name(row: AccuracyRow | FidelityRow) -> str:
+def column_name(row: AccuracyRow | FidelityRow | Average) -> str:
     """The policy, with its budget where it has one."""
-    return row.policy if row.budget is None else f"{row.policy} {row.budget:.0%}"
+    return row.policy if row.budget is None else f"{row.policy} {100 * row.budget:g}%"
+
+
+def _columns(rows: Rows) -> dict[Column, str]:
+    """Names of the columns by policy and budget, in the order of `rows`."""
+    return {(row.policy, row.budget): column_name(row) for row in rows}
 
 
 def _place(row: AccuracyRow) -> Place:
@@ -122,8 +159,12 @@ def _task(place: Place) -> str:
 
 
 def _length(row: AccuracyRow | FidelityRow) -> str:
-    beyond = "" if row.beyond is None or row.beyond <= 1.01 else f" ({row.beyond:.1f}x trained)"
-    return f"{row.tokens:.0f}{beyond}"
+    return f"{row.tokens:.0f}{_beyond(row)}"
+
+
+def _beyond(row: AccuracyRow | FidelityRow) -> str:
+    """How far beyond the longest training document, in brackets after a blank; empty where it is not."""
+    return "" if row.beyond is None or row.beyond <= 1.01 else f" ({row.beyond:.1f}x trained)"
 
 
 def _accuracy(row: AccuracyRow) -> str:

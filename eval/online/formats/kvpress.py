@@ -11,8 +11,9 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 from data_gen.core.errors import InputError
-from eval.online.examples import Example, user
-from eval.online.formats.rows import FileRow
+from data_gen.text.documents import user
+from eval.online.examples import Example
+from eval.online.formats.file_row import FileRow
 
 RULES = {
     "word_f1": "narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique longbook_qa_eng",
@@ -48,7 +49,7 @@ _OPTIONS = re.compile(r"\nA\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\Z")
 
 
 def kvpress(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The context with the question behind it; the answer begins with the prefix. Rows without a task: LongBench-v2.
+    """The context with the question after it; the answer begins with the prefix. Rows without a task: LongBench-v2.
 
     Rows without an answer (ZeroSCROLLS keeps its own) and those of `WITHOUT` are left out and counted.
     """
@@ -79,9 +80,7 @@ def _scorer(row: FileRow, task: str) -> str:
     """The scorer of a task, without LongBench-E's ending."""
     if task == "longbench-v2":
         if not row.has("choice_D"):
-            raise InputError(
-                f"{row.where}: no field 'task', which only LongBench-v2's rows (with 'choice_D') leave out"
-            )
+            raise InputError(f"{row.where}: no field 'task'; only rows of LongBench-v2 (with 'choice_D') may lack it")
         return "choice_sentence"
     if task.split("_")[0] in ("niah", "vt", "cwe", "fwe", "qa"):
         return "glued_match_part" if task.startswith("qa") else "glued_match_all"
@@ -94,7 +93,7 @@ def _references(row: FileRow, scorer: str, answers: list[str]) -> list[str]:
     """What the scorer of a row compares with."""
     if scorer == "line_class":
         if len(answers) > 1:
-            raise InputError(f"{row.where}: {len(answers)} answers, but a class is one")
+            raise InputError(f"{row.where}: {len(answers)} answers where a class has one")
         return [*answers, *row.texts("all_classes")]
     if scorer == "number_share" and row.text("task").startswith("passage_retrieval"):
         found = [_PARAGRAPH.search(answer) for answer in answers]

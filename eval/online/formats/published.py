@@ -1,7 +1,7 @@
-"""RULER, LongBench-v2, LongMemEval, OpenAI MRCR and GraphWalks as their releases write them.
+"""RULER, LongBench-v2, LongMemEval and OpenAI MRCR as their releases write them.
 
-Fields are those of the releases (NVIDIA/RULER `prepare.py`, THUDM/LongBench-v2, xiaowu0162/LongMemEval, openai/mrcr,
-openai/graphwalks). The words around LongBench-v2's and LongMemEval's questions are our own.
+Fields are those of the releases (NVIDIA/RULER `prepare.py`, THUDM/LongBench-v2, xiaowu0162/LongMemEval, openai/mrcr).
+The words around LongBench-v2's and LongMemEval's questions are our own.
 """
 
 import json
@@ -11,15 +11,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from data_gen.core.errors import InputError
-from eval.online.examples import Example, user
-from eval.online.formats.rows import FileRow, is_file
+from data_gen.text.documents import user
+from eval.online.examples import Example
+from eval.online.formats.file_row import FileRow, is_file
 
 RULER_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 """Tokens that RULER lets each kind of task generate, by how the task's name starts."""
 
 
 def ruler(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """RULER as its `base` template writes it; the task is that of the path, TASK/validation.jsonl or TASK.jsonl."""
+    """RULER as its `base` template writes it; the task is that of the path, TASK/validation.jsonl or TASK.jsonl.
+
+    Raises InputError that names row and field.
+    """
     path, text, outputs = Path(row.file.source), row.text("input"), row.items("outputs")
     if not outputs or not all(isinstance(output, str) for output in outputs):
         raise InputError(f"{row.where}: field 'outputs' is not a list of texts")
@@ -45,7 +49,8 @@ def ruler(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[E
 def longbench(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """LongBench-v2 without chain of thought; its tasks are here its lengths: short, medium, long.
 
-    Texts longer than the backbone's context are left out and counted, not cut in the middle.
+    Texts longer than the backbone's context are left out and counted, not cut in the middle. Raises InputError that
+    names row and field.
     """
     if row.text("answer") not in ("A", "B", "C", "D"):
         raise InputError(f"{row.where}: field 'answer' is {row.text('answer')!r}, not A, B, C or D")
@@ -74,7 +79,8 @@ def longmemeval(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> 
 
     Names end in `:` and the question's id, so that answers.jsonl gives the official judge its question_id, hypothesis.
 
-    Questions about preferences are left out: their answers are rubrics, which only a judge can apply.
+    Questions about preferences are left out: their answers are rubrics, which only a judge can apply. Raises InputError
+    that names row and field.
     """
     kind, abstains = row.text("question_type"), row.text("question_id").endswith("_abs")
     sessions, dates, answer = row.items("haystack_sessions"), row.items("haystack_dates"), row.fields.get("answer")
@@ -112,10 +118,11 @@ def mrcr(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Ex
     """OpenAI MRCR as it is: the model itself must write the random string first. Its tasks: how many needles.
 
     Lengths are the release's bins of prompt and answer, up to 8,192 tokens and doubling, in the backbone's tokens.
+    Raises InputError that names row and field.
     """
     try:
         messages = json.loads(row.text("prompt"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{row.where}: field 'prompt' is not JSON") from error
     if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
         raise InputError(f"{row.where}: field 'prompt' is not a list of messages of role and content")

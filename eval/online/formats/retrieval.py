@@ -9,8 +9,9 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 from data_gen.core.errors import InputError
-from eval.online.examples import Example, user
-from eval.online.formats.rows import FileRow
+from data_gen.text.documents import user
+from eval.online.examples import Example
+from eval.online.formats.file_row import FileRow
 
 _PLACES = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
 LABELS = dict.fromkeys(("qa1", "qa2", "qa3", "qa4"), _PLACES) | {
@@ -52,7 +53,10 @@ def babilong(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def graphwalks(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """GraphWalks as it is: the answer ends in a line `Final Answer: [nodes]`. Earlier files call the nodes `answer`."""
+    """GraphWalks as it is: the answer ends in a line `Final Answer: [nodes]`. Earlier files call the nodes `answer`.
+
+    Raises InputError that names row and field.
+    """
     prompt, nodes = row.text("prompt"), row.items("answer_nodes" if row.has("answer_nodes") else "answer")
     if not all(isinstance(node, str) for node in nodes):
         raise InputError(f"{row.where}: the answer is not a list of nodes")
@@ -71,7 +75,7 @@ def graphwalks(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def helmet_kv(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """HELMET's json_kv: a JSON object, two demonstrations, a key."""
+    """HELMET's json_kv: a JSON object, two demonstrations, a key. Raises InputError that names row and field."""
     demos = row.items("demos")[:SHOTS]
     if not all(isinstance(demo, list) and len(demo) == 2 for demo in demos):
         raise InputError(f"{row.where}: field 'demos' is not a list of keys and values")
@@ -94,7 +98,7 @@ def helmet_kv(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> li
 def helmet_rag(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """HELMET's RAG: retrieved passages of title and text, a question, several right answers.
 
-    Without demonstrations, which HELMET takes from a second file.
+    Without demonstrations, which HELMET takes from a second file. Raises InputError that names row and field.
     """
     passages, answers = row.items("ctxs"), row.items("answers")
     if not all(isinstance(each, dict) and isinstance(each.get("text"), str) for each in passages):

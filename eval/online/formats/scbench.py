@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from data_gen.core.errors import InputError
-from eval.online.examples import Example, assistant, user
-from eval.online.formats.rows import FileRow
+from data_gen.text.documents import assistant, user
+from eval.online.examples import Example
+from eval.online.formats.file_row import FileRow
 
 TASKS = {
     "scbench_choice_eng": ("choice", 40),
@@ -40,7 +41,8 @@ MIXED = {
 def scbench(row: FileRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """An example per turn; each reads context and first question with full attention, what follows under its policy.
 
-    The set is that of the file's or its folder's name. Turns are tasks of their own, as they are published.
+    The set is that of the file's or its folder's name. Turns are tasks of their own, as they are published. Raises
+    InputError that names row, turn and field.
     """
     turns = row.items("multi_turns")
     context = row.text("context" if row.has("context") else "input")
