@@ -6,9 +6,9 @@ engines keep for caches.
 
 from typing import Any
 
+from data_gen.core.entry_bytes import FP32, compressed_bytes, index_key_bytes
 from data_gen.core.errors import InputError
-from data_gen.core.key_bytes import SCALE_BYTES
-from eval.plan.shapes import Cache, Model, StoredBytes, Weight, check_sizes, dtype_bytes, matrix, plain
+from eval.plan.shapes import Cache, Model, StoredBytes, Weight, check_sizes, formats, matrix, plain
 
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "num_attention_heads", "head_dim",
@@ -16,15 +16,7 @@ SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddi
          "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "hc_mult")  # fmt: skip
 OVERLAP = 2
 """A CSA entry is pooled from two neighbouring chunks: twice the width to project, twice the tokens to hold."""
-FP32, INT64 = 4, 8
-ROPE_BYTES = 2
-"""The rotated part of a cached entry stays bf16; the rest is fp8."""
-CACHE_SCALE_BLOCK = 64
-"""fp8 values of a cached entry that share a one-byte scale."""
-CACHE_ALIGNMENT = 8
-"""A cached entry's bytes are padded to a multiple of this."""
-MX_BLOCK = 32
-"""fp4 values that share a one-byte scale (OCP microscaling)."""
+INT64 = 8
 
 
 def deepseek_v4_model(name: str, config: Any, chunk_tokens: int | None) -> Model:
@@ -37,7 +29,7 @@ def deepseek_v4_model(name: str, config: Any, chunk_tokens: int | None) -> Model
         raise InputError(f"{name}: no compressed sparse attention layer, so there is nothing to keep or drop")
     if chunk_tokens not in (None, rate):
         raise InputError(f"{name}: a chunk is one compressed entry of {rate} tokens, not {chunk_tokens}")
-    index_key = config.index_head_dim + SCALE_BYTES
+    index_key = index_key_bytes(config.index_head_dim)
     return Model(
         name=name,
         hidden=config.hidden_size,
@@ -56,7 +48,8 @@ def deepseek_v4_model(name: str, config: Any, chunk_tokens: int | None) -> Model
 def _caches(config: Any, index_key: int) -> tuple[Cache, ...]:
     attend = 4 * config.num_attention_heads * config.head_dim  # a product with the entry, then one with the weights
     score = config.index_n_heads * (2 * config.index_head_dim + 2)  # a product per head, then their weighted sum
-    entry, csa, hca = _entry_bytes(config), config.layer_types.count(CSA), config.layer_types.count(HCA)
+    entry = compressed_bytes(config.head_dim - config.qk_rope_head_dim, config.qk_rope_head_dim)
+    csa, hca = config.layer_types.count(CSA), config.layer_types.count(HCA)
     csa_rate, hca_rate = config.compress_rates[CSA], config.compress_rates[HCA]
     layers, window = len(config.layer_types), config.sliding_window
     return (
@@ -65,13 +58,6 @@ def _caches(config: Any, index_key: int) -> tuple[Cache, ...]:
         Cache("HCA entries", "HCA attention", hca, hca_rate, entry, attend),
         Cache("window", "window attention", layers, 1, entry, attend, window=window),
     )
-
-
-def _entry_bytes(config: Any) -> int:
-    """Bytes of one cached attention entry: fp8 values, bf16 rotated values, scales, padding."""
-    still = config.head_dim - config.qk_rope_head_dim
-    used = still + ROPE_BYTES * config.qk_rope_head_dim + _ceil(still, CACHE_SCALE_BLOCK)
-    return _ceil(used, CACHE_ALIGNMENT) * CACHE_ALIGNMENT
 
 
 def _state_bytes(config: Any) -> int:
@@ -88,7 +74,7 @@ def _weights(name: str, config: Any) -> list[Weight]:
     layers, csa, hca = (len(config.layer_types), config.layer_types.count(CSA), config.layer_types.count(HCA))
     experts, shared, inner = config.n_routed_experts, config.n_shared_experts, config.moe_intermediate_size
     streams, grouped = config.hc_mult, config.o_groups * config.o_lora_rank
-    usual, linear, expert = _formats(name, config)
+    usual, linear, expert = formats(name, config)
     wide, chosen = plain(FP32), config.num_experts_per_tok
     heading = matrix("output head", usual, vocabulary, hidden)
     if config.tie_word_embeddings:
@@ -133,27 +119,3 @@ def _small(config: Any, layers: int, csa: int, hca: int, usual: StoredBytes) -> 
         matrix("norms and tables", plain(FP32), 1, wide, used=0),
         matrix("norms and tables", plain(INT64), config.vocab_size, config.num_experts_per_tok, hashed, used=0),
     ]
-
-
-def _formats(name: str, config: Any) -> tuple[StoredBytes, StoredBytes, StoredBytes]:
-    """Storage of unquantised weights, of quantised ones, and of routed experts."""
-    usual = plain(dtype_bytes(name, config))
-    scheme = getattr(config, "quantization_config", None)
-    if scheme is None:
-        return usual, usual, usual
-    if scheme.get("quant_method") != "fp8" or scheme.get("expert_dtype") not in (None, "fp4"):
-        raise InputError(f"{name}: weights are known as fp8 with fp8 or fp4 experts, or unquantised; not {scheme}")
-    rows_block, columns_block = scheme["weight_block_size"]
-    scale = 1 if scheme.get("scale_fmt") == "ue8m0" else FP32
-
-    def fp8(rows: int, columns: int) -> int:
-        return rows * columns + scale * _ceil(rows, rows_block) * _ceil(columns, columns_block)
-
-    def fp4(rows: int, columns: int) -> int:
-        return rows * _ceil(columns, 2) + rows * _ceil(columns, MX_BLOCK)
-
-    return usual, fp8, fp4 if scheme.get("expert_dtype") == "fp4" else fp8
-
-
-def _ceil(value: int, step: int) -> int:
-    return -(-value // step)

@@ -2,18 +2,13 @@
 
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from eval.plan.shapes import Cache, Model, Weight, check_sizes, dtype_bytes, matrix, one_line, plain
+from eval.plan.shapes import KEY_BYTES, Cache, Model, Weight, check_sizes, count_module, dtype_bytes, matrix, plain
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
           "max_position_embeddings")  # fmt: skip
-KEY_BYTES = 2
-"""Chunk keys are stored as fp16."""
 
 
 def dense_model(name: str, config: Any, chunk_tokens: int | None) -> Model:
@@ -73,22 +68,12 @@ def _weights(name: str, config: Any, query_width: int, kv_width: int, number: in
         Weight("output head", 0, head.used, 0) if tied else head,
     ]
     embedding = matrix("embedding", usual, vocabulary, hidden, used=0)
-    found, linear = _count(name, config)
+    found, linear = count_module(name, config)
     if linear != sum(weight.used for weight in matrices):
         raise InputError(
             f"{name}: model type {config.model_type} is not laid out like Llama (its module multiplies with {linear:,} "
-            f"weights, not {sum(weight.used for weight in matrices):,}); known are deepseek_v4 and dense gated decoders"
+            f"weights, not {sum(weight.used for weight in matrices):,}); known are deepseek_v4, latent attention as in "
+            "DeepSeek-V3, and dense gated decoders"
         )
     rest = found - sum(weight.values for weight in [*matrices, embedding])
     return (*matrices, embedding, matrix("norms and biases", usual, 1, rest, used=0))
-
-
-def _count(name: str, config: Any) -> tuple[int, int]:
-    """(all parameters, those in linear layers) of transformers' module, built without memory."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever its module trips over, the configuration is all that it was given
-        raise InputError(f"{name}: transformers builds no causal model of it ({one_line(error)})") from error
-    linear = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
-    return sum(parameter.numel() for parameter in model.parameters()), linear

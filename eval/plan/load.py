@@ -1,15 +1,20 @@
 """A model by name, folder or config.json."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
 from data_gen.core.errors import InputError
+from data_gen.core.files import one_line
 from eval.plan.deepseek_v4 import deepseek_v4_model
 from eval.plan.dense import dense_model
-from eval.plan.shapes import Model, one_line
+from eval.plan.latent import latent_model
+from eval.plan.shapes import Model
 
 SHIPPED = files("eval.plan") / "configs"
 
@@ -35,7 +40,7 @@ def load_model(name: str, chunk_tokens: int | None) -> Model:
 def _read(name: str, path: Path, chunk_tokens: int | None) -> Model:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise InputError(f"{path}: no model_type in it; a Hugging Face config.json has one")
@@ -45,10 +50,33 @@ def _read(name: str, path: Path, chunk_tokens: int | None) -> Model:
         config.dtype = config.dtype or whole.dtype  # a multimodal file names it once, outside of its text part
     except Exception as error:  # whatever its class trips over, the file is all that it was given
         raise InputError(f"{path}: not a configuration that transformers reads ({one_line(error)})") from error
-    if config.model_type != "deepseek_v4":
-        if "quantization_config" in raw:
-            raise InputError(f"{path}: quantised weights of a dense model are not known; drop quantization_config")
-        return dense_model(name, config, chunk_tokens)
+    latent = getattr(config, "kv_lora_rank", None) is not None
+    family = LATENT if latent else FAMILIES.get(config.model_type, DENSE)
+    family.check(raw, path)
+    return family.model(name, config, chunk_tokens)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How models of one kind are planned. check: raises InputError for a config.json (its content, its path) that says
+    too little; model: (name, configuration, tokens of a chunk) -> the model, term by term."""
+
+    check: Callable[[dict[str, Any], Path], None]
+    model: Callable[[str, Any, int | None], Model]
+
+
+def _plain_weights(raw: dict[str, Any], path: Path) -> None:
+    if "quantization_config" in raw:
+        raise InputError(f"{path}: quantised weights of dense models are not supported; remove quantization_config")
+
+
+def _says_what_is_compressed(raw: dict[str, Any], path: Path) -> None:
     if "layer_types" not in raw and "compress_ratios" not in raw:  # the class's defaults are some other model's
         raise InputError(f"{path}: neither layer_types nor compress_ratios says which layers are compressed")
-    return deepseek_v4_model(name, config, chunk_tokens)
+
+
+FAMILIES = {"deepseek_v4": Family(_says_what_is_compressed, deepseek_v4_model)}
+"""Model types that are planned as more than dense models."""
+DENSE = Family(_plain_weights, dense_model)
+LATENT = Family(lambda raw, path: None, latent_model)
+"""Of any configuration with a latent (MLA, DSA)."""

@@ -79,7 +79,7 @@ class HistoryShare:
         return cls(context, model.chunk_tokens, chunks, min(chunks, max(1, int(settings.kept * chunks))))
 
     def entries(self, cache: Cache) -> int:
-        """Entries of `cache` in one layer that stay on the GPU; those behind the newest complete chunk always do."""
+        """Entries of `cache` in one layer that stay on the GPU; those after the newest complete chunk always do."""
         everything = cache.entries(self.context)
         if not cache.paged:
             return everything
@@ -148,7 +148,7 @@ class Work:
 
 
 def work(model: Model, settings: PlanSettings, residency: HistoryShare) -> list[Work]:
-    """All terms of one decoded token behind a context. A refresh's work is spread over its window."""
+    """All terms of one decoded token after a context. A refresh's work is spread over its window."""
     fixed = dict(model.extra_flops)
     for weight in model.weights:
         fixed[weight.term] = fixed.get(weight.term, 0) + 2 * weight.used
@@ -194,7 +194,7 @@ def make_plan(name: str, contexts: Sequence[int] = CONTEXTS, settings: PlanSetti
 
 
 def plan_row(model: Model, settings: PlanSettings, context: int) -> dict[str, Any]:
-    """Everything about one request behind `context` tokens.
+    """Everything about one request after `context` tokens.
 
     `_gb` are GiB and `_mb` MiB (2^30 and 2^20 bytes), `gflop` 1e9 operations per decoded token. `_full` and `_lsa` are
     complete; `_paper` count what the paper's columns count (None on other models). A request needs its cache and

@@ -5,15 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-from data_gen.core.files import write_atomically
+from data_gen.core.files import sweep, write_atomically
 from eval.plan.plan import CapacityPlan, PlanSettings, plan_row
 from eval.plan.shapes import UNNAMED_DTYPE
-from eval.report.tables import table
+from eval.report.tables import Table
 
 PAPER_MODEL = "deepseek-v4-flash"
 PAPER = {
@@ -35,8 +32,12 @@ COLORS = {
     FIXED: "tab:gray",
     "CSA index keys": "tab:blue",
     "CSA scoring": "tab:blue",
+    "index keys": "tab:blue",
+    "token scoring": "tab:blue",
     "CSA entries": "tab:orange",
     "CSA attention": "tab:orange",
+    "latents": "tab:orange",
+    "latent attention": "tab:orange",
     "full-attention KV": "tab:orange",
     "full attention": "tab:orange",
     "HCA entries": "tab:green",
@@ -84,7 +85,7 @@ def _summary(plan: CapacityPlan) -> str:
                 f"{row['gflop_lsa']:.2f}", f"{ratio:.2f}", row["host_gb"], f"{row['fetch_mb_per_refresh']:.1f}",
                 f"{row['fetch_mb_per_token']:.2f}"]  # fmt: skip
         lines.append(line + ([row["requests_full"], row["requests_lsa"]] if asked else []))
-    return table(header + (["requests full", "requests LSA"] if asked else []), lines)
+    return str(Table(header + (["requests full", "requests LSA"] if asked else []), lines))
 
 
 def _terms(plan: CapacityPlan, key: str, form: str) -> str:
@@ -95,7 +96,7 @@ def _terms(plan: CapacityPlan, key: str, form: str) -> str:
     lines = [[name, *(cell(row[key][name]) for row in plan.rows)] for name in names]
     sums = [{side: sum(pair[side] for pair in row[key].values()) for side in ("full", "lsa")} for row in plan.rows]
     lines.append(["total", *(cell(total) for total in sums)])
-    return table(["", *(context_label(row["context"]) for row in plan.rows)], lines)
+    return str(Table(["", *(context_label(row["context"]) for row in plan.rows)], lines))
 
 
 def _notes(plan: CapacityPlan) -> list[str]:
@@ -142,7 +143,7 @@ def beside_paper(plan: CapacityPlan) -> list[str]:
         return []
     return [
         "Beside the paper (its figure, ours, deviation):",
-        table(["", *(f"{row['context']:,}" for row in rows)], _paper_lines(rows)),
+        str(Table(["", *(f"{row['context']:,}" for row in rows)], _paper_lines(rows))),
         _terms_sentence(rows[-1]),
         _ratio_sentence(rows[-1]),
     ]
@@ -192,7 +193,8 @@ def _ratio_sentence(row: dict[str, Any]) -> str:
 def plot_plan(plan: CapacityPlan, path: Path) -> None:
     """Bytes (top) and operations (bottom) by term up to 1M tokens, full (left) and LSA (right); PNG."""
     rows = [plan_row(plan.model, plan.settings, context) for context in PLOT_CONTEXTS]
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7.4), sharex=True, sharey="row")
+    figure = Figure(figsize=(10, 7.4), layout="tight")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
     titles = ("KV cache of one request on the GPU, GiB", "operations per decoded token, GFLOP")
     for line, terms in enumerate((_kv_layers(rows), _flop_layers(rows))):
         for column, side in enumerate(("full", "lsa")):
@@ -207,9 +209,7 @@ def plot_plan(plan: CapacityPlan, path: Path) -> None:
     for axis in axes[1]:
         axis.set_xlabel("context, tokens")
         axis.set_xticks([256, 512, 768, 1024], ["256K", "512K", "768K", "1M"])
-    figure.tight_layout()
     write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
-    pyplot.close(figure)
 
 
 Layers = dict[str, dict[str, list[float]]]
@@ -252,6 +252,7 @@ def plan_json(plan: CapacityPlan) -> str:
 def write_plan(plan: CapacityPlan, folder: Path) -> None:
     """Write plan.json, plan.md and plan.png into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     for name, text in (("plan.json", plan_json(plan)), ("plan.md", plan_text(plan) + "\n")):
         write_atomically(folder / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
     plot_plan(plan, folder / "plan.png")

@@ -4,7 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from data_gen.core.errors import InputError
+from data_gen.core.files import one_line
 
 StoredBytes = Callable[[int, int], int]
 """(rows, columns) of a matrix -> the bytes it takes, quantisation scales included."""
@@ -12,13 +16,17 @@ StoredBytes = Callable[[int, int], int]
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 UNNAMED_DTYPE = "bfloat16"
 """Assumed, and said in the plan, when a configuration names no dtype."""
+KEY_BYTES = 2
+"""Of a number of a chunk key, but for DeepSeek-V4's: fp16."""
+MX_BLOCK = 32
+"""fp4 values that share a one-byte scale (OCP microscaling)."""
 
 
 @dataclass(frozen=True)
 class Cache:
     """One kind of entry that decoding keeps and reads.
 
-    name: the entries; reader: the work done with them; layers: layers that keep them; tokens: tokens behind one entry;
+    name: the entries; reader: the work done with them; layers: layers that keep them; tokens: tokens after one entry;
     entry_bytes, read_flops: for one entry in one layer; window: newest tokens kept, None for all; top: most entries
     read per token, None for all that are there; paged: lookahead sparse attention keeps only the resident ones.
     """
@@ -34,7 +42,7 @@ class Cache:
     paged: bool = False
 
     def entries(self, context: int) -> int:
-        """Entries in one layer behind `context` tokens."""
+        """Entries in one layer after `context` tokens."""
         return (context if self.window is None else min(context, self.window)) // self.tokens
 
     def read(self, entries: int) -> int:
@@ -101,11 +109,43 @@ def dtype_bytes(name: str, config: Any) -> int:
     return DTYPE_BYTES[dtype]
 
 
-def one_line(error: Exception) -> str:
-    """What went wrong in somebody else's code, short enough for one line."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
-
 def plain(bytes_each: int) -> StoredBytes:
     """Storage without quantisation."""
     return lambda rows, columns: rows * columns * bytes_each
+
+
+def formats(name: str, config: Any) -> tuple[StoredBytes, StoredBytes, StoredBytes]:
+    """Storage of unquantised weights, of quantised ones, and of routed experts.
+
+    Raises InputError for another scheme.
+    """
+    usual = plain(dtype_bytes(name, config))
+    scheme = getattr(config, "quantization_config", None)
+    if scheme is None:
+        return usual, usual, usual
+    if scheme.get("quant_method") != "fp8" or scheme.get("expert_dtype") not in (None, "fp4"):
+        raise InputError(f"{name}: weights are known as fp8 with fp8 or fp4 experts, or unquantised; not {scheme}")
+    rows_block, columns_block = scheme["weight_block_size"]
+    scale = 1 if scheme.get("scale_fmt") == "ue8m0" else DTYPE_BYTES["float32"]
+
+    def fp8(rows: int, columns: int) -> int:
+        return rows * columns + scale * -(-rows // rows_block) * -(-columns // columns_block)
+
+    def fp4(rows: int, columns: int) -> int:
+        return rows * -(-columns // 2) + rows * -(-columns // MX_BLOCK)
+
+    return usual, fp8, fp4 if scheme.get("expert_dtype") == "fp4" else fp8
+
+
+def count_module(name: str, config: Any) -> tuple[int, int]:
+    """(all parameters, those in linear layers) of transformers' module, built without memory.
+
+    Raises InputError where transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever its module trips over, the configuration is all that it was given
+        raise InputError(f"{name}: transformers builds no causal model of it ({one_line(error)})") from error
+    linear = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
+    return sum(parameter.numel() for parameter in model.parameters()), linear

@@ -1,13 +1,15 @@
-"""Which calls of `generate` the runtime takes, and whether one may go on from what was read before.
+"""Which calls of `generate` the runtime takes, and whether one may continue from what was read before.
 
 What a call may ask for is listed here; everything else is refused by name, for it would come out wrong, fail on the way
 or be passed over in silence.
 """
 
 import hashlib
-from typing import Any
+import itertools
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from data_gen.core.errors import InputError
@@ -20,7 +22,7 @@ HONOURED = frozenset(
         "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
         "exponential_decay_length_penalty", "watermarking_config", "bos_token_id", "eos_token_id", "pad_token_id",
         "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "return_dict_in_generate",
-        "output_scores", "output_logits", "output_attentions", "output_hidden_states", "generation_config",
+        "output_scores", "output_logits", "generation_config",
         "disable_compile", "prefill_chunk_size",
     }
 )  # fmt: skip
@@ -44,6 +46,8 @@ NEUTRAL: dict[str, tuple] = {
     "is_assistant": (False,),
     "synced_gpus": (False,),
     "trust_remote_code": (False,),
+    "output_attentions": (False,),  # a prompt is read in two pieces: these would be of its last token alone
+    "output_hidden_states": (False,),
 }
 """Options that would change what is done, with the values beside None that ask for nothing."""
 
@@ -65,14 +69,17 @@ def check_call(
 
     context: of the model, in tokens; ids: [B, S]; mask: [B, S] or None; options: all others of the call.
     """
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise InputError("input_ids: not an integer tensor; give what a tokenizer makes with return_tensors='pt'")
     if ids.ndim != 2 or not len(ids):
-        raise InputError(f"input_ids: {list(ids.shape)} is no [sequences, tokens]; give one row a sequence")
+        raise InputError(f"input_ids: {list(ids.shape)} is not [sequences, tokens]; give one row per sequence")
     if ids.shape[1] < 2:
         raise InputError("the prompt must have at least two tokens: the resident set is fixed before its last one")
+    _check_tokens(ids, len(cast(nn.Embedding, model.get_input_embeddings()).weight))
     if mask is not None and mask.shape != ids.shape:
         raise InputError(f"attention_mask: {list(mask.shape)}, but input_ids are {list(ids.shape)}; leave it out")
     if mask is not None and not bool(mask.all()):
-        raise InputError("padding: sequences of a batch must be of equal length; generate the others apart")
+        raise InputError("padding: sequences of a batch must have equal length; generate the others separately")
     passed = dict(options)
     _check_positions(ids, passed.pop("position_ids", None))
     configs = [config for config in (options.get("generation_config"), model.generation_config) if config is not None]
@@ -86,7 +93,7 @@ def check_call(
         known = name in HONOURED or (name in IDLE and name not in asked)
         if not known and (value := setting(name)) is not None and value not in NEUTRAL.get(name, ()):
             raise InputError(
-                f"{name}: lookahead sparse attention writes one answer a prompt, greedy or sampled, from its own "
+                f"{name}: lookahead sparse attention writes one answer per prompt, greedy or sampled, from its own "
                 f"cache; leave {name} out of the options and of the generation config"
             )
     if mask is None:
@@ -96,13 +103,24 @@ def check_call(
     longest = ids.shape[1] + new if new is not None else longest or ids.shape[1]
     if longest > context:
         raise InputError(
-            f"{ids.shape[1]} tokens and the new ones make up to {longest}, but the backbone's context is "
+            f"{ids.shape[1]} prompt tokens and the new ones are up to {longest}, but the backbone's context is "
             f"{context}; ask for fewer (max_new_tokens) or shorten the prompt"
         )
     if setting("cache_implementation") == "dynamic":
         # transformers takes this name and a cache for a contradiction, wherever the name stands; `hybrid` it unsets.
         passed["cache_implementation"] = "hybrid"
+    passed.pop("past_key_values", None)  # None, or it was refused: the cache is the runtime's
     return passed
+
+
+def _check_tokens(ids: torch.Tensor, size: int) -> None:
+    """Raise InputError for a token that the model has no embedding of; on a GPU it would end the process."""
+    lowest, highest = ids.aminmax()
+    if lowest < 0 or highest >= size:
+        token = int(lowest) if lowest < 0 else int(highest)
+        raise InputError(
+            f"input_ids: token {token} is not in the model's vocabulary of {size}; take this model's tokenizer"
+        )
 
 
 def _set_in(config: GenerationConfig) -> set[str]:
@@ -128,7 +146,7 @@ def _check_padding(ids: torch.Tensor, pad: int | None, ends: int | list[int] | N
     if pad is None:
         return
     text = ids != pad
-    outside = (text.cumsum(1) == 0) | (text.flip(1).cumsum(1).flip(1) == 0)  # of pads before, or behind, all text
+    outside = (text.cumsum(1) == 0) | (text.flip(1).cumsum(1).flip(1) == 0)  # of pads before, or after, all text
     runs = outside.sum(dim=1)
     also_text = pad in (ends if isinstance(ends, list) else [ends])  # then alike in every sequence it may be meant
     if bool((runs != runs[0]).any()) or (not also_text and bool(runs.any())):
@@ -143,20 +161,20 @@ def model_state(model: PreTrainedModel) -> str:
     """A digest of what a model's answers come from: weights and buffers in whole, modules and their settings.
 
     An adapter that is added, switched, scaled or merged changes it, and so does one value written in place, through
-    `.data` as well. It reads every weight once, where it lies, which costs about as much as one token: 38 ms beside 57
-    for 8 B parameters in bf16 on an H200, 32 beside 27 for 0.27 B on its machine's CPU; 0.3 % of the weights' memory.
+    `.data` as well, or two that change places. It reads every weight twice, where it lies, a part at
+    a time; `benchmarks.runtime` prints how long that is beside a token.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         settings = {key: value for key, value in sorted(vars(module).items()) if "hook" not in key and _plain(value)}
         digest.update(repr((name, type(module).__qualname__, settings)).encode())
     sums: dict[tuple, torch.Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor):
-            where = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            digest.update(repr((name, *where[2:])).encode())
-            if where not in sums:  # tied weights are read once
-                sums[where] = _word_sum(tensor.detach())
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, tensor in itertools.chain(parameters, model.named_buffers(remove_duplicate=False)):
+        where = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        digest.update(repr((name, *where[2:])).encode())
+        if where not in sums:  # tied weights are read once
+            sums[where] = _word_sum(tensor.detach())
     for device in dict.fromkeys(where[0] for where in sums):  # one wait a device
         here = torch.stack([found for where, found in sums.items() if where[0] == device])
         digest.update(here.cpu().numpy().tobytes())
@@ -164,7 +182,7 @@ def model_state(model: PreTrainedModel) -> str:
 
 
 ROW = 64
-"""Words that are summed up first: what moves from one such row to another is noticed."""
+"""Words that are summed up first, along rows and along columns: two that change places change one of both sums."""
 
 
 def _word_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -173,10 +191,14 @@ def _word_sum(tensor: torch.Tensor) -> torch.Tensor:
     if raw.storage_offset() % 8:
         raw = raw.clone()
     whole = raw.numel() // (8 * ROW) * 8 * ROW
-    rows = raw[:whole].view(torch.int64).view(-1, ROW).sum(dim=1)
-    odd = 2 * torch.arange(len(rows), device=rows.device) + 1
-    rest = raw[whole:].long()
-    return (rows * odd).sum() + (rest * (2 * torch.arange(len(rest), device=rest.device) + 3)).sum()
+    words, rest = raw[:whole].view(torch.int64).view(-1, ROW), raw[whole:].long()
+    return _placed(words.sum(dim=1), 2) + _placed(words.sum(dim=0), 6) + _placed(rest, 10)
+
+
+def _placed(numbers: torch.Tensor, step: int) -> torch.Tensor:
+    """A sum in which each number counts by its place: mixed first, or a multiple of a power of two could vanish."""
+    mixed = (numbers ^ (numbers >> 29)) * 0x1E3779B97F4A7C15
+    return (mixed * (step * torch.arange(len(mixed), device=mixed.device) + 1)).sum()
 
 
 def _plain(value: object) -> bool:

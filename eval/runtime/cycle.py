@@ -18,10 +18,10 @@ from eval.serving.select import Served
 
 @dataclass(frozen=True)
 class Choice:
-    """What should be resident behind the newest token, not in force yet.
+    """What should be resident after the newest token, not in force yet.
 
-    resident: one [R] of ascending ids a sequence; demand: what the rule asked for beside the protected chunks; served:
-    how, one word a sequence.
+    resident: one [R] of ascending ids per sequence; demand: what the rule asked for beside the protected chunks;
+    served: how, one word per sequence.
     """
 
     resident: Sequence[torch.Tensor]
@@ -50,7 +50,7 @@ class Refresh:
 class DecodeCycle:
     """Keeps a host's resident set, window after window.
 
-    tau: tokens of a window; choose: what should be resident behind the newest token; lag: tokens that are read with the
+    tau: tokens of a window; choose: what should be resident after the newest token; lag: tokens that are read with the
     old set after a new one was chosen. With 1 the fetch runs beside that token and needs memory of its own; with 0 it
     is waited for. A set chosen by `refresh` has no lag. windows: all refreshes so far. Raises InputError for another
     lag.
@@ -58,7 +58,7 @@ class DecodeCycle:
 
     def __init__(self, host: Host, tau: int, choose: Callable[[], Choice], lag: Literal[0, 1] = 0) -> None:
         if lag not in (0, 1):
-            raise InputError(f"lag: {lag}, but a fetch is waited for (0) or runs beside one token (1)")
+            raise InputError(f"lag: {lag}; give 0 (decoding waits for a fetch) or 1 (a fetch runs beside one token)")
         self.host, self.tau, self.choose, self.lag = host, tau, choose, lag
         self.reset()
 
@@ -113,7 +113,7 @@ class DecodeCycle:
         choice, held = chosen.choice, self.host.resident_bytes().tensors
         refresh = Refresh(
             chosen.position, chosen.chunks, sum(map(len, choice.resident)), fetched, evicted, held,
-            fetched * self.host.chunk_bytes, choice.demand, choice.served,
+            fetched * self.host.cold_bytes, choice.demand, choice.served,
         )  # fmt: skip
         self.windows.append(refresh)
         return refresh

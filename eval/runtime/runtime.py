@@ -8,22 +8,25 @@ runtime.save_trace("trace.json")
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from data_gen.backbones.families import Family, family_of
 from data_gen.core.errors import InputError
-from data_gen.core.files import write_atomically
+from data_gen.core.files import sweep, write_atomically
 from eval.runtime.calls import check_call, model_state
-from eval.runtime.correction import Correction
+from eval.runtime.correction import NO_KEYS, Correction
 from eval.runtime.cycle import Choice, DecodeCycle, Refresh
 from eval.runtime.hosts.base import Host
 from eval.runtime.hosts.deepseek_v4 import DeepseekV4Host
 from eval.runtime.hosts.dense import DenseHost
+from eval.runtime.hosts.dsa import DsaHost
 from eval.serving.level1 import Backend, open_level1
 from eval.serving.select import Fallback, Limits, Resident, resident_chunks, serve
 from indexer_train.formats.bundle import load_bundle
@@ -31,20 +34,49 @@ from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Threshold
 from indexer_train.spec import IndexerSpec
 
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "limits": (Limits,),
+    "selection": (Budget, Threshold),
+    "fallback": (Fallback,),
+    "correction": (Correction,),
+}
+"""Options of a runtime that are settings of their own; each may be None."""
 NOTHING = torch.empty(0, 0, dtype=torch.int64)
 """No sequence, no token."""
+
+
+def _of_every_token(
+    kind: type[DenseHost],
+    model: PreTrainedModel,
+    spec: IndexerSpec,
+    pageable: bool | None,
+    correction: Correction | None,
+) -> DenseHost:
+    return kind(model, spec.chunking.tokens, spec.layers, pageable, correction)
+
+
+def _deepseek_v4(
+    model: PreTrainedModel, spec: IndexerSpec, pageable: bool | None, correction: Correction | None
+) -> DeepseekV4Host:
+    if correction is not None:
+        raise InputError(NO_KEYS)
+    return DeepseekV4Host(model, spec.layers, pageable)
+
+
+HOSTS: dict[Family, Callable[[PreTrainedModel, IndexerSpec, bool | None, Correction | None], Host]] = {
+    "deepseek_v4": _deepseek_v4,
+    "dsa": partial(_of_every_token, DsaHost),
+    "dense": partial(_of_every_token, DenseHost),
+}
+"""What opens a host of a model of each family."""
 
 
 def open_host(
     model: PreTrainedModel, spec: IndexerSpec, pageable: bool | None = None, correction: Correction | None = None
 ) -> Host:
     """A new batch of sequences of `model`, for an indexer of `spec`; pageable: as ColdPool's. Raises InputError for a
-    correction of a DeepSeek-V4."""
-    if model.config.model_type == "deepseek_v4":
-        if correction is not None:
-            raise InputError("correction: DeepSeek-V4's chunks have no attention keys to average; leave it out")
-        return DeepseekV4Host(model, spec.layers, pageable)
-    return DenseHost(model, spec.chunking.tokens, spec.layers, pageable, correction)
+    correction of a DeepSeek-V4, or of a model with MLA."""
+    return HOSTS[family_of(model)](model, spec, pageable, correction)
 
 
 class LSARuntime:
@@ -55,7 +87,8 @@ class LSARuntime:
     side in pageable memory, for machines that cannot pin as much, and fetches get slower; lag: as DecodeCycle's. The
     set chosen at the end of a prompt has no lag, for nothing is missing there; correction: chunks that each layer adds
     at every step to a set of as many fewer, of one sequence. Raises InputError for a bundle of another model, a cap
-    below the protected chunks, a fallback without a threshold, a correction of a DeepSeek-V4.
+    below the protected chunks, a fallback without a threshold, a correction of a DeepSeek-V4 or of a model with MLA, or
+    another type than these options have.
 
     A runtime holds one conversation and serves one thread; several runtimes of one model, or of several, get on side by
     side in as many threads.
@@ -73,6 +106,11 @@ class LSARuntime:
         lag: Literal[0, 1] = 0,
         correction: Correction | None = None,
     ) -> None:
+        given = {"limits": limits, "selection": selection, "fallback": fallback, "correction": correction}
+        for name, kinds in OPTIONS.items():
+            if given[name] is not None and not isinstance(given[name], kinds):
+                wanted = " or a ".join(kind.__name__ for kind in kinds)
+                raise InputError(f"{name}: {given[name]!r} is not a {wanted}; give one, or leave {name} out")
         self.indexer, self.model, self.spec = indexer.to(model.device), model, indexer.spec
         self.host = open_host(model, self.spec, pageable, correction)
         self.correction = correction
@@ -84,7 +122,7 @@ class LSARuntime:
             )
             raise InputError(
                 f"the bundle is for a backbone with fingerprint {self.spec.backbone}, "
-                f"this model has {self.host.info.fingerprint}" + (rounded if model.dtype == torch.float16 else "")
+                f"but this model has {self.host.info.fingerprint}" + (rounded if model.dtype == torch.float16 else "")
             )
         self.limits = limits or Limits(cap=-(-self.host.info.context // self.spec.chunking.tokens))
         self.level1 = open_level1(self.indexer, self.limits, selection, backend)
@@ -117,12 +155,12 @@ class LSARuntime:
     ) -> torch.Tensor:
         """The model's own `generate` under lookahead sparse attention; options as it takes them.
 
-        input_ids: [B, S], sequences of equal length. A call whose ids go on from what was read before, as a second turn
-        does, reads only the new ones; any other starts anew, and so does one before which the model changed: an adapter
-        added or switched, a weight written. The prompt is read with full attention but for its last token, so that
-        every new token comes from sparse attention. Raises InputError for what it does not do: padding, beams, assisted
-        decoding, another cache (eval/runtime/calls.py), more tokens than the model's context; for a call inside or
-        beside another one of this runtime, and where somebody else read into its cache.
+        input_ids: [B, S], sequences of equal length. A call whose ids continue what was read before, as in a second
+        turn, reads only the new ones; any other starts again, and so does one before which the model changed: an
+        adapter added or switched, a weight written. The prompt is read with full attention but for its last token, so
+        that every new token comes from sparse attention. Raises InputError for what it does not do: padding, beams,
+        assisted decoding, another cache (eval/runtime/calls.py), more tokens than the model's context; for a call
+        inside or beside another one of this runtime, and when something else has read into its cache.
         """
         options = check_call(self.model, self.host.info.context, input_ids, attention_mask, options)
         if not self._busy.acquire(blocking=False):
@@ -136,14 +174,14 @@ class LSARuntime:
             self._busy.release()
 
     def _generate(self, input_ids: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        read, self._read = self._read, NOTHING  # a turn that is broken off leaves nothing to go on from
+        read, self._read = self._read, NOTHING  # a turn that is broken off leaves nothing to continue from
         before, self._state = self._state, model_state(self.model)
         have = self.host.position + 1
         # Where all was read there is no token left to read sparsely, and none can be taken back.
         goes_on = 0 < have < input_ids.shape[1] and torch.equal(read, input_ids[:, :have].cpu())
         if goes_on and before != self._state:
             goes_on = False
-            logging.getLogger(__name__).warning("the model changed since the turn before: all of it is read anew")
+            logging.getLogger(__name__).warning("the model changed since the turn before: everything is read again")
         if not goes_on:
             self.reset()
             have = 0
@@ -217,10 +255,11 @@ class LSARuntime:
         if isinstance(self.host, DenseHost) and self.correction is not None:
             corrector = self.host.cache.corrector
             assert corrector is not None
-            fetched = corrector.fetched * self.host.chunk_bytes // len(self.host.info.full_layers)
+            fetched = corrector.fetched * self.host.cold_bytes // len(self.host.info.full_layers)
             trace["correction"] = self.correction.model_dump() | {
                 "fetched_bytes": fetched, "mean_key_bytes": corrector.mean_bytes(),
             }  # fmt: skip
+        sweep(Path(path).parent)
         write_atomically(Path(path), lambda target: target.write_text(json.dumps(trace, indent=1) + "\n"))
 
     def summary(self) -> str:
@@ -230,8 +269,8 @@ class LSARuntime:
         fetched = sum(window.fetched_bytes for window in self.windows)
         full = sum("full" in window.served for window in self.windows)
         return (
-            f"{len(self.windows)} windows of {self.spec.window} tokens with {kept:.1%} of the chunks resident, "
-            f"{fetched / 1e6:.2f} MB fetched, {full} windows under full attention"
+            f"{kept:.1%} of the chunks resident, {fetched / 1e6:.2f} MB fetched; "
+            f"windows of {self.spec.window} tokens: {len(self.windows)}, under full attention: {full}"
         )
 
 
@@ -244,8 +283,8 @@ class _AfterToken(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Sequence[torch.Tensor], **kwargs: Any) -> torch.Tensor:
         if (read := self.cycle.host.position + 1) != input_ids.shape[1] - 1:
             raise InputError(
-                f"{read} tokens are in the runtime's cache, of {input_ids.shape[1] - 1} that were to be read: "
-                "something else, a logits processor perhaps, called the model with it; give that a cache of its own"
+                f"the runtime's cache holds {read} tokens instead of {input_ids.shape[1] - 1}: something else, perhaps "
+                "a logits processor, called the model with this cache; give it a cache of its own"
             )
         self.cycle.advance()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -34,7 +34,7 @@ def rope_follows_length(model: PreTrainedModel) -> bool:
 
 @dataclass(frozen=True)
 class ResidentBytes:
-    """Beside the model now. tensors: all layers of the resident chunks, as they lie; served: the same as a serving
+    """Beside the model now. tensors: all layers of the resident chunks, as they are stored; served: the same as an
     engine holds it (DeepSeek-V4: 584 + 132 bytes an entry; dense: without rows that stand for no chunk); keys: the
     memory indexer's keys of all chunks; means: mean keys of the per-step correction."""
 
@@ -101,8 +101,8 @@ class Host(ABC):
             readers = _READERS.setdefault(self.model, [])
             if any(other != thread for other in readers):
                 raise InputError(
-                    f"{type(self.model).__name__} is being read in another thread, and its rotary frequencies follow "
-                    "the length of what is read: one thread at a time; load the model once for each"
+                    f"{type(self.model).__name__} is being read in another thread, and its rotary frequencies depend "
+                    "on the length of the text: use one thread at a time, or load the model once for each"
                 )
             readers.append(thread)
         self._reader = thread
@@ -117,7 +117,7 @@ class Host(ABC):
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Read tokens [B, S] with what is resident now; returns the logits behind the last ones, [B, vocabulary].
+        """Read tokens [B, S] with what is resident now; returns the logits after the last ones, [B, vocabulary].
 
         Raises InputError beyond the model's context.
         """
@@ -147,22 +147,25 @@ class Host(ABC):
         """Keys of all complete chunks as a trace holds them: [B, N, layers, width], fp16 or uint8."""
 
     def level1_keys(self) -> PagedKeys | torch.Tensor:
-        """The same as Level 1 scores them: rows, or pages where keys are fp8."""
+        """The same as Level 1 scores them: rows [B, N, layers, width], or pages where keys are fp8."""
         return self.keys()
 
     def prepare(self, resident: Sequence[torch.Tensor]) -> Prepared:
-        """Start fetching what is missing of a resident set, beside what is read next with the old one. InputError for
-        another number of sequences, or ids that are not ascending complete chunks."""
+        """Start fetching what is missing of a resident set, beside what is read next with the old one.
+
+        resident: one [R] of ascending ids a sequence. Raises InputError for another number of sequences, or ids that
+        are not ascending complete chunks.
+        """
         return self.cache.prepare(resident)
 
     def keep(self, resident: Sequence[torch.Tensor] | Prepared) -> Move:
-        """Make exactly these chunks resident: one [R] of ascending ids a sequence. Chunks made later join them, and
+        """Make exactly these chunks resident: one [R] of ascending ids per sequence. Chunks made later join them, and
         those made since it was prepared. InputError as `prepare`; ValueError for a set prepared for rows that are
         gone."""
         return self.cache.keep(resident)
 
     @property
-    def chunk_bytes(self) -> int:
+    def cold_bytes(self) -> int:
         """Bytes of one chunk in all layers, as the cold side holds it."""
         return self.cache.cold.unit_bytes
 

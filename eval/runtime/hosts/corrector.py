@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from data_gen.core.errors import InputError
 from eval.runtime.correction import Correction
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -78,8 +79,8 @@ class Corrector:
     def rows(self, layer: int, query: torch.Tensor, scaling: float, fetch: Fetch) -> Rows | None:
         """What the layer attends to beside the resident rows, None for nothing; it is held until the next token.
 
-        query: [H, S, d] after RoPE, of new tokens. Raises ValueError for several of them while chunks are absent:
-        each has chunks of its own.
+        query: [H, S, d] after RoPE, of new tokens. Raises InputError for several of them while chunks are absent:
+        each has chunks of its own, and hosts read them one by one.
         """
         newest = query[:, -1:]
         asks = self.queries.get(layer, newest) if self.correction.query == "previous" else newest
@@ -87,7 +88,10 @@ class Corrector:
         if not self.active:
             return None
         if query.shape[1] > 1:
-            raise ValueError(f"{query.shape[1]} tokens at once: the per-step correction reads one at a time")
+            raise InputError(
+                f"{query.shape[1]} tokens at once, but the per-step correction reads one at a time: something else, "
+                "perhaps a logits processor, called the model with this cache; give it a cache of its own"
+            )
         scores = correction_scores(asks, self.means[layer], scaling)[0]
         absent = self.absent.to(scores.device)
         count = min(self.correction.chunks, int(self.absent.sum()))

@@ -30,7 +30,7 @@ TILE = 1024
 
 
 class KeyPages:
-    """Keys of a growing history in pages of 64 chunks: new ones are written behind the others, which stay in place.
+    """Keys of a growing history in pages of 64 chunks: new ones are written after the others, which stay in place.
 
     pages: [B, W, L, 64 (d + 4)] uint8 (data_gen/core/key_bytes.py), W a power of two: the Triton backend keeps buffers
     for every width of the page table that it is given. chunks: of each sequence so far.
@@ -45,7 +45,7 @@ class KeyPages:
         """rows: [B, n, L, d + 4] uint8."""
         batch, new, layers, stored = rows.shape
         needed, held = -(-(self.chunks + new) // PAGE), self.pages.shape[1]
-        if self._shared or needed > held or not held:
+        if self._shared or needed > held or not held:  # memory that a fork reads too is not written into
             wide = max(held, 1 << (max(1, needed) - 1).bit_length())
             pages = rows.new_zeros(batch, wide, layers, PAGE * stored)
             if held:
@@ -67,7 +67,7 @@ class KeyPages:
         return PagedKeys(self.pages.flatten(0, 1), table.view(batch, wide))
 
     def fork(self) -> "KeyPages":
-        """The same memory until either side goes on."""
+        """The same memory until either side continues."""
         self._shared = True
         return copy.copy(self)
 
@@ -124,6 +124,7 @@ class ResidentCsaCache(ResidentChunks):
     def stage(self) -> None:
         """Copy the chunks made since the last time to the cold side, and encode their keys."""
         while (first := self.cold.count) < self.total or not self.cold.pools:  # no chunks yet: pools all the same
+            # Evicted chunks have left their rows, and new ones are appended: the last row is chunk total - 1.
             held = _hot(self._csa_layers[0], "compressor").shape[1]
             rows = slice(held - self.total + first, held - self.total + min(first + TILE, self.total))
             units = torch.stack(
@@ -144,10 +145,10 @@ class ResidentCsaCache(ResidentChunks):
         return self._keys
 
     def index_entries(self, sequence: int) -> torch.Tensor:
-        """Keys of the backbone's own indexers, from the cold side: [N, CSA layers, d] on the CPU."""
+        """Keys of the backbone's own indexers, from the cold side: [N, CSA layers, 1, d] on the CPU."""
         self.stage()
         width = _hot(self._csa_layers[0], "indexer").shape[-1]
-        return self.cold.units(sequence)[..., -width:]
+        return self.cold.units(sequence)[..., None, -width:]
 
     def _rewrite(self, move: Move, fetched: torch.Tensor | None) -> None:
         """fetched: [n, CSA layers, entry and key], or None."""
@@ -164,7 +165,7 @@ class ResidentCsaCache(ResidentChunks):
                 first += hot.shape[-1]
 
     def resident_bytes(self) -> int:
-        """Bytes of the resident entries and native index keys of all CSA layers, as they lie."""
+        """Bytes of the resident entries and native index keys of all CSA layers, as they are stored."""
         held = [hot for layer in self._csa_layers for hot in layer.compressed_kv.values() if hot is not None]
         return sum(hot.numel() * hot.element_size() for hot in held)
 
@@ -242,6 +243,7 @@ class _RowMask(threading.local):
         if positions.shape[1] == 1 and not cache.table.padded():
             return
         chunks = cache.table.chunks(cache.total, batch).to(positions.device)[:, None]
+        # A chunk is made with its last token: that one sees it, those before it must not.
         made = (positions + 1) // module.compress_rate
         self.hidden = (chunks == PAD) | (chunks >= made[..., None])
 

@@ -86,7 +86,7 @@ class ResidentTable:
         """Sequence i becomes what sequences[i] was; a new tensor, so that what was planned before is known as stale."""
         self.kept = self.kept[sequences.cpu()] if len(self.kept) > 1 else self.kept.clone()
 
-    def plan(self, resident: Sequence[torch.Tensor], total: int) -> Move:
+    def move_to(self, resident: Sequence[torch.Tensor], total: int) -> Move:
         """What must move to make these the resident chunks of each sequence, [R] ascending ids below `total`.
 
         Raises InputError for ids that are none.
@@ -125,7 +125,7 @@ def _pairs(marks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class ColdChunks:
-    """All chunks of a batch of sequences in host memory: a pool a sequence, a unit is one chunk in all layers.
+    """All chunks of a batch of sequences in host memory: one pool per sequence, a unit is one chunk in all layers.
 
     One copy brings all of a chunk. Forks and reordered sequences share pools until one of them gets new chunks, and
     full segments of pools for good. pageable: as ColdPool's; lane: of fetches beside reading, made when first asked
@@ -198,7 +198,7 @@ class ColdChunks:
 
 
 def _land(asked: list[tuple[ColdPool, np.ndarray]], device: torch.device) -> torch.Tensor:
-    """Units of several pools, one behind the other, in new memory of the device: [n, *shape]."""
+    """Units of several pools, one after the other, in new memory of the device: [n, *shape]."""
     parts = []
     for pool, units in asked:
         landing = HotPool(len(units), pool.layout.shape, pool.layout.dtype, device)
@@ -219,7 +219,7 @@ def _segments(pool: ColdPool) -> list[torch.Tensor]:
 class Prepared:
     """A resident set whose missing chunks are on their way.
 
-    resident: one [R] of ascending ids a sequence; total: chunks made when it was planned; move: what was to move then;
+    resident: one [R] of ascending ids per sequence; total: chunks made when it was planned; move: what was to move;
     before: the table's rows that it was planned on; fetched: the missing chunks, [n, *unit], None where none is; pools:
     where they come from, which must outlive the copy.
     """
@@ -270,14 +270,14 @@ class ResidentChunks(DynamicCache, ABC):
 
     @abstractmethod
     def resident_bytes(self) -> int:
-        """Bytes of what is resident in the layers that evict, as it lies."""
+        """Bytes of what is resident in the layers that evict, as it is stored."""
 
     def resident(self) -> list[torch.Tensor]:
         """The resident chunks of each sequence, ascending."""
         return [row[row != PAD] for row in self.table.chunks(self.total, self.batch)]
 
     def prepare(self, resident: Sequence[torch.Tensor], beside: bool = True) -> Prepared:
-        """Plan a set, one [R] of ascending ids a sequence, and fetch what is missing; the old one stays in force.
+        """Plan a set, one [R] of ascending ids per sequence, and fetch what is missing; the old one stays in force.
 
         beside: the fetch goes on while tokens are read; without, what is read next comes after it. A fork may keep what
         was prepared before it. Raises InputError for another number of sequences, and for ids that are not ascending
@@ -286,7 +286,7 @@ class ResidentChunks(DynamicCache, ABC):
         if len(resident) != self.batch:
             raise InputError(f"{len(resident)} resident sets, but the cache holds {self.batch} sequences: one for each")
         self.stage()
-        move = self.table.plan(resident, self.total)
+        move = self.table.move_to(resident, self.total)
         fetched = self.cold.fetch(*move.fetch, self.device, beside) if move.fetched else None
         return Prepared(resident, self.total, move, self.table.kept, fetched, list(self.cold.pools))
 
@@ -303,14 +303,14 @@ class ResidentChunks(DynamicCache, ABC):
         move = prepared.move
         if self.total > prepared.total:  # what was made since lies here already: the same chunks are missing
             made = torch.arange(prepared.total, self.total)
-            move = self.table.plan([torch.cat([chunks.cpu(), made]) for chunks in prepared.resident], self.total)
+            move = self.table.move_to([torch.cat([chunks.cpu(), made]) for chunks in prepared.resident], self.total)
         if move.fetched or move.evicted or move.shape[1] != self.table.rows(self.total):  # else the same rows
             self._rewrite(move, None if prepared.fetched is None else prepared.fetched.result())
         self.table.fix(move, self.total)
         return move
 
     def fork(self) -> Self:
-        """An independent continuation of the same history; tensors are shared until either side goes on."""
+        """An independent continuation of the same history; tensors are shared until either side continues."""
         self.stage()
         twin = copy.copy(self)
         twin.table, twin.cold, twin.newest = copy.copy(self.table), self.cold.fork(), dict(self.newest)

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from data_gen.backbones.observe import AttentionCall, observe
 from data_gen.core.errors import InputError
 from eval.runtime.hosts.corrector import Rows
-from eval.runtime.hosts.dense import ResidentCache
+from eval.runtime.hosts.dense_cache import ResidentCache
 
 
 class _Caches(Cache):
