@@ -10,17 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
+from data_gen.core.entry_bytes import BLOCK, compressed_bytes
 from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import LARGEST, NAN_CODE, PAGE
 
-BLOCK = 64
-"""fp8 values that share a scale."""
 SMALLEST_SCALE = 1e-4
 """Floor of amax / 448 before it is rounded up to a power of two: no scale is below 2^-13."""
 EXPONENT_BIAS = 127
 NAN_EXPONENT = 255
 """The only NaN of UE8M0."""
-ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class EntryShape:
 
     @property
     def width(self) -> int:
+        """Values of an entry."""
         return self.still + self.rope
 
     @property
@@ -41,12 +40,13 @@ class EntryShape:
 
     @property
     def value_bytes(self) -> int:
+        """Of one row: values without scales and padding."""
         return self.still + 2 * self.rope
 
     @property
     def bytes(self) -> int:
         """Of one row: values, scales, padding."""
-        return -(-(self.value_bytes + self.blocks) // ALIGNMENT) * ALIGNMENT
+        return compressed_bytes(self.still, self.rope)
 
     @property
     def scale_bytes(self) -> int:
@@ -55,6 +55,7 @@ class EntryShape:
 
     @property
     def page_bytes(self) -> int:
+        """Of a page of 64 entries."""
         return PAGE * self.bytes
 
 
@@ -75,10 +76,9 @@ def encode_entries(entries: torch.Tensor, shape: EntryShape = V4) -> torch.Tenso
         raise InputError("encode_entries: an entry holds NaN or infinity, or a rotated value beyond bf16")
     blocks = _blocks(still, shape)
     needed = (blocks.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp_min(SMALLEST_SCALE)
+    # frexp, because a logarithm in fp32 may round to the wrong side of a power of two.
     mantissa, exponent = torch.frexp(needed)
-    exponent = torch.where(
-        mantissa == 0.5, exponent - 1, exponent
-    )  # mantissa in [0.5, 1): 0.5 is a power of two itself
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # of [0.5, 1): 0.5 is a power of two itself
     values = torch.ldexp(blocks, -exponent).to(torch.float8_e4m3fn).flatten(-2)[..., : shape.still]
     scales = (exponent.squeeze(-1) + EXPONENT_BIAS).to(torch.uint8)
     scales = torch.nn.functional.pad(scales, (0, shape.scale_bytes - shape.blocks))
@@ -88,7 +88,7 @@ def encode_entries(entries: torch.Tensor, shape: EntryShape = V4) -> torch.Tenso
 def decode_entries(rows: torch.Tensor, shape: EntryShape = V4) -> torch.Tensor:
     """Rows [..., bytes] uint8 -> entries [..., still + rope] fp32, exact.
 
-    Raises InputError on bytes that are no entry, see `check_entries`.
+    Raises InputError on bytes that are not an entry, see `check_entries`.
     """
     check_entries(rows, shape)
     values, rope, scales = _split(rows, shape)

@@ -8,12 +8,10 @@ Needs keys and hidden states, no model and no Hugging Face. Called by the runtim
     resident = level1.resident(queries, PagedKeys(pages, table))
 """
 
-import logging
-from functools import cache
 from typing import Literal, get_args
 
 from data_gen.core.errors import InputError
-from eval.serving.kernels.device import lacks
+from eval.serving.kernels.device import lacks, warn_once
 from eval.serving.level1_torch import Indexer, Level1, PagedKeys
 from eval.serving.select import Limits
 from indexer_train.selection import Budget, Threshold
@@ -37,7 +35,7 @@ def open_level1(
     term of the bundle.
     """
     if backend not in get_args(Backend):
-        raise InputError(f"backend: {backend} is none of {', '.join(get_args(Backend))}")
+        raise InputError(f"backend: {backend} is not one of {', '.join(get_args(Backend))}")
     level1, lacking = Level1(indexer, limits, selection), lacks(indexer.device)
     # Without a GPU torch is what `auto` means; on one it is second best, and said.
     if backend == "torch" or (backend == "auto" and lacking and indexer.device.type != "cuda"):
@@ -51,11 +49,5 @@ def open_level1(
     except InputError as error:
         if backend != "auto":
             raise
-        _say_once(str(error))
+        warn_once(f"Level 1 is computed by torch, not by Triton: {error}")
     return level1
-
-
-@cache
-def _say_once(reason: str) -> None:
-    """Log why `auto` takes torch on a GPU, each reason once a process."""
-    logging.getLogger(__name__).warning("Level 1 is computed by torch, not by Triton: %s", reason)

@@ -18,20 +18,25 @@ TILE = 8192
 
 
 class Indexer(Protocol):
-    """A bundle's weights: a `Scorer` (indexer_train/scorer.py), or a MemoryIndexer around one.
-
-    pack: [B, L, hidden] at [B] -> [B, L * size + 1]; layer_logits: those, keys [N, L * d] of chunks [N] -> [L, B, N].
-    """
+    """A bundle's weights: a `Scorer` (indexer_train/scorer.py), or a MemoryIndexer around one."""
 
     @property
-    def spec(self) -> IndexerSpec: ...
+    def spec(self) -> IndexerSpec:
+        """All that it knows besides its weights."""
+        ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        ...
 
-    def pack(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor: ...
+    def pack(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[B, L, hidden] at positions [B] -> packed queries [B, L * size + 1]."""
+        ...
 
-    def layer_logits(self, queries: torch.Tensor, keys: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor: ...
+    def layer_logits(self, queries: torch.Tensor, keys: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+        """Packed queries, keys [N, L * d] of chunks [N] -> [L, B, N]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Level1:
 
     @torch.no_grad()
     def joined_scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
-        """Joined scores of every visible chunk, -inf behind them: [B, N] fp32.
+        """Joined scores of every visible chunk, -inf after them: [B, N] fp32.
 
         queries: from `pack`; keys: pages, or rows as a trace stores them, [N, L, d] floats or [N, L, d + 4] uint8:
         one history that all queries share, or [B, N, L, ...] of one each. Beside the result, memory does not grow with
@@ -105,13 +110,16 @@ class Level1:
         return scores
 
     def resident(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> Resident:
-        """The chunks that must be resident, arguments as `joined_scores`."""
+        """The chunks that must be resident; queries: [B, L size + 1]; keys: as of `joined_scores`."""
         chunking, positions = self.indexer.spec.chunking, queries[:, -1].long()
         return resident_chunks(self.joined_scores(queries, keys), positions, chunking, self.selection, self.limits)
 
 
 def check_keys(spec: IndexerSpec, keys: PagedKeys | torch.Tensor, sequences: int) -> int:
-    """How many chunks the keys have room for. Raises InputError when they are not those that the indexer reads."""
+    """How many chunks the keys, as of `Level1.joined_scores`, have room for: [N, ...], [B, N, ...] or pages.
+
+    Raises InputError when they are not those that the indexer reads.
+    """
     layers, width = len(spec.layers), spec.key_width
     if isinstance(keys, PagedKeys):
         if keys.pages.dtype != torch.uint8 or keys.pages.shape[1:] != (layers, PAGE * (width + SCALE_BYTES)):

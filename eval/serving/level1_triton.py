@@ -65,7 +65,7 @@ class TritonLevel1(Level1):
     Every term and every join of a bundle is computed. `resident` returns buffers that the next call overwrites. They
     are kept for each shape of the page table: give it the width of the longest context once. Key bytes are not checked;
     a sequence whose table is too short for its position gets the count -1.
-    Raises InputError, by name, for what it lacks: keys that are no fp8 pages, heads or widths that are no power of two,
+    Raises InputError, by name, for what it lacks: keys that are not fp8 pages, heads or widths not powers of two,
     a GPU that is older than fp8.
     """
 
@@ -180,9 +180,7 @@ def check_terms(spec: IndexerSpec) -> None:
     """Raise InputError for what of a bundle the kernels lack."""
     heads, width = spec.shape.heads, spec.key_width
     if spec.key != "fp8_rope_hadamard":
-        raise InputError(
-            f"key: {spec.key} keys are no fp8 pages, which the Triton backend reads; use the torch backend"
-        )
+        raise InputError(f"key: the Triton backend reads fp8 pages, not {spec.key} keys; use the torch backend")
     if heads < 16 or heads & (heads - 1) or width < 32 or width & (width - 1) or heads * width > 1 << 15:
         raise InputError(
             f"heads, key_width: {heads} x {width}; the Triton backend takes powers of two from 16 heads and 32 values "

@@ -23,7 +23,7 @@ NONE = -1
 def score_resident(
     query: torch.Tensor, weights: torch.Tensor, key_pages: torch.Tensor, slots: torch.Tensor, page: int = PAGE
 ) -> torch.Tensor:
-    """Native logits sum_h w_h relu(q_h . k) of one token a sequence over its resident chunks, -inf where there is none.
+    """Native logits sum_h w_h relu(q_h . k) of one token per sequence over its resident chunks, -inf without one.
 
     query: [B, H, d] after RoPE and Hadamard, as the keys are; weights: [B, H], already scaled by (H d)^-0.5;
     key_pages: [P, >= page (d + 4)] uint8; slots: [B, R] -> [B, R] fp32. Raises InputError on damaged keys.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from data_gen.core.errors import InputError
+from eval.serving.kernels.device import warn_once
 
 ALIGNMENT = 16
 """Units start at multiples of this many bytes, so that they are read and written 16 bytes at a time."""
@@ -37,6 +38,7 @@ class UnitLayout:
 
     @property
     def elements(self) -> int:
+        """Values in one unit."""
         return prod(self.shape)
 
     @property
@@ -52,28 +54,25 @@ class UnitLayout:
 class ColdPool:
     """Every unit of a sequence, numbered in order of arrival, in host memory.
 
-    Grows by whole segments, each as large as all before it up to `segment_bytes`: nothing that is there ever moves, and
-    a short history takes little. Pinned (and then readable by the device itself) unless `pageable`; None asks for
+    Grows by whole segments, each as large as all before it up to `largest`: nothing that is there ever moves, and a
+    short history takes little. Pinned (and then readable by the device itself) unless `pageable`; None asks for
     pinned memory where there is a CUDA device. Raises InputError when the machine cannot pin more.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        pageable: bool | None = None,
-        segment_bytes: int = 1 << 28,  # the pinned allocator rounds up to powers of two
-    ) -> None:
+    largest = 1 << 28
+    """Bytes of a segment; the pinned allocator rounds up to powers of two."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pageable: bool | None = None) -> None:
         self.layout = UnitLayout(shape, dtype)
         self.pinned = torch.cuda.is_available() if pageable is None else not pageable
-        self._most, self._least = (max(1, size // self.layout.stride) for size in (segment_bytes, FIRST_BYTES))
+        self._most, self._least = (max(1, size // self.layout.stride) for size in (self.largest, FIRST_BYTES))
         self.segments: list[torch.Tensor] = []
         self.starts: list[int] = []
         """Each segment's first unit."""
         self.units = 0
 
     def append(self, data: torch.Tensor) -> None:
-        """Store new units [n, *shape] behind the others; from a device into pinned memory without waiting."""
+        """Store new units [n, *shape] after the others; from a device into pinned memory without waiting."""
         self.check(data)
         self.reserve(data.shape[0])
         while data.shape[0]:
@@ -91,7 +90,7 @@ class ColdPool:
             self.starts.append(room)
 
     def fork(self) -> "ColdPool":
-        """A pool that goes on from the same units. Full segments serve both: their units must not be written again."""
+        """A pool that continues from the same units. Full segments serve both: their units must stay as they are."""
         twin = copy.copy(self)
         full = sum(
             start + len(segment) <= self.units for start, segment in zip(self.starts, self.segments, strict=True)
@@ -161,10 +160,12 @@ class HotPool:
 
     @property
     def capacity(self) -> int:
+        """How many slots there are."""
         return self.storage.shape[0]
 
     @property
     def device(self) -> torch.device:
+        """Where they lie."""
         return self.storage.device
 
 
@@ -173,7 +174,10 @@ Copy = Callable[[ColdPool, np.ndarray, HotPool, np.ndarray], None]
 
 
 def index_copy(cold: ColdPool, units: np.ndarray, hot: HotPool, slots: np.ndarray) -> None:
-    """The reference: one indexed copy a segment, in words of eight bytes; waits for the device, if there is one."""
+    """The reference: one indexed copy a segment, in words of eight bytes; waits for the device, if there is one.
+
+    units, slots: [n], as of `Copy`.
+    """
     target = hot.storage.view(torch.int64)
     segment, row = cold.locate(np.asarray(units, dtype=np.int64))
     for number in np.unique(segment):
@@ -183,13 +187,16 @@ def index_copy(cold: ColdPool, units: np.ndarray, hot: HotPool, slots: np.ndarra
 
 
 def unit_copies(cold: ColdPool, units: np.ndarray, hot: HotPool, slots: np.ndarray) -> None:
-    """One copy a unit, by the copy engine where the cold pool is pinned: good for pages, slow for chunks."""
+    """One copy a unit ([n], as of `Copy`), by the copy engine where the cold pool is pinned: slow for chunks."""
     for unit, slot in zip(units.tolist(), slots.tolist(), strict=True):
         hot.storage[slot].copy_(cold.storage(unit), non_blocking=cold.pinned)
 
 
 def gather_copies(cold: ColdPool, units: np.ndarray, hot: HotPool, slots: np.ndarray) -> None:
-    """The Triton kernel: the device itself reads pinned host memory. Raises InputError for a pageable pool."""
+    """The Triton kernel: the device itself reads pinned host memory. units, slots: [n], as of `Copy`.
+
+    Raises InputError for a pageable pool.
+    """
     from eval.serving.kernels.gather import gather
 
     if not cold.pinned:
@@ -200,26 +207,39 @@ def gather_copies(cold: ColdPool, units: np.ndarray, hot: HotPool, slots: np.nda
 
 
 def best_copy(cold: ColdPool, hot: HotPool) -> Copy:
-    """The fastest way that this machine has. Raises InputError when the pools hold different units."""
+    """The fastest way that this machine has; on a GPU a warning is logged where that is not the Triton kernel.
+
+    Raises InputError when the pools hold different units.
+    """
     if cold.layout != hot.layout:
         raise InputError(f"the cold pool holds {cold.layout}, the hot one {hot.layout}: give both the same units")
     if hot.device.type != "cuda":
         return index_copy
-    return gather_copies if cold.pinned and find_spec("triton") else unit_copies
+    if cold.pinned and find_spec("triton"):
+        return gather_copies
+    lacking = "triton, which is not installed (pip install triton)" if cold.pinned else "a pinned cold pool"
+    warn_once(f"units are fetched one by one, which is slow for chunks: the gather kernel needs {lacking}")
+    return unit_copies
 
 
 class Ticket(Protocol):
     """Work under way. `result` is what it returned, or raises what it raised; what follows comes after the work."""
 
-    def done(self) -> bool: ...
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        ...
 
-    def result(self) -> Any: ...
+    def result(self) -> Any:
+        """What the work returned, once it is done."""
+        ...
 
 
 class Lane(Protocol):
     """Runs work beside the decoding: a SideStream on a device, a ThreadPoolExecutor on a CPU."""
 
-    def submit(self, work: Callable[..., Any], /, *args: Any) -> Ticket: ...
+    def submit(self, work: Callable[..., Any], /, *args: Any) -> Ticket:
+        """Begin `work(*args)` when everything asked for before is done."""
+        ...
 
 
 class SideStream:
@@ -233,6 +253,7 @@ class SideStream:
         self._stream = torch.cuda.Stream(device)
 
     def submit(self, work: Callable[..., Any], /, *args: Any) -> "StreamTicket":
+        """Queue `work(*args)` behind what the current stream holds now."""
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             value = work(*args)
@@ -250,9 +271,11 @@ class StreamTicket:
     value: Any
 
     def done(self) -> bool:
+        """Whether the device has passed the event; waits for nothing."""
         return self.event.query()
 
     def result(self) -> Any:
+        """The value; what the current stream does from now on comes behind the event, and the host does not wait."""
         torch.cuda.current_stream(self.device).wait_event(self.event)
         return self.value
 

@@ -22,6 +22,7 @@ class SlotTable:
 
     slot_of: [N] int32, the slot in which a unit can be read, -1 if nowhere; unit_of: [capacity] int32, the unit that
     owns a slot, -1 for a free one. A slot is owned before it can be read: while its bytes are on their way.
+    Raises InputError for a capacity of no slot.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -33,14 +34,16 @@ class SlotTable:
 
     @property
     def capacity(self) -> int:
+        """How many slots there are."""
         return self.unit_of.size
 
     @property
     def slot_of(self) -> np.ndarray:
+        """[N] int32: where each unit can be read, -1 if nowhere."""
         return self._slot_of[: self.units]
 
     def grow(self, count: int) -> np.ndarray:
-        """Number `count` new units, on the device nowhere yet; returns their numbers, ascending."""
+        """Number `count` new units, on the device nowhere yet; returns their numbers [count], ascending."""
         first, self.units = self.units, self.units + count
         if self.units > self._slot_of.size:
             spare = max(self.units, 2 * self._slot_of.size) - self._slot_of.size
@@ -48,19 +51,19 @@ class SlotTable:
         return np.arange(first, self.units, dtype=np.int32)
 
     def free(self) -> np.ndarray:
-        """Slots that nobody owns, ascending."""
+        """Slots that nobody owns, [n] ascending."""
         return np.flatnonzero(self.unit_of < 0)
 
     def own(self, units: np.ndarray, slots: np.ndarray) -> None:
-        """Give free slots to units; they cannot be read there yet."""
+        """Give free slots [n] to units [n]; they cannot be read there yet."""
         self.unit_of[slots] = units
 
     def publish(self, units: np.ndarray, slots: np.ndarray) -> None:
-        """The bytes of these units are in their slots: from now on they are read there."""
+        """The bytes of units [n] are in slots [n]: from now on they are read there."""
         self._slot_of[units] = slots
 
     def remove(self, slots: np.ndarray) -> np.ndarray:
-        """Free owned slots; returns the units that lose them."""
+        """Free owned slots [n]; returns the units [n] that lose them."""
         units = self.unit_of[slots]
         self._slot_of[units] = -1
         self.unit_of[slots] = -1
@@ -108,7 +111,7 @@ class Planner:
         self._wanted_in = np.full(table.capacity, -1, dtype=np.int64)  # the last window that wanted a slot's unit
 
     def plan(self, wanted: np.ndarray, overlap: bool = False) -> FetchPlan:
-        """FetchPlan towards `wanted` and take its slots; what is evicted cannot be read from now on.
+        """FetchPlan towards `wanted` [R] and take its slots; what is evicted cannot be read from now on.
 
         overlap: the set in force is read on while the fetch runs, so none of its slots is taken. One plan at a time:
         `finish` it before the next. Raises InputError, with nothing changed, when `wanted` is not an ascending list
@@ -151,7 +154,7 @@ class Planner:
         return done
 
     def admit(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Number `count` new units and give them slots until the next plan; returns (units, slots).
+        """Number `count` new units and give them slots until the next plan; returns (units, slots), [count] int32 each.
 
         Raises InputError when only units of the set in force, or of the open plan, could make room.
         """
@@ -270,9 +273,9 @@ class Residency:
         self.cold[unit][place].copy_(data, non_blocking=self.cold.pinned)
 
     def refresh(self, wanted: np.ndarray) -> Swap:
-        """At the start of a window: towards `wanted`, ascending units. Raises InputError when it does not fit."""
+        """At the start of a window: towards `wanted`, [R] ascending units. Raises InputError when it does not fit."""
         if self._ticket is not None:
-            # A late fetch may go on as long as there is room for the units of another window.
+            # A late fetch may continue as long as there is room for the units of another window.
             if not self._ticket.done() and self.planner.room() >= self.planner.reserve:
                 return Swap(self.resident.units.size, late=True)
             self._take(self._ticket)

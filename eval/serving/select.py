@@ -59,7 +59,7 @@ class Fallback(Strict):
         """Raise InputError where demand is not measured: the best so many are always as many."""
         if isinstance(selection, Budget):
             raise InputError(
-                "fallback: the bundle serves a budget, which asks for as many chunks whatever is needed; calibrate a "
+                "fallback: the bundle serves a budget, which asks for the same number in every window; calibrate a "
                 "threshold (lookahead calibrate --recall 0.9) or pass one"
             )
 
@@ -68,7 +68,7 @@ class Fallback(Strict):
 class Resident:
     """The chunks that must be resident, a row for each sequence.
 
-    ids: [B, cap] int32, ascending, -1 behind the last; counts: [B] int32, ids in each row; demand: [B] int32, how many
+    ids: [B, cap] int32, ascending, -1 after the last; counts: [B] int32, ids in each row; demand: [B] int32, how many
     the rule asked for beside the protected ones, before floor and cap.
     """
 

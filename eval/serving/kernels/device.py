@@ -1,5 +1,7 @@
 """Where the Triton kernels run."""
 
+import logging
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +21,12 @@ def lacks(device: torch.device) -> str | None:
     if (found := torch.cuda.get_device_capability(device)) < FP8_SINCE:
         return "compute capability {}.{} for fp8 keys, and this GPU has {}.{}".format(*FP8_SINCE, *found)
     return None
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning that something slower is done instead, each message once a process."""
+    logging.getLogger(__name__).warning(message)
 
 
 def check_fp8(device: torch.device) -> None:

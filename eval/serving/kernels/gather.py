@@ -33,7 +33,9 @@ def _gather(sources, slots, hot, count, WORDS: tl.constexpr, TILE_WORDS: tl.cons
         unit = tile // tiles
         at = (tile % tiles) * TILE_WORDS + tl.arange(0, TILE_WORDS)
         inside = at < WORDS
+        # The promise of 16 is what makes a load 16 bytes wide; smaller ones do not fill the host link.
         source = tl.multiple_of(tl.load(sources + unit).to(tl.pointer_type(tl.int32)), 16)
         slot = tl.load(slots + unit).to(tl.int64)
+        # Read once: it should not push out of the cache what the model still needs.
         data = tl.load(source + at, mask=inside, eviction_policy="evict_first")
         tl.store(hot + slot * WORDS + at, data, mask=inside)

@@ -1,7 +1,7 @@
 """Level 1 in Triton: score, join, threshold and ordered compaction in one launch.
 
 A program scores a run of pages of one layer with that layer's queries on chip; the program of the last layer waits for
-the others of its run, joins their logits, and writes the chosen ids behind those of the runs before. Waiting is safe
+the others of its run, joins their logits, and writes the chosen ids after those of the runs before. Waiting is safe
 because the launch is cooperative: all programs of the grid are at work at once, so the caller launches no more than the
 device holds. Lengths, thresholds and counts stay on the device; nothing is sorted.
 """
@@ -86,7 +86,7 @@ def score_kernel(
     packed = queries + sequence * query_stride
     position = tl.load(packed + LAYERS * (HEADS * WIDTH + HEADS + BUMPS + SCALE + SLOT + BIAS)).to(tl.int32)
     seen = (position + 1) // TOKENS
-    visible = tl.where(seen > table_width * PAGE, 0, seen)
+    visible = tl.where(seen > table_width * PAGE, 0, seen)  # a table too short: nothing is scored, and `found` is -1
     pages = tl.cdiv(visible, PAGE)
     first = (run * pages) // runs
     last = ((run + 1) * pages) // runs
@@ -98,11 +98,12 @@ def score_kernel(
         table + sequence * table_width, row, position, first, last, visible,
         HEADS, WIDTH, BUMPS, SCALE, SLOT, BIAS, TOKENS, BUMP_TILE, FP8, STAGES,
     )  # fmt: skip
-    if tl.program_id(0) == 0:
+    if tl.program_id(0) == 0:  # limit_kernel, launched next, counts in it: that saves a launch that only clears it
         for start in range(0, SCRATCH, TILE):
             at = start + tl.arange(0, TILE)
             tl.store(scratch + sequence * SCRATCH + at, tl.zeros([TILE], tl.int32), mask=at < SCRATCH)
     tl.debug_barrier()  # all threads have written before one says so
+    # The release below and the acquire that reads it order memory: who sees a flag sees the logits stored before it.
     flags = status + sequence * runs * LAYERS
     if layer < LAYERS - 1:
         tl.atomic_xchg(flags + run * LAYERS + layer, 1, sem="release")
@@ -110,6 +111,7 @@ def score_kernel(
         for other in range(LAYERS - 1):
             while tl.atomic_add(flags + run * LAYERS + other, 0, sem="acquire") == 0:
                 pass
+        # From the longest contexts to the shortest, so that the shortest one that still holds is what stays.
         threshold = tl.load(cut_scores + CUTS - 1)
         for cut in tl.static_range(CUTS - 1):
             end = tl.load(cut_ends + CUTS - 2 - cut)
@@ -128,7 +130,7 @@ def score_run(
     visible, HEADS: tl.constexpr, WIDTH: tl.constexpr, BUMPS: tl.constexpr, SCALE: tl.constexpr, SLOT: tl.constexpr,
     BIAS: tl.constexpr, TOKENS: tl.constexpr, BUMP_TILE: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One layer's logits of the pages [first, last), all terms (indexer_train/scoring.py PackedQuery.score)."""
+    """One layer's logits of the pages [first, last), all terms (`PackedQuery.logits` of indexer_train/scoring.py)."""
     chunk, dim, head = tl.arange(0, PAGE), tl.arange(0, WIDTH), tl.arange(0, HEADS)
     if FP8:
         weight = tl.load(weights + head)
@@ -181,13 +183,15 @@ def compact_run(
         tl.store(scores + at, joined, mask=at < last)
         kept = resident(joined, at, visible, threshold, SINK, RECENT)
         total += tl.sum(tl.where(at < last, kept, 0))
+    # Ids are in order only behind those of all earlier runs. Each run tells its count, plus one because zero means that
+    # it is not known yet, and adds up those before it. `volatile`: the loop must read memory again, not a register.
     tl.atomic_xchg(flags + run * LAYERS + LAYERS - 1, total + 1)
     other = tl.arange(0, RUNS)
     said = flags + other * LAYERS + LAYERS - 1
     before = tl.load(said, mask=other < run, other=1, volatile=True)
     while tl.min(before) == 0:
         before = tl.load(said, mask=other < run, other=1, volatile=True)
-    base = tl.sum(before - 1)
+    base = tl.sum(before - 1)  # runs from this one on were loaded as 1 and add nothing
     if run == runs - 1:
         tl.store(count, tl.where(seen > visible, -1, base + total))
     tl.debug_barrier()  # the scores may have been written by other threads

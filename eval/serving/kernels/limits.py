@@ -1,7 +1,7 @@
 """Level 1's second launch: floor, cap and budget, where the threshold alone chose too few or too many.
 
 In the ordinary case it only fills up the row of ids. Otherwise it finds the score of the last chunk to keep by counting
-its four bytes, one after the other, and writes the ids anew: no sort. The programs of a sequence share the scores and
+its four bytes, one after the other, and writes the ids again: no sort. The programs of a sequence share the scores and
 meet between the steps: each waits for all others, so the launch is cooperative, of no more programs than the device
 runs at once, one a multiprocessor. Where programs run one after the other (the interpreter), each step is a launch of
 its own.
@@ -56,7 +56,7 @@ def limit_kernel(
         asked = tl.maximum(count, 0) - protected
     kept = tl.minimum(tl.maximum(asked, floor - protected), tl.minimum(cap - protected, candidates))
     row = ids + sequence * cap
-    if BUDGET or kept != asked:
+    if BUDGET or kept != asked:  # else the ids that the threshold chose stand, and only their row is filled up
         pages = tl.cdiv(visible, 64)
         first, last = (part * pages) // parts * 64, ((part + 1) * pages) // parts * 64
         line, digits = scores + sequence * chunks, scratch + sequence * SCRATCH
@@ -96,6 +96,7 @@ def meet(gate, arrivals):
 def ranks(scores, at, last, visible, SINK: tl.constexpr, RECENT: tl.constexpr):
     """The scores as integers from 0 to 2^32 - 1 that sort like them, -0 and 0 alike, and which chunks compete."""
     score = tl.load(scores + at, mask=at < last, other=0.0)
+    # The bits of a float sort like the float, but backwards below zero: there all bits but the sign are turned over.
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
     return rank, (at < last) & (at >= SINK) & (at < visible - RECENT)
@@ -105,6 +106,8 @@ def ranks(scores, at, last, visible, SINK: tl.constexpr, RECENT: tl.constexpr):
 def leading(digits, steps, kept):
     """The first `steps` bytes of the last chunk's rank, and how many chunks with these bytes are to be kept."""
     digit = tl.arange(0, 256)
+    # Of the ranks that share the bytes so far, the next byte is the largest that `missing` of them reach. Every program
+    # works it out for itself from the shared counts, which others wrote: hence `volatile`.
     prefix, missing = tl.zeros([], tl.int64), kept
     for step in range(steps):
         alike = tl.load(digits + step * 256 + digit, volatile=True)
@@ -150,7 +153,7 @@ def write_kept(
     scores, digits, shares, ids, part, first, last, visible, kept,
     SINK: tl.constexpr, RECENT: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Write the run's ids behind those of the runs before; of the ties the oldest."""
+    """Write the run's ids after those of the runs before; of the ties the oldest."""
     rank_of_last, missing = leading(digits, 4, kept)
     other = tl.arange(0, PARTS)
     certain = tl.load(shares + other * 2, mask=other < part, other=0, volatile=True)

@@ -1,4 +1,4 @@
-"""Level 2's native logits in Triton: one tile of resident chunks a program, fp8 keys read from pages, fp16 dots."""
+"""Level 2's native logits in Triton: tiles of resident chunks, fp8 keys read from pages, fp16 dots."""
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import torch
@@ -10,7 +10,12 @@ from data_gen.core.key_bytes import PAGE, SCALE_BYTES
 from eval.serving.kernels.device import check_fp8
 
 TILE = 64
-"""Chunks a program: 24,576 resident ones are 384 programs, all of them at work at once on one device."""
+"""Chunks scored at once."""
+PROGRAMS = 528
+"""Programs of all sequences, at most about so many: four a multiprocessor. 24,576 resident chunks are one tile each of
+384; where there are more tiles a program keeps its queries on chip for a run of them."""
+STAGES = 4
+"""Depth of the pipeline over a run of tiles: slots are loaded first, then the keys there."""
 
 
 def score_resident(
@@ -33,10 +38,12 @@ def score_resident(
     scores = torch.empty(slots.shape, device=query.device)
     listed = slots.shape[1]
     padded = max(16, triton.next_power_of_2(heads))
-    _score[(triton.cdiv(listed, TILE), batch)](
+    tiles = triton.cdiv(listed, TILE)
+    runs = min(tiles, max(1, PROGRAMS // batch))
+    _score[(runs, batch)](
         query.contiguous(), weights.contiguous(), key_pages, key_pages[:, :size].view(torch.float32), slots, scores,
         key_pages.stride(0), key_pages.stride(0) // SCALE_BYTES, heads, listed,
-        HEADS=padded, WIDTH=width, PAGE=page, TILE=TILE,
+        HEADS=padded, WIDTH=width, PAGE=page, TILE=TILE, STAGES=STAGES if runs < tiles else 1,
     )  # fmt: skip
     return scores
 
@@ -68,22 +75,30 @@ def _score(
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
+    """Grid (runs of tiles, B)."""
     sequence = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    slot = tl.load(slots + sequence * listed + place, mask=place < listed, other=-1)
-    there = slot >= 0
-    page, row = (slot // PAGE).to(tl.int64), slot % PAGE
     column = tl.arange(0, WIDTH)
-    codes = tl.load(pages + (page * page_stride + row * WIDTH)[:, None] + column[None, :], mask=there[:, None], other=0)
-    scale = tl.load(scales + page * scale_stride + PAGE * WIDTH // 4 + row, mask=there, other=0.0)
-    keys = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-
     head = tl.arange(0, HEADS)
     real = head < heads
     of_sequence = sequence * heads + head
     vectors = tl.load(query + (of_sequence * WIDTH)[:, None] + column[None, :], mask=real[:, None], other=0.0)
     weight = tl.load(weights + of_sequence, mask=real, other=0.0).to(tl.float32)
-    match = tl.maximum(tl.dot(keys, tl.trans(vectors.to(tl.float16))), 0.0)
-    score = scale * tl.sum(match * weight[None, :], axis=1)
-    tl.store(scores + sequence * listed + place, tl.where(there, score, -float("inf")), mask=place < listed)
+    operand = tl.trans(vectors.to(tl.float16))
+
+    # Heads beyond the real ones are there because a dot needs 16; their weight is zero, so they add nothing.
+    tiles, run, runs = tl.cdiv(listed, TILE), tl.program_id(0), tl.num_programs(0)
+    for tile in tl.range(run * tiles // runs, (run + 1) * tiles // runs, num_stages=STAGES):
+        place = tile * TILE + tl.arange(0, TILE)
+        slot = tl.load(slots + sequence * listed + place, mask=place < listed, other=-1)
+        there = slot >= 0
+        page, row = (slot // PAGE).to(tl.int64), slot % PAGE
+        start = page * page_stride + row * WIDTH
+        codes = tl.load(pages + start[:, None] + column[None, :], mask=there[:, None], other=0)
+        # A page holds all values before all scales; `scales` counts in fp32, four bytes each.
+        scale = tl.load(scales + page * scale_stride + PAGE * WIDTH // 4 + row, mask=there, other=0.0)
+        keys = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        match = tl.maximum(tl.dot(keys, operand), 0.0)
+        score = scale * tl.sum(match * weight[None, :], axis=1)
+        tl.store(scores + sequence * listed + place, tl.where(there, score, -float("inf")), mask=place < listed)

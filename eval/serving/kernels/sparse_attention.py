@@ -1,4 +1,4 @@
-"""Level 2's attention in Triton: one token a sequence over the chosen entries and the window, in two kernels.
+"""Level 2's attention in Triton: one token per sequence over the chosen entries and the window, in two kernels.
 
 An output row of 512 values for 64 heads fills half of a program's registers. So a program keeps it in pieces of 128
 values or fewer, and runs along its share of the entries with a running softmax: a tile of them at a time is read once,
@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from data_gen.core.entry_bytes import BLOCK
 from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import PAGE
-from eval.serving.entries import BLOCK, V4, EntryShape
+from eval.serving.entries import V4, EntryShape
 from eval.serving.kernels.device import check_fp8
 from eval.serving.kernels.score import check_pages
 
@@ -24,6 +25,8 @@ PROGRAMS = 132
 """Programs at once, one a multiprocessor, which they fill; so many share the entries of all sequences."""
 TILES = (64, 32)
 """Entries read at once: the fewer where that keeps more than half of the multiprocessors busy."""
+JOINED = 4096
+"""Values of all shares that a program joins, about: more than its registers hold would go through memory."""
 LOG2_E = math.log2(math.e)
 
 
@@ -38,7 +41,7 @@ def attend(
     shape: EntryShape = V4,
     page: int = PAGE,
 ) -> torch.Tensor:
-    """`eval.serving.level2.attend` on the device: the same arguments, query and entries rounded to fp16.
+    """`eval.serving.level2.attend` on the device, [B, H, D] as there: query and entries are rounded to fp16.
 
     Entries must lie within fp16's range, +-65504. chosen, window: int32, contiguous; pages may be views into wider
     pages a multiple of 16 bytes apart that start at multiples of 8. Damaged entries are not found here. Raises
@@ -66,9 +69,11 @@ def attend(
         FAR_PAGE=page, NEAR_PAGE=PAGE, TILE=tile, num_warps=8, maxnreg=255,
     )  # fmt: skip
     out = torch.empty_like(query)
-    _join[(heads, batch)](
+    shares = triton.next_power_of_2(splits)
+    columns = min(width, max(JOINED // shares, 64))
+    _join[(heads, batch, width // columns)](
         partial, weight, sinks, out, splits, heads, LOG2_E,
-        SPLITS=triton.next_power_of_2(splits), WIDTH=width, num_warps=2,
+        SPLITS=shares, WIDTH=width, COLUMNS=columns, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -122,7 +127,7 @@ def _attend_share(
 ):
     """Grid (splits, blocks of heads, B)."""
     ROW: tl.constexpr = STILL + 2 * ROPE
-    BLOCKS: tl.constexpr = STILL // 128  # of values; an odd 64 behind them
+    BLOCKS: tl.constexpr = STILL // 128  # of values; an odd 64 after them
     split, splits, sequence = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     real = (head < heads)[:, None]
@@ -238,12 +243,14 @@ def _entries(values, scale_bytes, there, WIDTH: tl.constexpr, FIRST: tl.constexp
 
 @triton.jit
 def _join(
-    partial, weight, sinks, out, splits, heads, log2_e, SPLITS: tl.constexpr, WIDTH: tl.constexpr
+    partial, weight, sinks, out, splits, heads, log2_e, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence: the tiles' outputs by their shares of the common denominator, sink included."""
+    """COLUMNS values of one head of one sequence: the tiles' outputs by their shares of the common denominator, sink
+    included."""
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     split = tl.arange(0, SPLITS)
-    column = tl.arange(0, WIDTH)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     at = (sequence * splits + split) * heads + head
     bits = tl.load(weight + at, mask=split < splits, other=-float("inf"))
     sink = tl.load(sinks + head).to(tl.float32) * log2_e

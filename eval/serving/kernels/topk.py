@@ -1,4 +1,4 @@
-"""Level 2's selection in Triton: the k best of a list of scores without a sort, one program a sequence.
+"""Level 2's selection in Triton: the k best of a list of scores without a sort, one program per sequence.
 
 Any cut with k to COLUMNS scores above it will do: those scores are collected, and the k-th largest among them is found
 digit by digit, by histograms of 256 counts. The list is read as interleaved columns, twice as many as wanted scores:
@@ -84,8 +84,11 @@ def _select(
     cut = tl.minimum(tl.maximum(_ordered(mean - spread / 4), low), high)
     above = _above(scores, cut, listed, COLUMNS, STEPS, STEP)
     found = tl.sum(above)
+    # With k scores or fewer a column is empty (there are 2 k columns), so `low` is -inf: all that is above it is taken.
     searching = tl.sum(present) > k
     last = tl.where(searching, high, low)
+    # Above `low` there are always k scores or more, above `high` fewer. Either a cut between them leaves as many as the
+    # columns hold, or the two become neighbours: then more scores than that equal `high`, which is the k-th largest.
     while searching & ((found < k) | (found > COLUMNS)):
         low = tl.where(found > COLUMNS, cut, low)
         high = tl.where(found > COLUMNS, high, cut)
@@ -108,6 +111,7 @@ def _select(
         few = column < found
         key = tl.load(kept + column, mask=few, other=0).to(tl.uint32, bitcast=True)
         slot = tl.load(slots + tl.load(kept + COLUMNS + column, mask=few, other=0), mask=few, other=-1)
+        # Counted from the cut the numbers are small: their upper digits are zero, and are not counted.
         last, ties = _kth_largest(tl.where(few, key - cut, 0), k)
         equal = (key == last + cut) & few
         take = ((key > last + cut) & few) | (equal & (tl.cumsum(equal.to(tl.int32)) <= ties))

@@ -35,6 +35,7 @@ class SparseTables:
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
+        """The backend's metadata of a step [B rows], with tables and lengths (in tokens) of what each row may read."""
         meta = self._restrict(common_attn_metadata) if self._full else common_attn_metadata
         return super().build(common_prefix_len, meta, fast_build)
 
@@ -48,7 +49,12 @@ class SparseTables:
         if self._tables is None:
             self._tables = Tables(self._rows, meta.block_table_tensor.shape[1], self._device)
         table, lengths, bounds = self._tables.fill(
-            meta.block_table_tensor, meta.seq_lens, meta.seq_lens_cpu_upper_bound, visible, self._tokens
+            meta.block_table_tensor,
+            meta.seq_lens,
+            meta.seq_lens_cpu_upper_bound,
+            visible,
+            worker.moved(),
+            self._tokens,
         )
         return meta.replace(
             block_table_tensor=table, seq_lens=lengths, seq_lens_cpu_upper_bound=bounds, _num_computed_tokens_cache=None
@@ -56,7 +62,7 @@ class SparseTables:
 
 
 class LookaheadCPUBuilder(SparseTables, CPUAttentionMetadataBuilder):
-    pass
+    """The stock CPU builder, given shorter tables."""
 
 
 def with_memory(spec: Any) -> Any:
@@ -72,12 +78,15 @@ class LookaheadCPUBackend(CPUAttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list:
+        """Tokens of a block that the kernels take."""
         return [MultipleOf(16)]
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
+        """A layer's cache as the stock backend wants it, then `with_memory`."""
         return with_memory(super().customize_spec(spec))
 
     @staticmethod
     def get_builder_cls() -> type[LookaheadCPUBuilder]:
+        """The builder of a step's metadata."""
         return LookaheadCPUBuilder

@@ -16,14 +16,19 @@ class LookaheadTritonBuilder(SparseTables, TritonAttentionMetadataBuilder):
 
 
 class LookaheadTritonBackend(TritonAttentionBackend):
+    """The stock Triton backend, under the name that `--attention-backend` knows for others'."""
+
     @staticmethod
     def get_name() -> str:
+        """The name it is registered under."""
         return "CUSTOM"
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
+        """A layer's cache as the stock backend wants it, then `with_memory`."""
         return with_memory(super().customize_spec(spec))
 
     @staticmethod
     def get_builder_cls() -> type[LookaheadTritonBuilder]:
+        """The builder of a step's metadata."""
         return LookaheadTritonBuilder

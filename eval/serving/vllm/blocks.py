@@ -18,7 +18,7 @@ class LookaheadSpec(FullAttentionSpec):
 
 
 class LookaheadManager(FullAttentionManager):
-    """Blocks of one group of layers. A freed block leaves the null block behind in the request's list."""
+    """Blocks of one group of layers. In the request's list, the null block replaces a freed one."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -26,10 +26,13 @@ class LookaheadManager(FullAttentionManager):
         self._places: dict[str, dict[int, int]] = {}
 
     def wish(self, moves: dict[str, Moves]) -> None:
-        """What the worker asks for; a newer wish replaces what was not done of an older one."""
-        for name, move in moves.items():
+        """What the worker asks for; a newer wish replaces what was not done of an older one.
+
+        A request may have finished since: it has no blocks, and nobody would ask for its wishes again.
+        """
+        for name in moves.keys() & self.req_to_blocks.keys():
             earlier = self._moves.get(name, Moves())
-            self._moves[name] = Moves(earlier.evict + move.evict, move.fetch)
+            self._moves[name] = Moves(earlier.evict + moves[name].evict, moves[name].fetch)
 
     def take_places(self) -> dict[str, dict[int, int]]:
         """Blocks given to chunks that were asked for, since the last time."""

@@ -37,9 +37,11 @@ COUNTERS = {
 
 @dataclass
 class Loads(KVConnectorMetadata):
-    """Scheduler to worker: of each request, chunk -> the block it was given."""
+    """Scheduler to worker. places: of each request, chunk -> the block it was given; preempted: requests that lost all
+    their blocks; one that resumes on cached blocks looks to the worker as if it just went on."""
 
     places: dict[str, dict[int, int]] = field(default_factory=dict)
+    preempted: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -58,17 +60,21 @@ class Stats(KVConnectorStats):
     """Counters since the last report, gauges as they are."""
 
     def reset(self) -> None:
+        """Forget everything: it was reported."""
         self.data = {}
 
     def aggregate(self, other: "Stats") -> "Stats":
+        """Add a later report: its counters to ours, its gauges instead of ours."""
         for name, value in other.data.items():
             self.data[name] = value if name in GAUGES else self.data.get(name, 0) + value
         return self
 
     def reduce(self) -> dict[str, int | float]:
+        """What the engine's log prints."""
         return self.data
 
     def is_empty(self) -> bool:
+        """Is there nothing to report?"""
         return not self.data
 
 
@@ -83,6 +89,7 @@ class PromMetrics(KVConnectorPromMetrics):
         )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Take one engine's report over into what /metrics shows."""
         labels = self.per_engine_labelvalues[engine_idx]
         for name, value in transfer_stats_data.items():
             if name in GAUGES:
@@ -110,29 +117,38 @@ class LookaheadConnector(KVConnectorBase_V1, SupportsHMA):
         return worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Keys and values of each layer by its name, [blocks, ...], in the order of the layers."""
         self._worker.register_caches(list(kv_caches.values()))
 
     def start_load_kv(self, forward_context: Any, **options: Any) -> None:
+        """Before a step: chunks that were given blocks come back."""
         self._worker.load(self._get_connector_metadata().places)
 
+    def handle_preemptions(self, kv_connector_metadata: Loads) -> None:
+        """Before a step: forget requests that lost their blocks."""
+        self._worker.leave(kv_connector_metadata.preempted)
+
     def wait_for_layer_load(self, layer_name: str) -> None:
-        return
+        """Return at once: copies are in the step's own order."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **options: Any) -> None:
-        return
+        """Save nothing: chunks are copied when they are to leave."""
 
     def wait_for_save(self) -> None:
-        return
+        """Return at once."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
-        self._worker.finish(finished_req_ids)
+        """Forget requests that are finished or aborted; none waits for a transfer."""
+        self._worker.leave(finished_req_ids)
         return None, None
 
     def build_connector_worker_meta(self) -> Wishes | None:
+        """After a step: the worker's message to the scheduler."""
         moves = self._worker.take_moves()
         return Wishes(moves) if moves else None
 
     def get_kv_connector_stats(self) -> Stats | None:
+        """The worker's report since the last one, None where nothing changed."""
         if self.role is not KVConnectorRole.WORKER:
             return None
         now = self._worker.report()
@@ -147,37 +163,44 @@ class LookaheadConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        """A report from what came from another process."""
         return Stats(data=data or {})
 
     @classmethod
     def build_prom_metrics(
         cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
     ) -> Any:
+        """Gauges and counters of the server's /metrics."""
         return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # --- scheduler ---
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """Note the block managers that free and take single blocks."""
         super().bind_kv_cache_manager(kv_cache_manager)
         managers = kv_cache_manager.coordinator.single_type_managers
         self._managers = [manager for manager in managers if isinstance(manager, LookaheadManager)]
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """No token of a new request is anywhere else."""
         return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        return
+        """Do nothing: see `get_num_new_matched_tokens`."""
 
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
+        """Before a step: the scheduler's message to the worker."""
         places: dict[str, dict[int, int]] = {}
         for manager in self._managers:
             places |= manager.take_places()
-        return Loads(places)
+        return Loads(places, scheduler_output.preempted_req_ids or set())
 
     def update_connector_output(self, connector_output: Any) -> None:
+        """After a step: take what the worker asked for to the block managers."""
         wishes = connector_output.kv_connector_worker_meta
         for manager in self._managers if isinstance(wishes, Wishes) else ():
             manager.wish(wishes.moves)
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
+        """Its blocks may be freed at once; the client is told nothing."""
         return False, None

@@ -41,14 +41,6 @@ class Residence:
         """Of the first `chunks` chunks those in the pool, [n] int64 ascending."""
         return torch.tensor([chunk for chunk in range(chunks) if chunk not in self.absent])
 
-    def blocks(self, chunks: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Blocks of visible chunks, by the engine's table [width] and what has moved since."""
-        blocks = table[chunks.to(table.device)].clone()
-        for place, chunk in enumerate(chunks.tolist()):
-            if chunk in self.moved:
-                blocks[place] = self.moved[chunk]
-        return blocks
-
 
 class Memory:
     """Host memory for the cold chunks of all sequences of one engine process.
@@ -71,15 +63,19 @@ class Memory:
         return self.chunk_bytes * sum(len(residence.host) for residence in self.residences.values())
 
     def of(self, name: str) -> Residence:
+        """The sequence's residence, an empty one the first time."""
         return self.residences.setdefault(name, Residence())
 
     def forget(self, name: str) -> None:
-        """A sequence is gone, or is about to be read anew into other blocks."""
+        """A sequence is gone, or is about to be read again into other blocks."""
         self.residences.pop(name, None)
         self.moves.pop(name, None)
 
     def settle(self, name: str, wanted: set[int], chunks: int, table: torch.Tensor) -> None:
-        """Towards a new set: of the first `chunks` chunks, what is not wanted leaves, what is missing is asked for."""
+        """Towards a new set: of the first `chunks` chunks, what is not wanted leaves, what is missing is asked for.
+
+        table: [blocks], the sequence's block of each chunk.
+        """
         residence, moves = self.of(name), Moves()
         for chunk in range(chunks):
             if chunk in residence.absent or chunk in wanted:
@@ -117,7 +113,7 @@ class Memory:
                 first += size
             residence.absent.discard(chunk)
             residence.moved[chunk] = block
-        self.fetched += len(places)
+            self.fetched += 1
         return True
 
     def take_moves(self) -> dict[str, Moves]:

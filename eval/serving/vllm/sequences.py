@@ -19,7 +19,7 @@ class Chosen:
 class Sequence:
     """position: its newest token read; force: the set in force, None while everything may be read; coming: one that
     comes into force with the next token but one (lag 1); newest: [L, hidden] bf16, what entered the attention blocks
-    of the indexer's layers at `position`, where a set is due behind it; reads: blocks it read last under a set."""
+    of the indexer's layers at `position`, where a set is due after it; reads: blocks it read last under a set."""
 
     position: int = -1
     force: Chosen | None = None
@@ -28,7 +28,7 @@ class Sequence:
     reads: int = 0
 
     def due(self, window: int) -> bool:
-        """Is a set to be chosen behind the newest token?"""
+        """Is a set to be chosen after the newest token?"""
         latest = self.coming or self.force
         return latest is None or self.position - latest.position >= window
 
@@ -38,7 +38,7 @@ class Sequence:
         self.reads = 0
 
     def begin(self, position: int) -> None:
-        """Before token `position` is read alone: a set that was on its way is in force; a gap starts anew."""
+        """Before token `position` is read alone: a set that was on its way is in force; a gap starts again."""
         if self.position != position - 1:
             self.restart()
         if self.coming is not None:

@@ -45,9 +45,9 @@ class Settings(Strict):
     @model_validator(mode="after")
     def _together(self) -> "Settings":
         if self.budget is not None and self.threshold is not None:
-            raise ValueError("budget and threshold: give one of them")
+            raise ValueError("budget and threshold: give only one of them")
         if self.full_above is not None and self.cap is None:
-            raise ValueError("full_above: a multiple of the cap, which is missing")
+            raise ValueError("full_above: a multiple of the cap; set a cap too")
         if self.lag and self.host_gib is not None:
             raise ValueError("lag: blocks that come back from host memory are a token late anyway; leave lag out")
         return self
@@ -61,6 +61,7 @@ class Settings(Strict):
 
     @property
     def fallback(self) -> Fallback | None:
+        """The demand fallback, if asked for."""
         return Fallback(full_above=self.full_above) if self.full_above is not None else None
 
 

@@ -25,7 +25,7 @@ ATTENTION = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn$")
 # An opaque operator, so that a compiled model sees one write in place and nothing of the bookkeeping.
 @torch.library.custom_op("lookahead::capture", mutates_args=("buffer",))
 def capture(buffer: torch.Tensor, rows: torch.Tensor) -> None:
-    """buffer[:T] = rows [T, ...], flattened behind the first axis."""
+    """buffer[:T] = rows [T, ...], flattened after the first axis."""
     buffer[: rows.shape[0]].copy_(rows.flatten(1))
 
 
@@ -35,7 +35,10 @@ def _(buffer: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 class Captured:
-    """What the indexer's layers were given in the newest step: [most tokens of a step, width] a layer, never moved."""
+    """What the indexer's layers were given in the newest step: [most tokens of a step, width] a layer, never moved.
+
+    Raises InputError for a layer that is built otherwise than those that it knows.
+    """
 
     def __init__(self, model: nn.Module, layers: list[int], hidden: int, width: int, rows: int) -> None:
         like = next(model.parameters())
@@ -90,7 +93,7 @@ class Worker:
         self._slots: torch.Tensor | None = None
 
     def visible(self, builder: object, meta: Any) -> list[torch.Tensor | None]:
-        """Before a step: the blocks that each row may read, in order, None for all.
+        """Before a step: the chunks that each row may read, [n] int64 ascending on the CPU, None for all.
 
         meta: vLLM's CommonAttentionMetadata.
         Of several groups of full layers, the builder that is asked first leads; the others, with tables of their own,
@@ -99,9 +102,18 @@ class Worker:
         self._leader = self._leader or builder
         if builder is self._leader:
             self._plan = self._step(meta)
+        return [None if read is None else read[1] for read in self._plan]
+
+    def moved(self) -> list[tuple[int, int, int]]:
+        """Of these chunks, those that came back from the host: row, place among the row's chunks, block."""
+        if self.memory is None:
+            return []
         return [
-            None if read is None else self._blocks(*read, meta.block_table_tensor[row])
+            (row, place, self.memory.of(read[0]).moved[chunk])
             for row, read in enumerate(self._plan)
+            if read is not None
+            for place, chunk in enumerate(read[1].tolist())
+            if chunk in self.memory.of(read[0]).moved
         ]
 
     def _step(self, meta: Any) -> list[tuple[str, torch.Tensor] | None]:
@@ -120,7 +132,7 @@ class Worker:
             alone = new == 1 and not prompt[row]
             sequence = self.sequences.enter(name, position, alone)
             if self.memory is not None and sequence.force is None:
-                self.memory.forget(name)  # it is read anew, into blocks of the engine's choice
+                self.memory.forget(name)  # it is read again, into blocks of the engine's choice
             if alone:
                 if sequence.due(self.spec.window) and sequence.newest is not None:
                     self._choose(name, sequence, meta.block_table_tensor[row])
@@ -132,7 +144,7 @@ class Worker:
         return plan
 
     def _take(self) -> None:
-        """What the step before left behind: its keys, and the newest states where a set is due behind them."""
+        """What the step before left behind: its keys, and the newest states where a set is due after them."""
         if self._slots is None:
             return
         if self.keys is None:
@@ -149,7 +161,7 @@ class Worker:
         self._last, self._slots = [], None
 
     def _choose(self, name: str, sequence: Sequence, table: torch.Tensor) -> None:
-        """The set behind the sequence's newest token. table: [width], its blocks."""
+        """The set after the sequence's newest token. table: [width], its blocks."""
         chunking, position = self.spec.chunking, sequence.position
         total = chunking.visible(position)
         first, last = chunking.candidates(position)
@@ -161,6 +173,7 @@ class Worker:
         queries = self.level1.pack(sequence.newest[None], torch.tensor([position]))
         resident = self.level1.resident(queries, keys)
         chunks, how = serve(resident, 0, total, self.cap, total - (last - first), self.settings.fallback)
+        first = sequence.force is None
         sequence.choose(Chosen(position, total, chunks), self.settings.lag)
         self.counters.refreshes += 1
         self.counters.capped += how == "cap"
@@ -174,7 +187,7 @@ class Worker:
                     self.settings.host_gib,
                 )
             chunks = self.memory.of(name).visible(total)
-        self._write(name, position, total, how, chunks)
+        self._write(name, position, total, how, chunks, first)
 
     def _reads(self, name: str, sequence: Sequence, position: int) -> torch.Tensor | None:
         """Chunks that token `position` reads, ascending, the unfinished one last; None: all."""
@@ -190,23 +203,19 @@ class Worker:
         self.counters.made += made
         return chunks
 
-    def _blocks(self, name: str, chunks: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Where chunks lie, by the engine's table [width] and what has moved since."""
-        if self.memory is not None:
-            return self.memory.of(name).blocks(chunks, table)
-        return table[chunks.to(table.device)]
-
-    def _write(self, name: str, position: int, total: int, how: str, chunks: torch.Tensor) -> None:
-        """A line of the trace. how: as `serve` says, or "arrived" where fetched chunks join the set in force."""
+    def _write(self, name: str, position: int, total: int, how: str, chunks: torch.Tensor, first: bool = False) -> None:
+        """A line of the trace. how: as `serve` says, or "arrived" where fetched chunks join the set in force; first:
+        the first set of a request, or of one that was read again after a preemption."""
         if self.settings.trace is not None:
-            line = {"request": name, "position": position, "chunks": total, "how": how, "resident": chunks.tolist()}
+            line = {"request": name, "position": position, "chunks": total, "how": how, "first": first}
+            line["resident"] = chunks.tolist()
             with open(self.settings.trace, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
     # --- called by the connector ---
 
     def register_caches(self, caches: list[torch.Tensor]) -> None:
-        """The engine's keys and values, a tensor a layer."""
+        """The engine's keys and values, one tensor [blocks, ...] per layer."""
         if self.settings.host_gib is not None:
             self.memory = Memory(caches, int(self.settings.host_gib * 2**30))
 
@@ -221,10 +230,11 @@ class Worker:
                 self._write(name, position, total, "arrived", self.memory.of(name).visible(total))
 
     def take_moves(self) -> dict[str, Moves]:
+        """What the scheduler is to be told, by request; nothing without host memory."""
         return self.memory.take_moves() if self.memory is not None else {}
 
-    def finish(self, names: set[str]) -> None:
-        """These requests are finished or aborted."""
+    def leave(self, names: set[str]) -> None:
+        """These requests are finished, aborted or preempted: their blocks will be others'."""
         for name in names:
             self._drop(name)
 
@@ -255,10 +265,7 @@ _workers: dict[int, Worker] = {}
 
 def attach(runner: Any) -> None:
     """Give a runner whose model was just loaded its worker."""
-    if not hasattr(runner, "input_batch"):
-        raise InputError("vLLM's second model runner: not supported; set VLLM_USE_V2_MODEL_RUNNER=0")
-    runner.lookahead = Worker(runner, load_settings(runner.vllm_config.additional_config))
-    _workers[0] = runner.lookahead
+    _workers[0] = Worker(runner, load_settings(runner.vllm_config.additional_config))
 
 
 def current() -> Worker | None:
