@@ -1,4 +1,4 @@
-"""Recipes: one YAML file an experiment, checked before anything runs."""
+"""Recipes: one YAML file per experiment, checked before anything runs."""
 
 from recipes.schema import Recipe, load_recipe
 

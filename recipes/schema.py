@@ -2,10 +2,10 @@
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self, get_args
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from data_gen.config import BackboneConfig, DocumentsConfig, TraceConfig
 from data_gen.core.config import Strict
@@ -13,6 +13,24 @@ from data_gen.core.errors import InputError
 from data_gen.core.files import one_line
 from eval.online.config import BenchmarkConfig, DecodeConfig
 from indexer_train.config import IndexerConfig, TrainConfig
+
+Stage = Literal["generate", "train", "evaluate", "export", "decode"]
+
+
+class Took(Strict):
+    """How long `lookahead run` took once. It shows these times when it starts, and prints its own at its end.
+
+    where: the machine and the commit; seconds: how many seconds each stage took.
+    """
+
+    where: str
+    seconds: dict[Stage, Annotated[float, Field(gt=0)]]
+
+    @model_validator(mode="after")
+    def _every_stage(self) -> Self:
+        if missing := [name for name in get_args(Stage) if name not in self.seconds]:
+            raise ValueError(f"took.seconds: lacks {', '.join(missing)}")
+        return self
 
 
 class Recipe(Strict):
@@ -25,6 +43,7 @@ class Recipe(Strict):
     train: TrainConfig
     decode: DecodeConfig = DecodeConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+    took: Took | None = None
 
     @model_validator(mode="after")
     def _texts_outlast_decoding(self) -> Self:

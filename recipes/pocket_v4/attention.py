@@ -16,7 +16,7 @@ NAME = "pocket"
 
 
 def no_mask(batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
-    """An attention mask over zero local keys: banded attention knows its window, and the model appends entry masks."""
+    """A mask [B, 1, S, 0] of no local keys: banded attention knows its window, and the model appends entry masks."""
     return {"local": torch.zeros(batch, 1, length, 0, device=device)}
 
 

@@ -1,4 +1,6 @@
-"""Files for the toolkit: chats to trace, and tests in RULER's format. `python -m recipes.pocket_v4.documents --out X`.
+"""Files for the toolkit: chats to trace, and tests in RULER's format.
+
+    python -m recipes.pocket.documents recipes/pocket_v4 --out X
 
 X/chats.jsonl: the training language, each answer a message of its own; X/tests/TASK-LENGTH.jsonl: questions at the end
 of texts of LENGTH tokens. No test document is among the model's or the indexer's training documents.
@@ -10,9 +12,9 @@ from itertools import groupby
 from pathlib import Path
 from random import Random
 
-from recipes.pocket_v4.config import PocketConfig, load_config
-from recipes.pocket_v4.tasks import test_documents, training_document
-from recipes.pocket_v4.words import Lexicon, build_lexicon
+from recipes.pocket.config import PocketConfig, load_config
+from recipes.pocket.tasks import test_documents, training_document
+from recipes.pocket.words import Lexicon, build_lexicon
 
 ASKED = ("multi_key", "multi_value", "tracking", "copy")
 Message = dict[str, str]
@@ -30,12 +32,12 @@ def chat(lexicon: Lexicon, length: int, far: int, rng: Random) -> list[Message]:
 
 def write_chats(config: PocketConfig, path: Path, count: int, lengths: tuple[int, int]) -> None:
     """`count` chats of lengths drawn evenly on a log scale."""
-    lexicon, far = build_lexicon(config.vocabulary), config.model["sliding_window"] + 8
+    lexicon = build_lexicon(config.vocabulary)
     rows = []
     for number in range(count):
         rng = Random(f"chats/{number}")
         length = round(lengths[0] * (lengths[1] / lengths[0]) ** rng.random())
-        rows.append({"messages": chat(lexicon, length, far, rng)})
+        rows.append({"messages": chat(lexicon, length, config.far, rng)})
     _write(path, rows)
 
 
@@ -61,14 +63,15 @@ def _write(path: Path, rows: list[dict[str, object]]) -> None:
 def main() -> None:
     """Write both kinds of files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"))
+    parser.add_argument("recipe", type=Path, help="folder of a pocket model, with its config.yaml")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--chats", type=int, default=200)
+    parser.add_argument("--words", type=int, nargs=2, default=[512, 1024], help="of a chat, from and to")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--tests", type=int, nargs="+", default=[10, 5, 4, 2, 2], help="texts of each length")
     args = parser.parse_args()
-    config = load_config(args.config)
-    write_chats(config, args.out / "chats.jsonl", args.chats, (512, 1024))
+    config = load_config(args.recipe / "config.yaml")
+    write_chats(config, args.out / "chats.jsonl", args.chats, tuple(args.words))
     for length, count in zip(args.lengths, args.tests, strict=True):
         write_tests(config, args.out / "tests", length, count)
 

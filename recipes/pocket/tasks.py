@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from recipes.pocket_v4.words import Lexicon, filler
+from recipes.pocket.words import Lexicon, filler
 
 TASKS = ("single", "multi_key", "multi_value", "tracking", "copy")
 GAP = (5, 8)  # filler words between events: no 8-token compression window may hold two facts

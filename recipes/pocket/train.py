@@ -1,32 +1,28 @@
-"""Trains the pocket model: `python -m recipes.pocket_v4.train --out runs/pocket_v4`.
-
-Run it again with the same arguments and it goes on from its checkpoint, made every few reports. Prints losses and
+"""Trains a pocket model, and continues from a checkpoint of its run, made every few reports. Prints losses and
 accuracy by task while training; after each stage, on unseen documents, accuracy and the indexer's recall of attention
 mass.
 """
 
-import argparse
 import json
 import resource
 import shutil
 import time
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_gen.core.errors import InputError
-from recipes.pocket_v4.batches import stage_batches
-from recipes.pocket_v4.card import write_card
-from recipes.pocket_v4.config import PocketConfig, StageConfig, load_config
-from recipes.pocket_v4.evaluate import accuracy, documents_of, open_recall
-from recipes.pocket_v4.model import build_model, hardware, save_model, set_topk
-from recipes.pocket_v4.optimizer import build_optimizers
-from recipes.pocket_v4.step import METRICS, Step
-from recipes.pocket_v4.tasks import TASKS
-from recipes.pocket_v4.words import build_lexicon, build_tokenizer
+from recipes.pocket.batches import stage_batches
+from recipes.pocket.card import write_card
+from recipes.pocket.config import PocketConfig, StageConfig
+from recipes.pocket.evaluate import accuracy, documents_of, open_recall
+from recipes.pocket.family import PocketFamily, hardware
+from recipes.pocket.optimizer import build_optimizers
+from recipes.pocket.step import METRICS, Step
+from recipes.pocket.tasks import TASKS
+from recipes.pocket.words import build_lexicon, build_tokenizer
 
 REPORT = 50  # steps between printed lines
 SAVE = 4 * REPORT  # steps between checkpoints
@@ -41,12 +37,12 @@ def recipe_of(config: PocketConfig) -> str:
 class Trainer:
     """Model, optimizer and progress of one run folder."""
 
-    def __init__(self, config: PocketConfig, out: Path, workers: int, seconds: float) -> None:
-        self.config, self.out, self.workers = config, out, workers
+    def __init__(self, family: PocketFamily, config: PocketConfig, out: Path, workers: int, seconds: float) -> None:
+        self.family, self.config, self.out, self.workers = family, config, out, workers
         self.deadline = time.monotonic() + seconds
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = build_tokenizer(build_lexicon(config.vocabulary))
-        self.model = build_model(config, self.tokenizer)
+        self.model = family.build(config, self.tokenizer)
         nn.Module.to(self.model, self.device)
         named = list(self.model.named_parameters())
         self.clipped = [[p for n, p in named if (".indexer." in n) == indexer] for indexer in (False, True)]
@@ -56,7 +52,7 @@ class Trainer:
         self.journal = out / "log.jsonl"
         if self.checkpoint.exists():
             self.restore()
-        if self.journal.exists():  # what was logged behind the checkpoint will be done again
+        if self.journal.exists():  # what was logged after the checkpoint will be done again
             kept = self.journal.read_text().splitlines(keepends=True)[: self.progress["lines"]]
             self.journal.write_text("".join(kept))
         self.started = time.monotonic() - self.progress["seconds"]
@@ -83,7 +79,7 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Wall time of all of this run's processes up to now, less what was lost behind a checkpoint."""
+        """Wall time of all of this run's processes up to now, less what was lost after a checkpoint."""
         return time.monotonic() - self.started
 
     def peak_bytes(self) -> int:
@@ -135,7 +131,7 @@ class Trainer:
 
     def run_stage(self, stage: StageConfig) -> bool:
         """Steps of one stage; False when time is up before it ends."""
-        step = Step(self.model, stage, self.config.loss)
+        step = Step(self.family, self.model, stage, self.config.loss)
         window: list[Tensor] = []
         for tokens, tasks in stage_batches(self.config, self.progress["stage"], self.progress["step"], self.workers):
             self.set_rates(stage)
@@ -185,50 +181,23 @@ class Trainer:
         Recall is null where the top-k holds every entry.
         """
         topk = self.model.config.index_topk
-        set_topk(self.model, topk)
+        self.family.set_topk(self.model, topk)
         size = max(1, self.config.evaluation.tokens // stage.length)
         tests = {task: documents_of(self.config, task, stage.length, 32) for task in TASKS}
-        results = {task: accuracy(self.model, self.tokenizer, tests[task], size) for task in TASKS}
+        results = {task: accuracy(self.family, self.model, self.tokenizer, tests[task], size) for task in TASKS}
         found = None
-        rates: Any = self.model.config.compress_rates
-        if stage.length // rates["compressed_sparse_attention"] > topk:
+        if stage.length // self.family.entry_tokens(self.model.config) > topk:
             few = {task: documents[:4] for task, documents in tests.items()}
-            found = round(open_recall(self.model, self.tokenizer, few, size), 4)
+            found = round(open_recall(self.family, self.model, self.tokenizer, few, size), 4)
         self.log(stage=self.progress["stage"], length=stage.length, accuracy=results, recall=found)
 
     def export(self) -> None:
         """Write the model folder: bf16 weights, record of the run with its recipe, log and card."""
-        set_topk(self.model, self.model.config.index_topk)
+        self.family.set_topk(self.model, self.model.config.index_topk)
         folder = self.out / "model"
-        save_model(self.model, self.tokenizer, folder)
+        self.family.save(self.model, self.tokenizer, folder)
         run = {"hardware": hardware(self.device), "seconds": round(self.progress["seconds"], 1)}
         run |= {"peak_bytes": self.progress["peak_bytes"], "config": self.config.model_dump(mode="json")}
         (folder / "training.json").write_text(json.dumps(run, indent=1) + "\n")
         shutil.copyfile(self.journal, folder / "training.jsonl")
-        write_card(folder)
-
-
-def parse() -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop and save after so long")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Train, save, export."""
-    args = parse()
-    torch.set_float32_matmul_precision("high")
-    try:
-        trainer = Trainer(load_config(args.config), args.out, args.workers, args.seconds)
-    except InputError as error:
-        raise SystemExit(str(error)) from error
-    if trainer.run():
-        trainer.export()
-
-
-if __name__ == "__main__":
-    main()
+        write_card(self.family, folder)

@@ -5,27 +5,23 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DeepseekV4ForCausalLM
 
-from recipes.pocket_v4.attention import no_mask
-from recipes.pocket_v4.config import LossConfig, StageConfig
-from recipes.pocket_v4.indexer import IndexerProbe
-from recipes.pocket_v4.model import OPEN, set_topk
-from recipes.pocket_v4.tasks import TASKS
+from recipes.pocket.config import LossConfig, StageConfig
+from recipes.pocket.family import OPEN, Model, PocketFamily
+from recipes.pocket.tasks import TASKS
 
 METRICS = ("answer", "text", "kl")  # then hits and counts of each task
 
 
-def losses(model: DeepseekV4ForCausalLM, tokens: Tensor, tasks: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+def losses(
+    family: PocketFamily, model: Model, tokens: Tensor, tasks: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:
     """Total loss (scalar) and metrics [3 + 2 * tasks], fp32. tokens, tasks: [B, L]; see batches.py."""
     batch, length = tokens.shape
     wanted = F.pad(tasks[:, 1:], (0, 1), value=-1)
     answers = wanted >= 0
-    with (
-        torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda, cache_enabled=False),
-        IndexerProbe(model, model.config.index_topk, config.answer_rows, answers) as probe,
-    ):
-        logits = model(input_ids=tokens, attention_mask=no_mask(batch, length, tokens.device), use_cache=False).logits
+    with family.probe(model, model.config.index_topk, config.answer_rows, answers) as probe:
+        logits = family.logits(model, tokens)
     surprise = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     surprise = F.pad(surprise.view(batch, length - 1), (0, 1))
     answer = (surprise * answers).sum() / answers.sum().clamp(min=1)
@@ -42,10 +38,10 @@ def losses(model: DeepseekV4ForCausalLM, tokens: Tensor, tasks: Tensor, config: 
 class Step:
     """Computes gradients for batches of one shape; captured once and replayed when the model is on a GPU."""
 
-    def __init__(self, model: DeepseekV4ForCausalLM, stage: StageConfig, config: LossConfig) -> None:
-        set_topk(model, model.config.index_topk if stage.sparse else OPEN)
+    def __init__(self, family: PocketFamily, model: Model, stage: StageConfig, config: LossConfig) -> None:
+        family.set_topk(model, model.config.index_topk if stage.sparse else OPEN)
         model.zero_grad(set_to_none=True)
-        self.model, self.config = model, config
+        self.family, self.model, self.config = family, model, config
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, tokens: Tensor, tasks: Tensor) -> Tensor:
@@ -60,7 +56,7 @@ class Step:
         return self.metrics.clone()
 
     def _run(self, tokens: Tensor, tasks: Tensor) -> Tensor:
-        loss, metrics = losses(self.model, tokens, tasks, self.config)
+        loss, metrics = losses(self.family, self.model, tokens, tasks, self.config)
         loss.backward()
         return metrics
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from recipes.pocket_v4.config import OptimizerConfig
+from recipes.pocket.config import OptimizerConfig
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:

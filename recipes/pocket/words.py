@@ -7,7 +7,7 @@ from random import Random
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from recipes.pocket_v4.config import VocabularyConfig
+from recipes.pocket.config import VocabularyConfig
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 MARKERS = ["note", "alias", "step", "recall", "list", "trace", "repeat", "?", "."]

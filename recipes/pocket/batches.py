@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from recipes.pocket_v4.config import PocketConfig
-from recipes.pocket_v4.tasks import training_document
-from recipes.pocket_v4.words import Lexicon, build_lexicon
+from recipes.pocket.config import PocketConfig
+from recipes.pocket.tasks import training_document
+from recipes.pocket.words import Lexicon, build_lexicon
 
 
 class StageBatches(Dataset):
@@ -20,7 +20,7 @@ class StageBatches(Dataset):
         self.ids = {word: i for i, word in enumerate(self.lexicon.vocabulary)}
         self.seed, self.stage = config.seed, stage
         self.shape = config.stages[stage]
-        self.far = config.model["sliding_window"] + 8
+        self.far = config.far
 
     def __len__(self) -> int:
         return self.shape.steps
@@ -36,7 +36,7 @@ class StageBatches(Dataset):
 
 
 def stage_batches(config: PocketConfig, stage: int, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches start .. steps-1 of a stage, made by `workers` processes (0: in this one)."""
+    """Batches start .. steps-1 of a stage, tokens and tasks [B, S], made by `workers` processes (0: in this one)."""
     batches = StageBatches(config, stage)
     return iter(
         DataLoader(
