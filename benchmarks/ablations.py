@@ -5,49 +5,59 @@
     python -m benchmarks.ablations smollm2-quickstart runs/quickstart/traces/train --out runs/ablations --share 0/8
     python -m benchmarks.ablations smollm2-quickstart --out runs/ablations
     python -m benchmarks.ablations smollm2-quickstart runs/quickstart/traces/train --out runs/correction --correction 8
+    python -m benchmarks.ablations gemma-3-270m-long runs/long/*/train --out runs/long/outputs --length 8192 \
+        --length 32768 --ask recipe --ask listwise_mass --correction 8 --report package:pandas
 
 Trains every variation on the same traces (--train: only these), asks every held-out question and follows every text
-under all of them (--share K/N: every N-th document from the K-th on, for processes side by side), and prints the tables
-of what OUT holds, which --train and --share leave to another call; a stopped run continues. Choices are made on the
-`development` documents; the `report` ones are looked at afterwards. They share nothing: development reads another
-source (--development), with the wordings and key words of training, report what the recipe holds out, with wordings and
-key words that nothing else has. A table has, for each variation, needles right, KL of the next token from full
-attention and their differences from the recipe on the same documents with 95 % intervals, then what the held-back
-training documents said: peak entropy, golden and mass recall; and how each of those ranks the variations beside the
-outcomes (Spearman). OUT/ablations.json holds every row.
+under all of them (--ask: these; --share K/N: every N-th document from the K-th on, for processes side by side), and
+prints the tables of what OUT holds, which --train and --share leave to another call; a stopped run continues. Choices
+are made on the `development` documents; the `report` ones are looked at afterwards (--set). They share nothing:
+development reads another source (--development), with the wordings and key words of training, report what the recipe
+holds out, or a source of its own (--report), with wordings and key words that nothing else has. A table has, for each
+variation, needles right, KL of the next token from full attention and their differences from the recipe and of
+recency's and mean-pooled keys' from it on the same documents with 95 % intervals, then what the held-back training
+documents said: peak entropy, golden and mass recall; and how each of those ranks the variations beside the outcomes
+(Spearman, for texts and questions of all lengths). OUT/ablations.json holds every row.
+
+Without --length the documents are those that the recipe holds out, from SEEDS seeds, under `decode.budget`. With it
+the questions and texts are those of `lookahead benchmark`, as its section of the recipe says. Texts are then followed
+under the largest of `benchmark.budgets` and questions asked under the smallest.
 
 --correction CHUNKS asks the recipe's indexer also with a per-step correction of so many chunks, which come off its
-budget, by each token's own query and by that of the one before; the table then says what was fetched (chunks a token)
-and the bytes of mean keys. It trains and asks the recipe alone, in an OUT of its own.
+budget, by each token's own query and by that of the one before, where the budget buys twice as many; the table then
+says what was fetched (chunks a token) and the bytes of mean keys.
 """
 
 import argparse
 import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.ablation_tables import DIAGNOSES, RECIPE, SETS, correlations, rows, tables
 from benchmarks.machine import origin
-from benchmarks.masked import Continuation, MaskedModel, Policy, foresight, recency, trained
+from benchmarks.masked import Continuation, MaskedModel, Policy, Score, foresight, mean_pooled, recency, trained
 from data_gen.backbones.load import load_backbone
 from data_gen.core.files import write_atomically
-from data_gen.text.documents import Document, build_documents
-from data_gen.traces.store import TraceStore
+from data_gen.text.documents import draw_documents, heldout_share
+from eval.online.examples import Example, TextExample
+from eval.online.generated import Haystack, generate_examples
 from eval.online.runner import stop_tokens
 from eval.online.scorers import fidelity
-from eval.report.tables import table
 from eval.runtime.correction import Correction, CorrectionQuery
+from indexer_train.data.mixture import mix
 from indexer_train.load import load_indexer
 from indexer_train.losses import LOSSES
-from indexer_train.measure.intervals import bootstrap_means
 from indexer_train.training.evaluator import MassRecallEvaluator
 from indexer_train.training.trainer import train
 from recipes import Recipe, load_recipe
 
-RECIPE = "recipe"
 VARIATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     RECIPE: ({}, {}),
     "joined": ({}, {"loss_options": {"joined": True}}),
@@ -62,28 +72,74 @@ VARIATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{loss: ({}, {"loss": loss, "loss_options": {}}) for loss in LOSSES},
 }
 """Name -> what it changes of the recipe's indexer and training; a loss that the recipe has anyway is left out."""
-SETS = ("development", "report")
+UNTRAINED: dict[str, Score] = {"recency": recency, "mean-pooled keys": mean_pooled}
+"""Beside the oracles, which are made again for each document."""
 SEEDS = 2
 """Sets of held-out questions, each of the recipe's numbers."""
-DIAGNOSES = ("peak_entropy", "golden_recall", "mass_recall")
 
 
-def documents(recipe: Recipe, name: str, development: str, tokenizer: Any, context: int) -> list[tuple[str, Document]]:
-    """(name, document) of one of SETS: as many as the recipe holds out, SEEDS times."""
-    found = []
-    for seed in range(recipe.documents.seed, recipe.documents.seed + SEEDS):
-        asked, split = recipe.documents.model_copy(update={"seed": seed}), "heldout"
-        if name == "development":
-            new = {"source": development, "train": asked.heldout, "heldout": {}, "heldout_share": 0.5}
-            asked, split = asked.model_copy(update=new), "train"
-        built = build_documents(asked, recipe.trace, tokenizer, context, split)
-        found += [(f"{name} {seed} {document.name}", document) for document in built]
-    return found
+@dataclass(frozen=True)
+class Asked:
+    """What one prompt is asked. length: 0 for documents that the recipe holds out; given: read token by token after
+    the prompt, which is read with full attention; most: tokens generated after that; values: what a right answer has
+    to contain, none for text that is followed."""
+
+    name: str
+    length: int
+    task: str
+    prompt: list[int]
+    given: list[int]
+    most: int
+    values: list[str]
 
 
-def learn(recipe: Recipe, traces: Path, names: list[str], out: Path) -> None:
+def held_out(
+    recipe: Recipe, name: str, source: list[str] | None, follow: int, tokenizer: Any, context: int
+) -> Iterator[Asked]:
+    """Documents as the recipe holds them out, of SEEDS seeds, for one of SETS; source: text of its own."""
+    asked = recipe.documents
+    if source is not None:
+        asked = asked.model_copy(update={"source": source, "heldout_share": 0.02 if name == "development" else 0.98})
+    for seed in range(asked.seed, asked.seed + SEEDS):
+        sides = {"train": {}, "heldout": {}, SETS[name]: asked.heldout}
+        built = asked.model_copy(update=sides | {"seed": seed})
+        for document in draw_documents(built, recipe.trace, tokenizer, context, SETS[name]):
+            place = document.prompt - 1 if document.values else len(document.tokens) - follow - 1
+            given = document.tokens[place : place + 1] if document.values else document.tokens[place:-1]
+            yield Asked(f"{name} {seed} {document.name}", 0, document.task, document.tokens[:place], given,
+                        recipe.decode.answer_tokens, document.values)  # fmt: skip
+
+
+def at_length(
+    recipe: Recipe, name: str, source: list[str] | None, lengths: list[int], follow: int, tokenizer: Any
+) -> Iterator[Callable[[], Asked]]:
+    """What `lookahead benchmark` asks at these lengths, its tasks and numbers, for one of SETS, the shortest first."""
+    config = recipe.benchmark.model_copy(update={"text_tokens": follow})
+    documents = recipe.documents
+    share = 1.0 if source is not None else heldout_share(documents)
+    where = documents.source if source is None else source
+    haystack = Haystack(where, documents.text_field, share, tokenizer, max(lengths), documents.bad_rows)
+
+    def asked(label: str, build: Callable[[], Example | TextExample]) -> Asked:
+        example = build()
+        if isinstance(example, TextExample):
+            place = len(example.tokens) - follow - 1
+            prompt, given, most, values = example.tokens[:place], example.tokens[place:-1], 0, []
+        else:
+            ids = example.prompt(tokenizer, recipe.documents.thinking)
+            prompt, given = ids[:-1], [ids[-1], *example.opening(tokenizer)]
+            most, values = example.answer_tokens, example.references
+        return Asked(label, example.length or 0, example.task, prompt, given, most, values)
+
+    examples = generate_examples(config, lengths, haystack, tokenizer, recipe.documents.thinking, SETS[name])
+    for each, build in examples.items():
+        if each.rsplit("-", 2)[0] in config.tasks:  # others are asked whatever the recipe says
+            yield partial(asked, f"{name} {each}", build)
+
+
+def learn(recipe: Recipe, traces: list[Path], names: list[str], out: Path) -> None:
     """Train what is not trained yet, and measure it on the documents held back from training."""
-    store = TraceStore.open(traces)
+    store = mix(traces)
     for name in names:
         shape, settings = VARIATIONS[name]
         diagnosis = out / name / "diagnosis.json"
@@ -99,56 +155,61 @@ def learn(recipe: Recipe, traces: Path, names: list[str], out: Path) -> None:
         )
 
 
-def ask(recipe: Recipe, out: Path, development: str, follow: int, share: tuple[int, int], correction: int) -> None:
-    """Go on behind every document's prompt under every trained variation; OUT/asked-K.jsonl keeps the finished ones."""
-    model, tokenizer = load_backbone(recipe.backbone)
-    masked, stop = MaskedModel(model, recipe.trace.chunking), stop_tokens(model, tokenizer)
-    indexers = {name: load_indexer(out / name / "indexer") for name in VARIATIONS if (out / name / "indexer").exists()}
-    scores = {name: trained(indexer.to(model.device)) for name, indexer in indexers.items()} | {"recency": recency}
-    budget, made = recipe.decode.budget, origin(model.device)
-    asked = [Policy(name, score, budget) for name, score in scores.items()]
+def policies_of(recipe: Recipe, out: Path, names: list[str], correction: int, device: torch.device) -> list[Policy]:
+    """What is asked of every document but the oracles: `names`, of which those that are trained lie in `out`."""
+    scores: dict[str, Score] = {name: trained(load_indexer(out / name / "indexer").to(device)) for name in names}
+    asked = [Policy(name, score, 0.0) for name, score in (scores | UNTRAINED).items()]
     for query in get_args(CorrectionQuery) if correction else ():
         corrected = Correction(chunks=correction, query=query)
-        asked.append(Policy(f"{RECIPE} + {correction} by {query}", scores[RECIPE], budget, corrected))
-    context, window = model.config.get_text_config(decoder=True).max_position_embeddings, recipe.trace.window
-    journal = out / f"asked-{share[0]}-of-{share[1]}.jsonl"
+        asked.append(Policy(f"{RECIPE} + {correction} by {query}", scores[RECIPE], 0.0, corrected))
+    return asked
+
+
+def ask(
+    recipe: Recipe, policies: list[Policy], masked: MaskedModel, tokenizer: Any, every: Iterable[Asked], journal: Path
+) -> None:
+    """Go on after every prompt under every policy; `journal` keeps the finished ones."""
+    stop, window, made = stop_tokens(masked.model, tokenizer), recipe.trace.window, origin(masked.model.device)
     done = {json.loads(line)["name"] for line in journal.read_text().splitlines()} if journal.exists() else set()
-    every = [each for name in SETS for each in documents(recipe, name, development, tokenizer, context)]
-    for name, document in tqdm([each for each in every[share[0] :: share[1]] if each[0] not in done], "asking"):
-        place = document.prompt - 1 if document.values else len(document.tokens) - follow - 1
-        prompt = masked.prompt(document.tokens[:place])
+    for asked in tqdm((each for each in every if each.name not in done), "asking"):
+        prompt = masked.prompt(asked.prompt)
         full = masked.begin(prompt, [Policy("full", None, 1.0)], watch=True)
-        if document.values:
-            ended = lambda said, values=document.values: right(tokenizer.decode(said), values) or said[-1] in stop  # noqa: E731
-            most = recipe.decode.answer_tokens
-            said = answers(masked, full, document.tokens[place], most, window, ended)
+        if asked.values:
+            ended = lambda said, values=asked.values: right(tokenizer.decode(said), values) or said[-1] in stop  # noqa: E731
+            said = answers(masked, full, asked.given, asked.most, window, ended)
         else:
-            log_full = followed(masked, full, document.tokens[place:-1], window)
-        policies = [*asked, Policy("oracle of peaks", foresight(full, window, True), budget)]
-        policies += [Policy("oracle of mass", foresight(full, window, False), budget)]
-        going = masked.begin(prompt, policies)
-        if document.values:
-            said += answers(masked, going, document.tokens[place], most, window, ended)
-            values = [{"right": right(tokenizer.decode(each), document.values)} for each in said]
+            log_full = followed(masked, full, asked.given, window)
+        budgets = recipe.benchmark.budgets if asked.length else [recipe.decode.budget]
+        budget = min(budgets) if asked.values else max(budgets)
+        bought = masked.chunking.kept(budget, prompt.tokens)
+        beside = [replace(each, budget=budget) for each in policies
+                  if each.correction is None or bought >= 2 * each.correction.chunks]  # fmt: skip
+        beside += [Policy("oracle of peaks", foresight(full, window, True), budget)]
+        beside += [Policy("oracle of mass", foresight(full, window, False), budget)]
+        going = masked.begin(prompt, beside)
+        if asked.values:
+            said += answers(masked, going, asked.given, asked.most, window, ended)
+            values = [{"right": right(tokenizer.decode(each), asked.values)} for each in said]
         else:
-            logits = followed(masked, going, document.tokens[place:-1], window)
+            logits = followed(masked, going, asked.given, window)
             pairs = [fidelity(each, log_full[0]) for each in [log_full[0], *logits]]
             values = [{"agreement": float(a.mean()), "kl": float(k.mean())} for a, k in pairs]
         kept = [share for each in (full, going) for share in torch.stack(each.kept).mean(dim=0).tolist()]
-        every_policy = [*full.policies, *policies]
+        every_policy = [*full.policies, *beside]
         runs = {
             policy.name: value | {"kept": share}
             for policy, value, share in zip(every_policy, values, kept, strict=True)
         }
-        if correction:
+        if any(policy.correction for policy in policies):
             held = sum(means.nbytes for means in prompt.means.values())
             for each, policy, fetched in zip(
-                (full, *[going] * len(policies)), every_policy, [0.0, *going.fetched.tolist()], strict=True
+                (full, *[going] * len(beside)), every_policy, [0.0, *going.fetched.tolist()], strict=True
             ):
                 means = 0 if policy.correction is None else held
                 runs[policy.name] |= {"fetched": fetched / each.read, "mean_key_bytes": means}
         with journal.open("a") as file:
-            file.write(json.dumps({"name": name, "set": name.split()[0], "runs": runs, "origin": made}) + "\n")
+            record = {"name": asked.name, "set": asked.name.split()[0], "tokens": asked.length, "task": asked.task}
+            file.write(json.dumps(record | {"runs": runs, "origin": made}) + "\n")
 
 
 def right(answer: str, values: list[str]) -> bool:
@@ -167,14 +228,20 @@ def followed(masked: MaskedModel, going: Continuation, tokens: list[int], window
 
 
 def answers(
-    masked: MaskedModel, going: Continuation, first: int, most: int, window: int, ended: Any
+    masked: MaskedModel,
+    going: Continuation,
+    given: list[int],
+    most: int,
+    window: int,
+    ended: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """Greedy answers of each row behind `first`, of at most `most` tokens; `ended`: tokens -> whether that was all."""
+    """Greedy answers of each row after `given`, of at most `most` tokens; `ended`: tokens -> whether that was all."""
     said: list[list[int]] = [[] for _ in going.policies]
-    tokens, over = torch.full((len(said), 1), first), [False] * len(said)
-    for step in range(most):
-        if step % window == 0:
+    tokens, over, due = torch.tensor([given]).expand(len(said), -1), [False] * len(said), 0
+    for _ in range(most):
+        if going.read >= due:
             masked.refresh(going)
+            due = going.read + window
         tokens = masked.read(going, tokens, last=True)[:, -1:].argmax(dim=-1)
         for row, token in enumerate(tokens.flatten().tolist()):
             if not over[row]:
@@ -185,78 +252,48 @@ def answers(
     return said
 
 
-def rows(records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """A row per set and policy; differences from the recipe by pairs, [mean, low, high]; diagnoses of trained ones."""
-    found = []
-    for part in SETS:
-        members = [record for record in records if record["set"] == part]
-        for name in members[0]["runs"] if members else []:
-            row: dict[str, Any] = {"set": part, "policy": name}
-            for metric in ("right", "kl", "agreement"):
-                runs = [record["runs"] for record in members if metric in record["runs"][name]]
-                own, ours = (np.array([run[each][metric] for run in runs], float) for each in (name, RECIPE))
-                row |= {metric: float(own.mean()), f"{metric}_documents": len(own)}
-                row[f"{metric}_difference"] = [float(each[0]) for each in bootstrap_means((own - ours)[:, None])]
-            row["kept"] = float(np.mean([record["runs"][name]["kept"] for record in members]))
-            for metric in ("fetched", "mean_key_bytes"):
-                if metric in members[0]["runs"][name]:
-                    row[metric] = float(np.mean([record["runs"][name][metric] for record in members]))
-            diagnosis = out / name / "diagnosis.json"
-            found.append(row | (json.loads(diagnosis.read_text()) if diagnosis.exists() else {}))
-    return found
-
-
-def correlations(found: list[dict[str, Any]]) -> list[list[Any]]:
-    """[set, diagnosis, Spearman with needles right, with KL] over the trained variations."""
-    lines = []
-    for part in SETS:
-        trained_ones = [row for row in found if row["set"] == part and DIAGNOSES[0] in row]
-        for name in DIAGNOSES if len(trained_ones) > 2 else ():
-            ranks = [np.argsort(np.argsort([row[each] for row in trained_ones])) for each in (name, "right", "kl")]
-            lines.append([part, name, *(float(np.corrcoef(ranks[0], other)[0, 1]) for other in ranks[1:])])
-    return lines
-
-
-def tables(found: list[dict[str, Any]]) -> str:
-    """What is printed: one row a set and variation, then how diagnoses rank."""
-
-    def differs(value: list[float]) -> str:
-        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*value)
-
-    counted = any("fetched" in row for row in found)
-    lines = [
-        [row["set"], row["policy"], f"{row['right'] * row['right_documents']:.0f} of {row['right_documents']}",
-         differs(row["right_difference"]), row["kl"], differs(row["kl_difference"]), f"{row['kept']:.1%}",
-         *([row["fetched"], row["mean_key_bytes"] / 1e6] if counted else []),
-         *(row.get(name, "-") for name in DIAGNOSES)]
-        for row in found
-    ]  # fmt: skip
-    head = ["set", "variation", "right", "beside the recipe", "KL", "beside the recipe", "KV kept"]
-    head += [*(["chunks fetched a token", "mean keys, MB"] if counted else []), *DIAGNOSES]
-    ranked = table(["set", "diagnosis", "rank: right", "rank: KL"], correlations(found))
-    return f"{table(head, lines)}\n\n{ranked}"
-
-
 def main() -> None:
     """Train, ask, print; OUT/ablations.json holds every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("traces", type=Path, nargs="?", help="to train on; without them what is there is printed")
+    parser.add_argument("traces", type=Path, nargs="*", help="to train on; without them what is there is printed")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", action="append", choices=list(VARIATIONS), help="these only, and ask nothing")
+    parser.add_argument("--ask", action="append", choices=list(VARIATIONS), help="these only, the recipe among them")
     parser.add_argument("--share", help="K/N: ask every N-th document from the K-th on, and train nothing")
-    parser.add_argument("--development", default="stdlib", help="source of the development documents")
+    parser.add_argument("--set", action="append", choices=SETS, help="asked only these; both by default")
+    parser.add_argument("--length", type=int, action="append", default=[], help="tokens of the documents asked about")
+    parser.add_argument("--development", action="append", help="sources of the development documents; stdlib if none")
+    parser.add_argument("--report", action="append", help="sources of the report documents")
     parser.add_argument("--correction", type=int, default=0, metavar="CHUNKS", help="the recipe also with a correction")
     parser.add_argument("--follow", type=int, default=128, help="tokens followed of each text")
     arguments = parser.parse_args()
     recipe, out = load_recipe(arguments.recipe), arguments.out
-    if arguments.traces is not None and arguments.share is None:
-        same = [name for name in VARIATIONS if name == recipe.train.loss]
-        every = [RECIPE] if arguments.correction else [name for name in VARIATIONS if name not in same]
-        learn(recipe, arguments.traces, arguments.train or every, out)
-    if arguments.traces is not None and arguments.train is None:
+    every = [name for name in VARIATIONS if name != recipe.train.loss]
+    if arguments.traces and arguments.share is None:
+        learn(recipe, arguments.traces, arguments.train or arguments.ask or every, out)
+    if arguments.traces and arguments.train is None:
+        model, tokenizer = load_backbone(recipe.backbone)
+        context = model.config.get_text_config(decoder=True).max_position_embeddings
+        sources = {"development": arguments.development or ["stdlib"], "report": arguments.report}
+        follow, lengths = arguments.follow, arguments.length
+        built = (
+            build
+            for name in arguments.set or SETS
+            for build in (
+                at_length(recipe, name, sources[name], lengths, follow, tokenizer)
+                if lengths
+                else (
+                    lambda each=each: each for each in held_out(recipe, name, sources[name], follow, tokenizer, context)
+                )
+            )
+        )
+        names = arguments.ask or [name for name in every if (out / name / "indexer").exists()]
+        asked = policies_of(recipe, out, names, arguments.correction, model.device)
         first, of = map(int, (arguments.share or "0/1").split("/"))
-        ask(recipe, out, arguments.development, arguments.follow, (first, of), arguments.correction)
+        masked = MaskedModel(model, recipe.trace.chunking)
+        journal = out / f"asked-{first}-of-{of}.jsonl"
+        ask(recipe, asked, masked, tokenizer, (build() for build in islice(built, first, None, of)), journal)
     if arguments.train or arguments.share:
         return  # others go on beside this process: the tables are printed by a call of its own
     records = [json.loads(line) for file in sorted(out.glob("asked-*.jsonl")) for line in file.read_text().splitlines()]

@@ -4,19 +4,22 @@
     python -m benchmarks.before_after BEFORE AFTER pocket-v4 --prepare recipes.pocket_v4.documents \
         --folder runs/pocket --benchmark --output results.json
 
+The module that prepares is named as both checkouts have it: commits 198771a and 49df626, on either side of the
+redesign, know this one; later ones have `recipes.pocket.documents recipes/pocket_v4`.
+
 Each checkout runs the BEFORE checkout's recipe in its own folder, both at once; then `train`, `evaluate` and `decode`
-are timed, the two checkouts by turns: a ratio above 1 says that AFTER is slower. Fields that only AFTER writes are
-counted.
+are timed in CPU-seconds, the two checkouts by turns: a ratio above 1 says that AFTER is slower. Fields that only AFTER
+writes are counted.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,19 +28,28 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from benchmarks.machine import origin
+from benchmarks.machine import commit, origin
 
 UNEQUAL = {"date", "commit", "recipe", "evaluated", "measured"}
-"""Sections and fields that say where and when, not what was measured."""
+"""Sections and fields that say how, where and when, not what was measured."""
 
 
 def call(checkout: Path, *arguments: str) -> float:
-    """Seconds that `python -m ARGUMENTS` takes in a checkout. Raises CalledProcessError when it fails."""
-    began = time.monotonic()
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    """CPU-seconds of `python -m ARGUMENTS` in a checkout, where nothing else is called meanwhile.
+
+    Raises CalledProcessError when it fails.
+    """
+    began = cpu_seconds()
+    path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", *arguments]
-    subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=sys.stderr)
-    return time.monotonic() - began
+    subprocess.run(command, cwd=checkout, env=os.environ | {"PYTHONPATH": path}, check=True, stdout=sys.stderr)
+    return cpu_seconds() - began
+
+
+def cpu_seconds() -> float:
+    """That all ended children took so far: other work on the machine does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
@@ -94,7 +106,7 @@ def main() -> None:
     parser.add_argument("after", type=Path)
     parser.add_argument("recipe", help="a shipped recipe of BEFORE")
     parser.add_argument("--folder", type=Path, default=Path("runs/before_after"), help="output, in each checkout")
-    parser.add_argument("--prepare", help="a module that is run with --out FOLDER first")
+    parser.add_argument("--prepare", help="a module, and its arguments, that is run with --out FOLDER first")
     parser.add_argument("--benchmark", action="store_true", help="also `lookahead benchmark`, and its answers")
     parser.add_argument("--rounds", type=int, default=0, help="timed rounds of each verb and checkout")
     parser.add_argument("--output", type=Path)
@@ -104,7 +116,7 @@ def main() -> None:
 
     def run(checkout: Path) -> None:
         if options.prepare:
-            call(checkout, options.prepare, "--out", out)
+            call(checkout, *options.prepare.split(), "--out", out)
         call(checkout, "cli", "run", recipe, "--out", out)
         if options.benchmark:
             call(checkout, "cli", "benchmark", f"{out}/bundle", "--recipe", recipe, "--out", out)
@@ -113,6 +125,7 @@ def main() -> None:
         list(both.map(run, checkouts.values()))
     before, after = (checkout / options.folder for checkout in checkouts.values())
     report: dict[str, Any] = {"recipe": options.recipe, "origin": origin()}
+    report |= {name: commit(checkout) for name, checkout in checkouts.items()}
     for part in ("traces", "indexer"):
         report[part] = compare(tensors(before / part), tensors(after / part))
     for name in ("results.json", "answers.jsonl"):
@@ -130,7 +143,7 @@ def main() -> None:
                 shutil.rmtree(checkout / f"{out}-timed", ignore_errors=True)
                 seconds[name].append(call(checkout, "cli", *arguments))
         ratio = statistics.median(seconds["after"]) / statistics.median(seconds["before"])
-        report[verb] = {"ratio": round(ratio, 3), "seconds": seconds}
+        report[verb] = {"ratio": round(ratio, 3), "cpu_seconds": seconds}
     print(json.dumps(report, indent=1))
     if options.output:
         options.output.write_text(json.dumps(report, indent=1))

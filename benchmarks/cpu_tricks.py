@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu_tricks [--only SteadyLinear ...] [--rounds 3] [--steps 16] [--output FILE.json]
 
-Time: CPU-seconds of training steps as `lookahead train` takes them, on the documents of benchmarks/train.py (4,096
+Step: CPU-seconds of training steps as `lookahead train` takes them, on the documents of benchmarks/train.py (4,096
 chunks, 3 layers, hidden 4096, 128 heads of rank 2048, sampled candidates, one thread), batches made in the same
 thread. Memory (of `return_freed_memory`): the most that evaluating long documents held. A ratio above 1 is a gain; 5 %
 either way is noise. Each side runs in a process of its own: the allocator and torch read their settings once.
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,20 @@ from benchmarks.documents import LAYERS, WINDOW, write_store
 from benchmarks.evaluate import measure_whole, write_documents
 from benchmarks.machine import machine, origin
 from benchmarks.train import BATCH, HUGE_PAGES, measure_ours, peak_memory
+from data_gen import generate
 from data_gen.config import TraceConfig
 from data_gen.core import cpu
 from data_gen.core.chunks import Chunking
+from data_gen.core.shard import Shard
 from data_gen.flashmemory.folder import import_dumps
+from recipes import load_recipe
 
 HEADS, RANK = 128, 2048
 LONG_CHUNKS, LONG_TOKENS, LONG_DOCUMENTS = 98_304, 64, 3
 
 
 def without_steady_linear() -> None:
-    """Stock layers, which make every gradient anew."""
+    """Stock layers, which allocate every gradient anew."""
     from indexer_train import scorer
 
     scorer.SteadyLinear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
@@ -51,14 +55,14 @@ def without_kept_memory() -> None:
     """glibc gives large blocks back as soon as they are free."""
     from indexer_train.training import trainer
 
-    trainer.keep_freed_memory = lambda: None
+    trainer.keep_freed_memory = generate.keep_freed_memory = lambda: None
 
 
 def without_returned_memory() -> None:
     """glibc moves its bound up with the blocks that it sees freed, and keeps them."""
-    from eval.offline import recall
+    from eval.offline import evaluation
 
-    recall.return_freed_memory = lambda: None
+    evaluation.return_freed_memory = lambda: None
 
 
 TRICKS = {
@@ -69,7 +73,20 @@ TRICKS = {
     "return_freed_memory": without_returned_memory,
 }
 """By its name in data_gen/core/cpu.py: how to do without it."""
-UNITS = {"time": "CPU-seconds a step", "memory": "GiB"}
+UNITS = {"step": "CPU-seconds a step", "document": "CPU-seconds a document", "memory": "GiB"}
+MATTERS = {
+    "step": ["keep_freed_memory", "ask_for_huge_pages", "ONEDNN", "SteadyLinear"],
+    "document": ["keep_freed_memory", "ONEDNN"],
+    "memory": ["return_freed_memory"],
+}
+"""The tricks that each measurement can tell something about."""
+
+
+def prepare(what: str, folder: Path) -> Path:
+    """The documents of a measurement, in `folder`; tracing draws its own."""
+    if what == "step":
+        return write_store(folder, 8, 4096)
+    return write_long(folder) if what == "memory" else folder
 
 
 def write_long(folder: Path) -> Path:
@@ -82,14 +99,27 @@ def write_long(folder: Path) -> Path:
     return folder
 
 
+def trace_documents(folder: Path, count: int = 4) -> float:
+    """CPU-seconds a document, drawing it included, loading the model not."""
+    recipe = load_recipe("smollm2-quickstart")
+    documents = recipe.documents.model_copy(update={"train": {"text": count}, "heldout": {"text": 1}})
+    backbone, tokenizer = generate.open_backbone(recipe.backbone, Shard())
+    began = time.process_time()
+    generate.generate(backbone, tokenizer, documents, recipe.trace, folder)
+    return (time.process_time() - began) / (count + 1)
+
+
 def measure(what: str, off: str, folder: Path, steps: int) -> float:
-    """CPU-seconds of a training step, or GiB, without the trick `off` ("" for none)."""
+    """What `UNITS` says, without the trick `off` ("" for none)."""
     torch.set_num_threads(1)
     if off:
         TRICKS[off]()
     if what == "memory":
         measure_whole(folder, 8, 64)
         return peak_memory()
+    if what == "document":
+        with tempfile.TemporaryDirectory() as traces:
+            return trace_documents(Path(traces))
     return BATCH / measure_ours(folder, HEADS, RANK, steps)["speed"]
 
 
@@ -135,14 +165,10 @@ def main() -> None:
         return
     print(machine())
     with tempfile.TemporaryDirectory() as name:
-        timed = [trick for trick in arguments.only if trick != "return_freed_memory"]
         results = []
-        if timed:
-            data = write_store(Path(name) / "data", 8, 4096)
-            results += compare("time", timed, data, arguments.rounds, arguments.steps)
-        if "return_freed_memory" in arguments.only:
-            long = write_long(Path(name) / "long")
-            results += compare("memory", ["return_freed_memory"], long, arguments.rounds, arguments.steps)
+        for what, tricks in MATTERS.items():
+            if asked := [trick for trick in tricks if trick in arguments.only]:
+                results += compare(what, asked, prepare(what, Path(name) / what), arguments.rounds, arguments.steps)
     if arguments.output:
         content = origin() | {"results": results}
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Benchmark rows of the two levels of selection, and of the attention behind them."""
+"""Benchmark rows of the two levels of selection, and of the attention after them."""
 
 from collections.abc import Iterator
 from functools import partial

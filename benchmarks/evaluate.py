@@ -57,28 +57,19 @@ def make_indexer(folder: Path, heads: int, rank: int) -> Any:
     """The same random weights for both sides."""
     from data_gen.traces.store import TraceStore
     from indexer_train.config import IndexerConfig
-    from indexer_train.model import IndexerSpec, MemoryIndexer
+    from indexer_train.load import spec_for
+    from indexer_train.model import MemoryIndexer
 
     store = TraceStore.open(folder / "store")
-    trace, backbone = store.manifest.trace, store.manifest.backbone
     torch.manual_seed(0)
-    spec = IndexerSpec(
-        shape=IndexerConfig(heads=heads, rank=rank, distance_bumps=0, scale=False, slot=False, join="max"),
-        layers=LAYERS,
-        hidden=backbone.hidden,
-        key_width=backbone.key_width,
-        chunking=trace.chunking,
-        window=trace.window,
-        backbone=backbone.fingerprint,
-        key=backbone.key,
-        rope=backbone.rope,
-    )
-    return MemoryIndexer.from_spec(spec, device="cpu"), store
+    shape = IndexerConfig(heads=heads, rank=rank, distance_bumps=0, scale=False, slot=False, join="max")
+    return MemoryIndexer.from_spec(spec_for(store.manifest, shape), device="cpu"), store
 
 
 def measure_ours(folder: Path, heads: int, rank: int) -> tuple[float, Metrics]:
     """(CPU-seconds, metrics) of what `lookahead evaluate --every-token` does for the indexer."""
-    from eval.offline.recall import measure, recall_rows
+    from eval.offline.recall import Group, measure, recall_rows
+    from eval.report.rows import RecallRow
     from indexer_train.selection import Cut, Threshold
 
     indexer, store = make_indexer(folder, heads, rank)
@@ -92,7 +83,7 @@ def measure_ours(folder: Path, heads: int, rank: int) -> tuple[float, Metrics]:
         budgets=(),
         baselines=False,
     )
-    rows = recall_rows(list(found), lambda _: ["all"])
+    rows = recall_rows(list(found), RecallRow, lambda _: [Group("all")])
     seconds = time.process_time() - start
     metrics: Metrics = {}
     for row in rows:

@@ -27,15 +27,15 @@ from data_gen.core.files import write_atomically
 from eval.online.online_policies import calibrated, indexer_policy
 from eval.online.session import open_session
 from eval.online.summary import wilson
-from eval.report.tables import table
+from eval.report.tables import Table
 from eval.runtime.runtime import LSARuntime
 from eval.serving.select import Fallback, Limits
 from indexer_train.formats.bundle import load_bundle
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
-from recipes.pocket_v4.config import load_config
-from recipes.pocket_v4.tasks import PocketDocument, solved, test_documents
-from recipes.pocket_v4.words import build_lexicon
+from recipes.pocket.config import load_config
+from recipes.pocket.tasks import PocketDocument, solved, test_documents
+from recipes.pocket.words import build_lexicon
 
 DENSE, SPARSE = "copy", "multi_key"
 POCKET = "package:recipes/pocket_v4"
@@ -134,8 +134,8 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return table(
-        ["", "task", "right", "windows fallen back", "median demand", "chunks resident", "bytes a token"], lines
+    return str(
+        Table(["", "task", "right", "windows fallen back", "median demand", "chunks resident", "bytes a token"], lines)
     )
 
 

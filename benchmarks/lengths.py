@@ -25,7 +25,7 @@ from data_gen.generate import generate
 from data_gen.traces.store import TraceStore
 from eval.offline.recall import DocumentRecall, measure, task_groups
 from eval.offline.refresh import analyse_lookahead
-from eval.report.tables import table
+from eval.report.tables import Table
 from indexer_train.load import check_traces, load_indexer
 from indexer_train.measure.intervals import bootstrap_means
 from indexer_train.model import MemoryIndexer
@@ -40,8 +40,8 @@ def traced(recipe: Recipe, lengths: list[int], out: Path) -> dict[int, TraceStor
     stores = {}
     for length in lengths:
         documents = recipe.documents.model_copy(update={"tokens": (length, length)})
-        stores[length] = generate(
-            adapter(model), tokenizer, documents, recipe.trace, "heldout", out / str(length),
+        (stores[length],) = generate(
+            adapter(model), tokenizer, documents, recipe.trace, out / str(length), ["heldout"],
             lambda items, what: tqdm(items, what, unit="doc"),
         )  # fmt: skip
     return stores
@@ -83,7 +83,7 @@ def share_table(found: list[dict[str, Any]]) -> str:
             cells += [other["mass_recall"], f"{gap:+.3f} [{low:+.3f}, {high:+.3f}]"]
         lines.append([f"{length:,}", task, f"{budget:.1%}", ours["documents"], *cells])
     ours = ["n", "mass recall", "of the oracle's", "golden recall"]
-    return table(["tokens", "task", "kept", *ours, "mean-pooled", "indexer's lead"], lines)
+    return str(Table(["tokens", "task", "kept", *ours, "mean-pooled", "indexer's lead"], lines))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -13,18 +14,22 @@ import torch
 
 
 def origin(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Command, commit (-dirty: files were changed; None: no checkout), device, cores, threads and versions."""
-    call = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(call, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+    """Command, commit, device, cores, threads and versions."""
     return {
-        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-        "commit": commit or None,
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "commit": commit(Path(__file__).parent),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
+
+
+def commit(folder: Path) -> str | None:
+    """The commit of the checkout that a folder lies in; -dirty: files were changed; None: there is no checkout."""
+    call = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def machine() -> str:

@@ -1,8 +1,8 @@
-"""Many policies behind one prompt at once: what is not resident is masked, so a whole window is read in one pass.
+"""Many policies after one prompt at once: what is not resident is masked, so a whole window is read in one pass.
 
 Decoding as it is served (eval/online) reads a token at a time under every policy. Here the sets are masks over one
 shared prompt, so that an ablation of dozens of indexers costs seconds a document; next-token distributions are the same
-up to rounding (tests/benchmarks/test_masked.py). Behind the prompt at most `chunking.recent` chunks may be read: they
+up to rounding (tests/benchmarks/test_masked.py). After the prompt at most `chunking.recent` chunks may be read: they
 stay resident, as they do when served.
 """
 
@@ -18,14 +18,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data_gen.backbones.observe import AttentionCall, attention_modules, observe
+from data_gen.backbones.layers import attention_modules
+from data_gen.backbones.observe import AttentionCall, observe
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from data_gen.core.keys import KeyPooler, flatten_heads
+from data_gen.core.keys import KeyPooler, flatten_heads, mean_pooled_scores
 from data_gen.traces.labels import candidates
 from eval.runtime.correction import Correction
 from eval.runtime.hosts.corrector import correction_scores
-from eval.runtime.hosts.dense import PIECE_TOKENS, ResidentLayer
+from eval.runtime.hosts.dense import PIECE_TOKENS
+from eval.runtime.hosts.dense_cache import ResidentLayer
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import select
 
@@ -36,8 +38,8 @@ Score = Callable[["Continuation", int], torch.Tensor]
 @dataclass
 class Prompt:
     """What a prompt of `tokens` tokens left behind: the stock cache, chunk keys of each full-attention layer
-    [KV, N, d], their means after RoPE [KV, N, d] fp16, the newest state entering its attention [hidden] and the newest
-    query [H, 1, d]."""
+    [KV, N, d], their means after RoPE [KV, N, d] fp16, the newest state entering its attention [hidden], the newest
+    query [H, 1, d], and the same before RoPE times the attention's scaling."""
 
     tokens: int
     cache: Cache
@@ -45,6 +47,7 @@ class Prompt:
     means: dict[int, torch.Tensor]
     newest: dict[int, torch.Tensor]
     queries: dict[int, torch.Tensor]
+    contents: dict[int, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,13 @@ class Policy:
 
 @dataclass
 class Continuation:
-    """Rows that go on behind one prompt, each under its policy.
+    """Rows that go on after one prompt, each under its policy.
 
     resident: [rows, tokens of the prompt] bool, None before the first refresh; newest: layer -> [rows, hidden];
     watched: layer -> probabilities of each token read on each complete chunk, highest and mean over heads [S, N], of a
-    continuation of one row that keeps everything; queries: layer -> newest ones [rows, H, 1, d]; complete: chunks at
-    the last refresh; held: (layer, row) -> what corrected the newest token [N] bool; fetched: chunks [rows], of which
-    one layer's part counts as its share of the layers.
+    continuation of one row that keeps everything; queries: layer -> newest ones [rows, H, 1, d]; contents: the same
+    before RoPE, scaled; complete: chunks at the last refresh; held: (layer, row) -> what corrected the newest token [N]
+    bool; fetched: chunks [rows], of which one layer's part counts as its share of the layers.
     """
 
     prompt: Prompt
@@ -74,6 +77,7 @@ class Continuation:
     cache: Cache
     newest: dict[int, torch.Tensor]
     queries: dict[int, torch.Tensor]
+    contents: dict[int, torch.Tensor]
     fetched: torch.Tensor
     read: int = 0
     complete: int = 0
@@ -103,18 +107,20 @@ class MaskedModel:
         poolers = {layer: KeyPooler(self.chunking.tokens) for layer in self.layers}
         newest: dict[int, torch.Tensor] = {}
         queries: dict[int, torch.Tensor] = {}
+        contents: dict[int, torch.Tensor] = {}
 
         def note(call: AttentionCall) -> None:
             poolers[call.layer].append(call.new_keys()[0])
             newest[call.layer] = call.hidden[0, -1]
             queries[call.layer] = call.query[0, :, -1:]
+            contents[call.layer] = _content(call)[0]
 
         with observe(self.model, note):
             for piece in torch.tensor([tokens], device=self.model.device).split(PIECE_TOKENS, dim=1):
                 self.model(piece, past_key_values=cache, logits_to_keep=1)
         keys = {layer: pooler.pooled for layer, pooler in poolers.items()}
         means = {layer: _means(cache.layers[layer].keys[0], self.chunking.tokens) for layer in self.layers}
-        return Prompt(len(tokens), cache, keys, means, newest, queries)
+        return Prompt(len(tokens), cache, keys, means, newest, queries, contents)
 
     def begin(self, prompt: Prompt, policies: Sequence[Policy], watch: bool = False) -> Continuation:
         """Nothing read yet, nothing evicted."""
@@ -128,9 +134,13 @@ class MaskedModel:
                 for name in ("keys", "values"):
                     setattr(cache.layers[place], name, getattr(layer, name).expand(rows, -1, -1, -1).contiguous())
         newest = {layer: state.expand(rows, -1) for layer, state in prompt.newest.items()}
-        queries = {layer: query.expand(rows, -1, -1, -1) for layer, query in prompt.queries.items()}
+        queries, contents = (
+            {layer: query.expand(rows, -1, -1, -1) for layer, query in each.items()}
+            for each in (prompt.queries, prompt.contents)
+        )
+        fetched = torch.zeros(rows)
         return Continuation(
-            prompt, policies, cache, newest, queries, torch.zeros(rows), watched={} if watch else None
+            prompt, policies, cache, newest, queries, contents, fetched, watched={} if watch else None
         )  # fmt: skip
 
     def refresh(self, going: Continuation) -> None:
@@ -164,7 +174,7 @@ class MaskedModel:
     def read(self, going: Continuation, tokens: torch.Tensor, last: bool = False) -> torch.Tensor:
         """Read tokens [rows, S] with what is resident: logits [rows, S, vocabulary], of the last one only if asked.
 
-        Raises ValueError where chunks behind the prompt would have to be evicted.
+        Raises ValueError where chunks after the prompt would have to be evicted.
         """
         rows, new = tokens.shape
         if going.read + new > self.chunking.recent * self.chunking.tokens:
@@ -190,21 +200,19 @@ class MaskedModel:
             forward = earlier or sys.modules[type(module).__module__].eager_attention_forward
             return forward(module, *states, **kwargs)
 
-        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            going.newest[self.modules[module]] = hidden[:, -1]
+        def note(call: AttentionCall) -> None:
+            going.newest[call.layer] = call.hidden[:, -1]
+            going.contents[call.layer] = _content(call)
 
-        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self.modules]
         ALL_ATTENTION_FUNCTIONS[name] = attention
         try:
-            yield
+            with observe(self.model, note):
+                yield
         finally:
             if overridden is None:
                 del ALL_ATTENTION_FUNCTIONS[name]
             else:
                 ALL_ATTENTION_FUNCTIONS[name] = overridden
-            for hook in hooks:
-                hook.remove()
 
     def _attend(
         self,
@@ -251,7 +259,7 @@ class MaskedModel:
     ) -> torch.Tensor:
         """Which tokens of the prompt each new one attends to, [rows, S, P] bool; S is 1 where all see the same.
 
-        query: [rows, H, S, d]; key: [rows, KV, n, d], of all tokens behind the prompt.
+        query: [rows, H, S, d]; key: [rows, KV, n, d], of all tokens after the prompt.
         """
         assert going.resident is not None
         size, prompt, seen = self.chunking.tokens, going.prompt, going.resident[:, None]
@@ -279,6 +287,13 @@ class MaskedModel:
         return seen
 
 
+def _content(call: AttentionCall) -> torch.Tensor:
+    """The newest query before RoPE, [B, H, 1, d] fp32, times the attention's scaling."""
+    query = call.content().query
+    assert query is not None
+    return query[:, :, -1:].float() * call.scaling
+
+
 def _means(keys: torch.Tensor, size: int) -> torch.Tensor:
     """Keys of tokens [KV, T, d] -> means of complete chunks [KV, T // size, d] fp16."""
     return keys[:, : keys.shape[1] // size * size].float().unflatten(1, (-1, size)).mean(dim=2).half()
@@ -299,6 +314,15 @@ def trained(indexer: MemoryIndexer) -> Score:
 def recency(going: Continuation, row: int) -> torch.Tensor:
     """Newest first."""
     return torch.arange(next(iter(going.prompt.keys.values())).shape[1]).float()
+
+
+def mean_pooled(going: Continuation, row: int) -> torch.Tensor:
+    """The backbone's own newest query against mean-pooled keys, averaged over layers: nothing trained."""
+    scores = []
+    for layer, pooled in going.prompt.keys.items():
+        visible = torch.tensor([pooled.shape[1]], device=pooled.device)
+        scores.append(mean_pooled_scores(going.contents[layer][row], pooled, 1.0, visible)[0])
+    return torch.stack(scores).mean(dim=0)
 
 
 def foresight(full: Continuation, window: int, peaks: bool) -> Score:

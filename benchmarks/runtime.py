@@ -4,15 +4,17 @@
     python -m benchmarks.runtime --bundle runs/long/bundle --model FILE.gguf --recipe gemma-3-270m-long --length 32768
 
 --model is what a recipe's `backbone.path` may be. The prompt is the first `input` of a RULER file, or text that the
-recipe holds out, of as many tokens as make up --length with those behind it. Rows: everything resident; LSA with the
+recipe holds out, of as many tokens as make up --length with those after it. Rows: everything resident; LSA with the
 torch backend at lag 0 and 1; the same with Triton, where it computes the bundle. All read what full attention wrote
-behind the prompt, and time is that of decoding alone, from the first window to the last token's logits,
+after the prompt, and time is that of decoding alone, from the first window to the last token's logits,
 with notes of what each window asked and chose taken on the way.
 
 `windows_as_cpu` counts windows whose set equals that of the torch backend on the CPU, from the same hidden states and
 keys; `windows_as_torch` those that equal the torch row's of the same lag, whose hidden states may differ once a set
 did; `times_full`: tokens a second over those with everything resident; `peak_mb`: GPU memory while decoding, the model
 included; `resident_mb`: the largest window's; `fetched_mb_a_window`: without the first, which follows a full prompt.
+`state_ms`, of the first row: what a call of `generate` takes to see whether the weights are those of the turn before;
+`state_tokens`: how many tokens that is.
 """
 
 import argparse
@@ -27,11 +29,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.machine import origin
+from benchmarks.timing import microseconds
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.config import BackboneConfig
 from data_gen.core.errors import InputError
 from data_gen.text.documents import heldout_share
 from eval.online.generated import Haystack
+from eval.runtime.calls import model_state
 from eval.runtime.hosts.resident import Prepared
 from eval.runtime.runtime import LSARuntime
 from eval.serving.level1 import Level1
@@ -133,6 +137,9 @@ def measure(
             row["windows_as_torch"] = f"{sum(torch.equal(a, b) for a, b in pairs)} of {len(pairs)}"
         elif rows:
             by_torch[lag] = windows.chosen
+        else:
+            row["state_ms"] = microseconds(lambda: model_state(model), ids.device) / 1e3
+            row["state_tokens"] = row["state_ms"] / 1e3 * row["tokens_per_second"]
         rows.append(row)
         print(json.dumps(row))
     return rows
@@ -142,7 +149,8 @@ def heldout_text(recipe: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -
     """Ids [1, tokens] of text that the recipe holds out. Raises InputError when it has less."""
     documents = load_recipe(recipe).documents
     wanted = int(tokens * SLACK)
-    haystack = Haystack(documents.source, documents.text_field, heldout_share(documents), tokenizer, wanted)
+    share = heldout_share(documents)
+    haystack = Haystack(documents.source, documents.text_field, share, tokenizer, wanted, documents.bad_rows)
     text = "\n\n".join(haystack.draw(random.Random(0), wanted))
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
     if ids.shape[1] < tokens:

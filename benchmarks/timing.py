@@ -74,19 +74,31 @@ def hardware(device: torch.device, copy_bytes: int) -> Hardware:
     return Hardware(rate, link, f"{rate / 1e3:.0f} GB/s, copy measured on {name}")
 
 
-def microseconds(work: Callable[[], object], device: torch.device, graph: bool = False) -> float:
+def microseconds(work: Callable[[], object], device: torch.device, graph: bool = False, rounds: int = 15) -> float:
     """Median time of a call. graph: replay captured calls, for work that never waits for the host."""
-    for _ in range(3):
+    for _ in range(min(3, rounds // 2)):
         work()
     if device.type != "cuda":
-        return host_microseconds(work, 15)
+        return host_microseconds(work, rounds)
     if graph:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
             for _ in range(CALLS):
                 work()
-        return _on_device(captured.replay, 15) / CALLS
-    return _on_device(work, 15)
+        return _on_device(captured.replay, rounds) / CALLS
+    return _on_device(work, rounds)
+
+
+def captured(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The work as one CUDA graph, for work that never waits for the host; on a CPU the work itself."""
+    if device.type != "cuda":
+        return work
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def host_microseconds(work: Callable[[], object], rounds: int) -> float:

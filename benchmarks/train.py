@@ -33,10 +33,11 @@ import torch
 
 from benchmarks.documents import GOLDEN, LAYERS, TOKENS, WINDOW, write_store
 from benchmarks.machine import origin
+from data_gen.core import cpu
 
 BATCH, NEGATIVES = 64, 3
 WARM_UP = 3
-HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+HUGE_PAGES = {cpu.HUGE_PAGES: "1"}
 LONG = 262_144
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-2
 
@@ -52,7 +53,7 @@ def measure_ours(folder: Path, heads: int, rank: int, steps: int) -> dict[str, f
 
     from data_gen.traces.store import TraceStore
     from indexer_train.config import CandidatesConfig, IndexerConfig, TrainConfig
-    from indexer_train.training.trainer import make_trainer
+    from indexer_train.training.trainer import prepare, stock_trainer
 
     store = TraceStore.open(folder / "store")
     documents = len(store.paths()) - 1  # one is held back
@@ -79,7 +80,8 @@ def measure_ours(folder: Path, heads: int, rank: int, steps: int) -> dict[str, f
                 raise KeyboardInterrupt  # before anything is saved
 
     shape = IndexerConfig(heads=heads, rank=rank, distance_bumps=0, scale=False, slot=False, join="max")
-    trainer = make_trainer(store, shape, config, folder / f"run-{heads}")
+    out = folder / f"run-{heads}"
+    trainer = stock_trainer(prepare(store, shape, config, out), config, out)
     trainer.add_callback(Clock())
     with contextlib.suppress(KeyboardInterrupt):
         trainer.train()
@@ -150,25 +152,14 @@ def compare_losses(folder: Path, checkout: Path, heads: int, rank: int) -> dict[
     from data_gen.traces.store import TraceStore
     from indexer_train.config import CandidatesConfig, IndexerConfig
     from indexer_train.data.batches import SampledCandidates, window_index
+    from indexer_train.load import spec_for
     from indexer_train.losses import LOSSES
-    from indexer_train.model import IndexerSpec, MemoryIndexer
+    from indexer_train.model import MemoryIndexer
 
     store = TraceStore.open(folder / "store")
-    trace, backbone = store.manifest.trace, store.manifest.backbone
     shape = IndexerConfig(heads=heads, rank=rank, distance_bumps=0, scale=False, slot=False, join="max")
     torch.manual_seed(0)
-    spec = IndexerSpec(
-        shape=shape,
-        layers=LAYERS,
-        hidden=backbone.hidden,
-        key_width=backbone.key_width,
-        chunking=trace.chunking,
-        window=trace.window,
-        backbone=backbone.fingerprint,
-        key=backbone.key,
-        rope=backbone.rope,
-    )
-    indexer = MemoryIndexer.from_spec(spec, device="cpu")
+    indexer = MemoryIndexer.from_spec(spec_for(store.manifest, shape), device="cpu")
     model = JointLayerRetriever(LAYERS, n_heads=heads, q_lora_rank=rank)
     for layer in LAYERS:
         theirs, ours = model.retrievers[f"l{layer}"], indexer.query_encoder.encoders[str(layer)]

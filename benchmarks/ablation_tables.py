@@ -1,0 +1,108 @@
+"""Tables of benchmarks/ablations.py: answers and text under each policy, beside others, and what foretold them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from data_gen.text.needles import Split
+from eval.report.tables import Table
+from indexer_train.measure.intervals import bootstrap_means
+
+RECIPE = "recipe"
+BESIDE = (RECIPE, "recency", "mean-pooled keys")
+"""Every policy is compared with these on the same documents."""
+SETS: dict[str, Split] = {"development": "train", "report": "heldout"}
+"""Name -> whose wordings and keys its questions have."""
+DIAGNOSES = ("peak_entropy", "golden_recall", "mass_recall")
+"""What held-back training documents say of a trained indexer."""
+
+
+def rows(records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """A row per set, length, task and policy; differences by pairs, [mean, low, high]; diagnoses of trained ones.
+
+    A row has `right` and `solved` (right, where full attention is) for questions, `kl` and `agreement` for texts.
+    """
+    cells: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for record in records:
+        cells.setdefault((record["set"], record["tokens"], record["task"]), []).append(record["runs"])
+    found = []
+    for (part, length, task), members in sorted(cells.items()):
+        for name in {name: None for runs in members for name in runs}:
+            row: dict[str, Any] = {"set": part, "tokens": length, "task": task, "policy": name}
+            both = [runs for runs in members if name in runs]
+            row |= {"documents": len(both), "kept": float(np.mean([runs[name]["kept"] for runs in both]))}
+            for metric in ("right", "kl", "agreement") if both else ():
+                if metric not in both[0][name]:
+                    continue
+                own = np.array([runs[name][metric] for runs in both], float)
+                row[metric] = float(own.mean())
+                for beside in BESIDE:
+                    other = np.array([runs[beside][metric] for runs in both], float)
+                    row[f"{metric}_beside_{beside}"] = [
+                        float(each[0]) for each in bootstrap_means((own - other)[:, None])
+                    ]
+            solved = [runs[name]["right"] for runs in both if runs["full"].get("right")]
+            if solved:
+                row |= {"solved": float(np.mean(solved)), "solved_documents": len(solved)}
+            for metric in ("fetched", "mean_key_bytes"):
+                if metric in both[0][name]:
+                    row[metric] = float(np.mean([runs[name][metric] for runs in both]))
+            diagnosis = out / name / "diagnosis.json"
+            found.append(row | (json.loads(diagnosis.read_text()) if diagnosis.exists() else {}))
+    return found
+
+
+def correlations(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Spearman's rank correlation of each diagnosis with needles right and text KL, over the trained variations.
+
+    Outcomes are means over a set's lengths and tasks. A row has None where the variations do not differ.
+    """
+    lines = []
+    for part in SETS:
+        members = [row for row in found if row["set"] == part and DIAGNOSES[0] in row]
+        names = sorted({row["policy"] for row in members})
+        for diagnosis in DIAGNOSES if len(names) > 2 else ():
+            line: dict[str, Any] = {"set": part, "diagnosis": diagnosis, "variations": len(names)}
+            for metric in ("right", "kl"):
+                outcomes = [
+                    [row[metric] for row in members if row["policy"] == name and metric in row] for name in names
+                ]
+                if not all(outcomes):
+                    continue
+                said = [next(row[diagnosis] for row in members if row["policy"] == name) for name in names]
+                means = [float(np.mean(each)) for each in outcomes]
+                differ = len(set(said)) > 1 and len(set(means)) > 1
+                line[metric] = float(spearmanr(said, means).statistic) if differ else None
+            lines.append(line)
+    return lines
+
+
+def tables(found: list[dict[str, Any]]) -> str:
+    """What is printed: questions, texts, then how diagnoses rank."""
+
+    def differs(row: dict[str, Any], metric: str) -> list[str]:
+        return ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[f"{metric}_beside_{beside}"]) for beside in BESIDE]
+
+    counted = any("fetched" in row for row in found)
+    head, parts = ["set", "tokens", "task", "variation", "n"], []
+    for metric, named in (("right", ["right", "solved"]), ("kl", ["KL", "agreement"])):
+        lines = [
+            [row["set"], row["tokens"] or "-", row["task"], row["policy"], row["documents"], row[metric],
+             row.get("agreement", row.get("solved", "-")), *differs(row, metric), f"{row['kept']:.1%}",
+             *([row["fetched"], row["mean_key_bytes"] / 1e6] if counted else []),
+             *(row.get(name, "-") for name in DIAGNOSES)]
+            for row in found if metric in row
+        ]  # fmt: skip
+        columns = [*head, *named, *(f"minus {beside}'s" for beside in BESIDE), "KV kept"]
+        columns += [*(["chunks fetched a token", "mean keys, MB"] if counted else []), *DIAGNOSES]
+        if lines:
+            parts.append(str(Table(columns, lines)))
+    ranked = [
+        [line["set"], line["diagnosis"], line["variations"], line.get("right") or "-", line.get("kl") or "-"]
+        for line in correlations(found)
+    ]
+    parts.append(str(Table(["set", "diagnosis", "variations", "rank: right", "rank: KL"], ranked)))
+    return "\n\n".join(parts)
