@@ -4,8 +4,10 @@ import contextlib
 import copy
 import io
 import os
+import re
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 import cli
+from benchmarks.tiny_models import tiny
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.load import load_backbone, resolve
@@ -42,9 +45,9 @@ from indexer_train.config import IndexerConfig
 from indexer_train.formats.native import initialise
 from indexer_train.model import IndexerSpec, MemoryIndexer
 from recipes import Recipe
-from recipes.pocket_v4.config import load_config
-from recipes.pocket_v4.evaluate import documents_of
-from recipes.pocket_v4.tasks import PocketDocument
+from recipes.pocket.config import load_config
+from recipes.pocket.evaluate import documents_of
+from recipes.pocket.tasks import PocketDocument
 
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
@@ -97,8 +100,22 @@ TINY_V4 = {
 }
 
 
+def needs_pinned(distribution: str) -> None:
+    """Skip a test of words that are a distribution's own, where another version than the pinned one is installed."""
+    constraints = (Path(__file__).parents[1] / "constraints.txt").read_text()
+    (pinned,) = re.findall(rf"^{distribution}==(\S+)$", constraints, re.MULTILINE)
+    if (installed := version(distribution)) != pinned:
+        pytest.skip(f"the page is of {distribution} {pinned}; {installed} may say other things")
+
+
+TINY_OF = {"deepseek_v4": "deepseek_v4", "dsa": "deepseek_v32", "dense": "llama"}
+"""Attention family -> the tiny model that stands for it."""
+
+
 def tiny_model(family: str):
-    """A random model of a family, fp32, the same on every call."""
+    """A random model of a kind, fp32, the same on every call."""
+    if family == "deepseek_v32":
+        return tiny(family)
     torch.manual_seed(0)
     if family == "deepseek_v4":
         return DeepseekV4ForCausalLM(DeepseekV4Config(**copy.deepcopy(TINY_V4))).eval()  # the config edits what it gets
@@ -149,7 +166,8 @@ def pocket():
 def pocket_traces(pocket, tmp_path_factory):
     """The last 64 tokens, question and answer among them, of two documents of 1,000 tokens."""
     trace = TraceConfig(chunking=Chunking(tokens=4, sink=0, recent=1), layers=[0, 1, 2], window=16, text_rows=64)
-    manifest = Manifest(backbone=pocket.backbone.info, trace=trace, documents={}, versions={})
+    plan = {number: (f"d{number}", "") for number in range(2)}
+    manifest = Manifest(backbone=pocket.backbone.info, trace=trace, documents={}, plan=plan, versions={})
     store = TraceStore.create(tmp_path_factory.mktemp("pocket") / "traces", manifest)
     for index, document in enumerate(pocket.documents("multi_key", 1000, 2)):
         tokens = pocket.tokens(document)
@@ -173,8 +191,7 @@ def pocket_indexer(pocket, pocket_traces):
     return indexer
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def tiny_tokenizer():
     """One token per ASCII character, with a chat template."""
     vocabulary = {chr(code): code for code in range(128)}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
@@ -186,6 +203,12 @@ def tokenizer():
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     return fast
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """See `tiny_tokenizer`."""
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -220,12 +243,7 @@ def stores(tmp_path_factory, tokenizer, tiny_recipe):
     root = tmp_path_factory.mktemp("traces")
     backbone = DenseBackbone(tiny_model("llama"))
 
-    def build(split):
-        return generate(
-            backbone, tokenizer, tiny_recipe.documents, tiny_recipe.trace, split, root / split, lambda items, _: items
-        )
-
-    return build("train"), build("heldout")
+    return tuple(generate(backbone, tokenizer, tiny_recipe.documents, tiny_recipe.trace, root))
 
 
 @pytest.fixture
@@ -283,8 +301,9 @@ def planted_store(root, documents, seed):
     rotation = torch.linalg.qr(torch.randn(2, 2 * width, 2 * width, generator=torch.Generator().manual_seed(99))).Q
     generator = torch.Generator().manual_seed(seed)
     trace = TraceConfig(chunking=Chunking(tokens=4, sink=1, recent=2), layers=[0, 1], window=2, text_rows=rows, tail=2)
-    backbone = BackboneInfo("planted", "planted", [0, 1], 2 * width, width, 4 * chunks)
-    store = TraceStore.create(root, Manifest(backbone=backbone, trace=trace, documents={}, versions={}))
+    backbone = BackboneInfo("planted", "planted", [0, 1], 2 * width, width, 4 * chunks, entry_bytes=256)
+    plan = {number: (str(number), "") for number in range(documents)}
+    store = TraceStore.create(root, Manifest(backbone=backbone, trace=trace, documents={}, plan=plan, versions={}))
     positions = torch.arange(4 * chunks - rows, 4 * chunks)
     oldest_query = int(positions[0]) // 4
     for index in range(documents):

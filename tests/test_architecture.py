@@ -1,5 +1,7 @@
 """The arrows between rooms, read from the imports themselves: those inside functions count, those for types alone not.
 
+A string "package.module:name", which something resolves when it runs, counts as an import of it.
+
 core <- data_gen <- indexer_train <- eval <- cli; recipes stand beside and import settings (docs/architecture.md).
 """
 
@@ -43,6 +45,25 @@ LOOP = [
     "indexer_train/data/mixture.py",
 ]
 """The training loop: what evaluation of traces does without."""
+DOORS = {
+    "eval/serving": ["level1.py", "select.py", "pools.py", "residency.py", "level2.py", "entries.py"],
+    "eval/runtime": [
+        "runtime.py",
+        "cycle.py",
+        "correction.py",
+        "hosts/dense.py",
+        "hosts/dense_cache.py",
+        "hosts/dsa.py",
+        "hosts/deepseek_v4.py",
+        "hosts/together.py",
+    ],
+    "eval/offline": ["verbs.py"],
+    "eval/online": ["verbs.py", "config.py", "formats/__init__.py"],
+}
+"""What the packages may import of a room from outside of it (docs/architecture.md says why it is these)."""
+BESIDE = {"benchmarks", "docs", "examples", "tests"}
+"""What stands beside the packages and is not shipped with them."""
+RESOLVED = re.compile(r"[a-z_]\w*(\.\w+)+:\w+")
 HUGGING_FACE = {"transformers", "sentence_transformers", "datasets", "tokenizers", "accelerate", "huggingface_hub"}
 
 
@@ -76,8 +97,17 @@ def imports_of(nodes):
 
 
 def imported(path):
-    """The same of all that a module imports, wherever."""
-    yield from imports_of(statements(modules()[path]))
+    """The same of all that a module imports, wherever, or names to be resolved."""
+    nodes = list(statements(modules()[path]))
+    yield from imports_of(nodes)
+    yield from resolved(nodes)
+
+
+def resolved(nodes):
+    """(line, dotted name) of every string among `nodes` that says "package.module:name"."""
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and RESOLVED.fullmatch(node.value):
+            yield node.lineno, node.value.replace(":", ".")
 
 
 def file_of(name):
@@ -158,6 +188,37 @@ def test_a_room_imports_only_what_lies_before_it(folder):
     assert not wrong, "\n".join(wrong)
 
 
+def passes_a_door(path, target):
+    """Whether one file may import another: from outside of a room only what is named in DOORS."""
+    return all(
+        target in [f"{room}/{door}" for door in doors]
+        for room, doors in DOORS.items()
+        if inside(target, room) and not inside(path, room)
+    )
+
+
+def test_rooms_are_entered_by_their_doors():
+    doors = {f"{room}/{door}" for room, names in DOORS.items() for door in names}
+    assert doors <= modules().keys()
+    wrong = [
+        f"{path}:{line} imports {target}"
+        for path in modules()
+        for target, line in edges()[path].items()
+        if not passes_a_door(path, target)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def not_shipped(names):
+    """Those of (line, dotted name) that lie in BESIDE."""
+    return [(line, name) for line, name in names if name.split(".")[0] in BESIDE]
+
+
+def test_no_package_imports_what_is_not_shipped_with_it():
+    wrong = [f"{path}:{line} imports {name}" for path in modules() for line, name in not_shipped(imported(path))]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_there_is_no_cycle_of_files():
     found = cycles({path: set(targets) for path, targets in edges().items()})
     assert not found, "\n".join(" <-> ".join(part) for part in found)
@@ -195,7 +256,7 @@ def test_serving_imports_no_hugging_face():
     ("starts", "forbidden"),
     [
         (["indexer_train/"], ["data_gen/backbones", "data_gen/generate.py"]),
-        (["eval/offline", "eval/verbs.py"], LOOP),
+        (["eval"], LOOP),
         (["indexer_train/load.py"], LOOP),
     ],
     ids=["the trainer reaches no backbone", "evaluation reaches no training loop", "loading reaches no training loop"],
@@ -227,11 +288,12 @@ def test_a_process_that_serves_has_loaded_no_hugging_face():
     assert "eval.serving.select" in names and not names & HUGGING_FACE
 
 
-def test_no_two_public_classes_have_one_name():
+def test_no_two_classes_have_one_name():
+    """Nor those inside of others."""
     found = defaultdict(list)
     for path, tree in modules().items():
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
                 found[node.name].append(f"{path}:{node.lineno}")
     wrong = [f"{name}: {', '.join(places)}" for name, places in found.items() if len(places) > 1]
     assert not wrong, "\n".join(wrong)
@@ -262,6 +324,14 @@ def test_a_violation_would_be_seen():
     assert [node.names[0].name for node in statements(tree) if isinstance(node, ast.Import)] == ["x"]
     assert file_of("data_gen.core.errors.InputError") == "data_gen/core/errors.py" and file_of("torch.nn") is None
     assert not inside("eval/serving2/a.py", "eval/serving") and inside("eval/serving/a.py", "eval/serving")
+    tree = ast.parse("A = {'a': 'eval.online.cycle:go_on', 'b': 'a: b'}\ndef f():\n    from benchmarks.timing import g")
+    named, imports = list(resolved(statements(tree))), list(imports_of(statements(tree)))
+    assert named == [(1, "eval.online.cycle.go_on")] and file_of(named[0][1]) == "eval/online/cycle.py"
+    assert not_shipped(imports) == [(3, "benchmarks.timing.g")] and not not_shipped(named)
+    assert passes_a_door("eval/runtime/cycle.py", "eval/serving/select.py")
+    assert passes_a_door("eval/serving/level1.py", "eval/serving/level1_torch.py")
+    assert not passes_a_door("eval/runtime/cycle.py", "eval/serving/level1_torch.py")
+    assert not passes_a_door("cli.py", "eval/runtime/hosts/base.py")
 
 
 def test_the_documents_name_what_is_there():

@@ -6,14 +6,16 @@ import torch
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.backbones.load import load_backbone
 from data_gen.generate import generate
-from data_gen.text.documents import build_documents
+from data_gen.text.documents import draw_documents
 from data_gen.traces.labels import SparseOracle
-from eval.offline.recall import evaluate_recall
+from eval.offline.evaluation import threshold_for
 from eval.online.decode import decode_check
 from eval.online.session import DenseSession
 from indexer_train.formats.bundle import export_bundle, load_bundle
 from indexer_train.training.trainer import train
 from recipes import load_recipe
+from tests.data_gen.traces.spread import spread
+from tests.eval.offline.recalled import evaluate_recall
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +40,14 @@ def loaded(recipe):
 def test_stored_probabilities_are_the_models_own(recipe, loaded):
     model, tokenizer = loaded
     backbone = DenseBackbone(model)
-    document = build_documents(recipe.documents, recipe.trace, tokenizer, 8192, "heldout")[-1]
+    document = list(draw_documents(recipe.documents, recipe.trace, tokenizer, 8192, "heldout"))[-1]
     raw = backbone.trace(document.tokens, torch.tensor(document.positions), recipe.trace)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = model(torch.tensor([document.tokens]), output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
     chunks = len(document.tokens) // 16
-    mean, peak = SparseOracle.of(raw.oracle, chunks).dense()
+    mean, peak = spread(SparseOracle.of(raw.oracle, chunks))
     own = torch.stack([layer[0][:, document.positions, : chunks * 16] for layer in attentions])
     pooled = own.unflatten(-1, (chunks, 16)).sum(-1)  # [layers, H, T, N]
     complete = torch.arange(chunks) < (torch.tensor(document.positions)[:, None] + 1) // 16
@@ -69,19 +71,15 @@ def test_everything_resident_is_bitwise_the_stock_model(recipe, loaded):
 def test_documents_to_decoding(recipe, loaded, tmp_path):
     model, tokenizer = loaded
     backbone = DenseBackbone(model)
-    stores = {}
-    for split in ("train", "heldout"):
-        stores[split] = generate(
-            backbone, tokenizer, recipe.documents, recipe.trace, split, tmp_path / split, lambda items, _: items
-        )
-    indexer = train(stores["train"], recipe.indexer, recipe.train, tmp_path)
-    threshold = indexer.spec.thresholds["0.1"]
-    rows = evaluate_recall(indexer, stores["heldout"], recipe.train.golden, threshold)
+    training, heldout = generate(backbone, tokenizer, recipe.documents, recipe.trace, tmp_path / "traces")
+    indexer = train(training, recipe.indexer, recipe.train, tmp_path)
+    threshold, _ = threshold_for("indexer", indexer, 0.1)
+    rows = evaluate_recall(indexer, heldout, recipe.train.golden, threshold.cuts[0].score)
     recall = {row.policy: row.mass_recall for row in rows if (row.task, row.budget) == ("needles", 0.2)}
     assert recall["oracle"] > recall["indexer"] > recall["random"]
     assert recall["oracle"] > recall["mean_pooled"] > recall["random"]
     export_bundle(indexer, tmp_path / "bundle")
-    documents = build_documents(recipe.documents, recipe.trace, tokenizer, 8192, "heldout")
+    documents = list(draw_documents(recipe.documents, recipe.trace, tokenizer, 8192, "heldout"))
     bundle = load_bundle(tmp_path / "bundle")
     few = documents[:3]  # the text and two of the questions
     found, answers = decode_check(model, tokenizer, bundle, few, recipe.decode, lambda items, _: items)

@@ -11,6 +11,8 @@ from data_gen.generate import generate
 from data_gen.text.needles import KEYS
 from recipes import load_recipe
 
+SOURCES = {"development": ["stdlib"], "report": None}
+
 
 @pytest.fixture(scope="module")
 def recipe():
@@ -18,15 +20,17 @@ def recipe():
     settings["documents"] |= {"train": {"text": 3, "single": 3}, "heldout": {"text": 1, "single": 1}}
     settings["train"] |= {"epochs": 1, "eval_epochs": 1, "validation_every": 3}
     settings["decode"]["answer_tokens"] = 3
+    settings["trace"]["chunking"]["recent"] = 16  # an answer's beginning stays among them
+    settings["benchmark"] |= {"tasks": ["single", "text"], "examples": 2, "texts": 1, "budgets": [0.05, 0.2]}
     return type(load_recipe("debug")).model_validate(settings)
 
 
 def test_development_and_report_share_no_text_no_wording_and_no_key(recipe):
     _, tokenizer = load_backbone(recipe.backbone)
     told = {
-        name: ["".join(tokenizer.decode(document.tokens)) for _, document in found]
+        name: ["".join(tokenizer.decode(asked.prompt + asked.given)) for asked in found]
         for name in ablations.SETS
-        for found in [ablations.documents(recipe, name, "stdlib", tokenizer, 1 << 15)]
+        for found in [ablations.held_out(recipe, name, SOURCES[name], 16, tokenizer, 1 << 15)]
     }
     questions = {name: [text.rsplit("\n\n", 1)[-1] for text in texts] for name, texts in told.items()}
     assert all(len(texts) == 4 for texts in told.values())
@@ -40,9 +44,7 @@ def test_development_and_report_share_no_text_no_wording_and_no_key(recipe):
 
 def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, monkeypatch, capsys):
     model, tokenizer = load_backbone(recipe.backbone)
-    generate(
-        adapter(model), tokenizer, recipe.documents, recipe.trace, "train", tmp_path / "traces", lambda items, _: items
-    )
+    generate(adapter(model), tokenizer, recipe.documents, recipe.trace, tmp_path / "traces", ["train"])
     monkeypatch.setattr(ablations, "load_recipe", lambda _: recipe)
 
     def call(*arguments: str, out: str = "out") -> str:
@@ -50,27 +52,49 @@ def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, mo
         ablations.main()
         return capsys.readouterr().out
 
-    traces = str(tmp_path / "traces")
+    traces = str(tmp_path / "traces" / "train")
     names = [ablations.RECIPE, "listwise_peak", "focal"]
     assert "variation" not in call(traces, *(word for name in names for word in ("--train", name)))
     for share in ("0/2", "1/2"):
         assert "variation" not in call(traces, "--share", share, "--follow", "16")
     table = call()
     found = json.loads((tmp_path / "out" / "ablations.json").read_text())
-    assert {row["set"] for row in found["rows"]} == set(ablations.SETS)
-    by_name = {row["policy"]: row for row in found["rows"] if row["set"] == "report"}
-    assert by_name.keys() >= {*names, "full", "recency", "oracle of peaks"} and all(name in table for name in by_name)
-    assert by_name["full"]["kl"] == 0 < by_name["oracle of peaks"]["kl"] < by_name["recency"]["kl"]
-    assert by_name["full"]["kept"] == 1 > by_name["recipe"]["kept"]
-    assert by_name["recipe"]["kl_difference"] == [0, 0, 0] and by_name["recipe"]["kl_documents"] == 2
+    rows = found["rows"]
+    assert {row["set"] for row in rows} == set(ablations.SETS)
+    texts, asked = ({row["policy"]: row for row in rows if row["set"] == "report" and row["task"] == task}
+                    for task in ("text", "single"))  # fmt: skip
+    named = {*names, "full", "recency", "mean-pooled keys", "oracle of peaks"}
+    assert texts.keys() >= named and all(name in table for name in texts)
+    assert texts["full"]["kl"] == 0 < texts["oracle of peaks"]["kl"] < texts["recency"]["kl"]
+    assert texts["full"]["kept"] == 1 > texts["recipe"]["kept"]
+    assert texts["recipe"]["kl_beside_recipe"] == [0, 0, 0] and texts["recipe"]["documents"] == 2
+    gap = texts["focal"]["kl"] - texts["recency"]["kl"]
+    assert texts["focal"]["kl_beside_recency"][0] == pytest.approx(gap) and "right_beside_recency" in asked["focal"]
     assert len(found["rank_correlations"]) == 6 and "fetched" not in table
 
-    (tmp_path / "corrected").mkdir()
-    (tmp_path / "out" / names[0]).rename(tmp_path / "corrected" / names[0])
-    table = call(traces, "--correction", "2", "--follow", "16", out="corrected")
-    found = json.loads((tmp_path / "corrected" / "ablations.json").read_text())["rows"]
-    by_name = {row["policy"]: row for row in found if row["set"] == "report"}
-    for name in ("recipe + 2 by same", "recipe + 2 by previous"):
-        assert by_name[name]["kept"] == pytest.approx(by_name["recipe"]["kept"]) and name in table
-        assert by_name[name]["fetched"] > by_name["recipe"]["fetched"] and by_name[name]["kl_difference"][0] != 0
-        assert by_name[name]["mean_key_bytes"] > by_name["recipe"]["mean_key_bytes"] == 0
+    at_length = ["--ask", names[0], "--set", "report", "--length", "600", "--length", "800", "--follow", "16"]
+    table = call(traces, *at_length, "--correction", "2", "--report", "package:typer", out="at_length")
+    rows = json.loads((tmp_path / "at_length" / "ablations.json").read_text())["rows"]
+    assert {(row["tokens"], row["task"]) for row in rows} == {
+        (n, task) for n in (600, 800) for task in ("single", "text")
+    }
+    assert {row["documents"] for row in rows if row["task"] == "single"} == {2}
+    for length in (600, 800):
+        texts = {row["policy"]: row for row in rows if row["tokens"] == length and row["task"] == "text"}
+        asked = {row["policy"]: row for row in rows if row["tokens"] == length and row["task"] == "single"}
+        assert asked["recipe"]["kept"] < texts["recipe"]["kept"], "questions under the smaller budget"
+        for name in ("recipe + 2 by same", "recipe + 2 by previous"):
+            assert texts[name]["kept"] == pytest.approx(texts["recipe"]["kept"]) and name in table
+            assert texts[name]["fetched"] > texts["recipe"]["fetched"] and texts[name]["kl_beside_recipe"][0] != 0
+            assert texts[name]["mean_key_bytes"] > texts["recipe"]["mean_key_bytes"] == 0
+
+
+def test_a_rank_correlation_shares_ranks_among_equals():
+    said = [("a", 0.1, 0.5), ("b", 0.2, 0.5), ("c", 0.3, 0.1)]
+    rows = [
+        {"set": "report", "policy": name, "kl": kl, "right": 1.0, **dict.fromkeys(ablations.DIAGNOSES, value)}
+        for name, value, kl in said
+    ]
+    lines = ablations.correlations(rows)
+    assert [line["kl"] for line in lines] == pytest.approx([-(3**0.5) / 2] * 3)
+    assert [line["right"] for line in lines] == [None] * 3, "all equally right: no rank"

@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.masked import MaskedModel, Policy, recency, trained
+from benchmarks.masked import MaskedModel, Policy, mean_pooled, recency, trained
 from data_gen.backbones.tiny import tiny_backbone
 from data_gen.core.chunks import Chunking
 from eval.online import online_policies
@@ -29,12 +29,13 @@ def test_a_window_read_at_once_under_masks_is_decoding_under_evictions():
     tokens = torch.randint(5, 100, (150,)).tolist()
     prompt, rest = tokens[:131], tokens[131:147]
     session.read(prompt)
-    rankings = {"full": None, "recency": online_policies.recency, "indexer": online_policies.indexer_policy(indexer)}
+    rankings = {"full": None, "recency": online_policies.recency, "mean-pooled": online_policies.mean_pooled,
+                "indexer": online_policies.indexer_policy(indexer)}  # fmt: skip
     corrections = {query: Correction(chunks=2, query=query) for query in ("same", "previous")}
     expected: dict[str, list[torch.Tensor]] = {name: [] for name in [*rankings, *corrections]}
     courses = []
     for name, ranking in rankings.items():
-        keep = None if ranking is None else lambda each, ranking=ranking: each.keep(ranking(each), budget)
+        keep = None if ranking is None else lambda each, ranking=ranking: each.best(ranking(each), budget)
         seen = [lambda _, logits, name=name: expected[name].append(logits)]
         courses.append(Course(session.fork(), keep, rest, watchers=seen))
     corrects = next(policy for policy in online_policies.ONLINE_POLICIES if policy.corrects)
@@ -44,20 +45,21 @@ def test_a_window_read_at_once_under_masks_is_decoding_under_evictions():
         courses.append(Course(session.fork(), corrects.keep(given), rest, watchers=seen))
     go_on(courses, 8)
     masked = MaskedModel(model, chunking)
-    rows = [("full", None), ("recency", recency), ("indexer", trained(indexer))]
+    rows = [("full", None), ("recency", recency), ("mean-pooled", mean_pooled), ("indexer", trained(indexer))]
     policies = [Policy(name, score, budget) for name, score in rows]
     policies += [Policy(query, trained(indexer), budget, correction) for query, correction in corrections.items()]
     going = masked.begin(masked.prompt(prompt), policies)
     found = []
     for piece in torch.tensor(rest).split(8):
         masked.refresh(going)
-        found.append(masked.read(going, piece.expand(5, -1)))
+        found.append(masked.read(going, piece.expand(6, -1)))
     for row, name in enumerate(expected):
         torch.testing.assert_close(torch.cat(found, dim=1)[row], torch.stack(expected[name]), atol=2e-4, rtol=1e-3)
     kept = torch.stack(going.kept)
     assert bool((kept[:, 0] == 1).all()) and bool((kept[:, 1:] < 0.6).all())
     assert not torch.equal(expected["recency"][-1], expected["indexer"][-1])
     assert not torch.equal(expected["same"][-1], expected["indexer"][-1])
-    torch.testing.assert_close(kept[:, 3:], kept[:, 2:3].expand(-1, 2))
+    assert not torch.equal(expected["mean-pooled"][-1], expected["indexer"][-1])
+    torch.testing.assert_close(kept[:, 4:], kept[:, 3:4].expand(-1, 2))
     torch.testing.assert_close(going.fetched, torch.tensor([course.usage.fetched for course in courses]))
-    assert going.fetched[3] > going.fetched[2]
+    assert going.fetched[4] > going.fetched[3]

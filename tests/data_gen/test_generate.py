@@ -10,16 +10,17 @@ import torch
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.core.errors import InputError
 from data_gen.core.files import write_sealed
-from data_gen.generate import generate, generate_sides
-from data_gen.text.documents import build_documents
+from data_gen.generate import generate
 from data_gen.text.needles import WORDINGS
+from data_gen.text.plan import Plan
 from data_gen.traces.store import TraceStore
 from tests.conftest import tiny_model
 
 
-def run(root, tokenizer, recipe, progress=lambda items, _: items, **changes):
-    trace = recipe.trace.model_copy(update=changes)
-    return generate(DenseBackbone(tiny_model("llama")), tokenizer, recipe.documents, trace, "train", root, progress)
+def run(out, tokenizer, recipe, progress=lambda items, _: items, **changes):
+    trace, backbone = recipe.trace.model_copy(update=changes), DenseBackbone(tiny_model("llama"))
+    (store,) = generate(backbone, tokenizer, recipe.documents, trace, out, ["train"], progress)
+    return store
 
 
 def test_a_killed_run_continues_and_rewrites_nothing(tmp_path, tokenizer, tiny_recipe, stores):
@@ -31,7 +32,7 @@ def test_a_killed_run_continues_and_rewrites_nothing(tmp_path, tokenizer, tiny_r
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, tokenizer, tiny_recipe, killed_after_three)
-    before = {path: path.stat().st_mtime_ns for path in TraceStore.open(tmp_path).paths()}
+    before = {path: path.stat().st_mtime_ns for path in TraceStore.open(tmp_path / "train", partial=True).paths()}
     assert len(before) == 3
     store = run(tmp_path, tokenizer, tiny_recipe)
     assert len(store.paths()) == 8
@@ -39,7 +40,7 @@ def test_a_killed_run_continues_and_rewrites_nothing(tmp_path, tokenizer, tiny_r
     for ours, once in zip(store, stores[0], strict=True):
         assert ours.meta == once.meta and ours.checksum == once.checksum
         assert ours.path.read_bytes() == once.path.read_bytes()
-    assert not list(tmp_path.glob(".unfinished*"))
+    assert not list(tmp_path.rglob(".unfinished*"))
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, tiny_recipe, monkeypatch):
@@ -47,7 +48,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, tiny_recipe, monkeyp
     monkeypatch.setattr("data_gen.traces.store.save_tensors", broken)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, tokenizer, tiny_recipe)
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["plan.parquet", "manifest.json"]
 
 
 def test_other_settings_are_refused(tmp_path, tokenizer, tiny_recipe):
@@ -59,7 +60,7 @@ def test_other_settings_are_refused(tmp_path, tokenizer, tiny_recipe):
 def test_a_store_begun_with_other_needles_is_not_continued(tmp_path, tokenizer, tiny_recipe, monkeypatch):
     run(tmp_path, tokenizer, tiny_recipe)
     monkeypatch.setitem(WORDINGS, "train", WORDINGS["train"][1:])
-    with pytest.raises(InputError, match="made with another documents"):
+    with pytest.raises(InputError, match="made with another needles"):
         run(tmp_path, tokenizer, tiny_recipe)
 
 
@@ -70,39 +71,46 @@ def test_a_source_that_changed_is_refused_by_the_documents_name(tmp_path, tokeni
         source.write_text("\n".join(json.dumps({"text": text}) for text in rows))
         asked = {"source": str(source), "train": {"document": 3}, "heldout": {"document": 1}, "heldout_share": 0.3}
         documents = tiny_recipe.documents.model_copy(update=asked)
-        backbone, out = DenseBackbone(tiny_model("llama")), tmp_path / "out"
-        return list(generate_sides(backbone, tokenizer, documents, tiny_recipe.trace, out, lambda items, _: items))
+        return generate(DenseBackbone(tiny_model("llama")), tokenizer, documents, tiny_recipe.trace, tmp_path / "out")
 
-    lines = traced(texts)
-    train = TraceStore.open(tmp_path / "out" / "train")
-    second = [document.meta.name for document in train][1]
-    train.paths()[1].unlink()
+    train, _ = traced(texts)
+    second = train.paths()[1]
+    content = second.read_bytes()
+    second.unlink()
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     changed = [text.replace("says", "said") for text in texts]
     for other in (changed, ["Another text is on top. " * 14, *texts], texts[5:]):
-        with pytest.raises(InputError, match=r"train: train-document-\d{4} is another text than the store"):
+        with pytest.raises(
+            InputError, match=r"plan.parquet: train-document-\d{7} was made of a text that the source no longer"
+        ):
             traced(other)
         assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
-    assert traced(texts) == lines and train.paths()[1].exists()
-    assert [document.meta.name for document in train][1] == second
+    (unseen,) = Plan(tmp_path / "out" / "plan.parquet").documents("heldout")
+    altered = [text.replace("says", "said") if tokenizer(text).input_ids == unseen.tokens else text for text in texts]
+    with pytest.raises(InputError, match="heldout-document-0000000 was made of a text"):
+        traced(altered)
+    assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    traced(texts)
+    assert second.read_bytes() == content
 
 
 def test_damaged_and_missing_stores_are_named(tmp_path, tokenizer, tiny_recipe):
     with pytest.raises(InputError, match="no trace store"):
         TraceStore.open(tmp_path)
     store = run(tmp_path, tokenizer, tiny_recipe)
-    whole = (tmp_path / "manifest.json").read_bytes()
+    manifest = store.root / "manifest.json"
+    whole = manifest.read_bytes()
     for damaged in (b"", b"{", b"\xff\xfe", b"[]"):
-        (tmp_path / "manifest.json").write_bytes(damaged)
+        manifest.write_bytes(damaged)
         with pytest.raises(InputError, match=r"manifest\.json: damaged manifest"):
-            TraceStore.open(tmp_path)
+            TraceStore.open(store.root)
         with pytest.raises(InputError, match=r"manifest\.json: damaged manifest"):
             run(tmp_path, tokenizer, tiny_recipe)
-    (tmp_path / "manifest.json").write_bytes(whole)
+    manifest.write_bytes(whole)
     victim = store.paths()[2]
     victim.write_bytes(victim.read_bytes()[:-100])
     with pytest.raises(InputError, match=f"{victim.name}: damaged trace"):
-        list(TraceStore.open(tmp_path))
+        list(TraceStore.open(store.root))
 
 
 def test_windows_of_serving_and_of_training(stores):
@@ -128,17 +136,3 @@ def test_a_store_that_does_not_name_its_backbone_is_continued(tmp_path, stores):
     write_sealed(store.root / "manifest.json", earlier)
     named = store.manifest.model_copy(update={"backbone": replace(store.manifest.backbone, name="somebody/llama")})
     assert TraceStore.create(store.root, named).manifest == store.manifest
-
-
-def test_documents_are_built_once_and_before_anything_is_written(tmp_path, tokenizer, tiny_recipe, monkeypatch):
-    built = []
-
-    def counted(*of):
-        built.append((of[4], sorted(tmp_path.iterdir())))
-        return build_documents(*of)
-
-    monkeypatch.setattr("data_gen.generate.build_documents", counted)
-    backbone, settings = DenseBackbone(tiny_model("llama")), (tiny_recipe.documents, tiny_recipe.trace)
-    lines = list(generate_sides(backbone, tokenizer, *settings, tmp_path, lambda items, _: items))
-    assert built == [("train", []), ("heldout", [])]
-    assert [line.split(" in ")[0] for line in lines] == ["train: 8 documents", "heldout: 4 documents"]

@@ -11,6 +11,8 @@ import torch
 
 from data_gen.core.errors import InputError
 from data_gen.core.rope import Rope
+from eval.offline.evaluation import evaluate
+from eval.report.tables import write_results
 from indexer_train.artefacts import KINDS, inspect
 from indexer_train.checkpoints import damage
 from indexer_train.data.hard_negatives import mine
@@ -52,7 +54,7 @@ def test_a_trace_store_is_counted(stores):
 def test_every_damaged_shard_is_named(stores, run, tiny_recipe, tmp_path):
     root = tmp_path / "store"
     shutil.copytree(stores[0].root, root)
-    first, second = sorted(root.glob("doc_*"))[1:3]
+    first, second = sorted(root.glob("*/doc_*"))[1:3]
     first.write_bytes(first.read_bytes()[:-9])
     flipped = bytearray(second.read_bytes())
     flipped[len(flipped) // 2] ^= 1
@@ -74,10 +76,10 @@ def test_hard_negatives_belong_to_their_store(stores, run, tiny_recipe, tmp_path
     assert '"count": 4' in facts(store.root)[1]["hard negatives"]
     kind, found = facts(store.root / "hard_negatives")
     assert kind == "hard negatives" and found["documents"].startswith("8 in") and '"count": 4' in found["mined by"]
-    first, second = sorted((store.root / "hard_negatives").iterdir())[:2]
+    first, second = sorted((store.root / "hard_negatives").glob("*/*"))[:2]
     with monkeypatch.context() as inside:
         inside.chdir(store.root / "hard_negatives")
-        assert facts(Path(".")) == (kind, found) and facts(Path(first.name))[0] == kind
+        assert facts(Path(".")) == (kind, found) and facts(Path("0000", first.name))[0] == kind
     kind, found = facts(second)
     assert kind == "hard negatives" and found["documents"].startswith("1 in") and '"count": 4' in found["mined by"]
     first.write_bytes(b"short")
@@ -90,11 +92,28 @@ def test_the_folder_of_both_stores_and_results(stores, tmp_path):
     kind, found = facts(stores[0].root.parent)
     assert kind == "trace stores" and found["train: documents"].startswith("8 whole")
     assert found["heldout: documents"].startswith("4 whole")
-    (tmp_path / "results.json").write_text('{"recall": [{}, {}], "decode": []}')
-    for path in (tmp_path, tmp_path / "results.json"):
-        assert facts(path) == ("results", {"recall": "2 rows", "decode": "0 rows"})
+    shutil.copytree(stores[0].root.parent, tmp_path / "traces")
+    stray = tmp_path / "traces" / "train" / "0000" / "doc_0000003 (copy).safetensors"
+    stray.write_bytes(b"")
+    (tmp_path / "traces" / "heldout" / "manifest.json").unlink()
+    gone, foreign = inspect(tmp_path / "traces", quietly).damage
+    assert f"{tmp_path / 'traces' / 'heldout'}: no trace store there" in gone and str(stray) in foreign
+
+
+def test_damaged_results_are_named(tmp_path):
     (tmp_path / "results.json").write_text("{")
     assert str(tmp_path / "results.json") in inspect(tmp_path, quietly).damage[0]
+
+
+def test_results_of_one_indexer_are_counted(run, stores, tmp_path):
+    """It has no comparison, and sections that are no lists of rows have no count."""
+    results = write_results(tmp_path, **evaluate({"indexer": load_indexer(run / "indexer")}, stores[1], 0.05, 0.1))
+    for path in (tmp_path, tmp_path / "results.json"):
+        kind, found = facts(path)
+        assert kind == "results" and found["recall"] == f"{len(results.recall)} rows"
+        assert set(found) == {"recall", "by_length", "by_depth", "heat", "documents", "reliability"}
+    (tmp_path / "results.json").write_text('{"comparison": null, "recall": []}')
+    assert facts(tmp_path) == ("results", {"recall": "0 rows"})
 
 
 @pytest.mark.parametrize("name", ["indexer", "bundle"])
@@ -152,6 +171,16 @@ def test_a_run_and_its_checkpoints(run, tmp_path):
         assert name in inspect(tmp_path / f"checkpoint-{step}", quietly).damage[0]
     (tmp_path / "checkpoint-old").mkdir()
     assert len(inspect(tmp_path, quietly).damage) == 4
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_damaged_settings_beside_a_checkpoint_are_reported(run, tmp_path, content):
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "training.json").write_text(content)
+    checkpoint = min((tmp_path / "checkpoints").glob("checkpoint-*"))
+    found = inspect(checkpoint, quietly)
+    (damage,) = found.damage
+    assert damage.startswith(f"{tmp_path / 'training.json'}: damaged settings") and dict(found.facts)["step"]
 
 
 def test_a_run_of_layers_one_by_one(run, tmp_path):

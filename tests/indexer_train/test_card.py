@@ -41,9 +41,10 @@ def test_the_card_says_what_where_from_how_good_and_what_not(saved):
 def copied(store, root, count, backbone=None, **documents):
     """A store of the first `count` documents, with another manifest."""
     shutil.copytree(store.root, root)
-    for path in sorted(root.glob("doc_*"))[count:]:
+    for path in sorted(root.glob("*/doc_*"))[count:]:
         path.unlink()
     manifest = read_sealed(root / "manifest.json")
+    manifest["plan"] = dict([*manifest["plan"].items()][:count])
     manifest["documents"] |= documents
     manifest["backbone"] |= backbone or {}
     write_sealed(root / "manifest.json", manifest)

@@ -92,7 +92,7 @@ def test_what_is_no_candidate_does_not_matter(loss):
     def padded(value):
         return torch.nn.functional.pad(value, (0, 5))
 
-    longer = Targets(padded(goal.mass), padded(goal.peak), padded(goal.candidate), goal.protected)
+    longer = Targets(padded(goal.mass), padded(goal.peak), padded(goal.candidate), goal.protected_mass)
     torch.testing.assert_close(loss.compute(logits, goal), loss.compute(padded(logits), longer))
 
 
@@ -100,7 +100,7 @@ def test_the_order_of_chunks_does_not_matter(loss):
     logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     goal = targets()
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
-    shuffled = Targets(goal.mass[:, order], goal.peak[:, order], goal.candidate[:, order], goal.protected)
+    shuffled = Targets(goal.mass[:, order], goal.peak[:, order], goal.candidate[:, order], goal.protected_mass)
     torch.testing.assert_close(loss.compute(logits, goal), loss.compute(logits[..., order], shuffled))
 
 
@@ -171,7 +171,7 @@ def test_listwise_losses_equal_the_loop_over_candidates(name):
             wanted = [float((goal.mass if name == "listwise_mass" else goal.peak)[row, chunk]) for chunk in kept]
             exponents = [scores[chunk] for chunk in kept]
             if name == "listwise_mass":
-                wanted, exponents = [*wanted, float(goal.protected[row])], [*exponents, 0.0]  # the slot
+                wanted, exponents = [*wanted, float(goal.protected_mass[row])], [*exponents, 0.0]  # the slot
             total = math.log(sum(map(math.exp, exponents)))
             parts = [share / sum(wanted) * (total - score) for share, score in zip(wanted, exponents, strict=True)]
             found.append(sum(parts))

@@ -47,9 +47,9 @@ def test_two_beside_a_gpu_when_all_ranks_find_memory_to_share(machine, caplog, r
     assert f"/dev/shm has {(needed >> 20) - 1} MiB free of the {needed >> 20} that" in caplog.text
 
 
-def test_none_where_there_is_no_memory_to_share(monkeypatch):
+def test_none_where_there_is_no_memory_to_share_and_it_is_said(monkeypatch, caplog):
     def missing(path):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr("shutil.disk_usage", missing)
-    assert workers(None, cuda=True) == 0
+    assert workers(None, cuda=True) == 0 and "/dev/shm cannot be read (/dev/shm)" in caplog.text

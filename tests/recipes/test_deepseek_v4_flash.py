@@ -22,7 +22,7 @@ def test_it_states_the_papers_settings():
     assert recipe.trace.layers == TRAINED and recipe.trace.window == 64 and recipe.trace.oracle == "indexer"
     assert (recipe.indexer.heads, recipe.indexer.rank, recipe.indexer.join) == (128, 2048, "max")
     assert recipe.train.loss == "focal" and recipe.train.golden == 3
-    assert LOSSES["focal"].Options(**recipe.train.loss_options).gamma == 2
+    assert LOSSES["focal"].options_type(**recipe.train.loss_options).gamma == 2
     candidates = recipe.train.candidates
     assert (candidates.kind, candidates.negatives, candidates.positives, candidates.common_weight) == (
         "sampled", 3, 512, 0.5

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from data_gen.core.errors import InputError
-from data_gen.text.documents import build_documents
+from data_gen.text.documents import draw_documents
 from recipes import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ class FourCharacters:
 def test_the_built_in_text_is_enough_for_the_recipe(name):
     recipe = load_recipe(name)
     for split in ("train", "heldout"):
-        documents = build_documents(recipe.documents, recipe.trace, FourCharacters(), 1 << 20, split)
+        documents = list(draw_documents(recipe.documents, recipe.trace, FourCharacters(), 1 << 20, split))
         assert len(documents) == sum(getattr(recipe.documents, split).values())
 
 
@@ -156,3 +156,12 @@ def test_what_no_yaml_parser_survives_is_one_line(tmp_path, text):
     with pytest.raises(InputError, match=f"^recipe {path}: ") as refused:
         load_recipe(str(path))
     assert "\n" not in str(refused.value)
+
+
+def test_the_quickstart_is_asked_again_in_other_held_out_documents():
+    first, again = (load_recipe(name).model_dump() for name in ("smollm2-quickstart", "smollm2-quickstart-again"))
+    assert sum(first.pop("took")["seconds"].values()) < 12 * 60 and again.pop("took") is None
+    for recipe in (first, again):
+        del recipe["decode"]["text_documents"], recipe["decode"]["text_tokens"]
+    assert (first["documents"].pop("seed"), again["documents"].pop("seed")) == (0, 1)
+    assert first == again

@@ -20,6 +20,7 @@ from data_gen.core.errors import InputError
 from data_gen.flashmemory.document import V4_FLASH
 from data_gen.traces.labels import SparseOracle
 from tests.conftest import TINY_V4, tiny_model
+from tests.data_gen.traces.spread import spread
 
 LENGTH = 150
 IDS = torch.randint(0, 128, (LENGTH,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -41,7 +42,7 @@ def test_what_top_chunks_leaves_out_is_counted(model):
     whole = backbone.trace(IDS, ROWS, settings(oracle="attention")).oracle
     cut = backbone.trace(IDS, ROWS, settings(oracle="attention", top_chunks=5)).oracle
     assert int(cut.pointers.diff().max()) == 5 < int(whole.pointers.diff().min())
-    (everything, peaks), (kept, kept_peaks) = (SparseOracle.of(oracle, LENGTH // 4).dense() for oracle in (whole, cut))
+    (everything, peaks), (kept, kept_peaks) = (spread(SparseOracle.of(oracle, LENGTH // 4)) for oracle in (whole, cut))
     everything, kept = everything.sum(dim=1), kept.sum(dim=1)
     torch.testing.assert_close(kept + cut.rest, everything, atol=2e-3, rtol=0)
     best = peaks.topk(5, dim=1).values.sum(dim=1)
@@ -153,15 +154,15 @@ def test_the_published_models_layers_and_indexers(name, layers, top_k):
     assert 3 <= int(raw.oracle.votes.min()) < int(raw.oracle.votes.max()) <= layers
 
 
-@pytest.mark.parametrize(("dtype", "spread"), [("float32", False), ("bfloat16", False), ("float32", True)])
-def test_a_saved_checkpoint_loads_and_traces(tmp_path, model, tokenizer, dtype, spread):
+@pytest.mark.parametrize(("dtype", "devices"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_a_saved_checkpoint_loads_and_traces(tmp_path, model, tokenizer, dtype, devices):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded, _ = load_backbone(BackboneConfig(path=str(tmp_path), dtype=dtype, spread=spread))
+    loaded, _ = load_backbone(BackboneConfig(path=str(tmp_path), dtype=dtype, spread=devices))
     backbone = adapter(loaded)
     assert backbone.info == DeepseekV4Backbone(model).info  # the fingerprint survives the cast
     raw = backbone.trace(IDS, ROWS, settings(oracle="attention"))
-    mass, _ = SparseOracle.of(raw.oracle, LENGTH // 4).dense()
+    mass, _ = spread(SparseOracle.of(raw.oracle, LENGTH // 4))
     assert raw.hidden[1].shape == (len(ROWS), 32) and torch.all(mass.sum(dim=1) > 0)
 
 

@@ -11,6 +11,7 @@ from data_gen.core.key_bytes import decode_keys
 from data_gen.core.keys import key_vectors
 from data_gen.core.tensors import lightning_scores
 from data_gen.traces.labels import SparseOracle
+from tests.data_gen.traces.spread import spread
 
 LENGTH, WIDTH, TOP = 1500, 128, 64
 LAYERS = (0, 1, 2)
@@ -140,7 +141,7 @@ def test_votes_are_the_releases_in_float64(exact, traces):
 
 def test_attention_is_the_stock_models_eager_weights(pocket, stock, traces):
     oracle = traces["attention"].oracle
-    mean, peak = SparseOracle.of(oracle, LENGTH // 4).dense()
+    mean, peak = spread(SparseOracle.of(oracle, LENGTH // 4))
     layers = [stock["attentions"][layer][0][..., LENGTH:] for layer in csa_layers(pocket.backbone.model)]
     weights = torch.stack(layers)[:, :, ROWS]  # [layers, heads, R, N]: a softmax over window, chunks and sink
     torch.testing.assert_close(mean, weights.mean(dim=(0, 1)), atol=2e-4, rtol=2e-3)  # stored in fp16
@@ -153,7 +154,7 @@ def test_attention_finds_the_fact(pocket, ids, document, traces):
     fact = ids.index(pocket.tokenizer.convert_tokens_to_ids(document.answer))  # "note KEY VALUE ."
     window = pocket.backbone.model.config.sliding_window
     assert ids[fact - 1] == ids[-3] and fact + 2 * window < LENGTH
-    mean, _ = SparseOracle.of(traces["attention"].oracle, LENGTH // 4).dense()
+    mean, _ = spread(SparseOracle.of(traces["attention"].oracle, LENGTH // 4))
     assert fact // 4 <= int(mean[-2].argmax()) <= (fact + window) // 4 + 1
 
 

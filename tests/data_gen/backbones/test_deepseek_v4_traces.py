@@ -5,12 +5,13 @@ import pytest
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
 from data_gen.backbones.load import adapter
 from data_gen.generate import generate
-from eval.offline.recall import evaluate_recall
+from eval.offline.evaluation import threshold_for
 from indexer_train.training.trainer import train
 from recipes import load_recipe
-from recipes.pocket_v4.config import load_config
-from recipes.pocket_v4.documents import write_chats
+from recipes.pocket.config import load_config
+from recipes.pocket.documents import write_chats
 from tests.conftest import tiny_model
+from tests.eval.offline.recalled import evaluate_recall
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def test_generate_fills_a_store_either_way(tmp_path, model, tokenizer, tiny_reci
     for oracle, own_tokens in (("indexer", 0), ("attention", 0), ("indexer", 24)):
         trace = tiny_recipe.trace.model_copy(update={"layers": [1, 3], "oracle": oracle, "own_tokens": own_tokens})
         root = tmp_path / f"{oracle}{own_tokens}"
-        store = generate(backbone, tokenizer, documents, trace, "heldout", root, lambda items, _: items)
+        (store,) = generate(backbone, tokenizer, documents, trace, root, ["heldout"])
         for document in store:
             windows = document.windows(serving=True)
             labels = document.labels(windows)
@@ -43,17 +44,14 @@ def test_an_indexer_trains_and_is_measured_on_the_traces(tmp_path, pocket, name)
     documents = recipe.documents.model_copy(
         update={"source": str(tmp_path / "chats.jsonl"), "train": {"chat": 3}, "heldout": {"chat": 1}}
     )
-    stores = {
-        split: generate(
-            pocket.backbone, pocket.tokenizer, documents, recipe.trace, split, tmp_path / split, lambda x, _: x
-        )
-        for split in ("train", "heldout")
-    }
-    config = recipe.train.model_copy(update={"epochs": 1, "validation_every": 3, "init": str(pocket.folder)})
-    indexer = train(stores["train"], recipe.indexer, config, tmp_path / "run")
-    info = stores["train"].manifest.backbone
+    training, heldout = generate(pocket.backbone, pocket.tokenizer, documents, recipe.trace, tmp_path / "traces")
+    config = recipe.train.model_copy(update={"epochs": 3, "validation_every": 3, "init": str(pocket.folder)})
+    indexer = train(training, recipe.indexer, config, tmp_path / "run")
+    info = training.manifest.backbone
     assert indexer.spec.rope == info.rope and indexer.spec.key == info.key == "fp8_rope_hadamard"
-    rows = evaluate_recall(indexer, stores["heldout"], config.golden, indexer.spec.thresholds["0.1"])
+    threshold, note = threshold_for("indexer", indexer, 0.1)
+    assert note is None
+    rows = evaluate_recall(indexer, heldout, config.golden, threshold.cuts[0].score)
     found = {(row.policy, row.budget): row.mass_recall for row in rows if row.budget != "threshold"}
     assert all(0 <= recall <= found["oracle", budget] + 1e-6 for (_, budget), recall in found.items())
     assert found["indexer", 0.1] > 3 * max(found["recency", 0.1], found["random", 0.1]), found

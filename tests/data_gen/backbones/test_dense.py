@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from transformers import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from benchmarks.tiny_models import tiny
 from data_gen.backbones.dense import DenseBackbone
+from data_gen.backbones.load import adapter
 from data_gen.backbones.observe import observe
 from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.traces.labels import SparseOracle
-from tests.conftest import TINY, tiny_model
+from tests.conftest import tiny_model
+from tests.data_gen.traces.spread import spread
 
 
 def tokens(length):
@@ -31,7 +33,7 @@ def test_probabilities_are_the_backbones_own(model):
     model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(torch.tensor([ids]), output_attentions=True)
-    mean, peak = SparseOracle.of(raw.oracle, 22).dense()
+    mean, peak = spread(SparseOracle.of(raw.oracle, 22))
     for index, row in enumerate(rows.tolist()):
         complete = (row + 1) // 4
         layers = [output.attentions[layer][0] for layer in backbone.info.full_layers]
@@ -123,13 +125,65 @@ def test_a_model_can_be_traced_on_its_own_words(model):
 
 def test_dense_backbones_have_no_indexer_to_ask(model):
     backbone = DenseBackbone(model)
-    with pytest.raises(InputError, match="only DeepSeek-V4 has an indexer"):
+    with pytest.raises(InputError, match="the backbone has no indexer"):
         backbone.trace(tokens(60), torch.tensor([59]), trace_config(backbone, oracle="indexer"))
 
 
-def test_a_layer_without_rope_is_refused():
-    torch.manual_seed(0)
-    config = SmolLM3Config(**TINY, num_hidden_layers=3, no_rope_layers=[1, 0, 1], pad_token_id=0)
-    backbone = DenseBackbone(SmolLM3ForCausalLM(config).eval())
-    with pytest.raises(InputError, match="layer 1: keys before RoPE differ"):
-        backbone.trace(tokens(60), torch.tensor([59]), trace_config(backbone))
+@pytest.mark.parametrize("family", ["smollm3", "phi", "stablelm", "llama4_text"])
+def test_keys_are_projections_whatever_part_of_them_turns(family):
+    """Layers with RoPE on a part of each head, and without any: a chunk's key is the mean of `k_proj`."""
+    model = tiny(family)
+    backbone = adapter(model)
+    ids = tokens(60)
+    for layer in backbone.info.full_layers:
+        seen = []
+        hook = backbone.modules[layer].k_proj.register_forward_hook(
+            lambda _, __, output, seen=seen: seen.append(output)
+        )
+        raw = backbone.trace(ids, torch.tensor([59]), trace_config(backbone, layers=[layer]))
+        hook.remove()
+        projected = seen[0][0, :60].unflatten(0, (15, 4)).mean(1)
+        torch.testing.assert_close(raw.keys[layer].float(), projected, atol=2e-3, rtol=2e-3)
+
+
+def test_a_nope_layer_of_smollm3_is_among_them():
+    config = tiny("smollm3").config
+    assert 0 in config.no_rope_layers and 1 in config.no_rope_layers
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "minicpm3", "youtu"])
+def test_mla_keys_are_mean_latents(family):
+    """What its norm makes of the compressed key and value, before any head expands it."""
+    model = tiny(family)
+    backbone = adapter(model)
+    module = backbone.modules[3]
+    seen = []
+    hook = module.kv_a_layernorm.register_forward_hook(lambda _, __, output: seen.append(output))
+    raw = backbone.trace(tokens(60), torch.tensor([59]), trace_config(backbone))
+    hook.remove()
+    latent = seen[0].reshape(60, -1)
+    assert latent.shape[1] == model.config.kv_lora_rank == backbone.info.key_width
+    torch.testing.assert_close(raw.keys[3].float(), latent.unflatten(0, (15, 4)).mean(1), atol=2e-3, rtol=2e-3)
+
+
+def test_mean_pooled_scores_of_mla_are_those_of_its_heads():
+    """Against keys of heads that the model itself expanded, averaged; the part that turns left out."""
+    model = tiny("deepseek_v3")
+    backbone = adapter(model)
+    module, seen = backbone.modules[3], []
+    hooks = [
+        part.register_forward_hook(lambda _, __, output: seen.append(output))
+        for part in (module.kv_b_proj, module.q_b_proj)
+    ]
+    raw = backbone.trace(tokens(60), torch.tensor([59]), trace_config(backbone))
+    for hook in hooks:
+        hook.remove()
+    config = model.config
+    keys = next(out for out in seen if out.shape[-1] == 4 * (config.qk_nope_head_dim + config.v_head_dim))
+    keys = keys.reshape(60, 4, -1)[..., : config.qk_nope_head_dim].unflatten(0, (15, 4)).mean(1)  # [N, H, d]
+    query = next(out for out in seen if out.shape[-1] == 4 * (config.qk_nope_head_dim + config.qk_rope_head_dim))
+    query = query.reshape(60, 4, -1)[59, :, : config.qk_nope_head_dim]
+    expected = (torch.einsum("hd,nhd->hn", query, keys) * module.scaling).softmax(-1).mean(0)
+    layers = len(backbone.modules)
+    others = raw.mean_pooled.float() * layers - expected  # the sum over the layers before
+    assert others.min() > -2e-2 and float(others.sum()) == pytest.approx(layers - 1, abs=2e-2)

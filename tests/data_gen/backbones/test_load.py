@@ -4,18 +4,18 @@ import threading
 
 import pytest
 
-from data_gen.backbones.dense import DenseBackbone
+from data_gen.backbones.families import family_of
 from data_gen.backbones.load import ADAPTERS, _read_once, adapter, load_backbone, public_name, resolve
 from data_gen.config import BackboneConfig
 from data_gen.core.errors import InputError
 from data_gen.core.keys import KEY_RECIPES
-from tests.conftest import tiny_model
+from tests.conftest import TINY_OF, tiny_model
 
 
 def test_only_deepseek_v4_is_laid_over_several_gpus(tmp_path, tokenizer):
     tiny_model("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"backbone\.spread: only the DeepSeek-V4 adapter"):
+    with pytest.raises(InputError, match=r"backbone\.spread: only a DeepSeek-V4"):
         load_backbone(BackboneConfig(path=str(tmp_path), spread=True))
 
 
@@ -54,12 +54,15 @@ def test_loads_at_once_leave_the_gguf_package_as_it_was():
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
 
 
-@pytest.mark.parametrize("family", ["llama", "yarn", "qwen3", "gemma3", "deepseek_v4"])
-def test_every_family_has_an_adapter_that_tells_what_it_is(family):
-    model = tiny_model(family)
+KINDS = [(family, TINY_OF[family]) for family in ADAPTERS] + [("dense", kind) for kind in ("yarn", "qwen3", "gemma3")]
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS)
+def test_every_family_has_an_adapter_that_tells_what_it_is(family, kind):
+    model = tiny_model(kind)
+    assert family_of(model) == family
     found = adapter(model)
-    assert type(found) is ADAPTERS.get(model.config.model_type, DenseBackbone)
+    assert type(found) is ADAPTERS[family]
     info = found.info
     assert info.model_type == model.config.model_type and info.context == model.config.max_position_embeddings
     assert KEY_RECIPES[info.key].row(info.key_width) >= info.key_width and info.full_layers
-    assert set(ADAPTERS) <= {"deepseek_v4"}  # a new family joins the list above, and tests/conftest.py

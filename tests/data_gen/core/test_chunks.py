@@ -1,5 +1,7 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from data_gen.core.chunks import Chunking
 
@@ -13,3 +15,11 @@ def test_protected_and_candidates_cover_every_visible_chunk_once(tokens, sink, r
     expected = [c for c in visible if c >= sink and c < len(visible) - recent]
     assert list(range(*chunking.candidates(position))) == expected
     assert chunking.kept(budget, position) == max(1, int(budget * len(visible)))
+
+
+@pytest.mark.parametrize("field", ["sink", "recent"])
+def test_a_negative_number_is_refused_at_its_field(field):
+    assert getattr(Chunking.model_validate({field: 0}), field) == 0
+    with pytest.raises(ValidationError, match="greater than or equal to 0") as refused:
+        Chunking.model_validate({field: -1})
+    assert refused.value.errors()[0]["loc"] == (field,)

@@ -1,10 +1,15 @@
-"""The linear layer that keeps its gradient's place against torch's own."""
+"""The linear layer that keeps its gradient's place against torch's own; what torch was told of huge pages."""
 
 import copy
+import os
+import subprocess
+import sys
 
+import pytest
 import torch
 
-from data_gen.core.cpu import SteadyLinear, keep_freed_memory
+from data_gen.core import cpu
+from data_gen.core.cpu import HUGE_PAGES, ProductLinear, SteadyLinear, keep_freed_memory, multiply_by_product
 
 
 def run(layer, batches):
@@ -63,3 +68,48 @@ def test_a_frozen_layer_and_autocast_take_the_usual_way():
     x = torch.randn(2, 5, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(dim=0).expand(2, 5))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
+def test_a_model_whose_linear_layers_multiply_by_product_is_the_same(monkeypatch):
+    monkeypatch.setattr(cpu, "ONEDNN", True)
+    torch.manual_seed(0)
+    stock = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.Linear(64, 8, bias=False), SteadyLinear(8, 4))
+    model = copy.deepcopy(stock)
+    multiply_by_product(model)
+    assert [type(layer) for layer in model] == [ProductLinear, ProductLinear, SteadyLinear]
+    x = torch.randn(2, 3, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), stock(x))
+        assert torch.equal(model.double()(x.double()), stock.double()(x.double()))  # torch's own where product has none
+    model(x.double()).sum().backward()
+    stock(x.double()).sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, stock[0].weight.grad)
+
+
+def test_where_the_default_library_is_the_faster_one_a_model_is_left_alone(monkeypatch):
+    monkeypatch.setattr(cpu, "ONEDNN", False)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    multiply_by_product(model)
+    assert type(model[0]) is torch.nn.Linear
+
+
+HUGE = """
+import os
+from data_gen.core.cpu import ask_for_huge_pages
+before = dict(os.environ)
+ask_for_huge_pages()
+assert os.environ == before
+import torch
+held = torch.zeros(1 << 24)
+print(sum(" hg" in line for line in open("/proc/self/smaps") if line.startswith("VmFlags")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("given", [None, "0"])
+def test_huge_pages_are_asked_for_and_nothing_is_left_in_the_environment(given):
+    told = {name: value for name, value in os.environ.items() if name != HUGE_PAGES}
+    told |= {} if given is None else {HUGE_PAGES: given}
+    done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, env=told, check=True)
+    assert (int(done.stdout) > 0) == (given is None)

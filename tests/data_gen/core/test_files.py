@@ -1,5 +1,6 @@
 """Sealed files and folders: every byte that changes is told; what is replaced, killed or left over harms nothing."""
 
+import fcntl
 import json
 import os
 import random
@@ -7,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,10 @@ from safetensors.torch import load_file
 from data_gen.core.errors import InputError
 from data_gen.core.files import (
     BLANK,
+    alone,
     broken_seal,
     folder_damage,
+    one_line,
     read_sealed,
     replace_sealed,
     save_tensors,
@@ -92,7 +97,12 @@ def test_every_byte_of_a_sealed_folder_counts_but_the_card(folder):
         assert folder_damage(folder) == f"{file} is missing"
         (folder / file).write_bytes(content)
     (folder / "README.md").write_text("another card")
+    (folder / ".unfinished-1.json").write_text("of a run that was killed")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "of the hub").write_text("")
     assert folder_damage(folder) is None
+    (folder / "part" / "more.bin").write_bytes(b"")
+    assert folder_damage(folder) == "part/more.bin was added"
 
 
 def test_a_file_is_replaced_whenever_the_run_is_killed(folder, monkeypatch):
@@ -122,6 +132,39 @@ def test_a_file_is_replaced_whenever_the_run_is_killed(folder, monkeypatch):
     assert folder_damage(folder) == "part/spec.json is not the one that was written"
 
 
+def test_who_waited_for_a_lock_that_is_gone_still_keeps_others_out(tmp_path, monkeypatch):
+    """The second waits for the first, whose file goes when it has done; the third comes when there is none."""
+    waiting, inside, enough = threading.Semaphore(0), [], threading.Event()
+    lock = fcntl.flock
+
+    def noted(file, how):
+        waiting.release()
+        return lock(file, how)
+
+    def work(name):
+        with alone(tmp_path):
+            inside.append(name)
+            assert enough.wait(60)
+
+    monkeypatch.setattr(fcntl, "flock", noted)
+    with ThreadPoolExecutor() as workers:
+        with alone(tmp_path):
+            assert waiting.acquire(timeout=60)
+            second = workers.submit(work, "second")
+            assert waiting.acquire(timeout=60)
+            time.sleep(0.1)  # it waits now
+        deadline = time.monotonic() + 60
+        while not inside and time.monotonic() < deadline:
+            time.sleep(0.01)
+        third = workers.submit(work, "third")
+        time.sleep(0.3)
+        assert inside == ["second"]
+        enough.set()
+        for done in (second, third):
+            done.result()
+    assert inside == ["second", "third"] and not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_process_left_is_swept_and_what_is_being_written_stays(tmp_path):
     program = (
         "import sys, time; from pathlib import Path; from data_gen.core.files import write_atomically\n"
@@ -143,6 +186,29 @@ def test_what_a_killed_process_left_is_swept_and_what_is_being_written_stays(tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_a_library_writes_anew_and_a_sweep_takes_is_written_again(tmp_path):
+    """The new one has no lock: the writer finds it gone when it opens it once more."""
+    turns = []
+
+    def write(file):
+        file.unlink()
+        file.write_text(f"turn {len(turns)}")
+        if not turns:
+            sweep(tmp_path)
+        turns.append(file)
+        file.read_text()
+
+    write_atomically(tmp_path / "out.txt", write)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
+    assert len(turns) == 2 and (tmp_path / "out.txt").read_text() == "turn 1"
+
+
+def test_what_else_is_missing_while_a_file_is_written_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        write_atomically(tmp_path / "out.txt", lambda file: (tmp_path / "elsewhere").read_text())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("raised", [RecursionError("deep"), ZeroDivisionError("by zero"), MemoryError(), EOFError()])
 def test_whatever_a_parser_raises_is_one_line(tmp_path, raised):
     with (
@@ -150,6 +216,20 @@ def test_whatever_a_parser_raises_is_one_line(tmp_path, raised):
         whole(tmp_path, "thing", "mend it"),
     ):
         raise raised
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("Error(s) in loading:\n\tsize mismatch\n\tmore"), "Error(s) in loading: size mismatch"),
+        (ValueError("first\nsecond"), "first"),
+        (ValueError("ends:"), "ends:"),
+        (KeyError("x"), "'x' is missing"),
+        (EOFError(), "EOFError"),
+    ],
+)
+def test_one_line_says_what_a_heading_only_announces(error, line):
+    assert one_line(error) == line
 
 
 def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):

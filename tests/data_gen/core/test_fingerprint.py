@@ -3,11 +3,17 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.core.errors import InputError
-from data_gen.core.fingerprint import checkpoint_fingerprint, checkpoint_tensors, fingerprint
+from data_gen.core.fingerprint import checkpoint_tensors, fingerprint
 from tests.conftest import TINY, tiny_model
 
 
@@ -35,15 +41,110 @@ def test_memory_and_files_agree(family, tmp_path, shard):
         assert fingerprint(loaded.named_parameters()) == value  # tied matrices once
 
 
-def test_fused_tensors_agree():
-    tensors = dict(tiny_model("llama").state_dict())
+def joined(tensors, rename=lambda name: name):
+    """The tensors as engines hold them: q, k and v as one, gate and up as one; other names, another order."""
+    rest, found = dict(tensors), {}
+    for fused, members in {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }.items():
+        for name in list(rest):
+            if f".{members[0]}." in name:
+                parts = [rest.pop(name.replace(members[0], member)) for member in members]
+                found[name.replace(members[0], fused)] = torch.cat(parts)
+    return {rename(name): value for name, value in [*found.items(), *reversed(rest.items())]}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_fused_tensors_agree(family):
+    torch.manual_seed(0)
+    biased = Qwen2ForCausalLM(Qwen2Config(**TINY, num_hidden_layers=2)) if family == "qwen2" else tiny_model(family)
+    tensors = biased.state_dict()
     value = fingerprint(tensors.items())
-    fused = {}
-    for layer in range(3):
-        for group in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]):
-            parts = [tensors.pop(f"model.layers.{layer}.{name}.weight") for name in group]
-            fused[f"{group[0]}.{layer}"] = torch.cat(parts)
-    assert fingerprint([*fused.items(), *reversed(tensors.items())]) == value
+    assert any("bias" in name for name in tensors) == (family == "qwen2")
+    assert fingerprint(joined(tensors).items()) == value
+    assert fingerprint(joined(tensors, lambda name: f"language_model.{name}").items()) == value
+
+
+def test_a_stack_of_experts_agrees_with_its_parts_and_their_order_counts():
+    tensors = dict(experts().state_dict())
+    value, apart = fingerprint(tensors.items()), {}
+    for name in [name for name in tensors if ".experts." in name]:
+        stack, (layer, part) = tensors.pop(name), name.split(".experts.")
+        for number, one in enumerate(stack):
+            parts = zip(["w1", "w3"], one.chunk(2), strict=True) if part == "gate_up_proj" else [("w2", one)]
+            apart |= {f"{layer}.experts.{number}.{each}.weight": value for each, value in parts}
+    assert len(apart) == 2 * 4 * 3 and fingerprint((tensors | apart).items()) == value
+    first, second = (f"model.layers.1.mlp.experts.{number}.w2.weight" for number in (0, 3))
+    assert fingerprint((tensors | apart | {first: apart[second], second: apart[first]}).items()) != value
+
+
+LAYER = "model.layers.1."
+SWAPS = [
+    ("self_attn.q_proj.weight", "self_attn.o_proj.weight"),
+    ("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    ("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+    ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    ("input_layernorm.weight", "post_attention_layernorm.weight"),
+    *((name, f"model.layers.2.{name}") for name in ("self_attn.o_proj.weight", "input_layernorm.weight")),
+]
+
+
+def distinct(family):
+    """The tensors of a family, every one of them random: fresh norms are ones, and equal ones may change places."""
+    generator = torch.Generator().manual_seed(1)
+    state = tiny_model(family).state_dict()
+    return {name: torch.randn(value.shape, generator=generator) for name, value in state.items()}
+
+
+@pytest.mark.parametrize(("one", "two"), SWAPS)
+def test_tensors_that_change_places_have_another_value(one, two):
+    tensors = distinct("qwen3")
+    tensors["model.layers.1.self_attn.o_proj.weight"] = torch.randn(64, 32)  # as wide as q: of one head more
+    one, two = LAYER + one, two if two.startswith("model") else LAYER + two
+    value = fingerprint(tensors.items())
+    assert fingerprint((tensors | {one: tensors[two], two: tensors[one]}).items()) != value
+
+
+def test_the_embedding_and_the_head_may_not_change_places():
+    tensors, (one, two) = distinct("llama"), ("model.embed_tokens.weight", "lm_head.weight")
+    assert fingerprint((tensors | {one: tensors[two], two: tensors[one]}).items()) != fingerprint(tensors.items())
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_and_columns_that_change_places_have_another_value(axis):
+    tensors = distinct("llama")
+    seen = {fingerprint(tensors.items())}
+    matrices = [name for name, value in tensors.items() if value.ndim == 2]
+    for count, name in enumerate(matrices, start=2):
+        width = tensors[name].shape[axis]
+        order = torch.arange(width)
+        order[[width // 3, width - 1]] = order[[width - 1, width // 3]]
+        seen.add(fingerprint((tensors | {name: tensors[name].index_select(axis, order)}).items()))
+        assert len(seen) == count, name
+    heads = tensors["model.layers.0.self_attn.q_proj.weight"].view(4, 16, 32)  # whole heads, as pruning moves them
+    moved = {"model.layers.0.self_attn.q_proj.weight": heads[[1, 0, 2, 3]].reshape(64, 32)}
+    assert fingerprint((tensors | moved).items()) not in seen
+
+
+def test_layers_that_change_places_or_are_there_twice_have_another_value():
+    tensors = distinct("llama")
+
+    def with_layers(*numbers):
+        rest = {name: value for name, value in tensors.items() if ".layers." not in name}
+        for new, old in enumerate(numbers):
+            own = {name: value for name, value in tensors.items() if f".layers.{old}." in name}
+            rest |= {name.replace(f".layers.{old}.", f".layers.{new}."): value for name, value in own.items()}
+        return fingerprint(rest.items())
+
+    assert with_layers(0, 1, 2) == fingerprint(tensors.items())
+    assert len({with_layers(*order) for order in [(0, 1, 2), (1, 0, 2), (0, 0, 1), (0, 1), (0, 1, 2, 2)]}) == 5
+
+
+def test_deepseeks_own_names_agree_with_those_in_memory(tmp_path):
+    model = tiny_model("deepseek_v4")
+    model.save_pretrained(tmp_path)
+    assert fingerprint(checkpoint_tensors(tmp_path)) == fingerprint(model.state_dict().items())
 
 
 def test_any_value_of_any_tensor_counts():
@@ -93,16 +194,16 @@ def test_integers_and_scalars_count():
 
 def test_a_backbone_in_memory_and_its_files_agree(family, tmp_path):
     family.save_pretrained(tmp_path)
-    assert checkpoint_fingerprint(tmp_path) == DenseBackbone(family).info.fingerprint
+    assert fingerprint(checkpoint_tensors(tmp_path)) == DenseBackbone(family).info.fingerprint
     tied = AutoModelForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=True)
     tied.config.tie_word_embeddings = True
     tied.tie_weights()
     tied.save_pretrained(tmp_path / "tied")
-    once = checkpoint_fingerprint(tmp_path / "tied")
+    once = fingerprint(checkpoint_tensors(tmp_path / "tied"))
     tensors = load_file(tmp_path / "tied" / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # some write both
     save_file(tensors, tmp_path / "tied" / "model.safetensors")
-    assert checkpoint_fingerprint(tmp_path / "tied") == once == DenseBackbone(tied).info.fingerprint
+    assert fingerprint(checkpoint_tensors(tmp_path / "tied")) == once == DenseBackbone(tied).info.fingerprint
 
 
 def test_refusals(tmp_path):

@@ -189,3 +189,13 @@ def test_hadamard_keeps_inner_products_and_refuses_other_widths():
     torch.testing.assert_close(hadamard(a) @ hadamard(b).T, a @ b.T, atol=2e-5, rtol=1e-5)
     with pytest.raises(InputError, match="power of two"):
         hadamard(torch.zeros(12))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_hadamard_on_a_gpu_heeds_neither_autocast_nor_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    x = torch.randn(300, 256)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = hadamard(x.cuda())
+    torch.testing.assert_close(found.cpu(), hadamard(x), atol=2e-6, rtol=1e-6)

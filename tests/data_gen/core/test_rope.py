@@ -96,5 +96,5 @@ def test_a_transformers_config_describes_it():
     assert Rope.from_parameters(yarn, 64, 1 << 20) == V4
     plain = {"rope_type": "default", "rope_theta": 10000}
     assert Rope.from_parameters(plain, 16, 4096) == PLAIN
-    with pytest.raises(InputError, match="'llama3' is not known"):
+    with pytest.raises(InputError, match="unknown RoPE type 'llama3'"):
         Rope.from_parameters(plain | {"rope_type": "llama3"}, 16, 4096)

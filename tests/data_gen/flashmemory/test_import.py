@@ -21,13 +21,15 @@ from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import encode_keys
+from data_gen.core.shard import Shard
 from data_gen.flashmemory.document import Dropped, read_document
 from data_gen.flashmemory.folder import import_dumps
 from data_gen.flashmemory.unpickle import load_dump
 from data_gen.traces.store import TraceStore
-from eval.offline.recall import evaluate_recall
+from eval.offline.evaluation import threshold_for
 from indexer_train.config import IndexerConfig, TrainConfig
 from indexer_train.training.trainer import train
+from tests.eval.offline.recalled import evaluate_recall
 
 LAYERS = [10, 12]
 TOKENS, CHUNKS = 20, 12
@@ -80,7 +82,7 @@ def test_a_folder_becomes_a_store(tmp_path):
     report = imported(folder, root)
     assert vars(report) == {"written": 3, "present": 0, "dropped": Dropped(), "failed": []}
     store = TraceStore.open(root)
-    assert [path.name for path in store.paths()] == [f"doc_{n:05d}.safetensors" for n in originals]
+    assert [path.name for path in store.paths()] == [f"doc_{n:07d}.safetensors" for n in originals]
     assert store.manifest.backbone.rope.factor == 16 and store.manifest.trace.oracle == "indexer"
     for document, tensors in zip(store, originals.values(), strict=True):
         for layer in LAYERS:
@@ -106,13 +108,29 @@ def test_finished_documents_stay_and_other_settings_are_refused(tmp_path):
     folder, root = tmp_path / "dumps", tmp_path / "store"
     save(folder, 0, dump())
     imported(folder, root)
-    before = (root / "doc_00000.safetensors").stat().st_mtime_ns
+    before = (root / "0000" / "doc_0000000.safetensors").stat().st_mtime_ns
     save(folder, 1, dump(seed=1))
     report = imported(folder, root)
     assert (report.written, report.present) == (1, 1)
-    assert (root / "doc_00000.safetensors").stat().st_mtime_ns == before
+    assert (root / "0000" / "doc_0000000.safetensors").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="another trace"):
         imported(folder, root, TRACE.model_copy(update={"window": 4}))
+
+
+def test_shards_import_what_one_process_does(tmp_path):
+    folder = tmp_path / "dumps"
+    for number in (0, 3, 4, 17):
+        save(folder, number, dump(seed=number))
+    imported(folder, tmp_path / "one")
+    for index in (2, 0, 1):
+        written = import_dumps(folder, tmp_path / "many", TRACE, lambda items, _: items, Shard(index, 3)).written
+        assert written == sum(number % 3 == index for number in (0, 3, 4, 17))
+        if index == 2:
+            with pytest.raises(InputError, match=r"3 of 4 documents are missing \(doc_00000, .*\): shards 0/3, 1/3;"):
+                TraceStore.open(tmp_path / "many")
+    files = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+             for root in (tmp_path / "one", tmp_path / "many")]  # fmt: skip
+    assert files[0] == files[1]
 
 
 def test_two_folders_do_not_pass_for_one(tmp_path):
@@ -120,10 +138,9 @@ def test_two_folders_do_not_pass_for_one(tmp_path):
     sizes = {save(tmp_path / name, 0, dump(seed=ord(name), labels=2)).stat().st_size for name in "ab"}
     assert len(sizes) == 1
     imported(tmp_path / "a", tmp_path / "store")
-    report = imported(tmp_path / "b", tmp_path / "store")
-    assert report.present == report.written == 0
-    assert "b/doc_00000.pkl: " in report.failed[0] and "was made of another dump" in report.failed[0]
-    (tmp_path / "store" / "doc_00000.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match="doc_00000 is not the document that the store was begun with"):
+        imported(tmp_path / "b", tmp_path / "store")
+    (tmp_path / "store" / "0000" / "doc_0000000.safetensors").write_bytes(b"x")
     assert "damaged trace" in imported(tmp_path / "a", tmp_path / "store").failed[0]
 
 
@@ -327,7 +344,7 @@ def test_odd_descriptions_stop_nothing(tmp_path):
     report = imported(folder, tmp_path / "store")
     named = ["server_metadata.jsonl: line 1", "doc_00001.pkl: doc_00001.json", "doc_00002.pkl: doc_00002.json"]
     assert all(name in line for name, line in zip(named, report.failed, strict=True)), report.failed
-    first, last = TraceStore.open(tmp_path / "store")
+    first, last = TraceStore.open(tmp_path / "store", partial=True)
     assert first.source["client"]["prompt"] == last.source["server"]["x"] == half
     (folder / "server_metadata.jsonl").unlink()
     (folder / "server_metadata.jsonl").mkdir()
@@ -375,7 +392,9 @@ def test_damaged_files_are_reported_by_name_and_stop_nothing(tmp_path):
     (folder / "server_metadata.jsonl").write_text('{"filename": "doc_00300.pkl"}\nnonsense\n')
     save(folder, 300, dump())
     report = imported(folder, root)
-    assert report.written == 1 and [p.name for p in TraceStore.open(root).paths()] == ["doc_00300.safetensors"]
+    assert report.written == 1 and [p.name for p in TraceStore.open(root, partial=True).paths()] == [
+        "doc_0000300.safetensors"
+    ]
     reasons = [f"doc_{number:05d}.pkl: {reason}" for number, reason in enumerate(BROKEN)]
     reasons = ["doc_7.pkl: not named like a dump", "server_metadata.jsonl: line 2", *reasons,
                "doc_00100.pkl: damaged", "doc_00101.pkl: damaged",
@@ -446,7 +465,9 @@ def test_an_indexer_trains_and_is_measured_on_imported_traces(tmp_path):
     shape = IndexerConfig(heads=2, rank=4)
     config = TrainConfig(loss="focal", epochs=1, windows_per_document=4, validation_every=2, eval_epochs=1)
     indexer = train(store, shape, config, tmp_path / "run")
-    rows = evaluate_recall(indexer, store, config.golden, indexer.spec.thresholds["0.1"])
+    threshold, note = threshold_for("indexer", indexer, 0.1)
+    assert note is None
+    rows = evaluate_recall(indexer, store, config.golden, threshold.cuts[0].score)
     untrained = {"oracle", "native_votes", "frequency", "recency", "random", "protected"}
     assert {row.policy for row in rows} == untrained | {"indexer", "layer 10", "layer 12"}
     full = [row.mass_recall for row in rows if row.policy == "oracle" and row.budget == 0.2]

@@ -7,7 +7,7 @@ import pytest
 
 from data_gen.config import DocumentsConfig, TraceConfig
 from data_gen.core.errors import InputError
-from data_gen.text.documents import INSTRUCTION, build_documents
+from data_gen.text.documents import INSTRUCTION, draw_documents
 from data_gen.text.needles import KEYS, WORDINGS
 from data_gen.text.sources import read_source
 
@@ -24,7 +24,7 @@ def config(**changes):
 
 
 def build(settings, tokenizer, split, context=4096):
-    return build_documents(settings, TRACE, tokenizer, context, split)
+    return list(draw_documents(settings, TRACE, tokenizer, context, split))
 
 
 def shingles(text, size=120):
@@ -84,7 +84,7 @@ def test_the_code_of_an_installed_package_is_a_source(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert list(read_source("package:lib_of_mine", "text")) == ["x = 1\n", "# -*- coding: latin-1 -*-\ny = '\xe9'\n"]
     (tmp_path / "lib_of_mine" / "d.py").write_bytes(b"x = '\xe9'\n")
-    with pytest.raises(InputError, match=r"d\.py: not Python in an encoding"):
+    with pytest.raises(InputError, match=r"d\.py: not Python source in the encoding"):
         list(read_source("package:lib_of_mine", "text"))
     with pytest.raises(InputError, match="documents package:nothing_here: the package nothing_here is not installed"):
         list(read_source("package:nothing_here", "text"))
@@ -195,7 +195,7 @@ def test_folder_and_parquet(tokenizer, tmp_path):
         ('{"text": ""}', {}, "empty document"),
         ("{broken", {}, "line 1: not JSON"),
         ('{"other": "x"}', {}, "text field 'text'"),
-        ('{"text": "too short"}', {"train": {"document": 1}, "heldout": {}}, "shorter than one window"),
+        ('{"text": "too short"}', {"train": {"document": 1}, "heldout": {}}, "protected chunks and one window need"),
         (json.dumps({"text": "long " * 2000}), {"train": {"document": 1}, "heldout": {}}, "context is 4096"),
         (json.dumps({"text": "some text"}), {"train": {"text": 9}, "heldout": {}}, "ask for fewer"),
         (json.dumps({"text": "some text"}), {"train": {"nonsense": 1}}, "unknown task 'nonsense'"),
@@ -240,6 +240,6 @@ def test_a_template_that_refuses_the_messages_is_said_to(tokenizer, tmp_path):
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": [{"role": role, "content": "x" * 200} for role in ("user", "assistant")]}))
-    complaint = r"train-chat-0000: the model's chat template refuses the messages \(roles must alternate\)"
+    complaint = r"train-chat-0000000: the model's chat template refuses the messages \(roles must alternate\)"
     with pytest.raises(InputError, match=complaint):
         build(config(source=str(path), train={"chat": 1}, heldout={}), strict, "train")

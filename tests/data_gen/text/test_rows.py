@@ -4,18 +4,21 @@ import copy
 import gzip
 import json
 import time
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from data_gen.backbones.dense import DenseBackbone
 from data_gen.config import DocumentsConfig, TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from data_gen.generate import generate_sides
-from data_gen.text.documents import build_documents
+from data_gen.generate import generate
+from data_gen.text.documents import draw_documents
+from data_gen.text.plan import Plan
 from data_gen.text.rows import LARGEST_ROW, Skipped
-from data_gen.text.sources import read_source
+from data_gen.text.sources import measure_overlap, read_source
 from tests.conftest import tiny_model
 
 TEXTS = ["the first text", "the second text"]
@@ -38,9 +41,11 @@ def test_compressed_lines_and_lists(tmp_path):
     assert list(read_source(written(tmp_path, "a.jsonl.gz", gzip.compress(LINES)), "text")) == TEXTS
     rows = json.dumps([{"text": text} for text in TEXTS]).encode()
     assert list(read_source(written(tmp_path, "a.json", rows), "text")) == TEXTS
-    for damaged in (gzip.compress(LINES)[:-9], b"no gzip", gzip.compress(LINES)[:20] + b"\xff" * 30):
-        with pytest.raises(InputError, match=r"b\.jsonl\.gz: cannot be read after line \d") as caught:
-            list(read_source(written(tmp_path, "b.jsonl.gz", damaged), "text"))
+    whole = gzip.compress(LINES)
+    other = bytes([*whole[:-8], whole[-8] ^ 1, *whole[-7:]])  # its checksum is another text's
+    for damaged in (whole[:-9], whole[:-1], other, b"no gzip", whole[:20] + b"\xff" * 30):
+        with pytest.raises(InputError, match=r"b\.jsonl\.gz: cannot be read after line 0") as caught:
+            next(read_source(written(tmp_path, "b.jsonl.gz", damaged), "text"))
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"c\.json: holds no list of rows"):
         list(read_source(written(tmp_path, "c.json", b'{"text": "x"}'), "text"))
@@ -53,7 +58,29 @@ def test_zstandard_is_read_where_it_is_installed(tmp_path):
         with pytest.raises(InputError, match="needs the package zstandard"):
             list(read_source(written(tmp_path, "a.jsonl.zst", b""), "text"))
     else:
-        assert list(read_source(written(tmp_path, "a.jsonl.zst", zstandard.compress(LINES)), "text")) == TEXTS
+        whole = zstandard.ZstdCompressor(write_checksum=True).compress(LINES)
+        assert list(read_source(written(tmp_path, "a.jsonl.zst", whole), "text")) == TEXTS
+        two = zstandard.compress(LINES[:9]) + zstandard.compress(LINES[9:])
+        assert list(read_source(written(tmp_path, "a.jsonl.zst", two), "text")) == TEXTS  # as `pzstd` and `cat` write
+        for damaged in (whole[:-5], whole[:-1], bytes([*whole[:-1], whole[-1] ^ 1]), two[:-3], b"no zst", b""):
+            with pytest.raises(InputError, match=r"b\.jsonl\.zst: cannot be read after line 0"):
+                next(read_source(written(tmp_path, "b.jsonl.zst", damaged), "text"))
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    assert list(read_source(written(tmp_path, "a.jsonl", mark + LINES), "text")) == TEXTS
+    joined = mark + LINES + b"\n" + mark + LINES  # of two files
+    assert list(read_source(written(tmp_path, "a.jsonl", joined), "text")) == TEXTS + TEXTS
+    rows = json.dumps([{"text": text} for text in TEXTS]).encode()
+    assert list(read_source(written(tmp_path, "a.json", mark + rows), "text")) == TEXTS
+    written(tmp_path / "texts", "a.txt", mark + TEXTS[0].encode())
+    assert list(read_source(str(tmp_path / "texts"), "text")) == TEXTS[:1]
+
+
+def test_what_is_no_source_is_told_what_would_be(tmp_path):
+    with pytest.raises(InputError, match=r"a\.csv: expected a folder of texts, \.jsonl, \.jsonl\.gz, .*\.parquet"):
+        list(read_source(written(tmp_path, "a.csv", b"a,b"), "text"))
 
 
 def test_several_files_and_globs_are_read_in_order(tmp_path):
@@ -136,9 +163,10 @@ def test_what_was_skipped_is_said_and_changes_nothing_else(tmp_path, tokenizer):
 
     def traced(source, **more):
         config = DocumentsConfig(source=source, tokens=(1, 2), train={"document": 2}, heldout={"document": 1}, **more)
-        backbone, out = DenseBackbone(tiny_model("llama")), tmp_path / f"out{len(more)}"
-        lines = list(generate_sides(backbone, tokenizer, config, trace, out, lambda items, _: items))
-        return lines, [path.read_bytes() for path in sorted(out.rglob("doc_*"))]
+        out = tmp_path / f"{Path(source).stem}-{len(more)}"
+        generate(DenseBackbone(tiny_model("llama")), tokenizer, config, trace, out)
+        traced = [load_file(path) for path in sorted(out.rglob("doc_*"))]
+        return Plan(out / "plan.parquet").notes, [{name: each[name].tolist() for name in each} for each in traced]
 
     lines, files = traced(dirty, bad_rows="skip")
     assert lines[0].startswith(f"train: 3 bad rows skipped: documents {dirty} line 1: not JSON in UTF-8; ")
@@ -146,6 +174,40 @@ def test_what_was_skipped_is_said_and_changes_nothing_else(tmp_path, tokenizer):
     assert traced(clean)[1] == files and len(files) == 3
     with pytest.raises(InputError, match="line 1: not JSON"):
         traced(dirty)
+
+
+@pytest.mark.parametrize("kind", ["document", "chat"])
+def test_what_makes_no_document_is_skipped_and_the_next_one_is_drawn(tmp_path, tokenizer, tiny_recipe, kind):
+    """As if the source had held the others alone, whose number and order decide nothing else."""
+
+    def row(text, *more):
+        return {"text": text} if kind == "document" else {"messages": [ASKS | {"content": text}, ANSWERS, *more]}
+
+    good = [row(f"{number} is asked about here. " * 9) for number in range(30)]
+    bad = [row("too long " * 80)]
+    if kind == "chat":
+        bad += [row(good[0]["messages"][0]["content"], ASKS), {"text": "a text that is no chat " * 9}]
+    else:
+        bad += [row("too short"), {"messages": [ASKS, ANSWERS]}]
+    mixed = [each for number, one in enumerate(good) for each in (*bad[number : number + 1], one)]
+
+    def drawn(name, rows, bad_rows):
+        source = written(tmp_path, name, "\n".join(map(json.dumps, rows)).encode())
+        asked = {"source": source, "train": {kind: 6}, "heldout": {kind: 3}, "heldout_share": 0.4, "bad_rows": bad_rows}
+        documents, unfit = tiny_recipe.documents.model_copy(update=asked), set()
+        found = []
+        for side in ("train", "heldout"):
+            skipped = Skipped()
+            given = documents, tiny_recipe.trace, tokenizer, 512, side, skipped
+            found += [(each.name, each.tokens, each.spans) for each in draw_documents(*given)]
+            unfit |= skipped.unfit
+        return found, len(unfit), measure_overlap(documents, unfit)
+
+    expected, none, overlap = drawn("clean.jsonl", good, "stop")
+    found, unfit, same = drawn("mixed.jsonl", mixed, "skip")
+    assert found == expected and len(found) == 9 and (none, unfit) == (0, len(bad)) and same == overlap
+    with pytest.raises(InputError):
+        drawn("mixed.jsonl", mixed, "stop")
 
 
 TEMPLATES = {
@@ -165,9 +227,23 @@ def test_a_template_that_fails_is_one_line(tmp_path, tokenizer, what):
     config = DocumentsConfig(
         source=chat_file(tmp_path, {"messages": [ASKS, ANSWERS]}), tokens=(1, 2), train={"chat": 1}, heldout={}
     )
-    with pytest.raises(InputError, match=r"train-chat-0000: the model's chat template refuses the messages") as caught:
-        build_documents(config, TraceConfig(layers=[0]), broken, 512, "train")
+    where = r"documents .*chats\.jsonl: train-chat-0000000: the model's chat template refuses the messages"
+    with pytest.raises(InputError, match=where) as caught:
+        list(draw_documents(config, TraceConfig(layers=[0]), broken, 512, "train"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_source_that_was_skipped_to_its_end_says_why(tmp_path, tokenizer):
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = TEMPLATES["a division by zero"]
+    rows = [{"messages": [ASKS | {"content": f"question {number}"}, ANSWERS]} for number in range(4)]
+    source = written(tmp_path, "chats.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    config = DocumentsConfig(source=source, tokens=(1, 2), train={"chat": 2}, heldout={}, bad_rows="skip")
+    why = (
+        r"no document is left for train-chat-0000000 .*; 4 bad rows skipped: .* refuses the messages \(division by zero"
+    )
+    with pytest.raises(InputError, match=why):
+        list(draw_documents(config, TraceConfig(layers=[0]), broken, 512, "train"))
 
 
 def test_tool_calls_need_a_template(tmp_path, tokenizer):
@@ -178,7 +254,7 @@ def test_tool_calls_need_a_template(tmp_path, tokenizer):
         source=chat_file(tmp_path, {"messages": [ASKS, call, ANSWERS]}), tokens=(1, 2), train={"chat": 1}, heldout={}
     )
     with pytest.raises(InputError, match="need a chat template"):
-        build_documents(config, TraceConfig(layers=[0]), bare, 512, "train")
+        list(draw_documents(config, TraceConfig(layers=[0]), bare, 512, "train"))
 
 
 @pytest.mark.parametrize("kind", ["document", "chat"])
@@ -193,6 +269,6 @@ def test_text_beyond_the_context_is_not_tokenised_whole(tmp_path, tokenizer, kin
 
     monkeypatch.setattr(type(tokenizer), "__call__", watched)
     config = DocumentsConfig(source=chat_file(tmp_path, row), tokens=(1, 2), train={kind: 1}, heldout={})
-    with pytest.raises(InputError, match=r"of which the first 8192 are 8192 tokens already, .* context is 512"):
-        build_documents(config, TraceConfig(layers=[0]), tokenizer, 512, "train")
+    with pytest.raises(InputError, match=r"the first 8192 alone are 8192 tokens, .* context is 512"):
+        list(draw_documents(config, TraceConfig(layers=[0]), tokenizer, 512, "train"))
     assert longest[0] == 8192

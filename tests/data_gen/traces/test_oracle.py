@@ -7,6 +7,7 @@ from data_gen.core.chunks import Chunking
 from data_gen.traces import labels as oracle
 from data_gen.traces.labels import SparseOracle, pooled_attention
 from data_gen.traces.types import SparseAttention
+from tests.data_gen.traces.spread import spread
 
 
 def brute_force(query, key, positions, chunk_tokens, scaling, softcap, sinks):
@@ -29,7 +30,7 @@ def brute_force(query, key, positions, chunk_tokens, scaling, softcap, sinks):
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("tile", [1, 100, 1 << 24])
 def test_pooled_attention_equals_brute_force(monkeypatch, softcap, with_sinks, tile):
-    monkeypatch.setattr(oracle, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(oracle, "CACHE_ELEMENTS", tile)
     torch.manual_seed(0)
     query, key = torch.randn(4, 3, 8), torch.randn(2, 37, 8)
     positions = torch.tensor([0, 20, 36])
@@ -51,7 +52,7 @@ def random_attention(tokens=9, chunks=20, layers=3, top=6):
 
 def test_sparse_attention_keeps_the_top_and_accounts_for_the_rest():
     mean, peak, visible, sparse = random_attention()
-    dense_mean, dense_peak = SparseOracle.of(sparse, 20).dense()
+    dense_mean, dense_peak = spread(SparseOracle.of(sparse, 20))
     for row in range(9):
         order = peak[row, : visible[row]].mean(-1).argsort(descending=True)
         kept = sorted(order[:6].tolist())
@@ -65,7 +66,7 @@ def test_sparse_attention_keeps_the_top_and_accounts_for_the_rest():
 
 def test_window_labels_equal_loops():
     mean, peak, _, sparse = random_attention()
-    mean, peak = SparseOracle.of(sparse, 20).dense()
+    mean, peak = spread(SparseOracle.of(sparse, 20))
     chunking = Chunking(tokens=4, sink=1, recent=2)
     positions = torch.arange(43, 52)
     windows = torch.tensor([[0, 4], [3, 9], [8, 9]])

@@ -87,7 +87,9 @@ def test_a_store_of_votes_reads_back(tmp_path):
     trace = TraceConfig(chunking=Chunking(tokens=4, sink=1, recent=1), layers=[3], oracle="indexer", window=2, tail=1,
                         text_rows=2)  # fmt: skip
     info = BackboneInfo("deepseek_v4", "x", [0, 3], 4, 8, 64, key="fp8_rope_hadamard")
-    store = TraceStore.create(tmp_path, Manifest(backbone=info, trace=trace, documents={}, versions={}))
+    store = TraceStore.create(
+        tmp_path, Manifest(backbone=info, trace=trace, documents={}, plan={4: ("a", "")}, versions={})
+    )
     meta = DocumentMeta(
         name="a", task="chat", length=34, spans=[Span(first=0, last=3, serve=0, tail=True)], near_ties=2
     )

@@ -1,20 +1,34 @@
 """All sections of an evaluation: bins, comparison, one document's timeline, and what it refuses."""
 
+import copy
 import shutil
+import weakref
 from collections import Counter
 
 import pytest
+import torch
 
+from benchmarks.evaluate_gpu import figures
 from data_gen.core.errors import InputError
 from data_gen.core.files import read_sealed, write_sealed
 from data_gen.traces.store import TraceStore
 from data_gen.traces.types import DocumentMeta
-from eval.offline.evaluation import depth_bin, evaluate, length_bins, sampled_reliability, threshold_for, unseen_notes
+from eval.offline.evaluation import (
+    Evaluation,
+    depth_bin,
+    evaluate,
+    length_bins,
+    sample_candidates,
+    threshold_for,
+    unseen_notes,
+)
 from eval.offline.refresh import timeline
 from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.selection import Budget, Cut, Threshold
 from indexer_train.spec import Provenance, Source
+from tests.data_gen.traces.spread import spread
 from tests.eval.conftest import planted_indexer
+from tests.second_device import GPU, SecondDevice, bring, there
 
 GOLDEN = 0.05
 
@@ -63,7 +77,7 @@ def test_the_timeline_shows_what_serving_kept_and_missed(stores, indexer):
     document = next(d for d in stores[1] if d.meta.name == found.document)
     (served,) = served_windows([document])
     scores = DocumentScorer(indexer, served.document).joined_scores(served)
-    peak = document.oracle.dense()[1]
+    peak = spread(document.oracle)[1]
     needed = []
     for row, (window, (first, last)) in enumerate(zip(found.windows, served.windows.tolist(), strict=True)):
         start, stop = served.chunking.candidates(int(document.positions[first]))
@@ -98,6 +112,16 @@ def test_training_traces_and_traces_without_a_window_are_refused(stores, planted
         evaluate({"indexer": spec}, TraceStore.open(folder), GOLDEN, 0.1)
 
 
+def test_only_long_documents_make_it_give_memory_back(stores, indexer, monkeypatch):
+    returned = []
+    monkeypatch.setattr("eval.offline.evaluation.return_freed_memory", lambda: returned.append(True))
+    Evaluation({"indexer": indexer}, stores[1], GOLDEN, 0.1, every_token=False)
+    assert not returned
+    monkeypatch.setattr("eval.offline.evaluation.LONG", 0)
+    Evaluation({"indexer": indexer}, stores[1], GOLDEN, 0.1, every_token=False)
+    assert returned
+
+
 def test_rows_by_depth_are_those_of_the_documents_there(stores, compared):
     needles = [document.meta for document in stores[1] if document.meta.depth is not None]
     rows = [row for row in compared["by_depth"] if (row.policy, row.budget) == ("A", "threshold")]
@@ -109,14 +133,32 @@ def test_rows_by_depth_are_those_of_the_documents_there(stores, compared):
 
 
 def test_pieces_change_neither_reliability_nor_timeline(stores, indexer, monkeypatch):
-    whole = sampled_reliability(indexer, stores[1], GOLDEN), timeline(indexer, stores[1], GOLDEN, 0.1)
+    def judged():
+        return [sample_candidates(indexer, document, GOLDEN) for document in stores[1]]
+
+    whole, shown = judged(), timeline(indexer, stores[1], GOLDEN, 0.1)
     monkeypatch.setattr("eval.offline.recall.PIECE_ELEMENTS", 1)
-    bins, shown = sampled_reliability(indexer, stores[1], GOLDEN), timeline(indexer, stores[1], GOLDEN, 0.1)
-    assert shown == whole[1]
-    for one, other in zip(bins, whole[0], strict=True):
-        assert one.model_dump() == pytest.approx(other.model_dump(), abs=1e-4)
+    assert timeline(indexer, stores[1], GOLDEN, 0.1) == shown
+    for (scores, golden), (expected, truth) in zip(judged(), whole, strict=True):
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+        assert torch.equal(golden, truth)
     monkeypatch.setattr("eval.offline.evaluation.SAMPLED", 50)
-    assert 4 * 40 < sum(each.chunks for each in sampled_reliability(indexer, stores[1], GOLDEN)) <= 4 * 51
+    assert all(40 < len(scores) <= 51 for scores, _ in judged())
+
+
+def test_the_timeline_has_one_document_open_at_a_time(stores, indexer, monkeypatch):
+    opened, most, document = [], 0, TraceStore.document
+
+    def counted(store, path):
+        nonlocal most
+        found = document(store, path)
+        opened.append(weakref.ref(found))
+        most = max(most, sum(each() is not None for each in opened))
+        return found
+
+    monkeypatch.setattr(TraceStore, "document", counted)
+    assert timeline(indexer, stores[1], GOLDEN, 0.1) is not None
+    assert len(opened) > 4 and most == 1
 
 
 def test_traces_that_do_not_say_how_they_were_split_are_noted(planted):
@@ -147,3 +189,34 @@ def test_a_threshold_for_something_else_is_named(indexer):
     assert used == other and "A has no threshold calibrated to keep 10.0%" in note and "mass recall of 90.0%" in note
     used, note = ask()
     assert used.cuts == [Cut(score=0.0)] and "sigmoid of 0.5" in note
+
+
+class OnGpu:
+    """An indexer whose tensors are a second device's."""
+
+    device = GPU
+
+    def __init__(self, indexer):
+        self.indexer, self.spec = indexer, indexer.spec
+
+    def pack(self, hidden, positions):
+        return bring(self.indexer.pack(hidden, positions))
+
+    def layer_logits(self, queries, keys):
+        assert there(queries) and there(keys)
+        return bring(self.indexer.layer_logits(queries.cpu(), keys.cpu()))
+
+
+def test_labels_rankings_and_sums_are_made_where_the_indexer_is(stores, indexer):
+    here = figures(evaluate({"indexer": indexer}, stores[1], GOLDEN, 0.1))
+    with SecondDevice():
+        found = figures(evaluate({"indexer": OnGpu(indexer)}, stores[1], GOLDEN, 0.1))
+    assert len(here) > 100 and here == pytest.approx(found, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_measures_what_the_cpu_does(stores, indexer):
+    here = figures(evaluate({"indexer": indexer}, stores[1], GOLDEN, 0.1))
+    there = figures(evaluate({"indexer": copy.deepcopy(indexer).to("cuda")}, stores[1], GOLDEN, 0.1))
+    assert len(here) > 100 and here == pytest.approx(there, abs=1e-5, nan_ok=True)

@@ -5,6 +5,7 @@ import torch
 
 from eval.offline.refresh import analyse_lookahead, chunk_bytes, refresh_windows
 from tests.conftest import TINY
+from tests.data_gen.traces.spread import spread
 from tests.eval.conftest import planted_indexer
 
 GOLDEN, BUDGET = 0.05, 0.1
@@ -17,7 +18,7 @@ def found(stores, indexer):
 
 def brute_force(document, interval):
     """(mass recall, churn, fetched) of recency: attention of each token on what was chosen at its refresh."""
-    attention = document.oracle.dense()[0]
+    attention = spread(document.oracle)[0]
     chunking = document.trace.chunking
     mass = needed = fetched = selected = 0.0
     resident = None

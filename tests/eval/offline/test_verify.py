@@ -56,7 +56,7 @@ def perturbed(store, root, part):
     shutil.copytree(store.root, root)
     for path in store.paths():
         with safe_open(path, framework="pt") as file:
-            described = {"document": file.metadata()["document"]}
+            described = {name: value for name, value in file.metadata().items() if name != "checksum"}
         tensors = load_file(path)
         tensors[f"layers.1.{part}"] = tensors[f"layers.1.{part}"].roll(1, dims=0)
         save_file(tensors, root / path.relative_to(store.root), described)
@@ -154,7 +154,9 @@ def dumped(root, queries=True, tamper=False, keys_kept=200, change=lambda row: r
     if queries:
         native = NativeRow(logits.bfloat16(), query.bfloat16(), fused.bfloat16())
     trace = TraceConfig(chunking=Chunking(tokens=4), layers=[10], oracle="indexer", window=4, text_rows=4, tail=4)
-    store = TraceStore.create(root, Manifest(backbone=V4_FLASH, trace=trace, documents={}, versions={}))
+    store = TraceStore.create(
+        root, Manifest(backbone=V4_FLASH, trace=trace, documents={}, plan={0: ("doc_00000", "")}, versions={})
+    )
     raw = RawTrace(
         hidden={10: torch.zeros(4, 4096).bfloat16()},
         keys={10: keys[:keys_kept]},

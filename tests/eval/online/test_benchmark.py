@@ -116,7 +116,7 @@ def test_what_cannot_be_asked_is_refused_first(trained, indexer, tokenizer, tmp_
 
     refused("lengths: 2000, but the backbone's context is 1200", lengths=[2000])
     refused("fingerprint", backbone=DenseBackbone(tiny_model("qwen3")))
-    refused("on which lengths it was trained: give the lengths", who=indexer)
+    refused("which lengths it was trained on; give lengths", who=indexer)
     refused("text its training held out", who=indexer, lengths=[500])
     refused("no such file", haystack=str(tmp_path / "gone.txt"))
     whole = trained.spec.provenance.sources[0].documents | {"train": {"document": 8}, "heldout": {"document": 2}}
@@ -132,7 +132,7 @@ def test_files_alone_need_no_text_and_no_lengths(indexer, tokenizer, tmp_path):
     assert CONFIG.changed([f"ruler={path}"], tasks=["text"]).tasks == ["text"]
     sections, (note,) = ask(indexer, tokenizer, tmp_path / "out", config)
     assert {(row.benchmark, row.task, row.examples) for row in sections["benchmark"]} == {("ruler", "niah_single_1", 1)}
-    assert note.startswith("mrcr not asked: the bundle does not say on which lengths")
+    assert note.startswith("mrcr not asked: the bundle does not say which lengths")
     alone = config.model_copy(update={"tasks": []}).changed([])  # as a recipe says it
     assert alone.tasks == [] and alone.changed([f"ruler={path}"]).tasks == []
     again, notes = ask(indexer, tokenizer, tmp_path / "out", alone)
@@ -174,3 +174,20 @@ def test_unseen_text_may_be_named(indexer, tokenizer, tmp_path):
     sections, _ = ask(indexer, tokenizer, tmp_path / "out", config)
     assert {row.task for row in sections["benchmark"]} == {"single", "mrcr"}
     assert sections["benchmark"][0].beyond is None
+
+
+def test_a_bad_row_of_named_text_stops_or_is_counted_as_in_training_or_as_a_recipe_says(trained, tokenizer, tmp_path):
+    rows = [{"text": f"Paragraph {n} tells of a river that bends {n} times."} for n in range(60)]
+    source = write(tmp_path / "rows.jsonl", {"te": "no text"}, *rows)
+    config = CONFIG.model_copy(update={"haystack": str(source), "tasks": ["mrcr"], "lengths": [500], "examples": 1})
+    with pytest.raises(InputError, match=r"rows\.jsonl line 1: needs a text field"):
+        ask(trained, tokenizer, tmp_path / "stopped", config)
+    skips = MemoryIndexer.from_spec(trained.spec.model_copy(deep=True), device="cpu")
+    skips.query_encoder.load_state_dict(trained.query_encoder.state_dict())
+    skips.spec.provenance.sources[0].documents["bad_rows"] = "skip"
+    _, notes = ask(skips, tokenizer, tmp_path / "out", config)
+    assert any("haystack: 1 bad rows skipped: " in note and "rows.jsonl line 1" in note for note in notes)
+    given = tiny_backbone(), tokenizer, trained, config, tmp_path / "out", lambda names, _: names
+    assert benchmark(*given, bad_rows="skip")[1] == notes
+    with pytest.raises(InputError, match=r"rows\.jsonl line 1: needs a text field"):
+        benchmark(*given[:2], skips, config, tmp_path / "stopped", given[-1], bad_rows="stop")

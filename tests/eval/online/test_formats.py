@@ -1,6 +1,7 @@
 """Small files in the published formats, written for these tests; and files that are something else."""
 
 import json
+from typing import get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,8 @@ from pydantic import ValidationError
 import cli
 from data_gen.core.errors import InputError
 from eval.online.config import BenchmarkFile
-from eval.online.formats import FORMATS, read_benchmark
+from eval.online.formats import FORMATS
+from eval.online.formats.rows import read_benchmark
 from eval.online.scorers import SCORERS
 from tests.eval.online.suites import SUITES
 
@@ -175,15 +177,24 @@ def test_unreadable_files_are_one_line(tmp_path, tokenizer):
             read(path, "ruler", tokenizer)
 
     fails("gone.json", None, "no such file")
-    fails("a.json", b"{", "not JSON")
+    fails("a.json", b"{", r"a\.json: cannot be read after row 0 \(Expecting")
+    fails("deep.json", b"[" * 100_000, r"deep\.json: cannot be read after row 0 \(")
+    fails("digits.jsonl", b'{"input": ' + b"9" * 5_000 + b"}\n", "line 1: not JSON")
+    fails("deep.jsonl", b"[" * 100_000 + b"\n", "line 1: not JSON")
     fails("b.json", b'{"input": "x"}', "not a list of examples")
     fails("c.json", b"[]", "no rows")
     fails("d.json", b"[3]", "row 1 .*not an object")
     fails("e.jsonl", b'{"input": "x"\n', "line 1: not JSON")
     fails("f.jsonl", b"\xff\xfe\n", "line 1: not JSON in UTF-8")
-    fails("g.parquet", b"PAR", "not a Parquet file")
+    fails("g.parquet", b"PAR", r"g\.parquet: cannot be read after row 0 \(")
     with pytest.raises(InputError, match=r"neither a \.json, \.jsonl or \.parquet file nor a data set"):
         read("nobody/nothing-of-this-name", "ruler", tokenizer)
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path, tokenizer):
+    for name, text in (("a.json", json.dumps([RULER])), ("a.jsonl", json.dumps(RULER))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert len(read(tmp_path / name, "ruler", tokenizer)) == 1
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -200,6 +211,7 @@ def test_every_reader_of_the_list_reads_its_own_rows_and_no_others(tmp_path, tok
 
 
 def test_the_configuration_and_the_command_know_every_format_of_the_list():
-    assert cli.FILE_FORMATS.split(", ") == list(FORMATS)
+    option = get_type_hints(cli.benchmark, include_extras=True)["file"].__metadata__[0]
+    assert option.help == f"FORMAT=FILE, FORMAT one of {', '.join(FORMATS)}."
     with pytest.raises(ValidationError, match=r"Input should be 'ruler', .* or 'helmet-rag'"):
         BenchmarkFile(format="squad", source="x.json")

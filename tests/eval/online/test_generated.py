@@ -1,5 +1,6 @@
 """Every generated example holds what it asks for where it says, fits its length, and is not training's."""
 
+import json
 import re
 from collections import Counter
 
@@ -9,12 +10,11 @@ from data_gen.core.errors import InputError
 from data_gen.text.needles import KEYS, WORDINGS
 from eval.online.config import TASKS, BenchmarkConfig
 from eval.online.examples import TextExample
-from eval.online.generated import Haystack, generate_examples, hide
+from eval.online.generated import QUESTIONS, Haystack, generate_examples, hide
 from eval.online.scorers import SCORERS
 
 LENGTHS = [3000, 6000]
 CONFIG = BenchmarkConfig(examples=3, texts=2, text_tokens=200, common=2)
-NEEDLES = ("single", "multi_key", "multi_value", "multi_query", "variable_tracking")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def of_task(examples, *tasks):
 
 def test_every_task_and_length_shortest_first_and_the_same_again(examples, haystack, tokenizer):
     counts = Counter((example.task, example.length) for example in examples.values())
-    expected = {(task, length): CONFIG.examples for task in (*NEEDLES, "aggregation", "mrcr") for length in LENGTHS}
+    expected = {(task, length): CONFIG.examples for task in (*QUESTIONS, "aggregation", "mrcr") for length in LENGTHS}
     assert counts == expected | {("text", length): CONFIG.texts for length in LENGTHS}
     assert [example.length for example in examples.values()] == sorted(e.length for e in examples.values())
     again = _examples(haystack, tokenizer)
@@ -68,7 +68,7 @@ def test_a_right_answer_is_right(examples):
 
 
 def test_answers_of_needles_lie_at_the_stated_depth(examples):
-    for example in of_task(examples, *NEEDLES):
+    for example in of_task(examples, *QUESTIONS):
         text, question = example.messages[0]["content"].rsplit("\n\n", 1)
         text = text.removeprefix("Read the text below, then answer the question at its end.\n\n")
         lines = [line for line in text.split("\n\n") if any(value in line for value in example.references)]
@@ -120,7 +120,7 @@ def test_mrcr_asks_for_one_of_many_like_notes(examples):
 
 def test_nothing_is_training_material(examples, tokenizer):
     told = [wording.needle.split("{key}")[0] for wording in WORDINGS["train"]]
-    for example in of_task(examples, *NEEDLES, "mrcr"):
+    for example in of_task(examples, *QUESTIONS, "mrcr"):
         text = "\n".join(message["content"] for message in example.messages)
         assert not any(start in text for start in told)
         for key in KEYS["train"]:
@@ -148,7 +148,7 @@ def test_needles_go_to_the_joint_nearest_to_their_depth():
 def test_bad_requests_are_one_clear_line(tokenizer, haystack, tmp_path):
     with pytest.raises(InputError, match=r"300 tokens leave no room for text in single-300-0000"):
         _examples(haystack, tokenizer, lengths=[300])
-    with pytest.raises(InputError, match="text_tokens: 2000 to follow"):
+    with pytest.raises(InputError, match="text_tokens: 2000 is more than half"):
         _examples(haystack, tokenizer, BenchmarkConfig(text_tokens=2000, tasks=["text"]))
     with pytest.raises(InputError, match=r"common: 4000 needs 44000 words"):
         _examples(haystack, tokenizer, CONFIG.model_copy(update={"common": 4000}))
@@ -156,10 +156,15 @@ def test_bad_requests_are_one_clear_line(tokenizer, haystack, tmp_path):
     chats.write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
     with pytest.raises(InputError, match="holds chats"):
         Haystack(str(chats), "text", 1.0, tokenizer, 10)
+    chats.write_text('{"te": 1}\n' + json.dumps({"text": "hello world. " * 9}) + "\n")
+    with pytest.raises(InputError, match="line 1: needs a text field"):
+        Haystack(str(chats), "text", 1.0, tokenizer, 10)
+    kept = Haystack(str(chats), "text", 1.0, tokenizer, 10, "skip")
+    assert len(kept.paragraphs) == kept.skipped.count == 1
     few = tmp_path / "few.jsonl"
     few.write_text('{"text": "hello world"}\n')
     with pytest.raises(InputError, match="12 tokens of text that training did not see, but 100"):
         Haystack(str(few), "text", 1.0, tokenizer, 100)
     with pytest.raises(ValueError, match="extra"):
         BenchmarkConfig.model_validate({"length": [1]})
-    assert set(TASKS) == {*NEEDLES, "aggregation", "text", "mrcr"}
+    assert set(TASKS) == {*QUESTIONS, "aggregation", "text", "mrcr"}

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from data_gen.core.chunks import Chunking
-from data_gen.text.documents import build_documents
+from data_gen.text.documents import draw_documents
 from eval.online.config import BenchmarkConfig
 from eval.online.online_policies import ONLINE_POLICIES, indexer_policy, mean_pooled, random, recency
 from eval.online.session import DenseSession
@@ -25,7 +25,7 @@ def trained(stores, tiny_recipe, tmp_path_factory):
 
 
 def test_scores_while_decoding_are_those_of_the_trace(trained, stores, tiny_recipe, tokenizer):
-    documents = build_documents(tiny_recipe.documents, tiny_recipe.trace, tokenizer, 512, "heldout")
+    documents = list(draw_documents(tiny_recipe.documents, tiny_recipe.trace, tokenizer, 512, "heldout"))
     compared = 0
     for document, served in zip(documents, served_windows(stores[1]), strict=True):
         position = int(served.positions[0])

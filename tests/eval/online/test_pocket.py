@@ -5,7 +5,8 @@ import torch
 from transformers import DynamicCache
 
 from data_gen.generate import generate
-from eval.online.examples import Example, user
+from data_gen.text.documents import user
+from eval.online.examples import Example
 from eval.online.online_policies import indexer_policy
 from eval.online.runner import Runner
 from eval.online.session import open_session
@@ -15,8 +16,8 @@ from indexer_train.formats.native import read_native
 from indexer_train.selection import Budget
 from indexer_train.training.trainer import train
 from recipes import load_recipe
-from recipes.pocket_v4.config import load_config
-from recipes.pocket_v4.documents import write_chats
+from recipes.pocket.config import load_config
+from recipes.pocket.documents import write_chats
 from tests.eval.online.courses import followed, ranked
 
 BUDGET, QUESTIONS, LENGTH = 0.06, 8, 600
@@ -36,9 +37,7 @@ def trained(pocket, tmp_path_factory):
     documents = recipe.documents.model_copy(
         update={"source": str(root / "chats.jsonl"), "train": {"chat": 6}, "heldout": {}}
     )
-    store = generate(
-        pocket.backbone, pocket.tokenizer, documents, recipe.trace, "train", root / "traces", lambda items, _: items
-    )
+    (store,) = generate(pocket.backbone, pocket.tokenizer, documents, recipe.trace, root / "traces", ["train"])
     settings = recipe.train.model_copy(update={"epochs": 2, "learning_rate": 1e-3, "init": str(pocket.folder)})
     export_bundle(train(store, recipe.indexer, settings, root / "run"), root / "bundle")
     return load_bundle(root / "bundle")

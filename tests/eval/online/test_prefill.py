@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from data_gen.core.chunks import Chunking
-from eval.online.examples import Example, common, in_order, user
+from data_gen.text.documents import user
+from eval.online.examples import Example, common, in_order
 from eval.online.runner import Prefill
 from eval.online.session import DenseSession
 from tests.conftest import tiny_model

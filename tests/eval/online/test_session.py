@@ -1,10 +1,17 @@
 """Decoding against the stock model: bitwise with everything resident, masked oracle with less."""
 
+from typing import get_args
+
 import pytest
 import torch
 
+from data_gen.backbones.families import Family
+from data_gen.backbones.load import ADAPTERS
 from data_gen.core.chunks import Chunking
-from eval.online.session import DenseSession
+from eval.online.session import SESSIONS, DenseSession, open_session
+from eval.runtime.runtime import HOSTS
+from tests.conftest import TINY_OF, tiny_model
+from tests.eval.runtime.indexers import untrained
 
 CHUNKING = Chunking(tokens=4, sink=1, recent=2)
 
@@ -23,6 +30,19 @@ def stock_logits(model, ids, prompt):
     return logits
 
 
+@pytest.mark.parametrize("family", ["gemma3", *map(TINY_OF.get, SESSIONS)])
+def test_every_family_has_a_session_that_reads_as_the_stock_model(family):
+    model, ids = tiny_model(family), tokens(60)
+    session = open_session(model, untrained(model).spec)
+    logits = [session.read(ids[:50]), *(session.read([token]) for token in ids[50:])]
+    for ours, stock in zip(logits, stock_logits(model, ids, 50), strict=True):
+        assert torch.equal(ours, stock)
+
+
+def test_what_is_traced_can_be_decoded():
+    assert list(ADAPTERS) == list(HOSTS) == list(SESSIONS) == list(get_args(Family))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_everything_resident_is_bitwise_stock(model, dtype):
     model = model.to(dtype)
@@ -30,8 +50,8 @@ def test_everything_resident_is_bitwise_stock(model, dtype):
     session = DenseSession(model, CHUNKING)
     logits = [session.read(ids[:70])]
     session = session.fork()
-    session.keep_chunks(torch.arange(14, 17))
-    session.keep_chunks(torch.arange(17))  # fetched again
+    session.host.keep([torch.arange(14, 17)])
+    session.host.keep([torch.arange(17)])  # fetched again
     logits += [session.read([token]) for token in ids[70:]]
     for ours, stock in zip(logits, stock_logits(model, ids, 70), strict=True):
         assert torch.equal(ours, stock)
@@ -42,7 +62,7 @@ def test_restricted_set_equals_a_masked_forward(model):
     session = DenseSession(model, CHUNKING)
     session.read(ids[:70])
     resident = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11, 40, 41, 42, 43, *range(60, 70)])
-    session.keep_chunks(torch.tensor([0, 2, 10, 15, 16]))
+    session.host.keep([torch.tensor([0, 2, 10, 15, 16])])
     ours = [session.read([token]) for token in ids[70:75]]
     ours.append(session.read(ids[75:80]))  # several tokens at once, as a second turn has
 
@@ -75,11 +95,11 @@ def test_evicted_values_cannot_leak(model):
     sessions = [DenseSession(model, CHUNKING) for _ in range(2)]
     for session in sessions:
         session.read(ids[:70])
-    sessions[1].keep_chunks(torch.arange(17))  # all of it goes cold
+    sessions[1].host.keep([torch.arange(17)])  # all of it goes cold
     for chunk in range(1, 15):
         sessions[1].cache.cold.pools[0][chunk].fill_(torch.nan)
     for session in sessions:
-        session.keep_chunks(torch.tensor([0, 15, 16]))
+        session.host.keep([torch.tensor([0, 15, 16])])
     assert torch.equal(sessions[0].read(ids[70:]), sessions[1].read(ids[70:]))
 
 
@@ -88,7 +108,7 @@ def test_forks_do_not_disturb_each_other(model):
     session = DenseSession(model, CHUNKING)
     session.read(ids[:70])
     twin = session.fork()
-    twin.keep_chunks(torch.arange(15, 17))
+    twin.host.keep([torch.arange(15, 17)])
     for token in ids[70:75]:
         twin.read([token])
     again = [session.read([token]) for token in ids[70:75]]
@@ -102,7 +122,7 @@ def test_keep_protects_and_fills_the_budget(model):
     session.read(tokens(70))  # 17 complete chunks, candidates 1..14, tokens 68 and 69 unfinished
     scores = torch.zeros(17)
     scores[[5, 9, 0, 16]] = torch.tensor([2.0, 3.0, 9.0, 9.0])
-    session.keep(scores, 0.12)  # floor(0.12 * 17) = 2
+    session.host.keep(session.best(scores, 0.12).resident)  # floor(0.12 * 17) = 2
     kept = session.cache.layers[session.cache.full_layers[0]].keys
     expected = [*range(4), *range(20, 24), *range(36, 40), *range(60, 70)]
     full = DenseSession(model, CHUNKING)
@@ -118,8 +138,8 @@ def test_chunk_keys_are_those_of_the_trace(model):
     ids = tokens(90)
     session = DenseSession(model, CHUNKING)
     session.read(ids[:70])
-    session.keep_chunks(torch.arange(10, 17))
-    session.keep_chunks(torch.arange(17))
+    session.host.keep([torch.arange(10, 17)])
+    session.host.keep([torch.arange(17)])
     for token in ids[70:]:
         session.read([token])
     backbone = DenseBackbone(model)
@@ -139,7 +159,7 @@ def test_reading_together_is_reading_alone(model):
     alone, together = ([session.fork() for _ in kept] for _ in range(2))
     for sessions in (alone, together):
         for one, chunks in zip(sessions, kept, strict=True):
-            one.keep_chunks(chunks)
+            one.host.keep([chunks])
     for token in ids[70:]:
         expected = torch.stack([one.read([token]) for one in alone])
         torch.testing.assert_close(DenseSession.read_each(together, [token] * 3), expected, atol=1e-4, rtol=1e-4)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from data_gen.core.errors import InputError
+from data_gen.text.documents import assistant, user
 from eval.online.benchmark import benchmark
 from eval.online.config import BenchmarkConfig
 from eval.online.cycle import go_on
-from eval.online.examples import Example, assistant, user
+from eval.online.examples import Example
 from eval.online.formats.kvpress import SCORER_OF
 from eval.online.online_policies import best, indexer_policy, recency
 from eval.online.runner import Runner
@@ -163,11 +164,11 @@ def without(row, name):
         ("kvpress", without(KVPRESS[0], "question"), "no field 'question'; it has answer, answer_prefix"),
         ("kvpress", without(KVPRESS[0], "answer"), "no field 'answer'"),
         ("kvpress", without(KVPRESS[0], "max_new_tokens"), "no field 'max_new_tokens'"),
-        ("kvpress", without(KVPRESS[0], "task"), "no field 'task', which only LongBench-v2's rows"),
+        ("kvpress", without(KVPRESS[0], "task"), "no field 'task'; only rows of LongBench-v2"),
         ("kvpress", KVPRESS[0] | {"task": "juggling"}, "field 'task' is 'juggling', which is no task"),
         ("kvpress", KVPRESS[0] | {"answer": [3]}, "field 'answer' is neither text nor a list of texts"),
         ("kvpress", without(KVPRESS[1], "all_classes"), "no field 'all_classes'"),
-        ("kvpress", KVPRESS[1] | {"answers": ["LOC", "NUM"]}, "2 answers, but a class is one"),
+        ("kvpress", KVPRESS[1] | {"answers": ["LOC", "NUM"]}, "2 answers where a class has one"),
         ("kvpress", KVPRESS[0] | {"task": "passage_retrieval_en"}, "names no paragraph"),
         ("kvpress", KVPRESS[0] | {"task": "code_debug", "answer": ["A"]}, "does not end in options A to D"),
         ("kvpress", KVPRESS[0] | {"task": "code_run", "answer": ["x"]}, "not a number"),
@@ -252,8 +253,9 @@ def test_the_second_question_chooses_from_a_session_that_holds_the_first_turn(in
     seen = []
 
     def keep(session):
-        chosen(session)
-        seen.append((session.position, session.resident_tokens))
+        choice = chosen(session)
+        seen.append((session.position, choice.resident[0].tolist()))
+        return choice
 
     for rank in (indexer_policy(indexer), recency):
         chosen = best(rank, 0.2)
@@ -262,8 +264,9 @@ def test_the_second_question_chooses_from_a_session_that_holds_the_first_turn(in
         fixed = []
         for place, token in enumerate([first[-1], *turn]):
             if place % tau == 0 or place == len(turn):
-                chosen(by_hand)
-                fixed.append((by_hand.position, by_hand.resident_tokens))
+                (resident,) = chosen(by_hand).resident
+                by_hand.host.keep([resident])
+                fixed.append((by_hand.position, resident.tolist()))
             logits = by_hand.read([token])
         runner = Runner(model, tokenizer, indexer, [], [0.2], context=512)
         session = DenseSession(model, indexer.spec.chunking)
@@ -275,5 +278,5 @@ def test_the_second_question_chooses_from_a_session_that_holds_the_first_turn(in
         seen.clear()
         go_on([full], tau)
         assert seen == fixed and fixed[-1][0] == len(first) + len(turn) - 2 and len(fixed) > 1
-        assert fixed[-1][1] < 0.6 * fixed[-1][0]
+        assert len(fixed[-1][1]) * indexer.spec.chunking.tokens < 0.6 * fixed[-1][0]
         torch.testing.assert_close(got[len(turn)], logits)

@@ -6,7 +6,7 @@ import pytest
 
 from eval.online.records import Record
 from eval.online.summary import accuracy_rows, depth_rows, fidelity_rows, left_out_lines, wilson
-from eval.report.tasks import benchmark_table, fidelity_table
+from eval.report.tasks import average_rows, benchmark_table, difference_table, fidelity_table
 
 
 def record(name, task, length, scores, depth=None, left_out=""):
@@ -75,8 +75,17 @@ def test_table_has_the_paper_s_shape_and_averages():
     assert cells[0][1:] == ["tokens", "n", "full", "indexer 10%"]
     assert cells[2] == ["needles single", "1000", "2", "100 [34-100] / 10.0", "50 [9-91] / 2.0"]
     assert cells[3][:2] == ["needles multi_value", "2000 (2.0x trained)"]
-    assert cells[4] == ["average", "", "", "87.5 / 10.0", "50.0 / 2.0"]
+    assert cells[4] == ["average", "", "", "88 / 10.0", "50 / 2.0"]  # four examples bear no decimal
     assert cells[5] == ["share of full", "", "", "100% / 100.0%", "57% / 20.0%"]
+
+
+def test_budgets_alike_in_whole_percent_are_columns_of_their_own():
+    full, first = accuracy_rows(RECORDS, None)[:2]
+    second = first.model_copy(update={"budget": 0.104, "accuracy": 1.0})
+    rows = [full, first, second]
+    for table in (benchmark_table(rows), difference_table(rows)):
+        assert list(table.header[-2:]) == ["indexer 10%", "indexer 10.4%"]
+    assert [(mean.budget, mean.accuracy) for mean in average_rows(rows)] == [(None, 1.0), (0.1, 0.5), (0.104, 1.0)]
 
 
 def test_fidelity():

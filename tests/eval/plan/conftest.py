@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from eval.plan.load import load_model
+from eval.plan.load import FAMILIES, load_model
 from tests.conftest import tiny_model
 
 
@@ -47,7 +47,7 @@ def tiny_v4():
     return DeepseekV4ForCausalLM(config).eval()
 
 
-@pytest.fixture(params=["deepseek_v4", "llama", "qwen3", "gemma3"])
+@pytest.fixture(params=[*FAMILIES, "llama", "qwen3", "gemma3"])
 def tiny(request, tmp_path):
     """(module, folder with its config.json)."""
     module = tiny_v4() if request.param == "deepseek_v4" else tiny_model(request.param)

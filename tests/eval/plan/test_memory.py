@@ -1,20 +1,26 @@
 """Cache bytes against the caches that transformers builds; pool, traffic and requests against brute force."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
+from benchmarks import tiny_models
+from data_gen.backbones.load import adapter
 from data_gen.config import TraceConfig
+from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.flashmemory.document import V4_FLASH
 from data_gen.traces.types import Manifest
 from eval.offline import refresh as lookahead
 from eval.plan import PlanSettings, make_plan
-from eval.plan.load import load_model
+from eval.plan.load import FAMILIES, load_model
 from eval.plan.plan import HistoryShare, chunk_bytes, requests_that_fit, weight_bytes
+from tests.conftest import tiny_model
 
 GIB, MIB = 2**30, 2**20
 FLASH = load_model("deepseek-v4-flash", None)
@@ -113,10 +119,37 @@ def test_memory_that_is_no_number_is_refused(memory):
         make_plan("deepseek-v4-flash", [2**18], PlanSettings(gpu_memory=None).model_copy(update={"gpu_memory": memory}))
 
 
-def test_lookahead_counts_the_bytes_of_a_chunk_alike():
+def bytes_traced(info, chunk_tokens):
+    trace = TraceConfig(chunking=Chunking(tokens=chunk_tokens), layers=info.full_layers[:1])
+    return lookahead.chunk_bytes(Manifest(backbone=info, trace=trace, documents={}, plan={}, versions={}))
+
+
+def test_bytes_of_a_chunk_in_dumps_are_the_planner_s():
     """584 bytes of an entry and 132 of its index key, in 21 layers."""
-    manifest = Manifest(backbone=V4_FLASH, trace=TraceConfig(layers=[10], oracle="indexer"), documents={}, versions={})
-    assert lookahead.chunk_bytes(manifest) == chunk_bytes(FLASH) == 716 * 21
+    assert bytes_traced(V4_FLASH, FLASH.chunk_tokens) == chunk_bytes(FLASH) == 716 * 21
+    assert bytes_traced(replace(V4_FLASH, entry_bytes=None), 4) is None
+
+
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, "llama", "qwen3", "gemma3_text", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"]
+)
+def test_bytes_of_a_chunk_in_traces_are_the_planner_s(family, tmp_path):
+    """Every family that is both traced and planned."""
+    module = tiny_model(family) if family in FAMILIES else tiny_models.tiny(family)
+    same_bytes(module, tmp_path)
+
+
+def test_layers_that_take_another_s_picks_store_latents_alone(tmp_path):
+    settings = tiny_models.tiny("glm_moe_dsa").config.to_dict() | {"indexer_types": ["full", "shared", "full", "full"]}
+    same_bytes(GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**settings)).eval(), tmp_path)
+
+
+def same_bytes(module, tmp_path):
+    info = adapter(module).info
+    module.config.dtype = torch.bfloat16
+    module.config.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), None)
+    assert bytes_traced(info, model.chunk_tokens) == chunk_bytes(model) > 0
 
 
 def test_traffic_grows_with_churn_and_the_resident_set():

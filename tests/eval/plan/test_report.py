@@ -10,7 +10,9 @@ import pytest
 from matplotlib import image
 
 import cli
+from benchmarks import tiny_models
 from eval.plan import PlanSettings, make_plan
+from eval.plan.load import SHIPPED
 from eval.plan.report import PLOT_CONTEXTS, context_label, plan_text
 from recipes import load_recipe
 
@@ -99,6 +101,20 @@ def test_files(lookahead, tmp_path, tiny):
     assert PLOT_CONTEXTS[-1] == 2**20
 
 
+SHIPPED_NAMES = sorted(file.name.removesuffix(".json") for file in SHIPPED.iterdir() if file.name.endswith(".json"))
+
+
+@pytest.mark.parametrize("name", [*SHIPPED_NAMES, "a folder of a plain MLA"])
+def test_all_files_are_written_of_every_kind_of_model(lookahead, tmp_path, name):
+    if name not in SHIPPED_NAMES:
+        name = tmp_path / "model"
+        tiny_models.tiny("deepseek_v3").config.save_pretrained(name)
+    code, out, err = lookahead("plan", name, "--out", tmp_path / "plan")
+    assert (code, err) == (0, "")
+    assert sorted(file.name for file in (tmp_path / "plan").iterdir()) == ["plan.json", "plan.md", "plan.png"]
+    assert (tmp_path / "plan" / "plan.md").read_text() == out
+
+
 def test_a_recipe_sets_the_indexer():
     recipe = load_recipe("smollm2-quickstart")
     settings = PlanSettings.of(recipe.trace, recipe.indexer)
@@ -155,7 +171,10 @@ def test_a_bad_configuration_gets_one_line(lookahead, tmp_path, content, said):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["deepseek-v5"], "neither a folder with a config.json nor one of deepseek-v4-flash, deepseek-v4-pro"),
+        (
+            ["deepseek-v5"],
+            "neither a folder with a config.json nor one of deepseek-v3.2, deepseek-v4-flash, deepseek-v4-pro, glm-5",
+        ),
         (["deepseek-v4-flash", "--context", "0"], "--context"),
         (["deepseek-v4-flash", "--kept", "1.5"], "--kept"),
         (["deepseek-v4-flash", "--recipe", "smollm2-quickstart"], "one compressed entry of 4 tokens, not 16"),

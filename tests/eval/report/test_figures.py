@@ -4,14 +4,16 @@ import json
 import re
 
 import pytest
-from matplotlib import pyplot
 
+from eval.online.online_policies import ONLINE_POLICIES
 from eval.online.summary import accuracy_rows, depth_rows
+from eval.report import diagnosis
 from eval.report.diagnosis import reliability_curve
 from eval.report.figures import accuracy_by_bytes, answers_by_depth, depth_by_length, kl_against_bytes, recall_curves
 from eval.report.page import write_report
 from eval.report.rows import CellRecall, DecodeRow, FidelityRow, RecallRow, ReliabilityRow
-from eval.report.tables import write_results
+from eval.report.tables import STYLES, write_results
+from indexer_train.losses import LOSSES
 from tests.eval.online.test_summary import RECORDS
 from tests.eval.report.conftest import DECODE, TEXT
 
@@ -22,7 +24,11 @@ def test_a_panel_for_each_length_and_a_point_for_each_policy():
     points = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert points == {"full": [[10.0, 1.0]], "indexer": [[2.0, 0.5]]}
     assert accuracy_by_bytes([]) is None
-    pyplot.close(figure)
+
+
+def test_every_policy_that_decodes_has_a_line_of_its_own():
+    lines = [STYLES[policy.name] for policy in ONLINE_POLICIES]
+    assert len(set(lines)) == len(lines)
 
 
 def test_a_heat_map_for_each_policy():
@@ -32,7 +38,6 @@ def test_a_heat_map_for_each_policy():
     assert {text.get_text() for text in indexer.texts} == {"0.50\nn=2"}
     assert indexer.images[0].get_array().tolist() == [[0.5, None], [None, 0.5]]
     assert answers_by_depth([]) is None
-    pyplot.close(figure)
 
 
 def test_the_report_shows_it(tmp_path):
@@ -41,7 +46,7 @@ def test_the_report_shows_it(tmp_path):
     assert '<figure id="benchmark">' in page.read_text() and '<figure id="depth">' in page.read_text()
     assert re.search(r"<td>50 \[9-91\]</td><td>-50 \[-100, \+0\]</td><td>20.0%</td><td>2.0</td>", page.read_text())
     assert re.search(r"\| 50 \[9-91\] +\| -50 \[-100, \+0\] +\| 20.0% +\| 2.0 +\|", summary.read_text())
-    assert re.search(r"\| indexer 10% +\| 50.0 +\| 2.0 +\| 57% +\| 20.0% +\|", summary.read_text())
+    assert re.search(r"\| indexer 10% +\| 50 +\| 2.0 +\| 57% +\| 20.0% +\|", summary.read_text())
     assert json.loads((tmp_path / "results.json").read_text())["benchmark"][1]["policy"] == "indexer"
 
 
@@ -61,7 +66,6 @@ def test_kl_has_a_panel_for_decode_and_one_for_each_length():
     assert [bars[0].get_xdata().tolist() for bars in figure.axes[1].containers] == [[1.5], [2.0]]
     assert all(bars[0].get_ydata() == pytest.approx(0.05) for bars in figure.axes[1].containers)
     assert kl_against_bytes([], []) is None
-    pyplot.close(figure)
 
 
 def test_recall_is_drawn_with_the_bands_of_indexers_only():
@@ -72,7 +76,6 @@ def test_recall_is_drawn_with_the_bands_of_indexers_only():
     assert points == {"indexer": [[5.0, 0.3], [10.0, 0.3]], "recency": [[10.0, 0.2]]}
     assert len(figure.axes[0].collections) == 1 and not figure.axes[1].lines
     assert recall_curves([]) is None
-    pyplot.close(figure)
 
 
 def test_the_heat_map_leaves_empty_cells_between_blank():
@@ -84,7 +87,6 @@ def test_the_heat_map_leaves_empty_cells_between_blank():
     assert [label.get_text() for label in axis.get_yticklabels()] == bins[0][:3]
     assert [label.get_text() for label in axis.get_xticklabels()] == bins[1]
     assert axis.images[0].get_array().count() == 2 and len(axis.texts) == 2
-    pyplot.close(figure)
 
 
 def test_a_sigmoid_is_drawn_of_probabilities_only():
@@ -92,4 +94,17 @@ def test_a_sigmoid_is_drawn_of_probabilities_only():
     for probabilities, lines in ((True, 2), (False, 1)):
         figure = reliability_curve(bins, probabilities)
         assert len(figure.axes[0].lines) == lines
-        pyplot.close(figure)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, None])
+def test_a_loss_that_trains_an_order_has_no_sigmoid(loss, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(diagnosis, "reliability_curve", lambda bins, probabilities: drawn.append(probabilities))
+    setting = {"model": "m", "recipe": None, "commit": None, "date": "2026-01-01", "chunking": {"tokens": 4},
+               "window": 8, "documents": "d", "loss": loss}  # fmt: skip
+    evaluated = {"budget": 0.1, "golden": 0.01, "every_token": False, "bins": ([], []), "notes": [],
+                 "thresholds": {"indexer": "0"}}  # fmt: skip
+    write_results(tmp_path, measured={"evaluate": setting}, documents=[], evaluated=evaluated)
+    page, _ = write_report(tmp_path)
+    assert drawn == [loss is None or LOSSES[loss].pointwise]
+    assert ("trained an order" in page.read_text()) is not drawn[0]

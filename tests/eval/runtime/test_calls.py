@@ -5,15 +5,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from data_gen.backbones.load import adapter
-from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from eval.runtime.calls import check_call, model_state
 from eval.runtime.runtime import LSARuntime
-from indexer_train.config import IndexerConfig
-from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget
 from tests.conftest import tiny_model
+from tests.eval.runtime.indexers import untrained
 
 FEW = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
 
@@ -24,14 +21,7 @@ def model():
 
 
 def make_runtime(model, **options):
-    info = adapter(model).info
-    torch.manual_seed(3)
-    spec = IndexerSpec(
-        shape=IndexerConfig(heads=4, rank=8, distance_bumps=0, scale=False, slot=False, join="max"),
-        layers=info.full_layers[:2], hidden=info.hidden, key_width=info.key_width, window=8, key=info.key,
-        chunking=Chunking(tokens=4, sink=1, recent=2), backbone=info.fingerprint, rope=info.rope,
-    )  # fmt: skip
-    return LSARuntime(MemoryIndexer.from_spec(spec).eval(), model, selection=Budget(budget=0.2), **options)
+    return LSARuntime(untrained(model), model, selection=Budget(budget=0.2), **options)
 
 
 def prompt(length=60, rows=1, seed=1):
@@ -62,6 +52,30 @@ def test_what_is_not_listed_is_refused_by_name(model, options, what):
     with pytest.raises(InputError, match=what):
         runtime.generate(prompt(), **FEW, **options)
     assert not runtime.windows
+
+
+@pytest.mark.parametrize(
+    ("ids", "what"),
+    [
+        (prompt().tolist(), "not an integer tensor"),
+        (None, "not an integer tensor"),
+        (prompt().float(), "not an integer tensor"),
+        (prompt() > 3, "not an integer tensor"),
+        (prompt()[0], r"\[60\] is not \[sequences, tokens\]"),
+        (prompt() - 100, r"token -\d+ is not in the model's vocabulary of 128"),
+        (prompt() + 100, r"token \d+ is not in the model's vocabulary of 128"),
+    ],
+)
+def test_ids_that_are_no_tokens_of_the_model_are_refused(model, ids, what):
+    runtime = make_runtime(model)
+    with pytest.raises(InputError, match=f"input_ids: {what}"):
+        runtime.generate(ids, **FEW)
+    assert torch.equal(runtime.generate(prompt().int(), **FEW), runtime.generate(prompt(), **FEW))
+
+
+def test_no_cache_is_the_runtimes_own(model):
+    runtime = make_runtime(model)
+    assert torch.equal(runtime.generate(prompt(), **FEW, past_key_values=None), runtime.generate(prompt(), **FEW))
 
 
 def test_what_is_listed_is_the_models_own(model):
@@ -188,7 +202,7 @@ def test_a_turn_after_the_model_changed_reads_everything_anew(model, change, mon
     read, plain = [], runtime.host.read
     monkeypatch.setattr(runtime.host, "read", lambda ids: read.append(ids.shape[1]) or plain(ids))
     found = runtime.generate(second, **FEW)
-    assert read == [second.shape[1] - 1] and "all of it is read anew" in caplog.text
+    assert read == [second.shape[1] - 1] and "everything is read again" in caplog.text
     assert torch.equal(found, fresh.generate(second, **FEW)) and torch.equal(runtime.host.keys(), fresh.host.keys())
     third = torch.cat([found, prompt(9, seed=4)], dim=1)
     runtime.generate(third, **FEW)
@@ -211,3 +225,24 @@ def test_the_state_is_the_same_until_something_changes(family):
             parameter.view(-1)[-1] = held
         assert model_state(model) == state
     assert model_state(model.to(torch.bfloat16)) != state
+
+
+@pytest.mark.parametrize("apart", [1, 2, 8, 64, 127, 128, 512])
+def test_two_values_that_change_places_are_another_state(apart):
+    model = tiny_model("llama")
+    state, weight = model_state(model), model.get_input_embeddings().weight.data.view(-1)
+    for first in (0, 5, 640, 2000):
+        pair = torch.tensor([first, first + apart])
+        weight[pair] = weight[pair.flip(0)]
+        assert model_state(model) != state
+        weight[pair] = weight[pair.flip(0)]
+    rows = weight.view(-1, 128)
+    rows[[3, 7]] = rows[[7, 3]]
+    assert model_state(model) != state
+
+
+def test_a_buffer_that_no_checkpoint_holds_is_part_of_the_state():
+    model = tiny_model("llama")
+    state = model_state(model)
+    model.get_decoder().rotary_emb.inv_freq[1] *= 1.01
+    assert model_state(model) != state

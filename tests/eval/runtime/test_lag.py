@@ -5,14 +5,12 @@ import json
 import pytest
 import torch
 
-from data_gen.backbones.load import adapter
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from eval.runtime.runtime import LSARuntime, open_host
-from indexer_train.config import IndexerConfig
-from indexer_train.model import IndexerSpec, MemoryIndexer
+from eval.runtime.runtime import HOSTS, LSARuntime, open_host
 from indexer_train.selection import Budget
-from tests.conftest import tiny_model
+from tests.conftest import TINY_OF, tiny_model
+from tests.eval.runtime.indexers import untrained
 
 TAU, CHUNKING = 8, Chunking(tokens=4, sink=1, recent=2)
 FIFTH, EVERYTHING = Budget(budget=0.2), Budget(budget=1.0)
@@ -22,7 +20,7 @@ GPU = pytest.param(
 )
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3", "deepseek_v4"])
+@pytest.fixture(scope="module", params=["gemma3", *map(TINY_OF.get, HOSTS)])
 def family(request):
     return request.param
 
@@ -34,14 +32,7 @@ def model(family, request):
 
 @pytest.fixture
 def indexer(model):
-    info = adapter(model).info
-    torch.manual_seed(3)
-    spec = IndexerSpec(
-        shape=IndexerConfig(heads=4, rank=8, distance_bumps=0, scale=False, slot=False, join="max"),
-        layers=info.full_layers[:2], hidden=info.hidden, key_width=info.key_width, window=TAU, key=info.key,
-        chunking=CHUNKING, backbone=info.fingerprint, rope=info.rope,
-    )  # fmt: skip
-    return MemoryIndexer.from_spec(spec).eval()
+    return untrained(model)
 
 
 def prompt(length, rows=2, device="cpu"):
@@ -180,7 +171,7 @@ def test_windows_are_counted_and_saved(model, indexer, tmp_path):
     for before, after in zip(runtime.windows, runtime.windows[1:], strict=False):
         held = before.resident + 2 * (after.chunks - before.chunks)
         assert after.resident == held + after.fetched - after.evicted
-        assert after.fetched_bytes == after.fetched * runtime.host.chunk_bytes > 0
+        assert after.fetched_bytes == after.fetched * runtime.host.cold_bytes > 0
     runtime.save_trace(tmp_path / "trace.json")
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert trace["lag"] == 1 and trace["totals"]["windows"] == 4

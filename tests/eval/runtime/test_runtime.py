@@ -6,38 +6,29 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from data_gen.backbones.load import adapter
-from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from eval.online.cycle import Course, go_on
 from eval.online.online_policies import ONLINE_POLICIES, Circumstances, Foresight
 from eval.online.session import DenseSession
 from eval.runtime.correction import Correction
-from eval.runtime.runtime import LSARuntime
+from eval.runtime.runtime import HOSTS, LSARuntime
 from eval.serving.select import Fallback, Limits
-from indexer_train.config import IndexerConfig
-from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Cut, Threshold
-from tests.conftest import tiny_model
+from tests.conftest import TINY_OF, tiny_model
+from tests.eval.runtime.indexers import untrained
 
 EVERYTHING, TENTH = Budget(budget=1.0), Budget(budget=0.1)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3", "deepseek_v4"])
+@pytest.fixture(scope="module", params=["qwen3", "gemma3", *map(TINY_OF.get, HOSTS)])
 def model(request):
     return tiny_model(request.param)
 
 
 @pytest.fixture(scope="module")
 def indexer(model):
-    info = adapter(model).info
-    torch.manual_seed(3)
-    spec = IndexerSpec(
-        shape=IndexerConfig(heads=4, rank=8, distance_bumps=0, scale=False, slot=False, join="max"),
-        layers=info.full_layers[:2], hidden=info.hidden, key_width=info.key_width, window=8, key=info.key,
-        chunking=Chunking(tokens=4, sink=1, recent=2), backbone=info.fingerprint, rope=info.rope,
-    )  # fmt: skip
-    return MemoryIndexer.from_spec(spec).eval()
+    return untrained(model)
 
 
 def prompt(length, rows=1):
@@ -193,7 +184,9 @@ def test_the_context_is_never_left(model, indexer, monkeypatch, where, name):
             options = asked if where == "options" else {"generation_config": GenerationConfig(**asked)}
         return runtime.generate(ids, **options)
 
-    with pytest.raises(InputError, match=f"40 tokens and the new ones make up to {context + 1}, but the backbone's"):
+    with pytest.raises(
+        InputError, match=f"40 prompt tokens and the new ones are up to {context + 1}, but the backbone's"
+    ):
         ask(context + 1)
     assert not runtime.windows and ask(45).shape[1] <= 45
 
@@ -218,7 +211,7 @@ def test_a_machine_that_cannot_pin_memory_says_so_or_serves_from_pageable(model,
 def test_what_does_not_work_is_refused(model, indexer):
     with pytest.raises(InputError, match="nothing was read yet"):
         LSARuntime(indexer, model).cycle.refresh()
-    with pytest.raises(InputError, match="backend: cuda is none of auto, torch, triton"):
+    with pytest.raises(InputError, match="backend: cuda is not one of auto, torch, triton"):
         LSARuntime(indexer, model, backend="cuda")
     with pytest.raises(InputError, match="cap"):
         LSARuntime(indexer, model, Limits(cap=2))
@@ -227,6 +220,16 @@ def test_what_does_not_work_is_refused(model, indexer):
     other = MemoryIndexer.from_spec(indexer.spec.model_copy(update={"backbone": "another"}))
     with pytest.raises(InputError, match="fingerprint another"):
         LSARuntime(other, model)
+
+
+@pytest.mark.parametrize("given", [{"limits": 9}, {"selection": 0.1}, {"fallback": True}, {"correction": 3}], ids=str)
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_settings_of_another_type_are_refused_when_it_is_opened(model, indexer, given):
+    ((name, value),) = given.items()
+    with pytest.raises(
+        InputError, match=rf"^{name}: {value} is not a (Limits|Budget or a Threshold|Fallback|Correction);"
+    ):
+        LSARuntime(indexer, model, **given)
 
 
 dense_families = pytest.mark.parametrize("model", ["llama", "gemma3"], indirect=True)
@@ -254,7 +257,7 @@ def test_a_correction_beside_a_set_of_as_many_fewer(model, indexer, query, tmp_p
     assert ours == course.answer and session.host.cache.corrector.fetched > 0
     runtime.save_trace(tmp_path / "trace.json")
     written = json.loads((tmp_path / "trace.json").read_text())["correction"]
-    fetched = session.host.cache.corrector.fetched * runtime.host.chunk_bytes // len(runtime.host.info.full_layers)
+    fetched = session.host.cache.corrector.fetched * runtime.host.cold_bytes // len(runtime.host.info.full_layers)
     assert written == {
         "chunks": 3, "query": query, "fetched_bytes": fetched,
         "mean_key_bytes": (173 // 4) * len(runtime.host.info.full_layers) * 2 * 16 * 2,
@@ -267,7 +270,7 @@ def test_a_correction_beside_a_set_of_as_many_fewer(model, indexer, query, tmp_p
 @two_families
 def test_a_correction_that_cannot_be_is_refused(model, indexer):
     if model.config.model_type == "deepseek_v4":
-        with pytest.raises(InputError, match="correction: DeepSeek-V4"):
+        with pytest.raises(InputError, match="correction: this model caches no keys"):
             LSARuntime(indexer, model, correction=Correction(chunks=2))
         return
     runtime = LSARuntime(indexer, model, selection=TENTH, correction=Correction(chunks=4))

@@ -2,30 +2,48 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data_gen.backbones.load import adapter
-from data_gen.core.chunks import Chunking
+from benchmarks.tiny_models import tiny
 from data_gen.core.errors import InputError
+from eval.runtime.correction import Correction
 from eval.runtime.runtime import LSARuntime
-from indexer_train.config import IndexerConfig
-from indexer_train.model import IndexerSpec, MemoryIndexer
 from indexer_train.selection import Budget
 from tests.conftest import TINY, tiny_model
+from tests.eval.runtime.indexers import untrained
 
 NEW = 24
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "return_dict_in_generate": True}
-FAMILIES = ["llama", "gemma3", "deepseek_v4"]
+FAMILIES = {
+    "llama": {},
+    "gemma3": {},
+    "deepseek_v4": {},
+    "deepseek_v32": {},
+    "llama corrected": {"correction": Correction(chunks=2)},
+}
+"""Models, and the options of their runtimes."""
 FOREIGN = torch.randint(3, 100, (1, 417), generator=torch.Generator().manual_seed(11))
 
 
 @pytest.fixture(params=FAMILIES)
-def model(request):
-    return tiny_model(request.param)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def model(family):
+    return tiny(family) if family == "deepseek_v32" else tiny_model(family.split()[0])
+
+
+@pytest.fixture
+def opened(family, model):
+    """Opens a runtime of the model."""
+    return partial(make_runtime, model, **FAMILIES[family])
 
 
 @pytest.fixture(autouse=True)
@@ -42,15 +60,7 @@ def hooks_of(model):
 
 
 def make_runtime(model, **options):
-    info = adapter(model).info
-    torch.manual_seed(3)
-    spec = IndexerSpec(
-        shape=IndexerConfig(heads=4, rank=8, distance_bumps=0, scale=False, slot=False, join="max"),
-        layers=info.full_layers[:2], hidden=info.hidden, key_width=info.key_width, window=8, key=info.key,
-        chunking=Chunking(tokens=4, sink=1, recent=2), backbone=info.fingerprint, rope=info.rope,
-    )  # fmt: skip
-    indexer = MemoryIndexer.from_spec(spec, device=str(model.device)).eval()
-    return LSARuntime(indexer, model, selection=Budget(budget=0.2), **options)
+    return LSARuntime(untrained(model), model, selection=Budget(budget=0.2), **options)
 
 
 def prompt(seed, length=120, rows=1):
@@ -101,18 +111,18 @@ def test_two_models_in_two_threads(families):
         assert torch.equal(model.generate(ids, **GREEDY).sequences, before)
 
 
-def test_one_model_in_two_threads(model):
-    prompts = [prompt(1, rows=2), prompt(2, 151)]
-    expected = [answer(make_runtime(model), ids) for ids in prompts]
+def test_one_model_in_two_threads(family, model, opened):
+    prompts = [prompt(1, rows=1 if FAMILIES[family] else 2), prompt(2, 151)]  # a correction is of one sequence
+    expected = [answer(opened(), ids) for ids in prompts]
     for _ in range(2):
-        assert all(map(same, in_threads([make_runtime(model) for _ in prompts], prompts), expected))
+        assert all(map(same, in_threads([opened() for _ in prompts], prompts), expected))
     assert hooks_of(model) == 0
 
 
-def test_the_stock_model_beside_the_runtime(model):
+def test_the_stock_model_beside_the_runtime(model, opened):
     """In another thread, all the time."""
     ids, other = prompt(1), prompt(2, 60)
-    expected, stock = answer(make_runtime(model), ids), model.generate(other, **GREEDY).sequences
+    expected, stock = answer(opened(), ids), model.generate(other, **GREEDY).sequences
     over, wrong = threading.Event(), []
 
     def go_on():
@@ -123,17 +133,17 @@ def test_the_stock_model_beside_the_runtime(model):
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(go_on)
         try:
-            found = [answer(make_runtime(model), ids) for _ in range(3)]
+            found = [answer(opened(), ids) for _ in range(3)]
         finally:
             over.set()
         job.result()
     assert not wrong and all(same(each, expected) for each in found)
 
 
-def test_a_foreign_forward_of_the_same_model_is_not_seen(model):
+def test_a_foreign_forward_of_the_same_model_is_not_seen(model, opened):
     """As guidance does: with no cache, with one of its own, with that of another runtime."""
-    ids, expected = prompt(1), answer(make_runtime(model), prompt(1))
-    other, foreign = make_runtime(model), DynamicCache(config=model.config)
+    ids, expected = prompt(1), answer(opened(), prompt(1))
+    other, foreign = opened(), DynamicCache(config=model.config)
     answers = []
 
     def guide(_, scores):
@@ -143,25 +153,25 @@ def test_a_foreign_forward_of_the_same_model_is_not_seen(model):
             answers.append(answer(other, prompt(1)))
         return scores
 
-    assert same(answer(make_runtime(model), ids, logits_processor=[guide]), expected)
+    assert same(answer(opened(), ids, logits_processor=[guide]), expected)
     assert len(answers) == NEW and same(answers[0], expected)
 
 
-def test_what_reads_into_the_runtimes_own_cache_is_refused(model):
-    runtime = make_runtime(model)
+def test_what_reads_into_the_runtimes_own_cache_is_refused(model, opened):
+    runtime = opened()
 
     def guide(_, scores):
         model(FOREIGN[:, :3], past_key_values=runtime.host.cache)
         return scores
 
-    with pytest.raises(InputError, match=r"122 tokens are in the runtime's cache, of 119|123 tokens .* of 120"):
+    with pytest.raises(InputError, match=r"cache holds 12[23] tokens instead of 1(19|20):|3 tokens at once, but"):
         runtime.generate(prompt(1), logits_processor=[guide], **GREEDY)
-    assert same(answer(runtime, prompt(1)), answer(make_runtime(model), prompt(1)))
+    assert same(answer(runtime, prompt(1)), answer(opened(), prompt(1)))
 
 
 @pytest.mark.parametrize("where", ["processor", "layer", "prompt"])
-def test_an_exception_in_the_middle_leaves_nothing(model, where):
-    runtime, expected = make_runtime(model), answer(make_runtime(model), prompt(1))
+def test_an_exception_in_the_middle_leaves_nothing(model, opened, where):
+    runtime, expected = opened(), answer(opened(), prompt(1))
     stock = model.generate(prompt(1), **GREEDY).sequences
 
     def stop(*_, **__):
@@ -187,9 +197,9 @@ def test_an_exception_in_the_middle_leaves_nothing(model, where):
     assert same(answer(runtime, prompt(1)), expected)
 
 
-@pytest.mark.parametrize("model", ["llama"], indirect=True)
-def test_one_runtime_serves_one_call_at_a_time(model):
-    runtime, expected = make_runtime(model), answer(make_runtime(model), prompt(1))
+@pytest.mark.parametrize("family", ["llama"])
+def test_one_runtime_serves_one_call_at_a_time(opened):
+    runtime, expected = opened(), answer(opened(), prompt(1))
     refused = []
 
     def again(*_, **__):
@@ -205,9 +215,9 @@ def test_one_runtime_serves_one_call_at_a_time(model):
 
 
 @torch.no_grad()
-def test_a_host_attached_twice_reads_once(model):
+def test_a_host_attached_twice_reads_once(model, opened):
     """As whoever keeps it attached over several reads does; a fork is a host of its own."""
-    once, twice = make_runtime(model).host, make_runtime(model).host
+    once, twice = opened().host, opened().host
     once.read(prompt(1)[:, :100])
     once.read(prompt(1)[:, 100:])
     with twice.attached():

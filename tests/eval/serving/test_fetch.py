@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -5,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen.core.errors import InputError
-from eval.serving.pools import ColdPool, HotPool, best_copy, gather_copies, index_copy, unit_copies
+from eval.serving.kernels.device import warn_once
+from eval.serving.pools import HotPool, best_copy, gather_copies, index_copy, unit_copies
+from tests.eval.serving.segments import segmented
 
 
-def pools(units, capacity, shape=(5, 7), dtype=torch.uint8, segment_bytes=4 * 48, **kwargs):
+def pools(units, capacity, shape=(5, 7), dtype=torch.uint8, largest=4 * 48, pageable=None):
     data = torch.randint(0, 250, (units, *shape)).to(dtype)
-    cold = ColdPool(shape, dtype, segment_bytes=segment_bytes, **kwargs)
+    cold = segmented(largest, shape, dtype, pageable)
     cold.append(data)
     return data, cold
 
@@ -43,6 +47,16 @@ def test_the_machine_chooses():
         best_copy(cold, HotPool(2, (7, 5), torch.uint8, "cpu"))
 
 
+def test_a_slower_way_on_a_gpu_is_said_once(caplog):
+    _, cold = pools(3, 2, pageable=True)
+    hot = SimpleNamespace(layout=cold.layout, device=torch.device("cuda"))
+    warn_once.cache_clear()
+    for _ in range(2):
+        assert best_copy(cold, hot) is unit_copies
+    (said,) = caplog.messages
+    assert said.endswith("the gather kernel needs a pinned cold pool")
+
+
 def test_the_kernel_refuses_pageable_memory():
     pytest.importorskip("triton")
     _, cold = pools(3, 2, pageable=True)
@@ -55,7 +69,7 @@ def test_the_kernel_refuses_pageable_memory():
 @pytest.mark.parametrize("pageable", [False, True])
 @pytest.mark.parametrize("move", [index_copy, unit_copies, None])
 def test_on_a_device(move, pageable):
-    data, cold = pools(500, 0, shape=(21, 584), segment_bytes=1 << 20, pageable=pageable)
+    data, cold = pools(500, 0, shape=(21, 584), largest=1 << 20, pageable=pageable)
     hot = HotPool(300, (21, 584), torch.uint8, "cuda")
     hot.storage.fill_(255)
     units = np.random.default_rng(0).permutation(500)[:200].astype(np.int32)

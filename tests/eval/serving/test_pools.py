@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from data_gen.core.errors import InputError
 from eval.serving.pools import ColdPool, HotPool, UnitLayout
+from tests.eval.serving.segments import segmented
 
 SHAPES = [((7, 584), torch.uint8), ((3, 2, 5), torch.bfloat16), ((2, 3), torch.float32), ((1,), torch.uint8)]
 
@@ -15,7 +16,7 @@ SHAPES = [((7, 584), torch.uint8), ((3, 2, 5), torch.bfloat16), ((2, 3), torch.f
 def test_units_come_back_and_never_move(unit, batches, segment_units):
     shape, dtype = unit
     stride = UnitLayout(shape, dtype).stride
-    pool = ColdPool(shape, dtype, pageable=True, segment_bytes=segment_units * stride)
+    pool = segmented(segment_units * stride, shape, dtype, pageable=True)
     stored, addresses = [], []
     for count in batches:
         data = torch.randint(0, 100, (count, *shape)).to(dtype)
@@ -33,7 +34,7 @@ def test_units_come_back_and_never_move(unit, batches, segment_units):
 
 
 def test_reserved_memory_is_used():
-    pool = ColdPool((16,), torch.uint8, pageable=True, segment_bytes=32)
+    pool = segmented(32, (16,), torch.uint8, pageable=True)
     pool.append(torch.full((1, 16), 3, dtype=torch.uint8))
     pool.reserve(4)
     reserved = [segment.data_ptr() for segment in pool.segments]
@@ -50,7 +51,7 @@ def test_a_short_history_takes_little_and_a_long_one_few_segments():
         sizes.append(sum(segment.nbytes for segment in pool.segments) >> 20)
     assert sizes == [1, 1, 2, 2, 4, 8, 17]
     assert [int(pool[unit][0]) for unit in (0, 1023, 1024, 2047, 2048, 9048, 9049)] == [0, 1, 2, 3, 4, 5, 6]
-    large = ColdPool((1 << 20,), torch.uint8, pageable=True, segment_bytes=2 << 20)
+    large = segmented(2 << 20, (1 << 20,), torch.uint8, pageable=True)
     large.reserve(5)
     assert [len(segment) for segment in large.segments] == [2, 2, 2]
 
@@ -58,7 +59,7 @@ def test_a_short_history_takes_little_and_a_long_one_few_segments():
 @pytest.mark.parametrize("before", [0, 3, 4, 6])
 def test_a_fork_goes_its_own_way_from_shared_segments(before):
     stride = UnitLayout((2, 3), torch.float32).stride
-    pool = ColdPool((2, 3), torch.float32, pageable=True, segment_bytes=4 * stride)
+    pool = segmented(4 * stride, (2, 3), torch.float32, pageable=True)
     common, ours, theirs = torch.randn(3, 7, 2, 3, generator=torch.Generator().manual_seed(0))
     pool.append(common[:before])
     twin = pool.fork()
@@ -73,7 +74,7 @@ def test_a_fork_goes_its_own_way_from_shared_segments(before):
 
 
 def test_one_unit_may_be_larger_than_a_segment():
-    pool = ColdPool((100,), torch.uint8, pageable=True, segment_bytes=16)
+    pool = segmented(16, (100,), torch.uint8, pageable=True)
     pool.append(torch.arange(300, dtype=torch.int32).to(torch.uint8).view(3, 100))
     assert len(pool.segments) == 3
     assert pool[2][0] == 200

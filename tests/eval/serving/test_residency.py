@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from data_gen.core.errors import InputError
-from eval.serving.pools import ColdPool, HotPool, side_lane
+from eval.serving.pools import HotPool, side_lane
 from eval.serving.residency import Residency
+from tests.eval.serving.segments import segmented
 
 SHAPE = (3, 5)
 
@@ -21,7 +22,7 @@ def bytes_of(units):
 
 
 def pools(capacity, units):
-    cold = ColdPool(SHAPE, torch.uint8, pageable=True, segment_bytes=16 * 5)
+    cold = segmented(16 * 5, SHAPE, torch.uint8, pageable=True)
     cold.append(bytes_of(range(units)))
     hot = HotPool(capacity, SHAPE, torch.uint8, "cpu")
     hot.storage.fill_(255)
@@ -236,7 +237,7 @@ def test_a_thread_fetches_beside_the_reader(lag):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_stream_fetches_beside_the_reader(lag):
-    cold = ColdPool(SHAPE, torch.uint8, segment_bytes=16 * 5)
+    cold = segmented(16 * 5, SHAPE, torch.uint8)
     cold.append(bytes_of(range(300)))
     hot = HotPool(160, SHAPE, torch.uint8, "cuda")
     hot.storage.fill_(255)

@@ -15,7 +15,8 @@ from data_gen.traces.store import TraceStore
 from indexer_train.config import CandidatesConfig, IndexerConfig
 from indexer_train.data.batches import AllCandidates, SampledCandidates, window_index
 from indexer_train.data.hard_negatives import HardNegatives, mine, mine_document
-from indexer_train.model import IndexerSpec, MemoryIndexer
+from indexer_train.load import spec_for
+from indexer_train.model import MemoryIndexer
 from indexer_train.training.evaluator import MassRecallEvaluator
 from indexer_train.training.trainer import train
 
@@ -37,17 +38,8 @@ def store(stores, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def indexer(store):
-    trace, backbone = store.manifest.trace, store.manifest.backbone
     torch.manual_seed(0)
-    spec = IndexerSpec(
-        shape=IndexerConfig(heads=4, rank=8, join="max"),
-        layers=trace.layers,
-        hidden=backbone.hidden,
-        key_width=backbone.key_width,
-        chunking=trace.chunking,
-        window=trace.window,
-        backbone=backbone.fingerprint,
-    )
+    spec = spec_for(store.manifest, IndexerConfig(heads=4, rank=8, join="max"))
     return MemoryIndexer.from_spec(spec, device="cpu")
 
 
@@ -74,6 +66,7 @@ def test_all_that_may_be_mined_comes_hardest_first(store, indexer):
     others = torch.ones(len(found), dtype=torch.bool)
     others[rows] = False
     assert (found[others] == -1).all()
+    assert torch.equal(mine_document(indexer, document, GOLDEN, 10**9), found)  # none are more than all
 
 
 def test_the_few_mined_are_the_best_of_the_surrogate_by_their_exact_score(store, indexer):
@@ -97,7 +90,7 @@ def test_the_sidecar_is_kept_and_the_trainer_draws_from_it(store, indexer, tiny_
     with pytest.raises(InputError, match="run `lookahead mine`"):
         HardNegatives.beside(store)
     mine(indexer, store, GOLDEN, 200, quietly)
-    sidecars = sorted((store.root / "hard_negatives").iterdir())
+    sidecars = sorted((store.root / "hard_negatives").glob("*/*"))
     stamps = [path.stat().st_mtime_ns for path in sidecars]
     mine(indexer, store, GOLDEN, 200, quietly)
     assert [path.stat().st_mtime_ns for path in sidecars] == stamps and len(sidecars) == len(store.paths())
@@ -125,6 +118,8 @@ def test_the_sidecar_is_kept_and_the_trainer_draws_from_it(store, indexer, tiny_
     )
     assert 0 < MassRecallEvaluator(store, 0.1)(trained)["mass_recall"] < 1
     mine(indexer, store, GOLDEN, 4, quietly)
+    with pytest.raises(InputError, match=r"doc_0000002\.safetensors: mined anew since training began"):
+        hard.of(document, torch.tensor([0]))
     with pytest.raises(InputError, match="other settings or traces"):  # the same traces with other negatives
         train(
             store,
@@ -177,7 +172,7 @@ def test_negatives_that_are_not_the_documents_are_refused_and_mined_again(
 ):
     store = TraceStore.open(shutil.copytree(stores[0].root, tmp_path / "store"))
     mine(indexer, store, GOLDEN, 4, quietly)
-    one, other = sorted((store.root / "hard_negatives").iterdir())[1:3]
+    one, other = sorted((store.root / "hard_negatives").glob("*/*"))[1:3]
     content = one.read_bytes()
     damage(one, other)
     settings = {"loss": "focal", "candidates": CandidatesConfig(kind="sampled", source="hard")}

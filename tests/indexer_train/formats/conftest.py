@@ -62,7 +62,10 @@ def v4_store(tmp_path):
     info = BackboneInfo(
         "deepseek_v4", "small-v4", list(range(21)), HIDDEN, WIDTH, POSITIONS, key="fp8_rope_hadamard", rope=ROPE
     )
-    store = TraceStore.create(tmp_path / "v4", Manifest(backbone=info, trace=trace, documents={}, versions={}))
+    store = TraceStore.create(
+        tmp_path / "v4",
+        Manifest(backbone=info, trace=trace, documents={}, plan={n: (str(n), "") for n in range(6)}, versions={}),
+    )
     for index in range(6):
         votes = torch.randint(0, 5, (tokens, chunks), generator=generator)
         votes[:, 50:] = 0

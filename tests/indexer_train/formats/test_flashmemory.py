@@ -30,6 +30,7 @@ SMALL = Manifest(
     backbone=replace(V4_FLASH, hidden=HIDDEN, fingerprint="small"),
     trace=TraceConfig(chunking=Chunking(tokens=4), layers=[10]),
     documents={},
+    plan={},
     versions={},
 )
 
@@ -178,7 +179,7 @@ def test_eight_trained_layers_to_three_served(tmp_path, make_indexer, arguments)
         assert any("thresholds were calibrated on layers" in note for note in exported.notes)
     assert load_bundle(tmp_path / "bundle").spec.layers == [10, 12, 20]
     assert read_checkpoint(tmp_path / "flashmemory-joint").layers.keys() == {10, 12, 20}
-    assert keep_layers(indexer, indexer.spec.layers).spec.thresholds == {"0.1": -1.0}
+    assert keep_layers(indexer, indexer.spec.layers).spec.selections == [keeps(0.1, -1.0)]
     for layers, message in (([10, 11], r"layers \[11\]"), ([10, 10], "named twice"), ([], r"layers \[\]: the indexer")):
         with pytest.raises(InputError, match=message):
             keep_layers(indexer, layers)
@@ -218,7 +219,7 @@ def test_a_name_that_would_mislead_is_refused(tmp_path, make_indexer):
     with pytest.raises(InputError, match="is a folder"):
         export_indexer(make_indexer(), tmp_path, "flashmemory-joint")
     for name, format in (("a.pt", "flashmemory-safetensors"), ("a.safetensors", "flashmemory-joint")):
-        with pytest.raises(InputError, match=f"{name}: the ending .safetensors"):
+        with pytest.raises(InputError, match=f"{name}: only flashmemory-safetensors ends in .safetensors"):
             export_indexer(make_indexer(), tmp_path / name, format)
     assert list(tmp_path.iterdir()) == []
 
@@ -295,9 +296,9 @@ def test_what_does_not_fit_is_named(tmp_path, content, message):
 
 def test_checkpoints_of_another_width_are_not_v4_flash(tmp_path):
     for positions in (None, 1 << 20):
-        with pytest.raises(InputError, match=r"hidden and key width are 24 and 128, the backbone's 4096 .*--traces"):
+        with pytest.raises(InputError, match=r"key width are 24 and 128, but the backbone has 4096 .*--traces"):
             import_checkpoints([save(tmp_path / "a.pt", joint())], positions=positions)
-    with pytest.raises(InputError, match=r"key width are 24 and 64, the backbone's 24 and 128$"):
+    with pytest.raises(InputError, match=r"key width are 24 and 64, but the backbone has 24 and 128"):
         read_back([save(tmp_path / "b.pt", with_weight("wq_b.weight", lambda x: x[:192]))])
 
 
@@ -375,7 +376,7 @@ def test_the_command_line_both_ways(tmp_path, v4_store):
     result = run(app, [*command, str(v4_store.root), "--offset", "0.5"])
     assert result.exit_code == 0, result.output
     again = run(app, [*command, str(v4_store.root), "--offset", "0.7"])
-    assert isinstance(again.exception, InputError) and "holds something already" in str(again.exception)
+    assert isinstance(again.exception, InputError) and "not empty" in str(again.exception)
     indexer = load_indexer(tmp_path / "indexer")
     assert indexer.spec.layers == [10, 12] and indexer.spec.backbone == "small-v4"
     assert indexer.spec.chunking == Chunking(tokens=4, sink=0, recent=2) and indexer.spec.window == 8
@@ -386,6 +387,8 @@ def test_the_command_line_both_ways(tmp_path, v4_store):
     same(torch.load(tmp_path / "back.pt", weights_only=True), dict(joint(["10", "12"])))
     assert run(app, [*command, "--format", "other"]).exit_code == 2
     result = run(app, [*command, "--layers", "10,x"])
-    assert isinstance(result.exception, InputError) and "--layers 10,x: not numbers" in str(result.exception)
+    assert isinstance(result.exception, InputError) and "--layers 10,x: not a comma-separated list" in str(
+        result.exception
+    )
     result = run(app, ["convert", str(path), "--out", str(tmp_path / "other"), "--offset", "nan"])
     assert isinstance(result.exception, InputError) and not (tmp_path / "other").exists()

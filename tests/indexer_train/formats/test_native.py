@@ -251,7 +251,7 @@ def test_what_is_not_there_is_named(checkpoint, tmp_path, small):
         initialise(small(hidden=HIDDEN + 1), checkpoint)
     tensors = load_file(next(checkpoint.glob("*.safetensors")))
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="is it a deepseek_v4 checkpoint"):
+    with pytest.raises(InputError, match="is it a checkpoint of DeepSeek-V4, or with DSA"):
         read_native(tmp_path, [0])
     layer_files(tmp_path / "weights", [10], heads=2, rank=6)
     with pytest.raises(InputError, match=r"layer_26.safetensors: cannot be read"):

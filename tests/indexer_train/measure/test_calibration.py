@@ -151,15 +151,19 @@ def test_what_calibrate_finds_is_stored_and_exported(trained, stores, tmp_path):
     assert [cut.longest for cut in saved.spec.selection.cuts] == [440, None]
     assert {row["tokens up to"] for row in found.rows} == {440, "any"}
     assert all(row["mass_recall"] >= 0.8 - 1e-6 for row in found.rows if row["selection"] == str(saved.spec.selection))
-    assert found.plot.read_bytes().startswith(b"\x89PNG")
+    assert found.plot.read_bytes().startswith(b"\x89PNG") and found.error is None  # of a loss that trains an order
     assert str(saved.spec.selection) in (folder / "README.md").read_text()
     export_bundle(saved, tmp_path)
     assert load_bundle(tmp_path).spec.selection == saved.spec.selection
     found = calibrate_folder(folder, saved, stores[1], 0.05, ("budget", 0.2), [440, 512], by_budget=False)
     assert found.beyond == 512 and [cut.longest for cut in saved.spec.selection.cuts] == [440, None]
-    calibrate_folder(folder, saved, stores[1], 0.05, ("budget", 0.2), [], by_budget=True)
+    saved.spec.provenance.train["loss"] = "focal"
+    found = calibrate_folder(folder, saved, stores[1], 0.05, ("budget", 0.2), [], by_budget=True)
+    assert 0 <= found.error <= 1
     again = load_indexer(folder).spec
-    assert again.selection == Budget(budget=0.2) and again.thresholds["0.2"] and len(again.selections) == 4
+    assert again.selection == Budget(budget=0.2) and len(again.selections) == 4
+    kept = [(each.target, each.value) for each in again.selections if isinstance(each, Threshold)]
+    assert ("budget", 0.2) in kept
 
 
 def test_training_traces_are_no_ground_for_a_threshold(trained, stores):
@@ -179,4 +183,4 @@ def test_reliability_of_a_score_that_is_the_truth(scored):
 def test_indexers_without_any_are_served_as_in_the_paper(trained):
     bare = trained[1].spec.model_copy(update={"selections": []})
     assert bare.selection == Threshold(cuts=[Cut(score=0.0)])
-    assert MemoryIndexer.from_spec(bare, device="cpu").spec.thresholds == {}
+    assert MemoryIndexer.from_spec(bare, device="cpu").spec.selections == []

@@ -13,7 +13,7 @@ from data_gen.core.tensors import require
 from indexer_train.config import CandidatesConfig, IndexerConfig
 from indexer_train.losses import LOSSES
 from indexer_train.model import IndexerSpec, MemoryIndexer
-from indexer_train.training.trainer import make_trainer
+from tests.indexer_train.training.trainers import make_trainer
 
 BATCH, CHUNKS, CANDIDATES, LAYERS, HIDDEN, WIDTH = 5, 40, 12, 2, 24, 16
 
@@ -91,12 +91,15 @@ def test_a_collated_batch_is_moved_and_its_gradient_clipped_without_a_value(plan
 
 
 class Watch(TrainerCallback):
-    """From the second step on, whatever waits for the GPU raises; the last step logs, evaluates and saves."""
+    """Behind the first steps whatever waits for the GPU raises; the last step logs, evaluates and saves."""
 
     watched = 0
 
+    def __init__(self, first):
+        self.first = first
+
     def on_step_end(self, args, state, control, **kwargs):
-        watch = 0 < state.global_step < state.max_steps - 1
+        watch = self.first <= state.global_step < state.max_steps - 1
         self.watched += watch
         torch.cuda.set_sync_debug_mode("error" if watch else "default")
 
@@ -106,16 +109,19 @@ class Watch(TrainerCallback):
 @pytest.mark.parametrize("kind", ["all", "sampled"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_no_step_of_the_trainer_waits_for_the_gpu(planted, tiny_recipe, tmp_path, name, precision, kind):
-    changes = {"loss": name, "precision": precision, "candidates": CandidatesConfig(kind=kind), "epochs": 1}
-    settings = tiny_recipe.train.model_copy(update=changes)
-    trainer, callback = make_trainer(planted[0], IndexerConfig(heads=4, rank=8), settings, tmp_path), Watch()
+@pytest.mark.parametrize("batches", ["host", "device"])
+def test_no_step_of_the_trainer_waits_for_the_gpu(planted, tiny_recipe, tmp_path, name, precision, kind, batches):
+    changes = {"loss": name, "precision": precision, "candidates": CandidatesConfig(kind=kind), "batches": batches}
+    settings = tiny_recipe.train.model_copy(update=changes | {"epochs": 2, "eval_epochs": 2})
+    trainer = make_trainer(planted[0], IndexerConfig(heads=4, rank=8), settings, tmp_path)
+    # documents come to the device in the first epoch
+    callback = Watch(1 if batches == "host" else len(trainer.get_train_dataloader()) + 1)
     trainer.add_callback(callback)
     try:
         trainer.train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert callback.watched == trainer.state.max_steps - 2 > 20
+    assert callback.watched == trainer.state.max_steps - 1 - callback.first > 20
 
 
 def test_this_device_would_notice():

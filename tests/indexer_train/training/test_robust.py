@@ -16,19 +16,20 @@ import yaml
 from transformers import TrainerCallback
 
 from data_gen.core.errors import InputError
-from data_gen.core.files import replace_sealed
+from data_gen.core.files import replace_sealed, seal_folder
 from data_gen.traces.store import TraceStore
 from indexer_train import processes
-from indexer_train.checkpoints import damage
+from indexer_train.checkpoints import checkpoints, damage
 from indexer_train.config import IndexerConfig
 from indexer_train.data.batches import DocumentBatchSampler, window_index
 from indexer_train.load import load_indexer
 from indexer_train.model import MemoryIndexer
-from indexer_train.training import tracking
+from indexer_train.training import resume, tracking
 from indexer_train.training import trainer as trainer_module
 from indexer_train.training.evaluator import MassRecallEvaluator
 from indexer_train.training.resume import newest_whole, stay_with_best
-from indexer_train.training.trainer import make_trainer, train
+from indexer_train.training.trainer import train
+from tests.indexer_train.training.trainers import make_trainer
 
 ROOT = Path(__file__).parents[3]
 SHAPE = IndexerConfig(heads=16, rank=32)
@@ -263,7 +264,34 @@ def test_kill_9_at_a_random_step_and_resume_ends_bit_identical(planted, settings
     assert resumed.spec == whole.spec
 
 
-def test_checkpoints_that_are_not_whole_are_skipped(planted, settings, tmp_path):
+def test_no_checkpoint_goes_before_the_new_one_is_whole(planted, settings, tmp_path, monkeypatch):
+    whole = train(planted[0], SHAPE, settings, tmp_path / "whole")
+    seal, sealed = resume.seal_folder, []
+
+    def killed(folder):
+        sealed.append(folder)
+        if len(sealed) == 4:
+            raise KeyboardInterrupt
+        seal(folder)
+
+    monkeypatch.setattr(resume, "seal_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(planted[0], SHAPE, settings, tmp_path / "killed")
+    left = [damage(path) for path in checkpoints(tmp_path / "killed" / "checkpoints")]
+    assert left == [None, None, "loss.safetensors was added"]  # behind the seal of the indexer in it
+    (tmp_path / "killed" / ".unfinished-x.json").write_text("of the run that was killed")
+    resumed = train(planted[0], SHAPE, settings, tmp_path / "killed")
+    same(resumed.state_dict(), whole.state_dict())
+    assert len(checkpoints(tmp_path / "killed" / "checkpoints")) == 2
+    assert not list((tmp_path / "killed").rglob("damaged-*"))
+    assert not list((tmp_path / "killed").rglob(".unfinished-*"))
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_damaged_checkpoints_are_set_aside_and_half_saved_ones_removed(planted, settings, tmp_path):
     train(planted[0], SHAPE, settings, tmp_path)
     folder = tmp_path / "checkpoints"
     good = newest_whole(folder)
@@ -273,15 +301,24 @@ def test_checkpoints_that_are_not_whole_are_skipped(planted, settings, tmp_path)
         shutil.copytree(good, folder / f"checkpoint-{newer}")
         file = next((folder / f"checkpoint-{newer}").rglob(name))
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        content = files_of(folder / f"checkpoint-{newer}")
         assert newest_whole(folder) == good, name
+        assert files_of(folder / f"damaged-checkpoint-{newer}") == content  # nothing of the user's is deleted
         assert not (folder / f"checkpoint-{newer}").exists()
     for newer, (name, content) in enumerate({"trainer_state.json": "[]", "spec.json": "{}"}.items(), start=number + 1):
         shutil.copytree(good, folder / f"checkpoint-{newer}")
         next((folder / f"checkpoint-{newer}").rglob(name)).write_text(content)
         assert newest_whole(folder) == good, name
-    (folder / "checkpoint-9999").mkdir()
+        assert (folder / f"damaged-checkpoint-{newer}-1").exists()  # beside what is left of the first one
     shutil.copytree(good, folder / "checkpoint-old")  # somebody's copy is nobody's business
     assert newest_whole(folder) == good and (folder / "checkpoint-old").exists()
+    half = folder / "checkpoint-9999"
+    for sealed in (False, True):  # killed before or after the indexer in it was sealed
+        shutil.copytree(good, half, ignore=shutil.ignore_patterns("loss.safetensors", "checksums.json"))
+        if sealed:
+            seal_folder(half)
+        (half / ".unfinished-x.safetensors").touch()
+        assert newest_whole(folder) == good and not list(folder.glob("*-9999*"))
     (good / "rng_state.pth").unlink()
     assert damage(good) == "rng_state.pth is missing"
 
@@ -296,6 +333,37 @@ def test_a_damaged_shard_is_named_before_training_starts(planted, settings, tmp_
     shard.write_bytes(content[: -40 if how == "cut short" else len(content)])
     with pytest.raises(InputError, match=f"{shard.name}: damaged trace"):
         train(store, SHAPE, settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def cut_short(paths):
+    paths[17].write_bytes(paths[17].read_bytes()[:-40])
+    return f"{paths[17].name}: damaged trace"
+
+
+def exchanged(paths):
+    paths[17].write_bytes(paths[18].read_bytes())
+    return f"{paths[17].name}: damaged trace .it holds 18"
+
+
+def another_fact(paths):
+    manifest = paths[0].parents[1] / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"key_width": 32', '"key_width": 33'))
+    return "manifest.json: damaged manifest"
+
+
+def taken_away(paths):
+    paths[17].unlink()
+    return "1 of 48 documents are missing"
+
+
+@pytest.mark.parametrize("spoil", [cut_short, exchanged, another_fact, taken_away])
+def test_what_is_refused_where_not_every_byte_is_checked(planted, settings, tmp_path, spoil):
+    shutil.copytree(planted[0].root, tmp_path / "store")
+    complaint = spoil(TraceStore.open(tmp_path / "store").paths())
+    with pytest.raises(InputError, match=complaint):
+        quick = settings.model_copy(update={"check_bytes": False})
+        train(TraceStore.open(tmp_path / "store"), SHAPE, quick, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -318,7 +386,7 @@ def test_two_processes_end_with_the_same_weights_from_disjoint_documents(planted
     state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] = False  # as if it had been killed
     replace_sealed(checkpoint / "trainer_state.json", checkpoint, lambda file: file.write_text(json.dumps(state)))
     shutil.rmtree(tmp_path / "two" / "indexer")
-    with pytest.raises(InputError, match=f"{checkpoint}: 2 processes trained until there, 1 would go on"):
+    with pytest.raises(InputError, match=f"{checkpoint}: made by 2 processes, and 1 would continue"):
         train(planted[0], SHAPE, settings, tmp_path / "two", {planted[0].root: 1.0})
     (checkpoint / "rng_state_1.pth").unlink()
     assert damage(checkpoint) == "rng_state_1.pth is missing"
@@ -348,7 +416,7 @@ def test_nothing_is_tracked_unless_the_recipe_says_so(planted, settings, tmp_pat
 
 def test_an_unknown_tracker_is_refused(planted, settings, tmp_path):
     asked = settings.model_copy(update={"report_to": ["wandb", "nowhere"]})
-    with pytest.raises(InputError, match=r"report_to: nowhere is no tracker that is installed; choose from .*wandb"):
+    with pytest.raises(InputError, match=r"report_to: not installed: nowhere; choose from .*wandb"):
         train(planted[0], SHAPE, asked, tmp_path)
 
 

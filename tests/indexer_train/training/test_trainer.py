@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import TrainerCallback
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.core.rope import Rope
-from data_gen.traces.store import TraceStore
+from data_gen.traces.labels import SparseOracle
+from data_gen.traces.store import TraceDocument, TraceStore
+from eval.offline.evaluation import threshold_for
 from indexer_train.config import CandidatesConfig, IndexerConfig
 from indexer_train.data.batches import AllCandidates, DocumentBatchSampler, window_index
 from indexer_train.data.sampling import any_golden
@@ -22,7 +25,8 @@ from indexer_train.measure.metrics import DocumentScorer, served_windows
 from indexer_train.model import MemoryIndexer
 from indexer_train.training import trainer as trainer_module
 from indexer_train.training.evaluator import MassRecallEvaluator
-from indexer_train.training.trainer import make_trainer, train
+from indexer_train.training.trainer import train
+from tests.indexer_train.training.trainers import make_trainer
 
 
 def weights(indexer):
@@ -38,9 +42,15 @@ class KillAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("step", "kind", "workers"), [(3, "all", 0), (8, "sampled", 2), (13, "sampled", 0)])
-def test_a_killed_run_resumes_to_the_same_bits(stores, tiny_recipe, tmp_path, monkeypatch, step, kind, workers):
-    settings = tiny_recipe.train.model_copy(update={"candidates": CandidatesConfig(kind=kind)})
+@pytest.mark.parametrize(
+    ("step", "kind", "workers", "batches"),
+    [(3, "all", 0, "host"), (8, "sampled", 2, "host"), (13, "sampled", 0, "host"), (13, "sampled", 0, "device")],
+)
+def test_a_killed_run_resumes_to_the_same_bits(
+    stores, tiny_recipe, tmp_path, monkeypatch, step, kind, workers, batches
+):
+    changes = {"candidates": CandidatesConfig(kind=kind), "batches": batches}
+    settings = tiny_recipe.train.model_copy(update=changes)
     whole = train(stores[0], tiny_recipe.indexer, settings, tmp_path / "whole")
     settings = settings.model_copy(update={"workers": workers})
     stock = trainer_module.IndexerTrainer
@@ -99,12 +109,42 @@ def test_the_saved_indexer_is_the_best_checkpoint_and_calibrated(stores, tiny_re
     saved = load_indexer(tmp_path / "indexer")
     assert saved.spec == indexer.spec
     _, validation = stores[0].hold_back(tiny_recipe.train.validation_every)
+    threshold, note = threshold_for("indexer", saved, 0.1)
+    assert note is None
     shares = []
     for served in served_windows(validation):
         scores = DocumentScorer(saved, served.document).joined_scores(served)
-        chosen = (scores >= saved.spec.thresholds["0.1"]) & served.labels.candidate
+        chosen = (scores >= threshold.cuts[0].score) & served.labels.candidate
         shares.append(float((chosen.sum(dim=1) / served.visible).mean()))
     assert 0.09 < sum(shares) / len(shares) <= 0.1
+
+
+def test_no_oracle_of_a_held_back_document_stays_in_memory(stores, monkeypatch):
+    made, unpack = [], SparseOracle.of
+
+    def counted(*of):
+        oracle = unpack(*of)
+        made.append(weakref.ref(oracle))
+        return oracle
+
+    documents, forget = [], TraceDocument.forget_oracle
+
+    def forgotten(self):
+        forget(self)
+        documents.append(self)
+
+    monkeypatch.setattr(SparseOracle, "of", counted)
+    monkeypatch.setattr(TraceDocument, "forget_oracle", forgotten)
+    evaluator = MassRecallEvaluator(stores[1], 0.1)
+    assert len(made) == len(evaluator.served) == 4 and all(oracle() is None for oracle in made)
+    kept = {"oracle", "_oracle_on", "attention", "golden"}
+    assert len(documents) == 4 and not any(kept & vars(document).keys() for document in documents)
+
+
+def test_the_index_is_not_hashed(planted, monkeypatch):
+    """Which pickles all of it: it has a row for every window of the store."""
+    monkeypatch.setattr("datasets.arrow_dataset.generate_fingerprint", None)
+    assert len(window_index(planted[0])) == 48 * 31
 
 
 def test_batches_hold_one_document_and_depend_on_seed_and_epoch(stores, tiny_recipe):
@@ -163,8 +203,13 @@ def test_a_run_is_of_the_documents_it_began_with(stores, tiny_recipe, tmp_path):
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(content)
-    with pytest.raises(InputError, match="other settings or traces"):
+    with pytest.raises(InputError, match=r"doc_0000000.*it holds train-text-0000001 .*, not train-text-0000000"):
         train(store, tiny_recipe.indexer, tiny_recipe.train, tmp_path / "run")
+    other.write_bytes(one.read_bytes())
+    one.write_bytes(content)
+    fewer = store.only(store.paths()[1:])
+    with pytest.raises(InputError, match="other settings or traces"):
+        train(fewer, tiny_recipe.indexer, tiny_recipe.train, tmp_path / "run")
 
 
 def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path):
@@ -179,7 +224,7 @@ def test_what_does_not_belong_together_is_refused(stores, tiny_recipe, tmp_path)
     with pytest.raises(InputError, match="listwise_mass weighs no single chunk"):
         train(stores[0], tiny_recipe.indexer, rare, tmp_path / "b")
     for field, value, complaint in (
-        ("golden", 2, "train.golden 2: the oracle `attention` says 1 at most"),
+        ("golden", 2, "train.golden 2: the oracle `attention` gives 1 at most"),
         ("warmup", 24, r"train.warmup 24: the whole run is only 24 steps long"),
     ):
         with pytest.raises(InputError, match=complaint):
@@ -197,7 +242,7 @@ def test_a_loss_that_needs_golden_chunks_is_refused_where_there_are_none(planted
     if loss in ("listwise_mass", "listwise_peak"):
         make_trainer(planted[0], tiny_recipe.indexer, settings, tmp_path)
         return
-    with pytest.raises(InputError, match=rf"no training window has a golden chunk \(at least 0.95\), so that {loss}"):
+    with pytest.raises(InputError, match=rf"no training window has a golden chunk \(at least 0.95\), so {loss} would"):
         make_trainer(planted[0], tiny_recipe.indexer, settings, tmp_path)
     make_trainer(planted[0], tiny_recipe.indexer, settings.model_copy(update={"golden": 0.85}), tmp_path)
 
@@ -211,7 +256,7 @@ def test_windows_that_do_not_train_do_not_count_as_golden(planted):
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_all_documents_held_back_are_none_to_train_on(stores, tiny_recipe, tmp_path, one_by_one):
     settings = tiny_recipe.train.model_copy(update={"validation_every": 1, "one_by_one": one_by_one})
-    with pytest.raises(InputError, match="too few documents to validate on every 1th of 8"):
+    with pytest.raises(InputError, match="validation_every 1 leaves nothing to train on, of 8 doc"):
         train(stores[0], tiny_recipe.indexer, settings, tmp_path)
 
 

@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from transformers import DeepseekV4ForCausalLM
 
+from recipes.pocket.family import OPEN
+from recipes.pocket.reading import read_layer, recall
+from recipes.pocket.words import build_lexicon, build_tokenizer
 from recipes.pocket_v4.attention import no_mask
-from recipes.pocket_v4.indexer import IndexerProbe, read_layer, recall
-from recipes.pocket_v4.model import OPEN, build_model, indexers, set_topk
-from recipes.pocket_v4.words import build_lexicon, build_tokenizer
+from recipes.pocket_v4.indexer import IndexerProbe
+from recipes.pocket_v4.model import FAMILY
 
 
 @pytest.fixture
 def pair(tiny):
     """The same random weights under the recipe's implementations and under the stock ones, fp32."""
-    ours = build_model(tiny, build_tokenizer(build_lexicon(tiny.vocabulary)))
+    ours = FAMILY.build(tiny, build_tokenizer(build_lexicon(tiny.vocabulary)))
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if name.endswith(("sinks", "position_bias")):  # zero at first: a wrong use would not show
@@ -44,7 +46,7 @@ def draw(model, length, batch=2):
 @pytest.mark.parametrize("length", [3, 8, 21, 40, 75])
 def test_logits_equal_the_stock_model(pair, length, topk):
     for model in pair:
-        set_topk(model, topk)
+        FAMILY.set_topk(model, topk)
     tokens = draw(pair[0], length)
     with torch.no_grad():
         ours, stock = (run(model, tokens) for model in pair)
@@ -52,11 +54,11 @@ def test_logits_equal_the_stock_model(pair, length, topk):
 
 
 def test_far_history_matters_in_the_comparison(pair):
-    set_topk(pair[0], OPEN)
+    FAMILY.set_topk(pair[0], OPEN)
     tokens = draw(pair[0], 75)
     with torch.no_grad():
         whole = run(pair[0], tokens)
-        set_topk(pair[0], 0)
+        FAMILY.set_topk(pair[0], 0)
         assert (whole - run(pair[0], tokens))[:, -1].abs().max() > 0.05
 
 
@@ -64,7 +66,7 @@ def test_far_history_matters_in_the_comparison(pair):
 def test_gradients_equal_the_stock_model(pair, length):
     tokens = draw(pair[0], length)
     for model in pair:
-        set_topk(model, OPEN)
+        FAMILY.set_topk(model, OPEN)
         logits = run(model, tokens)
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     compared = 0
@@ -100,7 +102,7 @@ def test_kl_and_recall_equal_plain_sums_over_the_stock_attention(pair):
     answers = torch.zeros(1, length, dtype=torch.bool)
     answers[0, [30, 50, 51, 74]] = True
     for model in pair:
-        set_topk(model, OPEN)
+        FAMILY.set_topk(model, OPEN)
     with torch.no_grad(), IndexerProbe(ours, topk, 0.25, answers) as probe:
         run(ours, tokens)
     seen = {}
@@ -140,7 +142,7 @@ def test_entries_that_were_not_picked_do_not_count():
 
 def test_the_kl_trains_the_indexer_and_nothing_else(pair):
     ours = pair[0]
-    set_topk(ours, OPEN)
+    FAMILY.set_topk(ours, OPEN)
     tokens = draw(ours, 40)
     with IndexerProbe(ours, 4, 0.5, tokens > 20) as probe:
         logits = run(ours, tokens)
@@ -149,4 +151,4 @@ def test_the_kl_trains_the_indexer_and_nothing_else(pair):
     assert trained and all(".indexer." in name for name in trained)
     ours.zero_grad()
     logits.logsumexp(-1).sum().backward()
-    assert all(p.grad is None or not p.grad.any() for m in indexers(ours) for p in m.parameters())
+    assert all(p.grad is None or not p.grad.any() for m in FAMILY.indexers(ours) for p in m.parameters())

@@ -1,20 +1,20 @@
 """The committed weights under the stock class and stock eager attention, fp32 on the CPU: no code of ours inside."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.pocket_v4.card import write_card
-from recipes.pocket_v4.evaluate import documents_of, weights_digest
-from recipes.pocket_v4.model import indexers, set_topk
-from recipes.pocket_v4.tasks import solved, solved_forced
-from recipes.pocket_v4.words import build_lexicon, build_tokenizer
+import recipes.pocket_v4
+from recipes.pocket.card import write_card
+from recipes.pocket.evaluate import documents_of, weights_digest
+from recipes.pocket.tasks import solved, solved_forced
+from recipes.pocket.words import build_lexicon, build_tokenizer
+from recipes.pocket_v4.model import FAMILY
 
-from .conftest import RECIPE
-
-FOLDER = RECIPE / "model"
+FOLDER = Path(recipes.pocket_v4.__file__).parent / "model"
 LENGTH, DOCUMENTS = 1024, 3
 
 
@@ -43,13 +43,13 @@ def count_solved(model, tokenizer, documents):
 @pytest.mark.parametrize("task", ["single", "multi_key"])
 def test_needles_are_found_and_only_through_sparse_attention(model, tokenizer, shipped, task):
     documents = documents_of(shipped, task, LENGTH, DOCUMENTS)
-    assert [indexer.index_topk for indexer in indexers(model)] == [64] * 3 < [LENGTH // 4] * 3
+    assert [indexer.index_topk for indexer in FAMILY.indexers(model)] == [64] * 3 < [LENGTH // 4] * 3
     assert count_solved(model, tokenizer, documents) >= DOCUMENTS - 1
-    set_topk(model, 0)
+    FAMILY.set_topk(model, 0)
     try:
         assert count_solved(model, tokenizer, documents) <= 1
     finally:
-        set_topk(model, model.config.index_topk)
+        FAMILY.set_topk(model, model.config.index_topk)
 
 
 @pytest.mark.parametrize("task", ["multi_key", "tracking"])
@@ -96,13 +96,5 @@ def test_the_card_names_lengths_that_were_not_measured(tmp_path):
     report = json.loads((FOLDER / "evaluation.json").read_text())
     del report["lengths"]["2048"]
     (tmp_path / "evaluation.json").write_text(json.dumps(report))
-    write_card(tmp_path)
+    write_card(FAMILY, tmp_path)
     assert "not measured: 2048, 16384." in (tmp_path / "README.md").read_text()
-
-
-def test_the_card_is_what_the_files_say(tmp_path):
-    for file in FOLDER.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "README.md").unlink()
-    write_card(tmp_path)
-    assert (tmp_path / "README.md").read_text() == (FOLDER / "README.md").read_text()

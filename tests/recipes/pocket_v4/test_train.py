@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -10,20 +9,20 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from data_gen.core.errors import InputError
-from recipes.pocket_v4 import evaluate as evaluation
-from recipes.pocket_v4 import train as training
-from recipes.pocket_v4.config import PocketConfig
-from recipes.pocket_v4.evaluate import documents_of, open_recall, readings, weights_digest
-from recipes.pocket_v4.model import build_model
-from recipes.pocket_v4.tasks import TASKS
-from recipes.pocket_v4.train import Trainer
+from recipes.pocket import train as training
+from recipes.pocket.config import PocketConfig
+from recipes.pocket.evaluate import documents_of, open_recall, readings, weights_digest
+from recipes.pocket.tasks import TASKS
+from recipes.pocket.train import Trainer
+from recipes.pocket_v4.model import FAMILY
+from recipes.pockets import main
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny) -> PocketConfig:
     """Open for 100 steps, then sparse for 50."""
     settings = tiny.model_dump()
-    common = {"length": 128, "batch": 1, "lr": (2e-3, 1e-3)}
+    common = {"length": 128, "batch": 1, "lr": (3e-3, 1e-3)}
     settings["stages"] = [common | {"steps": 100, "sparse": False}, common | {"steps": 50, "sparse": True}]
     settings["optimizer"]["warmup"] = 10
     settings["evaluation"] = {"lengths": [128], "documents": 3, "comparisons": 2, "tokens": 256, "distractors": 2}
@@ -32,7 +31,7 @@ def recipe(tiny) -> PocketConfig:
 
 def train(recipe, out, seconds=float("inf")):
     """Whether the run finished, and its trainer. With 0 seconds it stops at its next report, in 50 steps."""
-    trainer = Trainer(recipe, out, workers=0, seconds=seconds)
+    trainer = Trainer(FAMILY, recipe, out, workers=0, seconds=seconds)
     return trainer.run(), trainer
 
 
@@ -54,7 +53,7 @@ def test_a_stopped_run_goes_on_where_it_was(recipe, whole, tmp_path):
     assert not finished and first.progress["step"] == 50
     (tmp_path / "checkpoint.partial").write_bytes(b"a save that was cut short")
     spent = first.progress["seconds"]
-    second = Trainer(recipe, tmp_path, workers=0, seconds=float("inf"))
+    second = Trainer(FAMILY, recipe, tmp_path, workers=0, seconds=float("inf"))
     compared = 0
     for before, after in zip(first.optimizers, second.optimizers, strict=True):
         for old, new in zip(parameters(before), parameters(after), strict=True):
@@ -66,7 +65,7 @@ def test_a_stopped_run_goes_on_where_it_was(recipe, whole, tmp_path):
     assert compared > 100
     assert second.run() and second.progress["steps"] == whole.progress["steps"] == 150
     assert second.progress["seconds"] > spent > 0 and second.progress["peak_bytes"] > 1e8
-    start = Trainer(recipe, tmp_path / "fresh", workers=0, seconds=0).model.state_dict()
+    start = Trainer(FAMILY, recipe, tmp_path / "fresh", workers=0, seconds=0).model.state_dict()
     moved = drift = 0.0
     for name, weights in whole.model.state_dict().items():
         if weights.is_floating_point():
@@ -102,11 +101,11 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe, tmp_path, monkeyp
         monkeypatch.setattr(Trainer, "report", deadly)
         with pytest.raises(Killed):
             train(recipe, tmp_path)
-        return steps_logged(Trainer(recipe, tmp_path, workers=0, seconds=0))
+        return steps_logged(Trainer(FAMILY, recipe, tmp_path, workers=0, seconds=0))
 
     assert log_when_killed_at(2) == []
     assert log_when_killed_at(6) == [2, 4]
-    resumed = Trainer(recipe, tmp_path, workers=0, seconds=0)
+    resumed = Trainer(FAMILY, recipe, tmp_path, workers=0, seconds=0)
     assert resumed.progress["step"] == resumed.progress["steps"] == 4 and 0 < resumed.progress["seconds"] < 600
 
 
@@ -119,12 +118,12 @@ def test_the_loss_falls_and_the_indexer_learns(recipe, whole):
     tests = {task: documents_of(recipe, task, 128, 4) for task in TASKS}
 
     def measured(model):
-        found = [one for documents in tests.values() for one in readings(model, whole.tokenizer, documents, 2)]
-        return open_recall(model, whole.tokenizer, tests, 2), sum(float(one.kl) for one in found) / len(found)
+        found = [one for documents in tests.values() for one in readings(FAMILY, model, whole.tokenizer, documents, 2)]
+        return open_recall(FAMILY, model, whole.tokenizer, tests, 2), sum(float(one.kl) for one in found) / len(found)
 
     recall, kl = measured(whole.model)
     for seed in (101, 102, 103):
-        other = build_model(recipe.model_copy(update={"seed": seed}), whole.tokenizer).eval()
+        other = FAMILY.build(recipe.model_copy(update={"seed": seed}), whole.tokenizer).eval()
         backbone = {name: value for name, value in whole.model.state_dict().items() if ".indexer." not in name}
         other.load_state_dict(backbone, strict=False)
         their_recall, their_kl = measured(other)
@@ -139,13 +138,13 @@ def test_stages_end_with_what_the_indexer_recalls(whole):
 
 def test_recall_is_not_reported_where_the_top_k_holds_every_entry(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "log", lambda self, **record: logged.append(record))
-    trainer, logged = Trainer(recipe, tmp_path, workers=0, seconds=0), []
+    trainer, logged = Trainer(FAMILY, recipe, tmp_path, workers=0, seconds=0), []
     trainer.model.config.index_topk = 32
     trainer.examine(recipe.stages[0])
     assert logged[0]["recall"] is None and logged[0]["length"] == 128
 
 
-def test_the_exported_folder_loads_and_is_measured(recipe, whole, tmp_path, monkeypatch):
+def test_the_exported_folder_loads_and_is_measured(recipe, whole, tmp_path):
     folder = shutil.copytree(whole.out / "model", tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, weights in whole.model.state_dict().items():
@@ -154,8 +153,7 @@ def test_the_exported_folder_loads_and_is_measured(recipe, whole, tmp_path, monk
     assert run["seconds"] > 1 and 1e8 < run["peak_bytes"] < 1e10
     assert "Not measured yet" in (folder / "README.md").read_text()
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--config", str(folder / "recipe.yaml")])
-    evaluation.main()
+    main(["evaluate", "pocket_v4", str(folder), "--config", str(folder / "recipe.yaml")])
     report = json.loads((folder / "evaluation.json").read_text())
     assert report["weights"] == weights_digest(folder)
     row = report["lengths"]["128"]
@@ -166,18 +164,16 @@ def test_the_exported_folder_loads_and_is_measured(recipe, whole, tmp_path, monk
     assert "| its own top-k | 128 |" in card and "| 1 | 128 | 1 | top-k | 50 |" in card
 
 
-def test_a_part_is_measured_into_a_file_of_its_own(recipe, whole, tmp_path, monkeypatch, capsys):
+def test_a_part_is_measured_into_a_file_of_its_own(recipe, whole, tmp_path):
     folder, config = whole.out / "model", tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--config", str(config), *map(str, arguments)])
-        evaluation.main()
+        main(["evaluate", "pocket_v4", str(folder), "--config", str(config), *map(str, arguments)])
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="name a file for it with --out"):
         call("--lengths", 96)
-    assert "name a file for it with --out" in capsys.readouterr().err
     call("--lengths", 96, "--documents", 1, "--out", tmp_path / "part.json")
     report = json.loads((tmp_path / "part.json").read_text())
     assert list(report["lengths"]) == ["96"] and (report["documents"], report["comparisons"]) == (1, 1)
@@ -187,11 +183,11 @@ def test_a_part_is_measured_into_a_file_of_its_own(recipe, whole, tmp_path, monk
 def test_damaged_and_foreign_checkpoints_are_refused(recipe, whole, tmp_path):
     other = recipe.model_copy(update={"seed": recipe.seed + 1})
     with pytest.raises(InputError, match="another recipe"):
-        Trainer(other, whole.out, workers=0, seconds=0)
+        Trainer(FAMILY, other, whole.out, workers=0, seconds=0)
     for damage in (b"", b"not a checkpoint", (whole.out / "checkpoint.pt").read_bytes()[:5000]):
         (tmp_path / "checkpoint.pt").write_bytes(damage)
         with pytest.raises(InputError, match="damaged"):
-            Trainer(recipe, tmp_path, workers=0, seconds=0)
+            Trainer(FAMILY, recipe, tmp_path, workers=0, seconds=0)
 
 
 def test_a_recipe_with_a_mistake_is_refused(recipe):

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from data_gen.backbones.observe import attention_modules
+from data_gen.backbones.layers import attention_modules
 from data_gen.core.errors import InputError
 from eval.runtime.correction import Correction
 from eval.runtime.hosts.dense import DenseHost
@@ -198,7 +198,7 @@ def test_several_tokens_are_read_one_by_one_and_several_sequences_refused():
         host.keep([base(22)])
     ours = [hosts[0].read(IDS[:, place : place + 1]) for place in range(PROMPT, 96)][-1]
     assert torch.equal(hosts[1].read(IDS[:, PROMPT:96]), ours)
-    with hosts[0].attached(), pytest.raises(ValueError, match="2 tokens at once"):
+    with hosts[0].attached(), pytest.raises(InputError, match="2 tokens at once"):
         model(IDS[:, 96:98], past_key_values=hosts[0].cache)
     batch = open_host(model, Correction(chunks=3))
     batch.read(IDS.expand(2, -1)[:, :PROMPT])

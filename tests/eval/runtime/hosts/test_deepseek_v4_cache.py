@@ -85,7 +85,7 @@ def test_new_chunks_join_and_stay(models):
     read(model, cache, IDS[:2, 62:73], [1] * 11)
     assert [row.tolist() for row in cache.resident()] == [[0, 14, 15, 16, 17], [2, 3, 9, 15, 16, 17]]
     hot = cache.layers[1].compressed_kv["indexer"]
-    cold = [cache.index_entries(sequence)[:, 0] for sequence in range(2)]
+    cold = [cache.index_entries(sequence)[:, 0, 0] for sequence in range(2)]
     assert torch.equal(hot[0, 1:], cold[0][[0, 14, 15, 16, 17]])  # one row of padding in front
     assert torch.equal(hot[1], cold[1][[2, 3, 9, 15, 16, 17]])
     assert cache.resident_bytes() == 4 * 2 * 6 * (32 + 16) * 4

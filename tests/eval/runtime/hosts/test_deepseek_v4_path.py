@@ -9,8 +9,8 @@ import yaml
 
 import cli
 from recipes import load_recipe
-from recipes.pocket_v4.config import load_config
-from recipes.pocket_v4.documents import ASKED, write_chats, write_tests
+from recipes.pocket.config import load_config
+from recipes.pocket.documents import ASKED, write_chats, write_tests
 
 
 @pytest.fixture

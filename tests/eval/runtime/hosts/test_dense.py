@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from data_gen.backbones.observe import attention_modules
+from data_gen.backbones.layers import attention_modules
 from data_gen.core.errors import InputError
-from eval.runtime.hosts.dense import ROOM, DenseHost
+from eval.runtime.hosts.dense import DenseHost
+from eval.runtime.hosts.dense_cache import ROOM
 from tests.conftest import tiny_model
 
 SIZE, PROMPT = 4, 90  # 22 chunks, and two tokens of the next
@@ -83,7 +84,7 @@ def test_a_restricted_set_is_the_masked_stock_model(model, sets, attention):
         place += new
     used, chunk = host.resident_bytes(), len(host.cache.full) * 2 * 2 * SIZE * 16 * 4  # KV 2, d 16, fp32
     rest = batch * (place - PROMPT // SIZE * SIZE) * chunk // SIZE
-    assert host.chunk_bytes == chunk and used.served == sum(map(len, sets)) * chunk + rest
+    assert host.cold_bytes == chunk and used.served == sum(map(len, sets)) * chunk + rest
     assert used.tensors == max(map(len, sets)) * batch * chunk + rest
     assert used.keys == batch * (place // SIZE) * 32 * 2
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen.backbones.deepseek_v4 import DeepseekV4Backbone
-from data_gen.backbones.observe import attention_modules
+from data_gen.backbones.layers import attention_modules
 from data_gen.core.errors import InputError
 from eval.runtime.hosts.deepseek_v4 import DeepseekV4Host
 from eval.runtime.hosts.dense import DenseHost
@@ -180,7 +180,7 @@ def test_rows_hold_what_the_table_says(history):
         rows = torch.cat([rows, torch.tensor(fresh, dtype=torch.int64).reshape(batch, made)], dim=1)
         total += made
         before = [chunks | set(range(total - made, total)) for chunks in before]
-        move = table.plan([torch.tensor(chunks, dtype=torch.int64) for chunks in resident], total)
+        move = table.move_to([torch.tensor(chunks, dtype=torch.int64) for chunks in resident], total)
         after = [set(chunks) for chunks in resident]
         assert move.fetched == sum(len(new - old) for new, old in zip(after, before, strict=True))
         assert move.evicted == sum(len(old - new) for new, old in zip(after, before, strict=True))

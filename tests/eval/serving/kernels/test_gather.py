@@ -12,6 +12,7 @@ from eval.serving.kernels import gather as kernel
 from eval.serving.pools import ColdPool, HotPool, UnitLayout, gather_copies, index_copy
 from tests.eval.serving.kernels.aot import compile_sm90
 from tests.eval.serving.kernels.speed import speed
+from tests.eval.serving.segments import segmented
 
 ROW = (21, 584)
 PAGE = (64, 21, 716)
@@ -21,7 +22,7 @@ PAGE = (64, 21, 716)
 def test_interpreted_against_index_copy(shape, monkeypatch):
     monkeypatch.setattr(kernel, "_gather", InterpretedFunction(kernel._gather.fn))
     monkeypatch.setattr(kernel, "PROGRAMS", 3)
-    cold = ColdPool(shape, torch.uint8, pageable=True, segment_bytes=3 * 12272)
+    cold = segmented(3 * 12272, shape, torch.uint8, pageable=True)
     cold.append(torch.randint(0, 250, (9, *shape), dtype=torch.uint8))
     units = np.array([7, 0, 3, 8, 5], dtype=np.int32)
     slots = np.array([1, 6, 0, 4, 5], dtype=np.int32)

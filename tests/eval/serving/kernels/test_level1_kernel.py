@@ -11,10 +11,10 @@ from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import encode_keys
 from data_gen.core.rope import Rope
 from eval.serving import level1_triton
-from eval.serving.kernels.device import check_fp8
+from eval.serving.kernels.device import check_fp8, warn_once
 from eval.serving.kernels.level1 import score_kernel
 from eval.serving.kernels.limits import limit_kernel
-from eval.serving.level1 import Level1, PagedKeys, _say_once, open_level1
+from eval.serving.level1 import Level1, PagedKeys, open_level1
 from eval.serving.level1_triton import (
     LIMIT_OPTIONS,
     PROGRAMS_AN_SM,
@@ -183,7 +183,7 @@ def test_refusals_name_what_is_lacking():
     with pytest.raises(InputError, match="heads, key_width: 12 x 32"):
         TritonLevel1(make_indexer(heads=12), Limits(cap=40))
     indexer.spec.key = "mean_pre_rope"
-    with pytest.raises(InputError, match="key: mean_pre_rope"):
+    with pytest.raises(InputError, match="not mean_pre_rope keys"):
         TritonLevel1(indexer, Limits(cap=40))
 
 
@@ -315,7 +315,7 @@ def test_programs_that_wait_for_one_another_run_at_once(processors, sequences):
 def test_gpus_older_than_fp8_get_torch_and_it_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     indexer = SimpleNamespace(spec=make_indexer().spec, device=torch.device("cuda"))
-    _say_once.cache_clear()
+    warn_once.cache_clear()
     for _ in range(2):
         assert type(open_level1(indexer, Limits(cap=40))) is Level1
     (said,) = caplog.messages
@@ -340,7 +340,7 @@ def test_fp8_products_can_be_asked_for(monkeypatch):
 @compiled_only
 def test_a_bundle_that_triton_lacks_gets_torch_and_it_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr("eval.serving.level1.lacks", lambda device: None)
-    _say_once.cache_clear()
+    warn_once.cache_clear()
     for _ in range(2):
         assert type(open_level1(make_indexer(heads=12), Limits(cap=40))) is Level1
     with pytest.raises(InputError, match="cap: 8 chunks"):  # not the backend's fault

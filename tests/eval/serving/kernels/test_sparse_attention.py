@@ -125,11 +125,13 @@ def test_compiled_for_sm_90(tile, dtype):
 
 
 @compiled_only
-@pytest.mark.parametrize("splits", [8, 32])
+@pytest.mark.parametrize("splits", [8, 32, 128])
 def test_joining_compiled_for_sm_90(splits):
     signature = {"partial": "*fp16:16", "weight": "*fp32:16", "sinks": "*fp32:16", "out": "*fp16:16"}
     signature |= {"splits": "i32", "heads": "i32:16", "log2_e": "fp32"}
-    found = compile_sm90(kernel._join, signature, {"SPLITS": splits, "WIDTH": V4.width}, num_warps=2)
+    columns = min(V4.width, max(kernel.JOINED // splits, 64))
+    constants = {"SPLITS": splits, "WIDTH": V4.width, "COLUMNS": columns}
+    found = compile_sm90(kernel._join, signature, constants, num_warps=2)
     assert found.spilled == 0 and min(found.load_bytes) >= 4 and found.load_bytes[16]
 
 

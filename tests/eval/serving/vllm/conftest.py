@@ -1,10 +1,9 @@
 """Servers with the plugin, beside the truth: an LSA runtime in another environment.
 
-`test_engine*.py` run in an environment with vLLM (make test-vllm), which has no training packages; the truth runs in
-the training environment, whose Python TRUTH_PYTHON names.
+`test_engine*.py` run in an environment with vLLM (make test-vllm), which has no training packages; elsewhere each of
+them is one skip. The truth runs in the training environment, whose Python TRUTH_PYTHON names.
 """
 
-import importlib.util
 import json
 import os
 import socket
@@ -14,18 +13,22 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+CHUNKED = ("--max-num-batched-tokens", "256", "--max-num-seqs", "3")
+WINDOW = 8
+"""Of every bundle: ten refreshes in 81 tokens."""
 ROOT = Path(__file__).parents[4]
 TRUTH = os.environ.get("TRUTH_PYTHON", str(ROOT / ".venv/bin/python"))
 ENGINE = {
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }  # fmt: skip
-
-collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_engine*.py"]
 
 
 def truth(*arguments: object) -> str:
@@ -41,12 +44,14 @@ def truth(*arguments: object) -> str:
 def models(tmp_path_factory):
     """Folder with a checkpoint NAME and a bundle NAME-bundle of smollm2, qwen3 and gemma3, and prompts.json.
 
-    TRUTH_MODELS names a folder in which they stay.
+    Made once, whichever of several test processes comes first.
     """
-    kept = os.environ.get("TRUTH_MODELS")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("models")
-    if not (folder / "prompts.json").exists():
-        truth("models", folder)
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "models"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "prompts.json").exists():
+            folder.mkdir(exist_ok=True)
+            truth("models", folder, WINDOW)
     return folder
 
 
@@ -55,6 +60,18 @@ def prompts(models):
     """prompts(model, text, length): token ids of Python source."""
     texts = json.loads((models / "prompts.json").read_text())
     return lambda name, text, length: texts[name][text][:length]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of an answer, what was written between two preemptions: `prompt` was read in full before it.
+
+    sets: by the position behind which they came into force.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    sets: dict[str, list[int]]
 
 
 class Server:
@@ -88,7 +105,7 @@ class Server:
 
     def open(self, prompt: list[int], name: str, **options: object) -> object:
         """Send a completion request, greedy unless told otherwise; the answer as it comes."""
-        body = {"model": self.model, "prompt": prompt, "temperature": 0, "max_tokens": 170, "ignore_eos": True}
+        body = {"model": self.model, "prompt": prompt, "temperature": 0, "max_tokens": 90, "ignore_eos": True}
         body |= {"return_token_ids": True, **options}
         headers = {"Content-Type": "application/json", "X-Request-Id": name}
         url = f"http://127.0.0.1:{self.port}/v1/completions"
@@ -105,10 +122,30 @@ class Server:
             found = pool.map(lambda item: self.ask(item[1], item[0], **options)[0]["token_ids"], asked.items())
             return dict(zip(asked, found, strict=True))
 
+    def busiest(self, asked: dict[str, list[int]], **options: object) -> tuple[dict[str, list[int]], int]:
+        """`together`, and the most requests that vLLM said were running meanwhile."""
+        most = 0
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(self.together, asked, **options)
+            while not answers.done():
+                most = max(most, int(self.metrics()["vllm:num_requests_running"]))
+                time.sleep(0.02)
+            return answers.result(), most
+
     def windows(self, name: str) -> list[dict]:
         """The traced windows of a request, in order."""
         lines = [json.loads(line) for line in self.trace.read_text().splitlines()]
         return [line for line in lines if f"cmpl-{name}-" in line["request"]]
+
+    def parts(self, name: str, prompt: list[int], answer: list[int]) -> list[Part]:
+        """A request's answer by preemptions: windows start anew behind one, and cut the last one before it short."""
+        lines, parts = self.windows(name), []
+        begun = [line["position"] for line in lines if line["first"]]
+        for first, end in pairwise([*begun, len(prompt) + len(answer) - 1]):
+            start = first + 1 - len(prompt)  # tokens of the answer that were read in full
+            sets = {str(line["position"]): line["resident"] for line in lines if first <= line["position"] < end}
+            parts.append(Part(prompt + answer[:start], answer[start : end + 1 - len(prompt)], sets))
+        return parts
 
     def metrics(self) -> dict[str, float]:
         """vLLM's own page of figures, summed over labels."""

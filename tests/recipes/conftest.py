@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import recipes.pocket_v4
-from recipes.pocket_v4.config import PocketConfig, load_config
+from recipes.pocket.config import PocketConfig, load_config
 
 RECIPE = Path(recipes.pocket_v4.__file__).parent
 
@@ -36,5 +36,6 @@ def tiny(shipped) -> PocketConfig:
         "index_topk": 4,
         "initializer_range": 0.3,
     }
+    settings["far"] = 16
     settings["vocabulary"] = {"keys": 8, "names": 4, "values": 10, "ordinals": 6}
     return PocketConfig.model_validate(settings)

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.pocket_v4.batches import StageBatches
-from recipes.pocket_v4.config import VocabularyConfig
-from recipes.pocket_v4.tasks import TASKS, PocketDocument, solved, solved_forced, training_document
-from recipes.pocket_v4.tasks import test_documents as final_documents
-from recipes.pocket_v4.words import build_lexicon, build_tokenizer, filler
+from recipes.pocket.batches import StageBatches
+from recipes.pocket.config import VocabularyConfig
+from recipes.pocket.tasks import TASKS, PocketDocument, solved, solved_forced, training_document
+from recipes.pocket.tasks import test_documents as final_documents
+from recipes.pocket.words import build_lexicon, build_tokenizer, filler
 
 LEXICON = build_lexicon(VocabularyConfig(keys=96, names=48, values=128, ordinals=8))
 OPENERS = ("note", "alias", "step")

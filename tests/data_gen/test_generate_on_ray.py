@@ -1,0 +1,171 @@
+"""Ray's actors on a local cluster leave the bytes of one process, whoever is killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import cli
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+
+
+def content(out):
+    return {path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def actors(driver):
+    """Process ids of the actors of the cluster that the process `driver` has started, as the kernel knows them."""
+    parents, found = {}, []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, status = (process / "cmdline").read_bytes(), (process / "stat").read_text()
+        except OSError:
+            continue
+        parents[int(process.name)] = int(status.rpartition(")")[2].split()[1])
+        if command.startswith(b"ray::") and b"MapWorker" in command:
+            found.append(int(process.name))
+
+    def descends(process):
+        return process == driver or (process in parents and descends(parents[process]))
+
+    return [actor for actor in found if descends(actor)]
+
+
+@pytest.fixture(scope="module")
+def once(recipe, tmp_path_factory):
+    """(recipe, files) of 42 documents traced by one process."""
+    folder = tmp_path_factory.mktemp("once")
+    settings = yaml.safe_load(recipe.read_text())
+    settings["documents"] |= {"train": {"text": 20, "single": 20}, "heldout": {"single": 2}}
+    path = folder / "more.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    run = [sys.executable, "-m", "cli", "generate", str(path), "--out", str(folder / "traces")]
+    subprocess.run(run, check=True, cwd=Path(cli.__file__).parent, capture_output=True)
+    return path, content(folder / "traces")
+
+
+def test_two_workers_of_which_one_is_killed(once, tmp_path, lookahead):
+    killed = []
+
+    def kill():
+        deadline = time.monotonic() + 600
+        while not killed and time.monotonic() < deadline:
+            if list(tmp_path.rglob("doc_*")) and (running := actors(os.getpid())):
+                os.kill(running[0], signal.SIGKILL)
+                killed.append(running[0])
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    code, printed, line = lookahead("generate", once[0], "--out", tmp_path, "--ray", "--workers", 2)
+    thread.join()
+    assert code == 0, line
+    assert killed and "to trace on Ray: 42 documents by 2 workers" in printed
+    assert content(tmp_path) == once[1]
+
+
+def test_a_cluster_named_by_its_address_loses_a_node(once, tmp_path):
+    """Its documents go to actors on another one."""
+    from ray.cluster_utils import Cluster
+
+    memory = {"object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | memory)
+    try:
+        going = cluster.add_node(num_cpus=2, **memory)
+        run = [sys.executable, "-m", "cli", "generate", str(once[0]), "--out", str(tmp_path), "--ray", "--workers", "2"]
+        told = os.environ | {"RAY_ADDRESS": cluster.address}
+        driver = subprocess.Popen(run, cwd=Path(cli.__file__).parent, env=told, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE, text=True)  # fmt: skip
+        deadline = time.monotonic() + 600
+        while not list(tmp_path.rglob("doc_*")) and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        early = len(list(tmp_path.rglob("doc_*")))
+        cluster.add_node(num_cpus=2, **memory)
+        cluster.remove_node(going, allow_graceful=False)
+        _, errors = driver.communicate(timeout=600)
+        assert driver.returncode == 0, errors
+        assert 0 < early < 42 and content(tmp_path) == once[1]
+    finally:
+        cluster.shutdown()
+
+
+def test_a_killed_driver_loses_nothing(once, tmp_path, lookahead):
+    """And whoever goes on needs no Ray."""
+    run = [sys.executable, "-m", "cli", "generate", str(once[0]), "--out", str(tmp_path), "--ray"]
+    driver = subprocess.Popen(run, cwd=Path(cli.__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
+    while not list(tmp_path.rglob("doc_*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running = actors(driver.pid)
+    driver.kill()
+    driver.wait()
+    early = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("doc_*")}
+    while any(Path(f"/proc/{actor}").exists() for actor in running) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert early and running and not any(Path(f"/proc/{actor}").exists() for actor in running)
+    assert lookahead("generate", once[0], "--out", tmp_path)[0] == 0
+    assert content(tmp_path) == once[1]
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in early.items())
+
+
+def test_more_gpus_than_there_are_is_refused(once, tmp_path, lookahead):
+    """Ray would wait for them for ever."""
+    code, _, line = lookahead("generate", once[0], "--out", tmp_path, "--ray", "--workers", 2, "--gpus-per-worker", 99)
+    assert code == 2 and "--ray: 2 workers of 99 GPUs each, but this machine has " in line
+
+
+def test_every_byte_is_checked_by_who_measures_it(finished, recipe, tmp_path, lookahead, monkeypatch):
+    def here(store):
+        raise AssertionError("the driver reads all traces")
+
+    monkeypatch.setattr("indexer_train.load.check_store", here)
+    traces = shutil.copytree(finished / "traces" / "heldout", tmp_path / "heldout")
+    damaged = sorted(traces.rglob("doc_*"))[2]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    asked = ("evaluate", recipe, "--indexer", finished / "indexer", "--traces", traces, "--out", tmp_path / "out")
+    code, _, line = lookahead(*asked, "--ray")
+    assert code == 2 and f"{damaged.name}: damaged trace (its bytes are not those that were written)" in line
+
+
+def test_documents_are_measured_as_by_one_process_and_refusals_are_one_line(finished, recipe, tmp_path, lookahead):
+    asked = ("evaluate", recipe, "--indexer", finished / "indexer", "--traces", finished / "traces" / "heldout")
+    assert lookahead(*asked, "--out", tmp_path / "one")[0] == 0
+    code, _, line = lookahead(*asked, "--out", tmp_path / "ray", "--ray", "--workers", 2)
+    assert code == 0, line
+    assert (tmp_path / "ray" / "results.json").read_bytes() == (tmp_path / "one" / "results.json").read_bytes()
+    changed = yaml.safe_load(recipe.read_text())
+    changed["trace"]["layers"] = [0, 7]
+    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(changed))
+    code, _, line = lookahead("generate", tmp_path / "changed.yaml", "--out", tmp_path / "traces", "--ray")
+    assert code == 2 and "trace.layers: [7] are not full-attention layers" in line
+    shutil.copytree(finished / "traces", tmp_path / "whole")  # where nothing is left to trace, too
+    changed["trace"]["layers"] = [0]
+    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(changed))
+    code, _, line = lookahead("generate", tmp_path / "changed.yaml", "--out", tmp_path / "whole", "--ray")
+    assert code == 2 and "holds traces made with another trace" in line
+
+
+def test_what_kills_actors_has_failed_and_what_the_disk_refuses_ends_in_one_line(once, tmp_path, lookahead):
+    (tmp_path / "shards").mkdir()  # as actors leave it that the system has killed three times at a document
+    (tmp_path / "shards" / "train-text-0000004.begun").write_text("\n" * 3)
+    generate = ("generate", once[0], "--out", tmp_path, "--ray")
+    code, printed, line = lookahead(*generate)
+    assert code == 0 and "1 documents failed" in printed and "about " in printed, line
+    (failure,) = map(json.loads, (tmp_path / "failed.jsonl").read_text().splitlines())
+    assert failure["document"] == "train-text-0000004" and "3 workers died while they traced it" in failure["reason"]
+    (tmp_path / "shards" / "train-text-0000004.begun").mkdir()  # no file can be written there
+    code, _, line = lookahead(*generate)
+    assert code == 2 and line.endswith("train-text-0000004.begun: Is a directory") and "\n" not in line
+    (tmp_path / "shards" / "train-text-0000004.begun").rmdir()
+    assert lookahead(*generate[:-1])[0] == 0 and content(tmp_path) == once[1]
