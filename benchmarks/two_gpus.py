@@ -8,8 +8,9 @@ speed: `benchmarks.train_gpu`, with its options, on two GPUs and on one, of as m
 their ratio, and the share of a step that one GPU waits for the other.
 resume: `lookahead train` on one GPU, on two, and on two of which one is killed after the first checkpoint before both
 go on: held-out figures of all, and whether the last two end with the same bytes.
-trace: `lookahead generate` on one GPU, then in two shards: documents a second, their ratio, and whether the stores have
-the same bytes.
+trace: `lookahead generate` on one GPU, then in two shards: documents a second from the first file written to the last
+(loading the model, which both wait for, is left out; `seconds` has it), their ratio, and whether the stores have the
+same bytes.
 
 NCCL's NVLink multicast is left off. Figures are written to OUT/NAME.json.
 """
@@ -108,12 +109,19 @@ def children(process: int) -> list[int]:
 
 def trace(recipe: str, out: Path) -> dict[str, Any]:
     """Tracing on one GPU and in two shards."""
-    seconds = {n: call(n, "cli", "generate", recipe, "--out", str(out / f"traced-{n}")) for n in (1, 2)}
-    sides = [side for side in ("train", "heldout") if (out / "traced-1" / side).exists()]
-    documents = sum(len(TraceStore.open(out / "traced-1" / side).paths()) for side in sides)
-    same = all(digest(out / "traced-1" / side) == digest(out / "traced-2" / side) for side in sides)
-    rates = {f"documents_a_second_{n}": documents / each for n, each in seconds.items()}
-    return {"documents": documents, **rates, "ratio": seconds[1] / seconds[2], "same_bytes": same}
+    found: dict[str, Any] = {}
+    stores: dict[int, list[TraceStore]] = {}
+    for processes in (1, 2):
+        folder = out / f"traced-{processes}"
+        seconds = call(processes, "cli", "generate", recipe, "--out", str(folder))
+        sides = [folder / side for side in ("train", "heldout") if (folder / side).exists()]
+        stores[processes] = [TraceStore.open(side) for side in sides]
+        written = sorted(path.stat().st_mtime for store in stores[processes] for path in store.paths())
+        rate = (len(written) - processes) / (written[-1] - written[0])  # each one's first began before the clock
+        found[f"gpus_{processes}"] = {"documents": len(written), "documents_a_second": rate, "seconds": seconds}
+    same = all(digest(one.root) == digest(two.root) for one, two in zip(*stores.values(), strict=True))
+    ratio = found["gpus_2"]["documents_a_second"] / found["gpus_1"]["documents_a_second"]
+    return {**found, "ratio": ratio, "same_bytes": same}
 
 
 def main() -> None:
