@@ -20,8 +20,8 @@ documents said: peak entropy, golden and mass recall; and how each of those rank
 (Spearman, for texts and questions of all lengths). OUT/ablations.json holds every row.
 
 Without --length the documents are those that the recipe holds out, from SEEDS seeds, under `decode.budget`. With it
-the questions and texts are those of `lookahead benchmark`, as its section of the recipe says. Texts are then followed
-under the largest of `benchmark.budgets` and questions asked under the smallest.
+the questions and texts are those of `lookahead benchmark`, as its section of the recipe says (--task: only these).
+Texts are then followed under the largest of `benchmark.budgets` and questions asked under the smallest.
 
 --correction CHUNKS asks the recipe's indexer also with a per-step correction of so many chunks, which come off its
 budget, by each token's own query and by that of the one before, where the budget buys twice as many; the table then
@@ -111,9 +111,15 @@ def held_out(
 
 
 def at_length(
-    recipe: Recipe, name: str, source: list[str] | None, lengths: list[int], follow: int, tokenizer: Any
+    recipe: Recipe,
+    name: str,
+    source: list[str] | None,
+    lengths: list[int],
+    tasks: list[str],
+    follow: int,
+    tokenizer: Any,
 ) -> Iterator[Callable[[], Asked]]:
-    """What `lookahead benchmark` asks at these lengths, its tasks and numbers, for one of SETS, the shortest first."""
+    """What `lookahead benchmark` asks at these lengths, its numbers, for one of SETS, the shortest first."""
     config = recipe.benchmark.model_copy(update={"text_tokens": follow})
     documents = recipe.documents
     share = 1.0 if source is not None else heldout_share(documents)
@@ -133,7 +139,7 @@ def at_length(
 
     examples = generate_examples(config, lengths, haystack, tokenizer, recipe.documents.thinking, SETS[name])
     for each, build in examples.items():
-        if each.rsplit("-", 2)[0] in config.tasks:  # others are asked whatever the recipe says
+        if each.rsplit("-", 2)[0] in tasks:
             yield partial(asked, f"{name} {each}", build)
 
 
@@ -263,6 +269,7 @@ def main() -> None:
     parser.add_argument("--share", help="K/N: ask every N-th document from the K-th on, and train nothing")
     parser.add_argument("--set", action="append", choices=SETS, help="asked only these; both by default")
     parser.add_argument("--length", type=int, action="append", default=[], help="tokens of the documents asked about")
+    parser.add_argument("--task", action="append", help="asked at these lengths, for those of the recipe's benchmark")
     parser.add_argument("--development", action="append", help="sources of the development documents; stdlib if none")
     parser.add_argument("--report", action="append", help="sources of the report documents")
     parser.add_argument("--correction", type=int, default=0, metavar="CHUNKS", help="the recipe also with a correction")
@@ -276,12 +283,12 @@ def main() -> None:
         model, tokenizer = load_backbone(recipe.backbone)
         context = model.config.get_text_config(decoder=True).max_position_embeddings
         sources = {"development": arguments.development or ["stdlib"], "report": arguments.report}
-        follow, lengths = arguments.follow, arguments.length
+        follow, lengths, tasks = arguments.follow, arguments.length, arguments.task or list(recipe.benchmark.tasks)
         built = (
             build
             for name in arguments.set or SETS
             for build in (
-                at_length(recipe, name, sources[name], lengths, follow, tokenizer)
+                at_length(recipe, name, sources[name], lengths, tasks, follow, tokenizer)
                 if lengths
                 else (
                     lambda each=each: each for each in held_out(recipe, name, sources[name], follow, tokenizer, context)
