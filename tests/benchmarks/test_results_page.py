@@ -1,6 +1,6 @@
 """docs/results.md is what its command makes of the raw figures, all of them."""
 
-from benchmarks import results_page
+from benchmarks import results_page, results_tables
 
 
 def test_the_page_is_made_of_the_files_there_are():
@@ -31,7 +31,7 @@ def test_the_page_of_scale_has_a_table_of_each_part():
         "estimate": [numbers | of | {"model": "computed"}],
         "estimate mine": [numbers | of | {"model": "traced", "tokens_a_second": 11.5, "hours_tracing": 12.5}],
     }
-    parts = results_page._scale({name: {"found": part} for name, part in found.items()})
+    parts = results_tables.scale({name: {"found": part} for name, part in found.items()})
     rows = [[part.count("|\n") + 1, part.splitlines()[-1]] for part in parts]
     assert [count - 2 for count, _ in rows] == [1, 1, 1, 1, 2], parts
     for (_, row), shown in zip(rows, ["3.25", "golden chunks", "sampled", "0.625", "traced"], strict=True):

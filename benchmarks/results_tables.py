@@ -1,0 +1,209 @@
+"""The tables of docs/results.md: what each kind of file in benchmarks/results/ holds, as Markdown."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from eval.report.rows import DecodeRow
+from eval.report.tables import Table, decode_table
+
+Row = dict[str, Any]
+
+
+def listed(rows: Sequence[Row], columns: dict[str, str | Callable[[Row], Any]]) -> str:
+    """A table of `rows`; columns: heading -> a key of the rows, or what is made of one."""
+    cells = [[row.get(each) if isinstance(each, str) else each(row) for each in columns.values()] for row in rows]
+    return str(Table(list(columns), cells))
+
+
+def interval(key: str) -> Callable[[Row], str]:
+    """[mean, low, high] of a row as text."""
+    return lambda row: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[key]) if key in row else "-"
+
+
+def share(key: str) -> Callable[[Row], str]:
+    """A share of a row in percent."""
+    return lambda row: f"{row[key]:.1%}"
+
+
+def ablations(data: Row) -> list[str]:
+    """Texts, questions, and what foretold them."""
+    names = {"set": "set", "tokens": lambda row: row["tokens"] or "-", "policy": "policy", "n": "documents"}
+    texts = [row for row in data["rows"] if "kl" in row]
+    questions = [row for row in data["rows"] if "right" in row]
+    diagnoses = {"peak entropy": "peak_entropy", "golden recall": "golden_recall", "mass recall": "mass_recall"}
+    if data["origins"][0]["command"].find("--length") > 0:
+        diagnoses = {"chunks fetched a token": "fetched", "mean keys, MB": lambda row: row["mean_key_bytes"] / 1e6}
+    beside = {"minus the recipe's": "recipe", "minus recency's": "recency"}
+    return [
+        "Text, KL from full attention:\n\n"
+        + listed(texts, names | {"KL": "kl", "agreement": "agreement"}
+                 | {head: interval(f"kl_beside_{name}") for head, name in beside.items()}
+                 | {"KV kept": share("kept")} | diagnoses),
+        "Questions answered:\n\n"
+        + listed(questions, names | {"task": "task", "right": lambda row: round(row["right"] * row["documents"])}
+                 | {"minus the recipe's": interval("right_beside_recipe"), "KV kept": share("kept")}),
+        "Rank correlation (Spearman) of what held-back training documents said with the outcomes:\n\n"
+        + listed(data["rank_correlations"], {"set": "set", "diagnosis": "diagnosis", "variations": "variations",
+                                             "with needles right": "right", "with text KL": "kl"}),
+    ]  # fmt: skip
+
+
+def at_length(data: Row) -> list[str]:
+    """The texts of `ablations` alone."""
+    return ablations(data)[:1]
+
+
+def answers(data: Row) -> list[str]:
+    """Needles, then texts, under the loss with a quarter peaks."""
+    rows = [row for row in data["rows"] if row["loss"].endswith(".25")]
+    cells = {"tokens": "length", "task": "task", "policy": "policy", "budget": "budget", "n": "examples"}
+    needles = [row for row in rows if row["task"] != "text"]
+    texts = [row for row in rows if row["task"] == "text"]
+    scored = {
+        "right": lambda row: row["score"][0],
+        "of those full attention finds": lambda row: row["score_of_solved"][0],
+    }
+    return [
+        listed(needles, cells | scored | {"KV kept": share("kept")}),
+        listed(texts, cells | {"KL": lambda row: row["kl"][0], "agreement": lambda row: row["agreement"][0],
+                               "KV kept": share("kept")}),
+    ]  # fmt: skip
+
+
+def recall(data: Row) -> list[str]:
+    """Recall at 10 % kept, under the same loss."""
+    rows = [row for row in data["rows"] if row["loss"].endswith(".25") and row["budget"] == 0.1]
+    columns = {"tokens": "length", "task": "task", "policy": "policy", "n": "documents", "mass recall": "mass_recall",
+               "golden recall": "golden_recall"}  # fmt: skip
+    return [listed(rows, columns)]
+
+
+def decode(data: Row) -> list[str]:
+    """Kernels beside what bytes allow."""
+    times = {"stage": "stage", "backend": "backend", "us": "us", "limit by bytes, us": "limit_us"}
+    return [listed([row for row in data["rows"] if "us" in row], times)]
+
+
+def decode_step(data: Row) -> list[str]:
+    """A summary by model and context, then every measured mode."""
+    columns = {"model": "model", "tokens": "context", "LSA / full, equal batch": "ratio_at_equal_batch",
+               "at each one's best batch": "ratio_at_best", "the paper": "ratio_in_the_paper",
+               "attention alone": "attention_ratio_alone", "requests that fit, full": "requests_full",
+               "LSA": "requests_lsa", "tokens/s, full": lambda row: round(row["tokens_a_second_full"]),
+               "tokens/s, LSA": lambda row: round(row["tokens_a_second_lsa"])}  # fmt: skip
+    stages = sorted({stage for row in data["rows"] for stage in row["stages"]})
+    steps = {"model": "model", "tokens": "context", "mode": "mode", "batch": "batch", "attention side, ms": "ms",
+             "worst step, ms": "worst_ms", "the rest, ms": "rest_ms", "resident GiB": "resident_gib",
+             "host GiB": "host_gib"}  # fmt: skip
+    steps |= {f"{stage}, ms": lambda row, stage=stage: row["stages"].get(stage) for stage in stages}
+    return [listed(data["summary"], columns), listed(data["rows"], steps)]
+
+
+def runtime(data: Row) -> list[str]:
+    """Speed, memory and fetches of whole decoding."""
+    columns = {"budget": "budget", "backend": "backend", "lag": "lag", "tokens read": "prompt_tokens",
+               "tokens/s": "tokens_per_second", "GPU memory at most, MB": "peak_mb", "resident KV, MB": "resident_mb",
+               "fetched a window, MB": "fetched_mb_a_window", "sets as the CPU's": "windows_as_cpu"}  # fmt: skip
+    return [listed(data["rows"], columns)]
+
+
+def train_gpu(data: Row) -> list[str]:
+    """Samples a second by shape."""
+    rows = [{"shape": shape, **row} for shape, row in data.items()]
+    columns = {"shape": "shape", "samples/s": "samples_a_second", "ms a step": lambda row: 1e3 * row["seconds_a_step"],
+               "of it the GPU works, ms": lambda row: 1e3 * row["device_seconds_a_step"],
+               "host's share": share("host_share")}  # fmt: skip
+    return [listed(rows, columns)]
+
+
+def train_release(data: Row) -> list[str]:
+    """Both sides by shape."""
+    rows = [
+        {"shape": found["shape"], "side": side, "speed": speed, "memory": found["runs"][side][0]["memory"],
+         "ratio": found["ratios"].get(side)}
+        for found in data["results"]
+        for side, speed in found["speed"].items()
+    ]  # fmt: skip
+    columns = {"heads x rank": "shape", "side": "side", "samples per CPU-second": "speed", "GiB": "memory",
+               "ours / it": "ratio"}  # fmt: skip
+    return [listed(rows, columns)]
+
+
+def fallback(data: Row) -> list[str]:
+    """Each setting on dense and sparse questions."""
+    columns = {"setting": "setting", "questions": "task", "right": lambda row: f"{row['right']} of {row['questions']}",
+               "windows fallen back": lambda row: f"{row['fallbacks']} of {row['windows']}",
+               "KV kept": share("resident_share")}  # fmt: skip
+    return [listed(data["rows"], columns)]
+
+
+def cpu_tricks(data: Row) -> list[str]:
+    """Each trick switched on and off."""
+    sides = {f"{side} it": lambda row, key=key: statistics.median(row[key]) for side, key in
+             (("with", "on"), ("without", "off"))}  # fmt: skip
+    return [listed(data["results"], {"trick": "trick", **sides, "gain": lambda row: f"{row['ratio']:.2f}x"})]
+
+
+def mla_keys(data: Row) -> list[str]:
+    """Recall by key and seed."""
+    columns = {"key": "key", "numbers a layer": "width", "seed": "seed", "chunks kept": share("budget"),
+               "documents": "n", "mass recall": "mass_recall"}  # fmt: skip
+    return [listed(data["rows"], columns)]
+
+
+def serving(data: Row) -> list[str]:
+    """Each server under the same requests."""
+    columns = {"server": "server", "tokens/s": "tokens_per_second", "between tokens, median ms": "gap_median_ms",
+               "95th percentile": "gap_p95_ms", "most requests at once": "most_running", "preempted": "preemptions",
+               "blocks read of those held": lambda row: "-" if row["read"] is None else f"{row['read']:.1%}",
+               "blocks fetched a window": "fetched_per_window",
+               "needles": lambda row: f"{row['needles']} of {row['asked']}"}  # fmt: skip
+    return [listed(data["rows"], columns)]
+
+
+def runs(data: Row) -> list[str]:
+    """Rows of `lookahead decode`, run by run."""
+    tables = []
+    for name, run in data["runs"].items():
+        rows = [DecodeRow.model_validate(row) for row in run["decode"]]
+        told = run["measured"]
+        tables.append(f"{name} (commit {told['commit']}, {told['date']}), {told['documents']}:\n\n{decode_table(rows)}")
+    return tables
+
+
+def scale(data: Row) -> list[str]:
+    """A table of each part that was measured."""
+    found = {name: part["found"] for name, part in data.items()}
+    plans = [found[name] for name in found if name.startswith("plan")]
+    opened = [{"what": name, **row} for name, row in found.get("open", {}).items()]
+    epochs = [{"candidates": name, **row} for name, row in found.get("epoch", {}).items()]
+    estimates = [row for name in found if name.startswith("estimate") for row in found[name]]
+    parts = [
+        ("Planning", plans, {"documents": "documents", "tokens": "tokens", "source, MiB": "source_mib",
+                             "plan, MiB": "plan_mib", "seconds": "seconds", "most memory, GiB": "peak_gib"}),
+        ("Opening a store before training", opened,
+         {"what": "what", "documents": "documents", "seconds": "seconds", "of it listing": "seconds_listing",
+          "memory, GiB": "gib"}),
+        ("An epoch's reading", epochs, {"candidates": "candidates", "documents": "documents", "files, MiB": "mib",
+                                        "read, MiB": "read_mib", "read / files": "ratio"}),
+        ("Workers on one machine", found.get("workers", []),
+         {"workers": "workers", "documents a second": "documents_a_second",
+          "of the model alone": "of_the_model_alone"}),
+        ("What many documents take, computed from a recipe's settings or (with a rate) from traces that one worker "
+         "made; hours over 10 Gbit/s", estimates,
+         {"model": "model", "documents": "documents", "tokens": "tokens", "query tokens": "query_tokens",
+          "TB": "terabytes", "copying, h": "hours_copying", "an epoch's reading, h": "hours_reading",
+          "tokens/s of one worker": "tokens_a_second", "tracing by one, h": "hours_tracing"}),
+    ]  # fmt: skip
+    return [f"{title}:\n\n{listed(rows, columns)}" for title, rows, columns in parts if rows]
+
+
+def before_after(data: Row) -> list[str]:
+    """Places compared, then what the verbs took."""
+    parts = [{"part": name, **row} for name, row in data.items() if isinstance(row, dict) and "unequal" in row]
+    verbs = [{"verb": name, **row} for name, row in data.items() if isinstance(row, dict) and "cpu_seconds" in row]
+    compared = {"part": "part", f"places of {data['before']}": "compared", f"unequal at {data['after']}": "unequal",
+                "only at the latter": "only_after"}  # fmt: skip
+    tables = [listed([row for row in parts if row["compared"]], compared)]
+    return tables + [listed(verbs, {"verb": "verb", "CPU-seconds, after / before": "ratio"})] * bool(verbs)
