@@ -16,8 +16,8 @@ has not seen, in three readings:
 
 and texts to follow. What is evicted is gone; what is recallable (the indexer, pages, mean-pooled keys, recency) is
 chosen again after each question. Every method has the indexer's share of the prompt's keys and values, once as shipped
-and once with the best of a few settings, chosen on other examples (another seed) for each reading. Prints the tables of
-OUT, which a stopped run continues; OUT/peers.json holds every row.
+and once with the best of a few settings, chosen on other examples (another seed) for each reading (for `second` as for
+`known`). Prints the tables of OUT, which a stopped run continues; OUT/peers.json holds every row.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import origin
 from benchmarks.peers_examples import asked, weights
 from benchmarks.peers_ours import OURS, answer
 from benchmarks.peers_rows import best, rows, tables
@@ -147,6 +148,7 @@ def ask(arguments: argparse.Namespace, out: Path) -> None:
         "report": {"examples": arguments.examples, "texts": arguments.texts},
     }
     model, tokenizer = weights(recipe, out / "weights")
+    write_atomically(out / "command", lambda path: path.write_text(origin()["command"]))
     parts = {}
     for part, size in sizes.items():
         config = recipe.benchmark.model_copy(update=size | {"text_tokens": arguments.follow})
@@ -163,9 +165,11 @@ def ask(arguments: argparse.Namespace, out: Path) -> None:
         for commands in [theirs, mine] if processes == 1 else [theirs + mine]:
             side_by_side(commands)
 
-    plan(out / "development", [each for each in parts["development"] if each["reading"] != "speed"], None)
+    tried = ("known", "unknown", "text")
+    plan(out / "development", [each for each in parts["development"] if each["reading"] in tried], None)
     run("development", False, arguments.processes)
     chosen = best(out / "development", PEERS)
+    chosen["second"] = chosen["known"]  # the same is compressed
     write_atomically(out / "chosen.json", lambda path: path.write_text(json.dumps(chosen, indent=1) + "\n"))
     plan(out / "report", [each for each in parts["report"] if each["reading"] != "speed"], chosen)
     run("report", True, arguments.processes)

@@ -53,7 +53,7 @@ def asked(
     lengths: list[int],
     config: BenchmarkConfig,
 ) -> list[dict[str, Any]]:
-    """Every example of every length in every reading; a text of each length also for speed.
+    """Every example of every length in every reading; a text of the longest also for speed.
 
     Raises InputError for lengths beyond the context, and where there is too little unseen text.
     """
@@ -69,7 +69,7 @@ def asked(
         example = built[name]()
         if isinstance(example, TextExample):
             followed = {"text": len(example.tokens) - example.follow - 1}
-            if name.endswith("-0000"):
+            if name == f"text-{max(lengths)}-0000":
                 followed["speed"] = len(example.tokens) - SPEED_STEPS - 1
             read = [
                 {"reading": reading, "prompt": example.tokens[:place], "given": example.tokens[place:-1],

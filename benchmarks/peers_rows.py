@@ -69,17 +69,18 @@ def best(folder: Path, peers: Mapping[str, Sequence[Any]]) -> dict[str, dict[str
 
 
 def rows(out: Path, peers: Mapping[str, Sequence[Any]], ours: Mapping[str, str]) -> dict[str, Any]:
-    """`origins`, and `rows`: one a reading, method and setting.
+    """`origins`, one an environment under the command that asked; `rows`, one a reading, method and setting.
 
     score: [mean, low, high] of a question, Wilson's interval where every score is 0 or 1, else a bootstrap's; kl: the
     same of a text; lead: the indexer's minus the method's on the same examples, with a bootstrap over pairs; kept:
     share of the prompt's keys and values on the device; kv_mb, index_mb: those, and what choosing needs beside them;
-    moved_mb: from the host, a token read or written; seconds: a token, alone on the machine; failed: examples, and why.
+    moved_mb: from the host, a token read or written; seconds: a token, nothing beside it; failed: examples, and why.
     """
     chosen, found = json.loads((out / "chosen.json").read_text()), []
     report, speed = answers(out / "report"), answers(out / "speed").get("speed", {})
-    origins = Counter(
-        json.dumps(each["origin"])
+    command = {"command": (out / "command").read_text()}
+    origins = dict.fromkeys(
+        json.dumps(each["origin"] | command)
         for methods in report.values()
         for given in methods.values()
         for each in given.values()

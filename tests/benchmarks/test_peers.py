@@ -125,10 +125,13 @@ def test_the_best_setting_is_chosen_and_rows_say_who_wins(tmp_path, tokenizer):
     folder(tmp_path, "development", tokenizer, said, failing=("a/2",))
     assert best(tmp_path / "development", PAIR) == {"known": {"a": 1}}
     (tmp_path / "chosen.json").write_text('{"known": {"a": 1}, "unknown": {}, "second": {}, "text": {}}')
+    (tmp_path / "command").write_text("python -m benchmarks.peers")
     ours = {"full, here": right, "indexer": ["3", "4"], "recency": wrong}
     folder(tmp_path, "report", tokenizer, ours | {"a/0": wrong, "a/1": right})
     folder(tmp_path, "speed", tokenizer, {})
-    found = rows(tmp_path, PAIR, OURS)["rows"]
+    made = rows(tmp_path, PAIR, OURS)
+    assert made["origins"] == [{"command": "python -m benchmarks.peers"}]
+    found = made["rows"]
     assert [(row["method"], row.get("shipped")) for row in found] == [
         ("full, here", None), ("indexer", None), ("recency", None), ("a", True), ("a", False)
     ]  # fmt: skip
