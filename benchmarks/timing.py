@@ -98,7 +98,12 @@ def captured(work: Callable[[], object], device: torch.device) -> Callable[[], o
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+
+    def replay() -> Callable[[], object]:
+        graph.replay()
+        return work  # which holds what the graph reads: freed memory would be read as well
+
+    return replay
 
 
 def host_microseconds(work: Callable[[], object], rounds: int) -> float:

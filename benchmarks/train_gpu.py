@@ -1,6 +1,6 @@
 """Training speed on a GPU: samples per second, arithmetic per second, and how long the device waits for the host.
 
-    python -m benchmarks.train_gpu [--heads 128 --rank 2048 --chunks 16384 --steps 60] [--batches device]
+    python -m benchmarks.train_gpu [--heads 128 --rank 2048 --chunks 16384 --steps 60] [--batches device] [--batch 64]
                                    [--loss listwise_peak] [--accumulation 1] [--data FOLDER] [--output FILE]
 
 Data as benchmarks/train.py writes it, of 16,384 chunks, in bf16: steps of the stock trainer as `lookahead train` runs
@@ -96,7 +96,7 @@ def measure(folder: Path, settings: argparse.Namespace) -> dict[str, float]:
         candidates=candidates,
         epochs=epochs,
         eval_epochs=epochs + 1,
-        windows_per_document=BATCH,
+        windows_per_document=settings.batch,
         accumulation=settings.accumulation,
         learning_rate=LEARNING_RATE,
         golden=GOLDEN,
@@ -107,13 +107,13 @@ def measure(folder: Path, settings: argparse.Namespace) -> dict[str, float]:
     shape = IndexerConfig(
         heads=settings.heads, rank=settings.rank, distance_bumps=0, scale=False, slot=False, join="max"
     )
-    out, clock = folder / f"run-{settings.accumulation}-{count()}", Clock(steps, settings.steps)
+    out, clock = folder / f"run-{settings.batches}-{settings.batch}-{settings.accumulation}-{count()}", Clock(steps, settings.steps)
     trainer = stock_trainer(prepare(store, shape, config, out), config, out)
     trainer.add_callback(clock)
     with contextlib.suppress(KeyboardInterrupt):
         trainer.train()
     found = clock.found
-    found["samples_a_second"] = BATCH * settings.accumulation * count() / found["seconds_a_step"]
+    found["samples_a_second"] = settings.batch * settings.accumulation * count() / found["seconds_a_step"]
     found["tflop_a_second"] = found["flop_a_step"] / found["seconds_a_step"] / 1e12
     if cuda:
         # Profiling slows the host, not the kernels: their time is set against steps that nobody watched.
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--loss", default="focal", choices=sorted(LOSSES))
     parser.add_argument("--batches", default="host", choices=["host", "device"], help="as `train.batches`")
+    parser.add_argument("--batch", type=int, default=BATCH, help="as `train.windows_per_document`")
     parser.add_argument("--accumulation", type=int, default=1, help="as `train.accumulation`")
     parser.add_argument("--data", type=Path, help="documents of an earlier call, or where to write them")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.two_gpus speed --out runs/two [--documents 32 --batches device]
     python -m benchmarks.two_gpus resume RECIPE TRACES --out runs/two
-    python -m benchmarks.two_gpus trace RECIPE --out runs/two
+    python -m benchmarks.two_gpus trace RECIPE --out runs/two [--documents package:torch]
 
 speed: `benchmarks.train_gpu`, with its options, on two GPUs and on one, of as many windows a step: samples a second,
 their ratio, and the share of a step that one GPU waits for the other.
@@ -64,7 +64,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 def weights(folder: Path) -> str:
     """SHA-256 of an indexer's weights; what else is written says when and where."""
-    (path,) = (folder / "indexer").glob("*.safetensors")
+    (path,) = (folder / "indexer").rglob("*.safetensors")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -107,13 +107,13 @@ def children(process: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def trace(recipe: str, out: Path) -> dict[str, Any]:
-    """Tracing on one GPU and in two shards."""
+def trace(recipe: str, out: Path, options: list[str]) -> dict[str, Any]:
+    """Tracing on one GPU and in two shards; options: of `lookahead generate`."""
     found: dict[str, Any] = {}
     stores: dict[int, list[TraceStore]] = {}
     for processes in (1, 2):
         folder = out / f"traced-{processes}"
-        seconds = call(processes, "cli", "generate", recipe, "--out", str(folder))
+        seconds = call(processes, "cli", "generate", recipe, "--out", str(folder), *options)
         sides = [folder / side for side in ("train", "heldout") if (folder / side).exists()]
         stores[processes] = [TraceStore.open(side) for side in sides]
         written = sorted(path.stat().st_mtime for store in stores[processes] for path in store.paths())
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("traces", type=Path, nargs="?")
     parser.add_argument("--out", type=Path, required=True)
     arguments, options = parser.parse_known_args()
-    if options and arguments.name != "speed":
+    if options and arguments.name == "resume":
         parser.error(f"unknown: {' '.join(options)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.name == "speed":
@@ -140,7 +140,7 @@ def main() -> None:
     elif arguments.name == "resume":
         found = resume(arguments.recipe, arguments.traces, arguments.out)
     else:
-        found = trace(arguments.recipe, arguments.out)
+        found = trace(arguments.recipe, arguments.out, options)
     text = json.dumps({"origin": origin("cuda" if torch.cuda.is_available() else "cpu"), **found}, indent=1)
     (arguments.out / f"{arguments.name}.json").write_text(text + "\n")
     print(text)

@@ -49,7 +49,7 @@ def imported(folders):
     ("folders", "extras"),
     [
         (["cli", "data_gen", "indexer_train", "eval", "recipes"], ["cpu", "gpu", "gguf", "lm-eval"]),
-        (["tests"], ["cpu", "dev", "lm-eval"]),
+        (["tests"], ["cpu", "dev", "lm-eval", "ray"]),
     ],
 )
 def test_every_import_is_a_declared_dependency(folders, extras):
