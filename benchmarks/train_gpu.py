@@ -107,7 +107,8 @@ def measure(folder: Path, settings: argparse.Namespace) -> dict[str, float]:
     shape = IndexerConfig(
         heads=settings.heads, rank=settings.rank, distance_bumps=0, scale=False, slot=False, join="max"
     )
-    out, clock = folder / f"run-{settings.batches}-{settings.batch}-{settings.accumulation}-{count()}", Clock(steps, settings.steps)
+    out = folder / f"run-{settings.batches}-{settings.batch}-{settings.accumulation}-{count()}"
+    clock = Clock(steps, settings.steps)
     trainer = stock_trainer(prepare(store, shape, config, out), config, out)
     trainer.add_callback(clock)
     with contextlib.suppress(KeyboardInterrupt):
