@@ -54,6 +54,17 @@ def at_length(data: Row) -> list[str]:
     return ablations(data)[:1]
 
 
+def needles(data: Row) -> list[str]:
+    """Questions at a length, also beside mean-pooled keys and of those that full attention answers."""
+    columns = {"tokens": "tokens", "task": "task", "policy": "policy", "n": "documents",
+               "right": lambda row: round(row["right"] * row["documents"]),
+               "of those full attention finds": lambda row: f"{row['solved']:.0%} of {row['solved_documents']}",
+               "minus the recipe's": interval("right_beside_recipe"),
+               "minus mean-pooled keys'": interval("right_beside_mean-pooled keys"),
+               "KV kept": share("kept"), "chunks fetched a token": "fetched"}  # fmt: skip
+    return [listed(data["rows"], columns)]
+
+
 def answers(data: Row) -> list[str]:
     """Needles, then texts, under the loss with a quarter peaks."""
     rows = [row for row in data["rows"] if row["loss"].endswith(".25")]
