@@ -1,4 +1,7 @@
-"""Which layers of a Hugging Face decoder look back at all of the history, and how far it reads."""
+"""Which layers of a Hugging Face decoder look back at all of the history, and how far it reads.
+
+Layers are counted as the cache counts them: each attention block is one, also where a decoder layer holds two.
+"""
 
 import hashlib
 import inspect
@@ -66,24 +69,26 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     window = getattr(config, "sliding_window", None)
     endless = window is not None and window >= context_of(model)  # a window that holds all there can be is none
     kinds = getattr(config, "layer_types", None)
+    attentions = [(index, block) for index, layer in enumerate(layers) for block in _blocks(layer)]
     if kinds is None:
         sliding = window is not None and getattr(config, "use_sliding_window", True)
-        kinds = ["sliding_attention" if sliding else "full_attention"] * len(layers)
-    modules = {
-        index: getattr(layer, "self_attn", None)
-        for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True))
-        if kind in FULL or (kind == "sliding_attention" and endless)
-    }
-    found = {layer: module for layer, module in modules.items() if isinstance(module, nn.Module)}
-    if several := [module for module in found.values() if isinstance(module, nn.ModuleList)]:
-        raise InputError(f"{type(model).__name__} has {len(several[0])} attention blocks in a layer: no adapter for it")
-    if len(found) < len(modules):
-        index = next(index for index in modules if index not in found)
-        raise _attention_elsewhere(model, f"layers.{index}", layers[index])
+        kinds = ["sliding_attention" if sliding else "full_attention"] * len(attentions)
+    found = {}
+    for place, ((index, block), kind) in enumerate(zip(attentions, kinds, strict=True)):
+        if kind in FULL or (kind == "sliding_attention" and endless):
+            if not isinstance(block, nn.Module):
+                raise _attention_elsewhere(model, f"layers.{index}", layers[index])
+            found[place] = block
     if not found:
         others = ", ".join(sorted(set(kinds)))
         raise InputError(f"{type(model).__name__}: no adapter for its layers, of kind {others}")
     return found
+
+
+def _blocks(layer: nn.Module) -> list[Any]:
+    """The attention blocks of a decoder layer, in the order in which they are run: a list of them, or one, or None."""
+    found = getattr(layer, "self_attn", None)
+    return list(found) if isinstance(found, nn.ModuleList) else [found]
 
 
 def _attention_elsewhere(model: PreTrainedModel, place: str, part: nn.Module) -> InputError:

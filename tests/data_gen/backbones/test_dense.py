@@ -166,6 +166,20 @@ def test_mla_keys_are_mean_latents(family):
     torch.testing.assert_close(raw.keys[3].float(), latent.unflatten(0, (15, 4)).mean(1), atol=2e-3, rtol=2e-3)
 
 
+def test_each_attention_block_is_a_layer_where_a_decoder_layer_holds_two():
+    """LongCat-Flash: counted as its cache counts them, with the states that enter each block."""
+    model = tiny("longcat_flash")
+    backbone = adapter(model)
+    blocks = [block for layer in model.model.layers for block in layer.self_attn]
+    assert backbone.info.full_layers == [block.layer_idx for block in blocks] == list(range(8))
+    entered = {}
+    for place, norm in enumerate(norm for layer in model.model.layers for norm in layer.input_layernorm):
+        norm.register_forward_hook(lambda _, __, output, place=place: entered.update({place: output[0]}))
+    raw = backbone.trace(tokens(60), torch.arange(50, 60), trace_config(backbone, layers=[2, 3]))
+    for place in (2, 3):
+        torch.testing.assert_close(raw.hidden[place].float(), entered[place][50:], atol=2e-2, rtol=2e-2)
+
+
 def test_mean_pooled_scores_of_mla_are_those_of_its_heads():
     """Against keys of heads that the model itself expanded, averaged; the part that turns left out."""
     model = tiny("deepseek_v3")

@@ -115,11 +115,6 @@ def test_a_cache_of_the_model_s_own_is_refused():
     assert "\n" not in str(caught.value)
 
 
-def test_two_attention_blocks_in_a_layer_are_refused():
-    with pytest.raises(InputError, match="LongcatFlashForCausalLM has 2 attention blocks in a layer"):
-        adapter(tiny("longcat_flash"))
-
-
 def test_layers_that_keep_all_and_are_not_known_are_refused():
     """Blocks that MiniMax-M3's indexers pick: its full-attention layers alone could be evicted, under a mask of all."""
     with pytest.raises(InputError, match="layer 1 keeps the whole history, but no adapter knows its attention"):
