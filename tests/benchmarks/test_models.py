@@ -52,6 +52,9 @@ def test_classes_that_the_automatic_one_does_not_open_are_named(monkeypatch):
     assert {"mistral4", "other"} <= set(named.split(", ")) and "llama" not in named
     for hidden in re.findall(r"Kosmos\w+ForCausalLM", table([])):
         assert not hasattr(transformers, hidden) and hidden not in classes().values()
+    for family in re.search(r"(\w+) and (\w+), which have MLA, are models of", table([])).groups():
+        config = transformers.AutoConfig.for_model(family)
+        assert family not in classes() and config.get_text_config(decoder=True).kv_lora_rank
 
 
 def test_the_page_is_what_the_command_prints(request):

@@ -45,6 +45,19 @@ def sees(resident, first, last):
     return visible
 
 
+def check_masked(model, host, stock, sets):
+    """Read on after the prompt, of which the host keeps `sets`, beside the masked stock model; tokens read then."""
+    place = PROMPT
+    for new in (*[1] * 6, 9, 1):  # one by one, a second turn, one more
+        piece = IDS[: len(sets), place : place + new]
+        ours = host.read(piece)
+        with masked(model, sees(sets, place, place + new)):
+            expected = model(piece, past_key_values=stock).logits[:, -1]
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+        place += new
+    return place
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 3])
@@ -74,14 +87,7 @@ def test_a_restricted_set_is_the_masked_stock_model(model, sets, attention):
     move = host.keep(sets)
     assert move.evicted == 22 * batch - sum(map(len, sets))
     assert [chunks.tolist() for chunks in host.cache.resident()] == [chunks.tolist() for chunks in sets]
-    place = PROMPT
-    for new in (*[1] * 6, 9, 1):  # one by one, a second turn, one more
-        piece = IDS[:batch, place : place + new]
-        ours = host.read(piece)
-        with masked(model, sees(sets, place, place + new)):
-            expected = model(piece, past_key_values=stock).logits[:, -1]
-        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
-        place += new
+    place = check_masked(model, host, stock, sets)
     used, chunk = host.resident_bytes(), len(host.cache.full) * 2 * 2 * SIZE * 16 * 4  # KV 2, d 16, fp32
     rest = batch * (place - PROMPT // SIZE * SIZE) * chunk // SIZE
     assert host.cold_bytes == chunk and used.served == sum(map(len, sets)) * chunk + rest

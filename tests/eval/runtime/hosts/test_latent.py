@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from benchmarks.tiny_models import tiny
 from eval.runtime.hosts.dense import DenseHost
 from eval.runtime.hosts.dsa import DsaHost
-from tests.eval.runtime.hosts.test_dense import DIFFERENT, IDS, PROMPT, SIZE, masked, sees
+from tests.eval.runtime.hosts.test_dense import DIFFERENT, IDS, PROMPT, SIZE, check_masked
 
 KINDS = {"deepseek_v3": DenseHost, "deepseek_v32": DsaHost}
 EQUAL = [torch.tensor([0, 5, 9, 20, 21]), torch.tensor([1, 2, 3, 4, 19])]
@@ -47,11 +47,4 @@ def test_restricted_sets_are_the_masked_stock_model(model, sets, attention):
     host.read(IDS[:batch, :PROMPT])
     model(IDS[:batch, :PROMPT], past_key_values=stock)
     assert host.keep(sets).evicted == 22 * batch - sum(map(len, sets))
-    place = PROMPT
-    for new in (*[1] * 6, 9, 1):  # one by one, a second turn, one more
-        piece = IDS[:batch, place : place + new]
-        ours = host.read(piece)
-        with masked(model, sees(sets, place, place + new)):
-            expected = model(piece, past_key_values=stock).logits[:, -1]
-        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
-        place += new
+    check_masked(model, host, stock, sets)
