@@ -157,9 +157,10 @@ def cpu_tricks(data: Row) -> list[str]:
 
 
 def mla_keys(data: Row) -> list[str]:
-    """Recall by key and seed."""
+    """Recall and divergence, by key and seed."""
     columns = {"key": "key", "numbers a layer": "width", "seed": "seed", "chunks kept": share("budget"),
-               "documents": "n", "mass recall": "mass_recall"}  # fmt: skip
+               "documents": "n", "mass recall": "mass_recall", "KL": "kl",
+               "same next token": share("same")}  # fmt: skip
     return [listed(data["rows"], columns)]
 
 
