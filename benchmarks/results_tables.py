@@ -219,3 +219,27 @@ def before_after(data: Row) -> list[str]:
                 "only at the latter": "only_after"}  # fmt: skip
     tables = [listed([row for row in parts if row["compared"]], compared)]
     return tables + [listed(verbs, {"verb": "verb", "CPU-seconds, after / before": "ratio"})] * bool(verbs)
+
+
+def coverage(data: Row) -> list[str]:
+    """For each part what a rule keeps and says beside the budget that keeps as much, then demand fallback."""
+
+    def beside(metric: str) -> Callable[[Row], str]:
+        return lambda row: "-" if row["rule"] == "budget" else interval(f"{metric}_beside")(row)
+
+    rules = {"tokens": "length", "documents": "kind", "rule": "rule", "n": "texts", "chunks kept": share("kept"),
+             "by that budget": share("kept_of_budget"), "right": "right", "minus the budget's": beside("right"),
+             "KL": "kl", "minus the budget's KL": beside("kl")}  # fmt: skip
+    windows = {"tokens": "length", "questions": "kind", "demand by": "rule",
+               "fall back": lambda row: f"{row['fallbacks']} of {row['questions']}",
+               "minus the threshold's": interval("fallbacks_beside"),
+               "right": lambda row: f"{row['right']} of {row['questions']}",
+               "minus the threshold's right": interval("right_beside"),
+               "with full attention": "right_full"}  # fmt: skip
+    tables = []
+    for name, part in data.items():
+        calibrated = f"calibrated on {part['calibrated']:,} tokens"
+        tables += [f"{name}, {calibrated} to keep {part['share']:.1%}:\n\n{listed(part['rows'], rules)}",
+                   f"{name}, demand fallback above {part['share']:.1%}, {calibrated} so that a part {part['rate']:.0%} "
+                   f"of the sparse questions falls back:\n\n{listed(part['fallback'], windows)}"]  # fmt: skip
+    return tables
