@@ -8,10 +8,16 @@ import torch
 
 from benchmarks import coverage, results_tables
 from benchmarks.coverage_rules import BUDGET, Rule, Scored, by_budget, by_coverage, by_threshold, limited
+from data_gen.backbones.load import load_backbone
 from data_gen.core.chunks import Chunking
 from eval.online.cycle import Course, go_on
 from eval.online.online_policies import indexer_policy
+from eval.online.session import DenseSession
+from indexer_train.config import IndexerConfig
+from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Cut, Threshold
+from indexer_train.spec import IndexerSpec
+from recipes import load_recipe
 
 RNG = torch.Generator().manual_seed(0)
 WINDOWS = [
@@ -71,20 +77,40 @@ def reads(reader, pocket):
     return list(reader.read(list(coverage.pocket_documents(pocket.tokenizer, 384, 1, "test"))))
 
 
-def test_a_window_read_at_once_is_decoding_token_by_token(reader, reads, pocket_indexer):
-    score = indexer_policy(pocket_indexer)
+def alike(reader, session, tokens, full):
+    """Whether reading windows at once under a tenth is decoding token by token, and not full attention."""
+    spec, score, seen = reader.indexer.spec, indexer_policy(reader.indexer), []
+    course = Course(session.fork(), lambda each: each.best(score(each), 0.1), tokens,
+                    watchers=[lambda _, logits: seen.append(logits)])  # fmt: skip
+    go_on([course], spec.window)
+    windows: list[Scored] = []
+    found = reader.follow(session, tokens, lambda window: by_budget(window, 0.1), windows)
+    kept = [by_budget(window, 0.1) + spec.chunking.recent + spec.chunking.sink for window in windows]
+    assert [window.resident for window in course.windows] == kept
+    torch.testing.assert_close(found, torch.stack(seen).float().log_softmax(dim=-1), atol=2e-3, rtol=1e-2)
+    assert float((found - full[: len(tokens)]).abs().max()) > 0.01
+
+
+def test_windows_read_at_once_are_decoding_token_by_token(reader, reads):
     for read in (reads[0], reads[-1]):
-        seen, kept = [], []
-        tokens = read.tokens[:40]
-        course = Course(read.session.fork(), lambda each: each.best(score(each), 0.1), tokens,
-                        watchers=[lambda session, logits, seen=seen: seen.append(logits)])  # fmt: skip
-        go_on([course], pocket_indexer.spec.window)
-        windows: list[Scored] = []
-        found = reader.follow(read.session, tokens, lambda window: by_budget(window, 0.1), windows)
-        kept = [by_budget(window, 0.1) + pocket_indexer.spec.chunking.recent for window in windows]
-        assert [window.resident for window in course.windows] == kept
-        torch.testing.assert_close(found, torch.stack(seen).float().log_softmax(dim=-1), atol=2e-3, rtol=1e-2)
-        assert float((found - read.full[: len(tokens)]).abs().max()) > 0.01
+        alike(reader, read.session, read.tokens[:40], read.full)
+
+
+def test_a_dense_model_is_asked_what_its_recipe_asks():
+    recipe = load_recipe("debug")
+    model, tokenizer = load_backbone(recipe.backbone)
+    info, chunking = DenseSession(model, recipe.trace.chunking).host.info, recipe.trace.chunking
+    torch.manual_seed(0)
+    spec = IndexerSpec(
+        shape=IndexerConfig(heads=2, rank=8), layers=info.full_layers[:2], hidden=info.hidden, key_width=info.key_width,
+        chunking=chunking, window=32, backbone=info.fingerprint,
+    )  # fmt: skip
+    reader = coverage.Reader(model, tokenizer, MemoryIndexer.from_spec(spec, device=str(model.device)))
+    documents = list(coverage.recipe_documents(recipe, tokenizer, 2048, 1, "development"))
+    assert [asked.task for _, asked in documents] == coverage.TASKS
+    (read,) = reader.read(documents[-1:])
+    assert read.kind == "text" and len(read.tokens) == coverage.FOLLOWED and len(read.windows) == 4
+    alike(reader, read.session, read.tokens, read.full)
 
 
 def test_with_everything_kept_nothing_changes_and_every_fallback_is_full_attention(reader, reads):
