@@ -124,8 +124,31 @@ def train_gpu(data: Row) -> list[str]:
     rows = [{"shape": shape, **row} for shape, row in data.items()]
     columns = {"shape": "shape", "samples/s": "samples_a_second", "ms a step": lambda row: 1e3 * row["seconds_a_step"],
                "of it the GPU works, ms": lambda row: 1e3 * row["device_seconds_a_step"],
-               "host's share": share("host_share")}  # fmt: skip
+               "host's share": share("host_share"), "GPU memory at most, GiB": "peak_gib"}  # fmt: skip
     return [listed(rows, columns)]
+
+
+def evaluate_gpu(data: Row) -> list[str]:
+    """Seconds of one evaluation by device."""
+    rows = [{"device": name, **data[name]} for name in ("gpu_first", "gpu", "cpu")]
+    apart = f"{data['figures']} figures, at most {data['largest_difference']:.1e} apart."
+    return [listed(rows, {"device": "device", "seconds": "seconds", "CPU-seconds": "cpu_seconds"}), apart]
+
+
+def two_gpus(data: Row) -> list[str]:
+    """Training on both beside one, then a model spread over both."""
+    speed, spread = data["speed"], data["spread"]
+    training = [{"GPUs": number, **speed[f"gpus_{number}"]} for number in (1, 2)]
+    tracing = [{"GPUs": number, **spread[f"gpus_{number}"]} for number in (1, 2)]
+    held = {"GiB on each": lambda row: " / ".join(f"{each:.1f}" for each in row["gib"])}
+    trained = {"GPUs": "GPUs", "samples/s": "samples_a_second", "ms a step": lambda row: 1e3 * row["seconds_a_step"],
+               "host's share": share("host_share")}  # fmt: skip
+    return [
+        f"Training, ratio {speed['ratio']:.2f}; of two GPUs' steps {speed['waits']:.1%} waits for the other:",
+        listed(training, trained),
+        f"Tracing a spread model; the same bytes: {'yes' if spread['same'] else 'no'}:",
+        listed(tracing, {"GPUs": "GPUs", "seconds": "seconds"} | held),
+    ]
 
 
 def train_release(data: Row) -> list[str]:
