@@ -27,6 +27,7 @@ from eval.runtime.hosts.base import Host
 from eval.runtime.hosts.deepseek_v4 import DeepseekV4Host
 from eval.runtime.hosts.dense import DenseHost
 from eval.runtime.hosts.dsa import DsaHost
+from eval.runtime.hosts.graph import GraphHost
 from eval.serving.level1 import Backend, open_level1
 from eval.serving.select import Fallback, Limits, Resident, resident_chunks, serve
 from indexer_train.formats.bundle import load_bundle
@@ -72,10 +73,16 @@ HOSTS: dict[Family, Callable[[PreTrainedModel, IndexerSpec, bool | None, Correct
 
 
 def open_host(
-    model: PreTrainedModel, spec: IndexerSpec, pageable: bool | None = None, correction: Correction | None = None
+    model: PreTrainedModel,
+    spec: IndexerSpec,
+    pageable: bool | None = None,
+    correction: Correction | None = None,
+    graph: bool = False,
 ) -> Host:
-    """A new batch of sequences of `model`, for an indexer of `spec`; pageable: as ColdPool's. Raises InputError for a
-    correction of a DeepSeek-V4, or of a model with MLA."""
+    """A new batch of sequences of `model`, for an indexer of `spec`; pageable: as ColdPool's; graph: a GraphHost.
+    Raises InputError for a correction of a DeepSeek-V4, or of a model with MLA, and for what a GraphHost refuses."""
+    if graph:
+        return _of_every_token(GraphHost, model, spec, pageable, correction)
     return HOSTS[family_of(model)](model, spec, pageable, correction)
 
 
@@ -86,9 +93,10 @@ class LSARuntime:
     do with windows that ask for more than the cap; backend: of Level 1 (open_level1); pageable: True keeps the cold
     side in pageable memory, for machines that cannot pin as much, and fetches get slower; lag: as DecodeCycle's. The
     set chosen at the end of a prompt has no lag, for nothing is missing there; correction: chunks that each layer adds
-    at every step to a set of as many fewer, of one sequence. Raises InputError for a bundle of another model, a cap
-    below the protected chunks, a fallback without a threshold, a correction of a DeepSeek-V4 or of a model with MLA, or
-    another type than these options have.
+    at every step to a set of as many fewer, of one sequence; graph: read tokens by one step in memory of fixed size,
+    which a GPU replays as a CUDA graph. Raises InputError for a bundle of another model, a cap below the protected
+    chunks, a fallback without a threshold, a correction of a DeepSeek-V4 or of a model with MLA, a graph of what
+    GraphHost refuses, or another type than these options have.
 
     A runtime holds one conversation and serves one thread; several runtimes of one model, or of several, get on side by
     side in as many threads.
@@ -105,6 +113,7 @@ class LSARuntime:
         pageable: bool | None = None,
         lag: Literal[0, 1] = 0,
         correction: Correction | None = None,
+        graph: bool = False,
     ) -> None:
         given = {"limits": limits, "selection": selection, "fallback": fallback, "correction": correction}
         for name, kinds in OPTIONS.items():
@@ -112,7 +121,7 @@ class LSARuntime:
                 wanted = " or a ".join(kind.__name__ for kind in kinds)
                 raise InputError(f"{name}: {given[name]!r} is not a {wanted}; give one, or leave {name} out")
         self.indexer, self.model, self.spec = indexer.to(model.device), model, indexer.spec
-        self.host = open_host(model, self.spec, pageable, correction)
+        self.host = open_host(model, self.spec, pageable, correction, graph)
         self.correction = correction
         self.cycle = DecodeCycle(self.host, self.spec.window, self._choose, lag)
         if self.spec.backbone != self.host.info.fingerprint:
@@ -190,7 +199,7 @@ class LSARuntime:
             self.host.read(input_ids[:, have:-1])
         self.cycle.refresh()
         criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), _AfterToken(self.cycle)])
-        model: Any = self.model
+        model: Any = self.host.model
         with self.host.attached():
             output = model.generate(
                 input_ids,

@@ -42,6 +42,18 @@ class ResidentLayer(DynamicLayer):
         """Let the next tokens go to memory of their own."""
         self._roomy: dict[str, torch.Tensor] = {}
 
+    def move_into(self, memory: dict[str, torch.Tensor]) -> None:
+        """Go on in other memory, that of each side, which has room behind the rows."""
+        for name, held in self.sides.items():
+            memory[name][:, :, : held.shape[2]] = held
+            self.hold(name, memory[name][:, :, : held.shape[2]])
+        self._roomy = dict(memory)
+
+    def see(self, rows: int) -> None:
+        """What others wrote into its memory is its own as well, up to `rows` of each side."""
+        for name, roomy in self._roomy.items():
+            self.hold(name, roomy[:, :, :rows])
+
     @property
     def sides(self) -> dict[str, torch.Tensor]:
         """What it holds of each token: name -> [B, heads, rows, width], the memory itself."""
