@@ -2,6 +2,7 @@
 
     python -m benchmarks.runtime --bundle runs/pocket/bundle --model recipes/pocket_v4/model --prompt PROMPT.jsonl
     python -m benchmarks.runtime --bundle runs/long/bundle --model FILE.gguf --recipe gemma-3-270m-long --length 32768
+    ... --graph 1 8 [--dtype bfloat16]
 
 --model is what a recipe's `backbone.path` may be. The prompt is the first `input` of a RULER file, or text that the
 recipe holds out, of as many tokens as make up --length with those after it. Rows: everything resident; LSA with the
@@ -15,6 +16,13 @@ did; `times_full`: tokens a second over those with everything resident; `peak_mb
 included; `resident_mb`: the largest window's; `fetched_mb_a_window`: without the first, which follows a full prompt.
 `state_ms`, of the first row: what a call of `generate` takes to see whether the weights are those of the turn before;
 `state_tokens`: how many tokens that is.
+
+--graph has other rows: of each number of sequences, with everything resident and with --budget, the runtime as it is
+(eager) and the one whose step a GPU replays as a CUDA graph; on a CPU the same step runs without one. The prompts are
+one prompt begun at other places. The eager runtime goes on from its own choice, and the step reads the same tokens.
+`tokens_per_second`: of all sequences together; `times_eager`: over those of the eager row; `tokens_as_eager`: the share
+of tokens that both would write; `windows_as_eager`: windows with the same sets; `times_full`: over the row of the same
+kind with everything resident.
 """
 
 import argparse
@@ -49,22 +57,30 @@ SLACK = 1.1
 
 @dataclass(frozen=True)
 class Windows:
-    """What a run chose. asked: hidden states [1, L, hidden] and position [1] of each choice; chosen: [R] chunks of each
-    window; keys: [N, L, width] of all chunks, at the end."""
+    """What a run chose. asked: hidden states [B, L, hidden] and positions [B] of each choice; chosen: chunks of each
+    window, sequence after sequence; keys: [N, L, width] of all chunks of the first sequence, at the end; tokens:
+    [B, T + 1], what it would write after each token read, and after the prompt."""
 
     asked: list[tuple[torch.Tensor, torch.Tensor]]
     chosen: list[torch.Tensor]
     keys: torch.Tensor
+    tokens: torch.Tensor
 
 
-def decode(runtime: LSARuntime, ids: torch.Tensor, follow: torch.Tensor) -> tuple[dict[str, Any], Windows]:
-    """Read the prompt ids [1, S], then time reading `follow` [1, T]. Returns figures, and what every window kept."""
+def decode(
+    runtime: LSARuntime, ids: torch.Tensor, tokens: int, follow: torch.Tensor | None = None
+) -> tuple[dict[str, Any], Windows]:
+    """Read the prompts ids [B, S], then time reading so many tokens: `follow` [B, T], or those that it writes itself.
+
+    Returns figures, and what every window kept.
+    """
     runtime.reset()
-    runtime.generate(ids, max_new_tokens=1, do_sample=False, eos_token_id=None)  # and what is compiled on the way
+    # And what is compiled or captured on the way.
+    written = runtime.generate(ids, max_new_tokens=1, do_sample=False, eos_token_id=None)[:, -1:]
     asked, chosen, keep, queries = [], [], runtime.host.keep, runtime.level1.pack
 
     def note_keep(wanted: list[torch.Tensor] | Prepared) -> Any:
-        chosen.append((wanted.resident if isinstance(wanted, Prepared) else wanted)[0].clone())
+        chosen.append(torch.cat(list(wanted.resident if isinstance(wanted, Prepared) else wanted)))
         return keep(wanted)
 
     def note_queries(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -78,25 +94,26 @@ def decode(runtime: LSARuntime, ids: torch.Tensor, follow: torch.Tensor) -> tupl
     started, windows = time.perf_counter(), len(runtime.windows)
     runtime.cycle.refresh()
     with runtime.host.attached(), torch.no_grad():
-        for step, token in enumerate(follow.split(1, dim=1)):
+        for step in range(tokens):
             if step:
                 runtime.cycle.advance()
-            logits = runtime.host.read(token)
-    logits.cpu()
+            token = written[:, -1:] if follow is None else follow[:, step : step + 1]
+            written = torch.cat([written, runtime.host.read(token).argmax(dim=-1, keepdim=True)], dim=1)
+    written = written.cpu()
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() / 1e6 if ids.is_cuda else None
     del runtime.host.keep, runtime.level1.pack
     done = runtime.windows[windows:]
     figures = {
         "prompt_tokens": ids.shape[1],
-        "tokens": follow.shape[1],
-        "tokens_per_second": follow.shape[1] / seconds,
+        "tokens": tokens,
+        "tokens_per_second": len(ids) * tokens / seconds,
         "peak_mb": peak,
-        "resident_share": sum(w.resident for w in done) / sum(w.chunks for w in done),
+        "resident_share": sum(w.resident for w in done) / sum(len(ids) * w.chunks for w in done),
         "resident_mb": max(w.bytes for w in done) / 1e6,
         "fetched_mb_a_window": sum(w.fetched_bytes for w in done[1:]) / max(1, len(done) - 1) / 1e6,
     }
-    return figures, Windows(asked, chosen, runtime.host.keys()[0].cpu())
+    return figures, Windows(asked, chosen, runtime.host.keys()[0].cpu(), written)
 
 
 def as_cpu(runtime: LSARuntime, reference: Level1, windows: Windows) -> str:
@@ -126,7 +143,7 @@ def measure(
                 raise
             print(f"no row for Triton at lag {lag}: {error}")
             continue
-        found, windows = decode(runtime, ids, written)
+        found, windows = decode(runtime, ids, tokens, written)
         row = {"budget": share, "backend": backend, "lag": lag, **found}
         row["times_full"] = found["tokens_per_second"] / (rows[0] if rows else found)["tokens_per_second"]
         row["windows_as_cpu"] = as_cpu(
@@ -142,6 +159,35 @@ def measure(
             row["state_tokens"] = row["state_ms"] / 1e3 * row["tokens_per_second"]
         rows.append(row)
         print(json.dumps(row))
+    return rows
+
+
+def measure_graph(
+    model: PreTrainedModel, bundle: Path, ids: torch.Tensor, tokens: int, budget: float, batches: list[int]
+) -> list[dict[str, Any]]:
+    """Of each number of sequences four rows: everything resident and `budget`, eager and by a captured step."""
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        prompts = torch.cat([ids.roll(place * ids.shape[1] // batch, dims=1) for place in range(batch)])
+        full: dict[bool, float] = {}
+        for share in (1.0, budget):
+            eager: tuple[dict[str, Any], Windows] | None = None
+            for graph in (False, True):
+                runtime = LSARuntime(load_bundle(bundle), model, selection=Budget(budget=share), graph=graph)
+                found, windows = decode(runtime, prompts, tokens, eager and eager[1].tokens.to(ids.device))
+                eager, speed = eager or (found, windows), found["tokens_per_second"]
+                pairs = list(zip(eager[1].chosen, windows.chosen, strict=True))
+                row = {
+                    "graph": graph, "batch": batch, "dtype": str(model.dtype).removeprefix("torch."), "budget": share,
+                    **found,
+                    "times_eager": speed / eager[0]["tokens_per_second"],
+                    "times_full": speed / full.setdefault(graph, speed),
+                    "tokens_as_eager": (windows.tokens == eager[1].tokens).float().mean().item(),
+                    "windows_as_eager": f"{sum(torch.equal(a, b) for a, b in pairs)} of {len(pairs)}",
+                }  # fmt: skip
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                del runtime  # its cache, before the next one's
     return rows
 
 
@@ -169,13 +215,15 @@ def main() -> None:
     parser.add_argument("--recipe", help="whose held-out text is read")
     parser.add_argument("--tokens", type=int, default=192, help="tokens decoded")
     parser.add_argument("--budget", type=float, default=0.13)
+    parser.add_argument("--graph", type=int, nargs="+", metavar="B", help="rows of a captured step, for B sequences")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if (arguments.length is None) != (arguments.recipe is None):
         parser.error("--length and --recipe go together")
     if arguments.length is not None and arguments.length < arguments.tokens + 2:
         parser.error(f"--length: of {arguments.length} tokens {arguments.tokens} are decoded; two must be left to read")
-    model, tokenizer = load_backbone(BackboneConfig(path=arguments.model))
+    model, tokenizer = load_backbone(BackboneConfig(path=arguments.model, dtype=arguments.dtype))
     if arguments.prompt:
         with open(arguments.prompt) as file:
             ids = tokenizer(json.loads(file.readline())["input"], return_tensors="pt").input_ids
@@ -184,8 +232,9 @@ def main() -> None:
     if (longest := ids.shape[1] + arguments.tokens) > (context := adapter(model).info.context):
         parser.error(f"{longest} tokens with those decoded, but the backbone's context is {context}; ask for fewer")
     where = origin(model.device)
-    print(f"{where['device']}; {ids.shape[1]} tokens read, {arguments.tokens} behind them, what full attention wrote")
-    rows = measure(model, arguments.bundle, ids.to(model.device), arguments.tokens, arguments.budget)
+    print(f"{where['device']}; {ids.shape[1]} tokens read, {arguments.tokens} behind them")
+    setting = model, arguments.bundle, ids.to(model.device), arguments.tokens, arguments.budget
+    rows = measure_graph(*setting, arguments.graph) if arguments.graph else measure(*setting)
     if arguments.output:
         arguments.output.write_text(json.dumps({"origin": where, "rows": rows}, indent=1) + "\n")
 
