@@ -16,7 +16,8 @@ from eval.serving.vllm.worker import current
 
 
 class SparseTables:
-    """Mixed into an AttentionMetadataBuilder, before its own class.
+    """Mixed into an AttentionMetadataBuilder, before its own class. persistent: tables and lengths are always at this
+    builder's own addresses, where captured CUDA graphs read them.
 
     A hybrid model has a builder a group of layers: those of sliding layers change nothing, and among those of full
     layers the one that is asked first in a step has the sets chosen.
@@ -41,20 +42,15 @@ class SparseTables:
 
     def _restrict(self, meta: CommonAttentionMetadata) -> CommonAttentionMetadata:
         worker = current()
-        if worker is None or not worker.runner.kv_caches:  # a run that measures memory, before there is a cache
+        if worker is None or worker.keys is None:  # a run that measures memory: the caches are none or others
             return meta
-        visible = worker.visible(self, meta)
-        if not self.persistent and all(blocks is None for blocks in visible):
+        read = worker.sets(self, meta)
+        if not self.persistent and all(chosen is None for chosen in read):
             return meta
         if self._tables is None:
-            self._tables = Tables(self._rows, meta.block_table_tensor.shape[1], self._device)
+            self._tables = Tables(self._rows, meta.block_table_tensor.shape[1], self._tokens, self._device)
         table, lengths, bounds = self._tables.fill(
-            meta.block_table_tensor,
-            meta.seq_lens,
-            meta.seq_lens_cpu_upper_bound,
-            visible,
-            worker.moved(),
-            self._tokens,
+            meta.block_table_tensor, meta.seq_lens, meta.seq_lens_cpu_upper_bound, read
         )
         return meta.replace(
             block_table_tensor=table, seq_lens=lengths, seq_lens_cpu_upper_bound=bounds, _num_computed_tokens_cache=None

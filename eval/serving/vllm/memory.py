@@ -37,9 +37,12 @@ class Residence:
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys])
         return self.keys
 
-    def visible(self, chunks: int) -> torch.Tensor:
-        """Of the first `chunks` chunks those in the pool, [n] int64 ascending."""
-        return torch.tensor([chunk for chunk in range(chunks) if chunk not in self.absent])
+    def visible(self, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the first `chunks` chunks those in the pool, [n] int64 ascending, and of each the block that it has moved
+        to, [n] int32, -1 for the engine's own."""
+        kept = [chunk for chunk in range(chunks) if chunk not in self.absent]
+        blocks = [self.moved.get(chunk, -1) for chunk in kept]
+        return torch.tensor(kept, dtype=torch.int64), torch.tensor(blocks, dtype=torch.int32)
 
 
 class Memory:

@@ -7,12 +7,19 @@ import torch
 
 @dataclass(frozen=True)
 class Chosen:
-    """A resident set. position: the newest token read when it was chosen; chunks: complete then; resident: [R] int64
-    on the CPU, ascending."""
+    """A resident set. position: the newest token read when it was chosen; chunks: complete then; resident: those of
+    them to read, [R] int64 on the CPU, ascending; blocks: [R] int32, the block of each that the engine's table does not
+    know, else -1. Chunks that are made later are read too."""
 
     position: int
     chunks: int
     resident: torch.Tensor
+    blocks: torch.Tensor | None = None
+
+    @property
+    def left_out(self) -> int:
+        """Chunks that are not read."""
+        return self.chunks - len(self.resident)
 
 
 @dataclass
@@ -51,13 +58,6 @@ class Sequence:
         else:
             self.force = chosen
         self.newest = None
-
-    def visible(self, position: int, tokens: int) -> torch.Tensor | None:
-        """Chunks to read with token `position`, the unfinished one included, [n] int64; None: all of them."""
-        if self.force is None:
-            return None
-        made_since = torch.arange(self.force.chunks, position // tokens + 1)
-        return torch.cat([self.force.resident, made_since])
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import nn
 
 from data_gen.core.errors import InputError
 from eval.serving.level1 import open_level1
-from eval.serving.select import Limits, serve
+from eval.serving.select import Limits, Resident, resident_chunks, serve
 from eval.serving.vllm.keys import BlockKeys
 from eval.serving.vllm.memory import Memory, Moves
 from eval.serving.vllm.sequences import Chosen, Counters, Sequence, Sequences
@@ -87,44 +87,32 @@ class Worker:
         self.keys: BlockKeys | None = None
         self.memory: Memory | None = None
         self._leader: object = None
-        self._plan: list[tuple[str, torch.Tensor] | None] = []
+        self._plan: list[Chosen | None] = []
         self._said = False
         self._last: list[tuple[str, int]] = []  # of the step before: request and its last row
         self._slots: torch.Tensor | None = None
 
-    def visible(self, builder: object, meta: Any) -> list[torch.Tensor | None]:
-        """Before a step: the chunks that each row may read, [n] int64 ascending on the CPU, None for all.
+    def sets(self, builder: object, meta: Any) -> list[Chosen | None]:
+        """Before a step: the set that each row reads, None for everything. meta: vLLM's CommonAttentionMetadata.
 
-        meta: vLLM's CommonAttentionMetadata.
         Of several groups of full layers, the builder that is asked first leads; the others, with tables of their own,
         read the same chunks.
         """
         self._leader = self._leader or builder
         if builder is self._leader:
             self._plan = self._step(meta)
-        return [None if read is None else read[1] for read in self._plan]
+        return self._plan
 
-    def moved(self) -> list[tuple[int, int, int]]:
-        """Of these chunks, those that came back from the host: row, place among the row's chunks, block."""
-        if self.memory is None:
-            return []
-        return [
-            (row, place, self.memory.of(read[0]).moved[chunk])
-            for row, read in enumerate(self._plan)
-            if read is not None
-            for place, chunk in enumerate(read[1].tolist())
-            if chunk in self.memory.of(read[0]).moved
-        ]
-
-    def _step(self, meta: Any) -> list[tuple[str, torch.Tensor] | None]:
-        """Of each row the request and the chunks to read, None for all."""
+    def _step(self, meta: Any) -> list[Chosen | None]:
+        """Of each row the set to read, None for everything."""
         self._take()
         self._forget()
         lengths = meta.seq_lens_cpu_upper_bound.tolist()  # exact without speculative decoding
         starts = meta.query_start_loc_cpu.tolist()
         prompt = meta.is_prefilling.tolist()
         names = self.runner.input_batch.req_ids
-        plan: list[tuple[str, torch.Tensor] | None] = [None] * meta.num_reqs
+        decoding: list[tuple[int, Sequence, int]] = []
+        due: list[tuple[str, Sequence, torch.Tensor]] = []
         for row, name in enumerate(names[: meta.num_reqs]):
             new, position = starts[row + 1] - starts[row], lengths[row] - 1
             if new <= 0:
@@ -133,25 +121,26 @@ class Worker:
             sequence = self.sequences.enter(name, position, alone)
             if self.memory is not None and sequence.force is None:
                 self.memory.forget(name)  # it is read again, into blocks of the engine's choice
-            if alone:
-                if sequence.due(self.spec.window) and sequence.newest is not None:
-                    self._choose(name, sequence, meta.block_table_tensor[row])
-                chunks = self._reads(name, sequence, position)
-                plan[row] = (name, chunks) if chunks is not None else None
-            sequence.position = position
             self._last.append((name, starts[row + 1] - 1))
+            if not alone:
+                sequence.position = position
+                continue
+            decoding.append((row, sequence, position))
+            if sequence.due(self.spec.window) and sequence.newest is not None:
+                due.append((name, sequence, meta.block_table_tensor[row]))
+        if due:
+            self._choose(due)
+        plan: list[Chosen | None] = [None] * meta.num_reqs
+        for row, sequence, position in decoding:
+            plan[row] = self._count(sequence, position)
+            sequence.position = position
         self._slots = meta.slot_mapping[: starts[meta.num_reqs]].clone()
         return plan
 
     def _take(self) -> None:
         """What the step before left behind: its keys, and the newest states where a set is due after them."""
-        if self._slots is None:
+        if self._slots is None or self.keys is None:
             return
-        if self.keys is None:
-            blocks = self.runner.kv_cache_config.num_blocks
-            self.keys = BlockKeys(
-                blocks, len(self.spec.layers), self.spec.key_width, self.spec.chunking.tokens, self._slots.device
-            )
         rows = len(self._slots)
         self.keys.add(self._slots, [keys[:rows] for keys in self.captured.keys])
         for name, row in self._last:
@@ -160,48 +149,63 @@ class Worker:
                 sequence.newest = torch.stack([hidden[row] for hidden in self.captured.hidden]).to(torch.bfloat16)
         self._last, self._slots = [], None
 
-    def _choose(self, name: str, sequence: Sequence, table: torch.Tensor) -> None:
-        """The set after the sequence's newest token. table: [width], its blocks."""
-        chunking, position = self.spec.chunking, sequence.position
-        total = chunking.visible(position)
-        first, last = chunking.candidates(position)
-        assert sequence.newest is not None and self.keys is not None  # by the step before
-        keys = self.keys.means(table[:total])
-        if self.memory is not None:  # blocks that were freed hold other keys by now
-            residence = self.memory.of(name)
-            keys = residence.add_keys(keys[0 if residence.keys is None else len(residence.keys) :])
-        queries = self.level1.pack(sequence.newest[None], torch.tensor([position]))
-        resident = self.level1.resident(queries, keys)
-        chunks, how = serve(resident, 0, total, self.cap, total - (last - first), self.settings.fallback)
-        first = sequence.force is None
-        sequence.choose(Chosen(position, total, chunks), self.settings.lag)
-        self.counters.refreshes += 1
-        self.counters.capped += how == "cap"
-        self.counters.full += how == "full"
-        if self.memory is not None:
-            self.memory.settle(name, set(chunks.tolist()), total, table)
-            if self.memory.full and not self._said:
-                self._said = True
-                LOGGER.warning(
-                    "lookahead: host memory of %.3f GiB is full; more cold blocks stay in the pool",
-                    self.settings.host_gib,
-                )
-            chunks = self.memory.of(name).visible(total)
-        self._write(name, position, total, how, chunks, first)
+    def _choose(self, due: list[tuple[str, Sequence, torch.Tensor]]) -> None:
+        """The sets after the newest tokens of these sequences: name, state, blocks [width]. All at once, because a GPU
+        is waited for."""
+        chunking = self.spec.chunking
+        positions = torch.tensor([sequence.position for _, sequence, _ in due])
+        totals = [chunking.visible(place) for place in positions.tolist()]
+        newest = torch.stack([sequence.newest for _, sequence, _ in due if sequence.newest is not None])
+        queries = self.level1.pack(newest, positions)
+        scores = torch.full((len(due), max(totals)), -torch.inf, device=queries.device)
+        for row, ((name, _, table), total) in enumerate(zip(due, totals, strict=True)):
+            keys = self._keys(name, table[:total])
+            scores[row, :total] = self.level1.joined_scores(queries[row : row + 1], keys)[0]
+        found = resident_chunks(scores, positions, chunking, self.level1.selection, self.level1.limits)
+        found = Resident(found.ids.cpu(), found.counts.cpu(), found.demand.cpu())
+        for row, ((name, sequence, table), total) in enumerate(zip(due, totals, strict=True)):
+            first, last = chunking.candidates(sequence.position)
+            chunks, how = serve(found, row, total, self.cap, total - (last - first), self.settings.fallback)
+            self.counters.refreshes += 1
+            self.counters.capped += how == "cap"
+            self.counters.full += how == "full"
+            begun, blocks = sequence.force is None, None
+            if self.memory is not None:
+                chunks, blocks = self._settle(self.memory, name, set(chunks.tolist()), total, table)
+            sequence.choose(Chosen(sequence.position, total, chunks, blocks), self.settings.lag)
+            self._write(name, sequence.position, total, how, chunks, begun)
 
-    def _reads(self, name: str, sequence: Sequence, position: int) -> torch.Tensor | None:
-        """Chunks that token `position` reads, ascending, the unfinished one last; None: all."""
-        chunks = sequence.visible(position, self.spec.chunking.tokens)
-        if chunks is None:
+    def _keys(self, name: str, table: torch.Tensor) -> torch.Tensor:
+        """A sequence's chunk keys, [N, L, width]. table: [N], the blocks."""
+        assert self.keys is not None  # sets are chosen once there are caches
+        keys = self.keys.means(table)
+        if self.memory is None:
+            return keys
+        residence = self.memory.of(name)  # blocks that were freed hold other keys by now
+        return residence.add_keys(keys[0 if residence.keys is None else len(residence.keys) :])
+
+    def _settle(
+        self, memory: Memory, name: str, wanted: set[int], total: int, table: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Move blocks towards a new set of `total` chunks; returns what is in the pool, and where it has moved."""
+        memory.settle(name, wanted, total, table)
+        if memory.full and not self._said:
+            self._said = True
+            LOGGER.warning(
+                "lookahead: host memory of %.3f GiB is full; more cold blocks stay in the pool", self.settings.host_gib
+            )
+        return memory.of(name).visible(total)
+
+    def _count(self, sequence: Sequence, position: int) -> Chosen | None:
+        """What token `position` reads, the unfinished chunk too; None: everything."""
+        if sequence.force is None:
             return None
         made = position // self.spec.chunking.tokens + 1
-        if self.memory is not None:
-            chunks = self.memory.of(name).visible(made)
-        sequence.reads = len(chunks)
+        sequence.reads = made - sequence.force.left_out
         self.counters.rows += 1
-        self.counters.read += len(chunks)
+        self.counters.read += sequence.reads
         self.counters.made += made
-        return chunks
+        return sequence.force
 
     def _write(self, name: str, position: int, total: int, how: str, chunks: torch.Tensor, first: bool = False) -> None:
         """A line of the trace. how: as `serve` says, or "arrived" where fetched chunks join the set in force; first:
@@ -215,7 +219,11 @@ class Worker:
     # --- called by the connector ---
 
     def register_caches(self, caches: list[torch.Tensor]) -> None:
-        """The engine's keys and values, one tensor [blocks, ...] per layer."""
+        """The engine's keys and values, one tensor [blocks, ...] per layer: those that stay, not a measurement's."""
+        self.keys = BlockKeys(
+            self.runner.kv_cache_config.num_blocks, len(self.spec.layers), self.spec.key_width,
+            self.spec.chunking.tokens, self.level1.indexer.device,
+        )  # fmt: skip
         if self.settings.host_gib is not None:
             self.memory = Memory(caches, int(self.settings.host_gib * 2**30))
 
@@ -225,9 +233,12 @@ class Worker:
             return
         for name, chunks in places.items():
             if self.memory.load(name, chunks):
-                position = self.sequences.held[name].position
-                total = self.spec.chunking.visible(position)
-                self._write(name, position, total, "arrived", self.memory.of(name).visible(total))
+                sequence = self.sequences.held[name]
+                total = self.spec.chunking.visible(sequence.position)
+                visible, blocks = self.memory.of(name).visible(total)
+                if sequence.force is not None:
+                    sequence.force = Chosen(sequence.force.position, total, visible, blocks)
+                self._write(name, sequence.position, total, "arrived", visible)
 
     def take_moves(self) -> dict[str, Moves]:
         """What the scheduler is to be told, by request; nothing without host memory."""

@@ -57,7 +57,7 @@ def test_a_preempted_request_starts_anew(monkeypatch):
     connector.handle_preemptions(loads)
     assert worker.memory.of("stays").moved == {1: 7}
     assert worker.memory.of("preempted").moved == {}
-    assert worker.memory.of("preempted").visible(4).tolist() == [0, 1, 2, 3]
+    assert worker.memory.of("preempted").visible(4)[0].tolist() == [0, 1, 2, 3]
     assert worker.sequences.enter("stays", 64, alone=True).force is not None
     assert worker.sequences.enter("preempted", 64, alone=True).force is None
     assert "preempted" not in worker.take_moves()

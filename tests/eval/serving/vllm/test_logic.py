@@ -80,12 +80,7 @@ def test_a_gap_and_a_prompt_start_anew():
     assert sequences.enter("a", 14, alone=True).force is None  # preempted and read again meanwhile
     sequence.position = 14
     read(sequence, 15)
-    assert sequences.enter("a", 40, alone=False).visible(40, 2) is None
-
-
-def test_chunks_made_since_are_visible():
-    sequence = Sequence(position=30, force=Chosen(20, 5, torch.tensor([0, 3])))
-    assert sequence.visible(31, 4).tolist() == [0, 3, 5, 6, 7]
+    assert sequences.enter("a", 40, alone=False).force is None
 
 
 def test_keys_are_those_of_the_pooler_whatever_the_pieces():
@@ -107,21 +102,39 @@ def test_keys_are_those_of_the_pooler_whatever_the_pieces():
 
 
 def test_tables_hold_visible_blocks_and_their_length():
-    tables = Tables(4, 6, torch.device("cpu"))
+    """Two requests with sets of 2 and 1 of their chunks: in places that they exchange, and whole again at last."""
+    tables = Tables(4, 6, 4, torch.device("cpu"))
     table = torch.arange(18, dtype=torch.int32).view(3, 6)
     lengths = torch.tensor([18, 23, 24], dtype=torch.int32)
-    visible = [None, torch.tensor([0, 2, 5]), torch.tensor([0, 5])]
+    moved = Chosen(20, 5, torch.tensor([0, 2]), torch.tensor([-1, 77], dtype=torch.int32))
+    plain = Chosen(16, 4, torch.tensor([3]))
     for _ in range(2):
-        short, new, bounds = tables.fill(table, lengths, lengths, visible, [(1, 1, 77)], 4)
+        short, new, bounds = tables.fill(table, lengths, lengths, [None, moved, plain])
         assert short[0].tolist() == table[0].tolist()
         assert short[1, :3].tolist() == [6, 77, 11]
-        assert short[2, :2].tolist() == [12, 17]
-        assert new.tolist() == bounds.tolist() == [18, 11, 8]
+        assert short[2, :3].tolist() == [15, 16, 17]
+        assert new.tolist() == bounds.tolist() == [18, 11, 12]
         assert short.data_ptr() == tables.table.data_ptr()
+    short, new, bounds = tables.fill(table, lengths, lengths, [plain, None, moved])
+    assert (short[0, :3].tolist(), short[2, :3].tolist()) == ([3, 4, 5], [12, 77, 17])
+    assert short[1].tolist() == table[1].tolist()
+    assert new.tolist() == bounds.tolist() == [6, 23, 12]
     assert lengths.tolist() == [18, 23, 24]
     assert table.tolist() == torch.arange(18).view(3, 6).tolist()
-    whole, new, bounds = tables.fill(table, lengths, lengths, [None] * 3, [], 4)
+    whole, new, bounds = tables.fill(table, lengths, lengths, [None] * 3)
     assert (whole.tolist(), new.tolist(), bounds.tolist()) == (table.tolist(), lengths.tolist(), lengths.tolist())
+
+
+def test_a_table_grows_behind_a_set():
+    """Chunks that are made after a set was chosen are read, without the set being told again."""
+    tables, chosen = Tables(1, 8, 4, torch.device("cpu")), Chosen(11, 3, torch.tensor([0, 2]))
+    table = torch.arange(8, dtype=torch.int32)[None] + 100
+    for length in range(13, 32):
+        lengths = torch.tensor([length], dtype=torch.int32)
+        short, new, _ = tables.fill(table, lengths, lengths, [chosen])
+        read = [chunk for chunk in range(-(-length // 4)) if chunk != 1]
+        assert int(new) == length - 4
+        assert short[0, : len(read)].tolist() == [100 + chunk for chunk in read]
 
 
 def pool(limit=1 << 20):
@@ -134,16 +147,16 @@ def test_cold_chunks_leave_and_come_back_elsewhere():
     memory, table = pool(), torch.tensor([3, 4, 5, 6, 7, 8])
     memory.settle("a", {0, 3}, 4, table)
     assert memory.take_moves()["a"].evict == [1, 2]
-    assert memory.of("a").visible(5).tolist() == [0, 3, 4]
+    assert memory.of("a").visible(5)[0].tolist() == [0, 3, 4]
     for cache in memory.caches:
         cache[4:6] = -1  # freed, and somebody else's by now
     memory.settle("a", {0, 2}, 4, table)
     moves = memory.take_moves()["a"]
     assert (moves.evict, moves.fetch) == ([3], [2])
-    assert memory.of("a").visible(5).tolist() == [0, 4]  # 2 is on its way
+    assert memory.of("a").visible(5)[0].tolist() == [0, 4]  # 2 is on its way
     assert memory.load("a", {2: 10})
-    assert memory.of("a").visible(5).tolist() == [0, 2, 4]
-    assert memory.of("a").moved == {2: 10}
+    assert memory.of("a").visible(5)[0].tolist() == [0, 2, 4]
+    assert memory.of("a").visible(5)[1].tolist() == [-1, 10, -1]
     assert [cache[10].unique().tolist() for cache in memory.caches] == [[5.0], [105.0]]
     memory.settle("a", {0, 1}, 4, table)  # 2 is on the host already: nothing is copied again
     assert memory.take_moves()["a"].evict == [2]
@@ -157,7 +170,7 @@ def test_a_full_host_leaves_chunks_where_they_are():
     memory, table = pool(limit=2 * 2 * 6 * 4), torch.tensor([3, 4, 5, 6, 7, 8])
     memory.settle("a", {0}, 5, table)
     assert memory.take_moves()["a"].evict == [1, 2]
-    assert memory.of("a").visible(5).tolist() == [0, 3, 4]
+    assert memory.of("a").visible(5)[0].tolist() == [0, 3, 4]
     assert memory.full
 
 
@@ -167,7 +180,7 @@ def test_chunks_that_came_too_late_are_visible_until_the_next_set():
     memory.settle("a", {0, 1}, 3, table)
     memory.settle("a", {0, 2}, 3, table)
     memory.load("a", {1: 9})  # wanted by the set before
-    assert memory.of("a").visible(3).tolist() == [0, 1]
+    assert memory.of("a").visible(3)[0].tolist() == [0, 1]
     memory.take_moves()
     memory.settle("a", {0, 2}, 3, table)
     assert memory.take_moves()["a"].evict == [1]
