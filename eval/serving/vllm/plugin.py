@@ -30,7 +30,10 @@ def register() -> None:
     if current_platform.is_cpu():  # it takes no CUSTOM backend, but its own may be replaced
         register_backend(AttentionBackendEnum.CPU_ATTN, "eval.serving.vllm.backend.LookaheadCPUBackend")
     else:
-        register_backend(AttentionBackendEnum.CUSTOM, "eval.serving.vllm.backend_triton.LookaheadTritonBackend")
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+        kernel = "Flash" if get_flash_attn_version() == 3 else "Triton"  # as stock vLLM on Hopper
+        register_backend(AttentionBackendEnum.CUSTOM, f"eval.serving.vllm.backend_cuda.Lookahead{kernel}Backend")
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "eval.serving.vllm.connector", CONNECTOR)
     register_spec()
