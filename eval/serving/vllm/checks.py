@@ -53,6 +53,8 @@ def check(config: Any) -> None:
             f"the bundle {settings.bundle} is for a model with fingerprint {spec.backbone}, "
             f"but {config.model_config.model} has {found}"
         )
+    # The engine keeps compiled models from one start to the next, and what is caught in them depends on these.
+    config.additional_config["lookahead_layers"] = spec.layers
 
 
 def check_options(config: Any) -> None:

@@ -84,6 +84,16 @@ def test_its_own_model_is_served(configure, model):
     assert configure(model).kv_transfer_config.kv_connector == "LookaheadConnector"
 
 
+def test_a_compiled_model_serves_no_bundle_of_other_layers(configure, models, tmp_path):
+    """The engine keeps it by this value; the bundle's folder stays the same when it is exported again."""
+    spec, values = load_scorer(models / "qwen3-bundle").spec, []
+    for layers in ([0, 2], [1, 2], [0, 2]):
+        other = spec.model_copy(update={"layers": layers})
+        export_bundle(SimpleNamespace(spec=other, query_encoder=Scorer(other)), tmp_path / "bundle")
+        values.append(configure(lookahead={"bundle": str(tmp_path / "bundle")}).compute_hash())
+    assert values[0] == values[2] != values[1]
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
