@@ -1,0 +1,206 @@
+"""How fast vLLM decodes long contexts, stock and with an indexer: python -m benchmarks.decode_vllm --out decode.json
+
+Runs in an environment for serving (docs/serving.md), with one GPU. The model has the shape of Llama-3.1-8B, as many
+layers as asked for, and random weights, and the indexer too: what is measured is time, not what is said. Engines are
+started one after the other: stock vLLM with its own choices, stock vLLM with the model runner that the plugin needs,
+and the plugin. Prompts are random tokens, read beforehand into the prefix cache; a cell is the rate while all requests
+of a batch are decoded, at equal lengths of context. `read` is the share of the blocks that the plugin read, by its own
+counters.
+"""
+
+# pyright: reportMissingImports=false
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.machine import origin
+from benchmarks.serving_vllm import figures
+from data_gen.core.chunks import Chunking
+from data_gen.core.fingerprint import SINGLE, checkpoint_tensors, fingerprint
+from indexer_train.config import IndexerConfig
+from indexer_train.formats.bundle import export_bundle
+from indexer_train.scorer import Scorer
+from indexer_train.selection import Budget
+from indexer_train.spec import IndexerSpec
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": 4096,
+    "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+TOY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+CHUNK, WINDOW, KEPT = 16, 64, 0.1
+SERVERS = {
+    "stock": {},
+    "stock-v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+    "lookahead": {"VLLM_USE_V2_MODEL_RUNNER": "0", "LOOKAHEAD_BUNDLE": "{folder}/bundle"},
+}
+"""Environment of each engine, over this process's own."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One engine's rate at one size."""
+
+    server: str
+    context: int
+    batch: int
+    tokens_per_second: float
+    step_ms: float
+    read: float | None
+
+    def row(self) -> str:
+        """A line under HEADER."""
+        read = "-" if self.read is None else f"{self.read:.1%}"
+        return (
+            f"{self.server:<11}{self.context:>9,}{self.batch:>7}{self.tokens_per_second:>11.1f}"
+            f"{self.step_ms:>10.2f}{read:>9}"
+        )
+
+
+HEADER = "server       context  batch   tokens/s   ms/step     read"
+
+
+def write_model(folder: Path, shape: dict[str, Any]) -> None:
+    """A checkpoint without weights, which the engine draws itself, and its bundle; the fingerprint is a norm's."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape))
+    save_file({"model.norm.weight": torch.ones(shape["hidden_size"], dtype=torch.bfloat16)}, folder / SINGLE)
+    layers = shape["num_hidden_layers"]
+    spec = IndexerSpec(
+        shape=IndexerConfig(heads=16, rank=128, distance_bumps=12),
+        layers=sorted({layers // 4, layers // 2, layers * 3 // 4}), hidden=shape["hidden_size"],
+        key_width=shape["num_key_value_heads"] * shape["head_dim"], chunking=Chunking(tokens=CHUNK),
+        window=WINDOW, backbone=fingerprint(checkpoint_tensors(folder)), selections=[Budget(budget=KEPT)],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    export_bundle(SimpleNamespace(spec=spec, query_encoder=Scorer(spec)), folder / "bundle")  # pyright: ignore[reportArgumentType]
+
+
+def cells(contexts: list[int], batches: list[int], most: int) -> list[tuple[int, int]]:
+    """(context, batch) of at most so many tokens, the longest contexts first, because the shorter ones begin them."""
+    sizes = [(context, batch) for context in sorted(contexts, reverse=True) for batch in sorted(batches, reverse=True)]
+    return [(context, batch) for context, batch in sizes if context * batch <= most]
+
+
+def prompt(sequence: int, tokens: int, vocabulary: int) -> dict[str, list[int]]:
+    """Random tokens; of two prompts of one sequence the shorter one begins the longer one."""
+    random = torch.Generator().manual_seed(sequence)
+    return {"prompt_token_ids": torch.randint(10, vocabulary, (1 << 17,), generator=random)[:tokens].tolist()}
+
+
+def measure(server: str, folder: Path, args: argparse.Namespace) -> list[Cell]:
+    """All cells of one engine, printed as they come. In a process of its own, because settings come by environment."""
+    os.environ.update({name: value.format(folder=folder) for name, value in SERVERS[server].items()})
+    from vllm import LLM
+
+    gpu, shape = torch.cuda.is_available(), json.loads((folder / "config.json").read_text())
+    options: dict[str, Any] = {
+        "load_format": "dummy", "skip_tokenizer_init": True, "disable_log_stats": False, "dtype": "bfloat16",
+        "block_size": CHUNK if gpu or server == "lookahead" else 2 * CHUNK, "max_num_seqs": max(args.batches),
+        "compilation_config": {"cudagraph_capture_sizes": sorted(args.batches)},
+    }  # fmt: skip
+    if gpu and server == "lookahead":
+        options["attention_backend"] = "CUSTOM"
+    given = json.loads(args.engine)
+    options["compilation_config"] |= given.pop("compilation_config", {})
+    llm = LLM(str(folder), **options | given)
+    found = []
+    for cell in timed(llm, server, shape["vocab_size"], args):
+        print(cell.row(), flush=True)
+        found.append(cell)
+    llm.llm_engine.engine_core.shutdown()  # this process waits for the engine's when it ends
+    return found
+
+
+def timed(llm: Any, server: str, vocabulary: int, args: argparse.Namespace) -> Iterator[Cell]:
+    """Each cell twice, the second time on the prefix cache; the first one may end early."""
+    for context, batch in cells(args.contexts, args.batches, args.most):
+        prompts = [prompt(sequence, context - args.new, vocabulary) for sequence in range(batch)]
+        decode(llm, prompts, 4)
+        before = counters()
+        rate = steady(decode(llm, prompts, args.new))
+        after = counters()
+        counted = {name: value - before.get(name, 0) for name, value in after.items()}
+        made = counted.get("lookahead:made_total")
+        read = counted["lookahead:read_total"] / made if made else None
+        yield Cell(server, context, batch, rate, 1000 * batch / rate, read)
+
+
+def decode(llm: Any, prompts: list[dict[str, list[int]]], tokens: int) -> list[list[float]]:
+    """Answer all prompts at once; returns when each token of each answer came, in seconds."""
+    from vllm import SamplingParams
+
+    engine, came = llm.llm_engine, [[] for _ in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    for number, each in enumerate(prompts):
+        engine.add_request(str(number), each, sampling)
+    while engine.has_unfinished_requests():
+        for answer in engine.step():
+            times = came[int(answer.request_id)]
+            times += [time.perf_counter()] * (len(answer.outputs[0].token_ids) - len(times))
+    return came
+
+
+def steady(came: list[list[float]]) -> float:
+    """Tokens a second of all requests, from when each has its first token to when one has its last."""
+    begin, end = max(times[0] for times in came), min(times[-1] for times in came)
+    if end <= begin:
+        raise SystemExit("no moment at which all requests were decoded; raise --new")
+    return sum(begin < moment <= end for times in came for moment in times) / (end - begin)
+
+
+def counters() -> dict[str, float]:
+    """The engine's own figures so far, by name; the plugin's are among them."""
+    from prometheus_client import generate_latest
+
+    return figures(generate_latest().decode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[4096, 32768, 131072], help="tokens, answer included"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument(
+        "--most", type=int, default=1 << 20, help="tokens of the largest cell; larger ones are left out"
+    )
+    parser.add_argument("--new", type=int, default=513, help="tokens of an answer")
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--engine", default="{}", help="more options of every engine, in JSON")
+    parser.add_argument("--toy", action="store_true", help="a narrow model, for a machine without a GPU")
+    args = parser.parse_args()
+    found: list[Cell] = []
+    with TemporaryDirectory() as parent:
+        folder = Path(parent) / "model"
+        write_model(folder, LLAMA | (TOY if args.toy else {}) | {"num_hidden_layers": args.layers})
+        print(HEADER, flush=True)
+        for server in args.servers:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                found += pool.submit(measure, server, folder, args).result()
+            rows = {
+                "origin": origin("cuda" if torch.cuda.is_available() else "cpu"),
+                "rows": [asdict(x) for x in found],
+            }
+            args.out.write_text(json.dumps(rows | {"layers": args.layers}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
