@@ -157,6 +157,15 @@ class Server:
             found[name] = found.get(name, 0) + value
         return found
 
+    def held(self) -> tuple[float, float]:
+        """(sequences, bytes on the host) that the plugin holds once the engine has told it of the last answer's end."""
+        for _ in range(60):  # which it does with its next step, after the answer has gone out
+            figures = self.metrics()
+            if figures["lookahead:sequences"] == 0:
+                break
+            time.sleep(0.5)
+        return figures["lookahead:sequences"], figures["lookahead:host_bytes"]
+
     def close(self) -> None:
         self.process.terminate()
         try:

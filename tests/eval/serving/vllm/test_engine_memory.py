@@ -40,7 +40,7 @@ def test_requests_that_do_not_fit_together_decode_together(serve, prompts, follo
     for name in asked:
         windows = [line for line in server.windows(name) if line["how"] != "arrived"]
         assert len(windows) >= 10
-    assert server.metrics()["lookahead:host_bytes"] == server.metrics()["lookahead:sequences"] == 0
+    assert server.held() == (0, 0)
 
 
 def test_preempted_and_aborted_requests_lose_nothing(serve, prompts, follow):
@@ -61,7 +61,7 @@ def test_preempted_and_aborted_requests_lose_nothing(serve, prompts, follow):
     assert figures["vllm:num_preemptions_total"] > before
     assert figures["lookahead:evicted_total"] > 20
     assert agree(server, follow, asked, answers) > len(asked)
-    assert figures["lookahead:host_bytes"] == figures["lookahead:sequences"] == 0
+    assert server.held() == (0, 0)
 
 
 def test_a_full_host_is_said_once_and_blocks_stay_visible(serve, prompts, follow):
