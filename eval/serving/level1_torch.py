@@ -1,5 +1,6 @@
 """Level 1 in torch: keys in pages or rows, scored in tiles, and what every backend checks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -28,6 +29,10 @@ class Indexer(Protocol):
     @property
     def device(self) -> torch.device:
         """Where its weights lie."""
+        ...
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """Its parts, one `Scorer` among them."""
         ...
 
     def pack(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,10 @@ from data_gen.core.key_bytes import PAGE
 from eval.serving.kernels.device import check_fp8
 from eval.serving.kernels.level1 import round_kernel, score_kernel
 from eval.serving.kernels.limits import SCRATCH, STEPS, limit_kernel
+from eval.serving.kernels.queries import QueryWeights
 from eval.serving.level1_torch import Indexer, Level1, PagedKeys, check_keys
 from eval.serving.select import Limits, Resident
+from indexer_train.scorer import Scorer
 from indexer_train.selection import Budget, Threshold
 from indexer_train.spec import IndexerSpec
 
@@ -62,9 +64,10 @@ class Buffers:
 class TritonLevel1(Level1):
     """Scores fp8 pages with fp16 products on a GPU; fp8: rounds the queries to fp8 as well, for fp8 products.
 
-    Every term and every join of a bundle is computed. `resident` returns buffers that the next call overwrites. They
-    are kept for each shape of the page table: give it the width of the longest context once. Key bytes are not checked;
-    a sequence whose table is too short for its position gets the count -1.
+    Every term and every join of a bundle is computed. Queries are packed from a bf16 copy of the weights, made here and
+    kept on the GPU: two bytes a parameter beside the indexer's own. `resident` returns buffers that the next call
+    overwrites. They are kept for each shape of the page table: give it the width of the longest context once. Key bytes
+    are not checked; a sequence whose table is too short for its position gets the count -1.
     Raises InputError, by name, for what it lacks: keys that are not fp8 pages, heads or widths not powers of two,
     a GPU that is older than fp8.
     """
@@ -81,6 +84,7 @@ class TritonLevel1(Level1):
         if indexer.device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise InputError("backend: triton needs a CUDA device; use the torch backend")
         check_fp8(indexer.device)
+        self.weights = QueryWeights(next(part for part in indexer.modules() if isinstance(part, Scorer)))
         self.fp8 = fp8
         budget = isinstance(self.selection, Budget)
         cuts = [] if budget else self.selection.cuts
@@ -96,6 +100,11 @@ class TritonLevel1(Level1):
             self._processors = gpu.multi_processor_count
             self._programs = self._processors * programs_an_sm(gpu.shared_memory_per_multiprocessor, indexer.spec)
         self._buffers: dict[tuple[int, int], Buffers] = {}
+
+    @torch.no_grad()
+    def pack(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """As `Level1.pack`, with products in bf16."""
+        return self.weights.pack(hidden, positions)
 
     def joined_scores(self, queries: torch.Tensor, keys: PagedKeys | torch.Tensor) -> torch.Tensor:
         """As `Level1.joined_scores`."""
