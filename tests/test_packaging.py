@@ -149,6 +149,7 @@ def test_a_wheel_holds_these_packages_and_their_files(wheel):
     data = {
         "data_gen/py.typed", "indexer_train/card.md.j2", "eval/report/page.html.j2", "recipes/smollm2-quickstart.yaml",
         "eval/plan/configs/deepseek-v4-flash.json", "recipes/pocket_v4/model/model.safetensors",
+        "eval/serving/kernels/topk.cu",
     }  # fmt: skip
     assert shipped | data <= set(names)
 

@@ -1,6 +1,7 @@
-"""Level 2's selection in Triton: the k best of a list of scores without a sort, one program per sequence.
+"""Level 2's selection: the k best of a list of scores without a sort, one block or program per sequence.
 
-Any cut with k to COLUMNS scores above it will do: those scores are collected, and the k-th largest among them is found
+Lists that fit in a block's registers are selected from by topk.cu where it can be compiled, others in Triton. There any
+cut with k to COLUMNS scores above it will do: those scores are collected, and the k-th largest among them is found
 digit by digit, by histograms of 256 counts. The list is read as interleaved columns, twice as many as wanted scores:
 about 0.7 COLUMNS scores lie above the median of the column maxima, whatever their distribution. So the first cut is a
 little below the maxima's mean, and it is usually the last. Bisection follows. Where it finds no cut, because too many
@@ -13,7 +14,10 @@ import triton
 import triton.language as tl
 
 from data_gen.core.errors import InputError
+from eval.serving.kernels import nvrtc
 
+BLOCK, LISTED = 1024, 24 * 1024
+"""Threads of a block of topk.cu, and the longest list that they hold."""
 FEWEST, MOST = 16, 2048
 """Columns: twice as many as are wanted, four or eight a thread."""
 TILE = 8192
@@ -26,9 +30,8 @@ def select_resident(scores: torch.Tensor, slots: torch.Tensor, k: int) -> torch.
     """The slots of the k best scores of each sequence, then -1: [B, R] fp32, [B, R] int32 -> [B, k] int32.
 
     The set is that of `eval.serving.level2.select_resident`; of equal scores at the cut it is always the same ones, not
-    always the first; the order is the columns'. NaN is not found here. Raises InputError on other layouts and k.
+    always the first, in no particular order. NaN is not found here. Raises InputError on other layouts and k.
     """
-    columns = max(FEWEST, 2 * triton.next_power_of_2(k))
     if not 1 <= k <= MOST // 2:
         raise InputError(f"kernels.topk: the best {k}; the kernel selects 1 to {MOST // 2}")
     if scores.dtype != torch.float32 or slots.dtype != torch.int32 or scores.shape != slots.shape:
@@ -36,14 +39,19 @@ def select_resident(scores: torch.Tensor, slots: torch.Tensor, k: int) -> torch.
             f"kernels.topk: {scores.dtype} scores and {slots.dtype} slots; need fp32 and int32 of one shape"
         )
     batch, listed = scores.shape
+    scores, slots = scores.contiguous(), slots.contiguous()
     best = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
+    if listed <= LISTED and nvrtc.has_nvrtc(scores.device):
+        nvrtc.kernel("topk.cu", "select_kernel", scores.device)(batch, BLOCK, scores, slots, best, listed, k)
+        return best
+    columns = max(FEWEST, 2 * triton.next_power_of_2(k))
     kept = torch.empty(batch, 2, columns, dtype=torch.int32, device=scores.device)
     rows = min(8, TILE // columns)
     steps = max(1, triton.cdiv(listed, columns * rows))
     warps = max(1, min(8, columns // 128))
     # without maxnreg the compiler saves registers, and spills
     _select[(batch,)](
-        scores.contiguous(), slots.contiguous(), kept, best, listed, k,
+        scores, slots, kept, best, listed, k,
         COLUMNS=columns, STEPS=steps, STEP=rows, num_warps=warps, maxnreg=255,
     )  # fmt: skip
     return best
