@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENGINE = {"vllm"}
 """What the plugin for it is loaded by; docs/serving.md names it."""
+CUDA = {"cuda"}
+"""Of torch's builds for CUDA; without it kernels in Triton run."""
 OWN = {"cli", "data_gen", "indexer_train", "eval", "recipes", "benchmarks", "docs", "examples", "tests"}
 RELEASE = {"dataloader", "train"}
 """Modules of the FlashMemory release, which two benchmarks run where a checkout is given."""
@@ -41,7 +43,7 @@ def imported(folders):
         names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
         found |= {name.split(".")[0] for name in names}
     providers = packages_distributions()
-    foreign = found - ENGINE - OWN - RELEASE - set(sys.stdlib_module_names)
+    foreign = found - ENGINE - CUDA - OWN - RELEASE - set(sys.stdlib_module_names)
     return {canonical(name) for module in foreign for name in providers.get(module, [module])[:1]}
 
 

@@ -28,7 +28,7 @@ class Kernel:
 
     def __call__(self, blocks: int, threads: int, *arguments: torch.Tensor | int) -> None:
         """Launch; tensors are passed as their addresses, numbers as int32. Raises RuntimeError when it is refused."""
-        from cuda.bindings import driver
+        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
 
         held = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in arguments]
         table = (ctypes.c_void_p * len(held))(*(ctypes.addressof(argument) for argument in held))
@@ -41,7 +41,7 @@ class Kernel:
 @cache
 def kernel(file: str, name: str, device: torch.device) -> Kernel:
     """The kernel `name` of a file beside this module, for a device. Raises RuntimeError with the compiler's message."""
-    from cuda.bindings import driver, nvrtc
+    from cuda.bindings import driver, nvrtc  # pyright: ignore[reportMissingImports]
 
     source = (Path(__file__).parent / file).read_bytes()
     program = _checked(nvrtc.nvrtcCreateProgram(source, file.encode(), 0, [], []))
