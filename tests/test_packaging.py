@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes import load_recipe
 from recipes.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -84,10 +85,16 @@ def test_the_workflow_and_the_hooks_call_what_is_there():
         subprocess.run([sys.executable, "-m", "ruff", *arguments, "cli.py"], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_the_first_call_says_at_once_which_stages_follow():
-    makefile = (ROOT / "Makefile").read_text()
-    told, installs = re.findall(r'^\t@echo "make quickstart .*: (.+)"\n\t(\S+)', makefile, re.MULTILINE)[0]
-    assert told == ", ".join(STAGES) and installs == "$(PYTHON)"
+def test_the_first_call_says_at_once_which_stages_follow_and_how_long_they_take(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "recipes/smollm2-quickstart.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    call = ["make", "quickstart", "PYTHON=false"]  # ends where the set-up would begin
+    said = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True).stdout.splitlines()
+    took = load_recipe("smollm2-quickstart").took
+    assert took is not None and list(took.seconds) == list(STAGES)
+    assert said[1].endswith(f"on {took.where}, they took, in seconds:")
+    assert said[2] == "  " + ", ".join(f"{name}: {seconds:g}" for name, seconds in took.seconds.items())
 
 
 MAIN = "===== 3050 passed, 190 skipped, 2 warnings in 1900.12s (0:31:40) ====="
@@ -152,6 +159,8 @@ def test_a_wheel_holds_these_packages_and_their_files(wheel):
         "data_gen/py.typed", "indexer_train/card.md.j2", "eval/report/page.html.j2", "recipes/smollm2-quickstart.yaml",
         "eval/plan/configs/deepseek-v4-flash.json", "recipes/pocket_v4/model/model.safetensors",
         "eval/serving/kernels/topk.cu",
+        "recipes/pocket_v4/bundle/bundle.json", "recipes/pocket_v4/bundle/indexer.safetensors",
+        "recipes/cluster/generate.sbatch", "recipes/cluster/train.sbatch",
     }  # fmt: skip
     assert shipped | data <= set(names)
 
