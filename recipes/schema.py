@@ -18,9 +18,9 @@ Stage = Literal["generate", "train", "evaluate", "export", "decode"]
 
 
 class Took(Strict):
-    """How long `lookahead run` took once. It shows these times when it starts, and prints its own at its end.
+    """How long `lookahead run` took once. It shows these times when it starts, of a shipped recipe called by name.
 
-    where: the machine and the commit; seconds: how many seconds each stage took.
+    A file may have been changed since. where: the machine and the commit; seconds: how many seconds each stage took.
     """
 
     where: str
@@ -54,10 +54,14 @@ class Recipe(Strict):
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe by name (those that ship with the package) or by path. Raises InputError on any mistake in it."""
+    """A recipe by name (those that ship with the package) or by path, then without what it took.
+
+    Raises InputError on any mistake in it.
+    """
     path = Path(name)
     shipped = files("recipes") / f"{name}.yaml"
-    if path.suffix in {".yaml", ".yml"}:
+    own = path.suffix in {".yaml", ".yml"}
+    if own:
         if not path.exists():
             raise InputError(f"recipe {path}: no such file")
         try:
@@ -71,7 +75,7 @@ def load_recipe(name: str) -> Recipe:
         known = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
         raise InputError(f"recipe {name!r}: neither a .yaml file nor one of {', '.join(known)}")
     try:
-        return Recipe.model_validate(yaml.safe_load(text))
+        recipe = Recipe.model_validate(yaml.safe_load(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -79,3 +83,6 @@ def load_recipe(name: str) -> Recipe:
         raise InputError(f"recipe {name}: {where or 'top level'}: {reason}") from error
     except Exception as error:  # of YAML: also numbers of 5,000 digits, or brackets without end
         raise InputError(f"recipe {name}: not YAML ({one_line(error)})") from error
+    if own:
+        recipe.took = None  # measured with what ships, and a file may be a changed copy of that
+    return recipe

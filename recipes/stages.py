@@ -34,7 +34,7 @@ class Stages:
         for name, what in STAGES.items():
             time = "" if took is None else f" {in_words(took.seconds[name]):>12}"
             say(f"  {name:8}{time}  {what}")
-        say(f"times: {'not measured for these documents' if took is None else took.where}; a stopped run continues")
+        say(f"times: {'not measured for these settings' if took is None else took.where}; a stopped run continues")
 
     def do(self, name: Stage, step: Callable[[], Result]) -> Result:
         """Announce a stage, do it, and note how long it took; returns what it returns."""

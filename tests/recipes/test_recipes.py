@@ -22,7 +22,8 @@ SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_are_valid_and_say_what_to_expect(name):
-    assert load_recipe(name) == load_recipe(str(ROOT / "recipes" / f"{name}.yaml"))
+    by_path = load_recipe(str(ROOT / "recipes" / f"{name}.yaml"))
+    assert by_path == load_recipe(name).model_copy(update={"took": None})  # a file may have been changed since
     header = [line for line in (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
     text = "\n".join(header)
     assert "Hardware: " in text and "PENDING" not in text, text
