@@ -1,4 +1,4 @@
-"""Make docs/results.md of benchmarks/results/*.json: no figure there is typed by hand.
+"""Make docs/results.md of benchmarks/results/*.json: no figure in a table there is typed by hand.
 
     python -m benchmarks.results_page
 
@@ -219,8 +219,8 @@ def page() -> str:
     """The whole of docs/results.md."""
     parts = [
         "# Results",
-        "Made by `python -m benchmarks.results_page` of `benchmarks/results/`: no figure is typed by hand. The history "
-        "holds no commits between a0ac62e and df7faee, to which those named here belong that it lacks.",
+        "Made by `python -m benchmarks.results_page` of `benchmarks/results/`: no figure in a table is typed by hand. "
+        "The history holds no commits between a0ac62e and df7faee, to which those named here belong that it lacks.",
     ]
     for section in SECTIONS:
         data = json.loads((RESULTS / section.file).read_text())
