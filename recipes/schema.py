@@ -20,7 +20,8 @@ Stage = Literal["generate", "train", "evaluate", "export", "decode"]
 class Took(Strict):
     """How long `lookahead run` took once. It shows these times when it starts, of a shipped recipe called by name.
 
-    A file may have been changed since. where: the machine and the commit; seconds: how many seconds each stage took.
+    Those of a recipe file are left out: it may have been changed since. where: the machine and the commit; seconds: how
+    many seconds each stage took.
     """
 
     where: str
