@@ -50,7 +50,7 @@ SECTIONS = [
         results_tables.at_length,
     ),
     Section(
-        "Gemma-3-270M: needles in text of 4K to 32K tokens, 2 % of the chunks kept",
+        "Gemma-3-270M: needles in text of 4K to 32K tokens",
         "needles-gemma-h200.json",
         "Recipe `gemma-3-270m-long`, in a run of its own: 56 questions per cell in the benchmark's form, on the texts' "
         "packages, 2 % of the chunks in addition to the protected ones. A correction of 8 chunks is asked where the "
