@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
@@ -73,14 +74,19 @@ class Plan:
         with whole(self.path, "plan", REMEDY), pq.ParquetFile(self.path, page_checksum_verification=True) as file:
             yield file
 
+    def _read(self, columns: list[str]) -> Iterator[pa.Table]:
+        """Some columns, a group of rows at a time."""
+        with self._opened() as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns)
+
     @cached_property
     def brief(self) -> dict[Split, list[dict[str, Any]]]:
         """By side, what is known of each document in a few numbers: `BRIEF`, and where its row lies."""
         found: dict[Split, list[dict[str, Any]]] = {side: [] for side in SIDES}
-        with self._opened() as file:
-            for group in range(file.num_row_groups):
-                for place, row in enumerate(file.read_row_group(group, BRIEF).to_pylist()):
-                    found[row["side"]].append(row | {"group": group, "place": place})
+        for group, rows in enumerate(self._read(BRIEF)):
+            for place, row in enumerate(rows.to_pylist()):
+                found[row["side"]].append(row | {"group": group, "place": place})
         return found
 
     def content(self, side: Split) -> dict[int, tuple[str, str]]:
@@ -108,18 +114,20 @@ class Plan:
 
     def check_source(self, documents: DocumentsConfig) -> None:
         """Raise InputError, which names the first document whose source is not what it was when it was planned."""
-        with self._opened() as file:
-            rows = file.read(["document", "source_position", "source_hash"])
-        needed = set(rows["source_position"].combine_chunks().flatten().to_pylist())
-        last = max(needed, default=-1)
-        digests: dict[int, bytes] = {}
-        for number, raw in enumerate(documents_of(documents)) if needed else ():
-            if number in needed:
-                digests[number] = raw_digest(raw)
-            if number == last:
-                break
-        for row in rows.to_pylist():
-            if source_hash(digests.get(number, b"") for number in row["source_position"]) != row["source_hash"]:
+        lists = (group["source_position"].combine_chunks() for group in self._read(["source_position"]))
+        needed = np.unique(np.concatenate([np.unique(each.flatten()) for each in lists]))
+        # Not a dictionary: there may be millions of texts, each of which would be several objects.
+        digests, found = np.zeros((len(needed), hashlib.sha256().digest_size), np.uint8), 0
+        for number, raw in enumerate(documents_of(documents)) if len(needed) else ():
+            if number == needed[found]:
+                digests[found] = np.frombuffer(raw_digest(raw), np.uint8)
+                found += 1
+                if found == len(needed):
+                    break
+        columns = ["document", "source_position", "source_hash"]
+        for row in (row for group in self._read(columns) for row in group.to_pylist()):
+            places = np.searchsorted(needed, row["source_position"])
+            if source_hash([digests[places[places < found]].tobytes()]) != row["source_hash"]:
                 raise InputError(
                     f"{self.path}: {row['document']} was made of a text that the source no longer has there; "
                     "restore it, or choose another folder"

@@ -3,17 +3,24 @@
 import json
 import resource
 import threading
+import tracemalloc
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from data_gen.config import DocumentsConfig
 from data_gen.core.errors import InputError
 from data_gen.text import plan as planning
-from data_gen.text.documents import draw_documents
+from data_gen.text.documents import draw_documents, source_hash
 from data_gen.text.plan import Plan, open_plan
 from data_gen.text.seen import Seen
+from data_gen.text.sources import raw_digest
 from data_gen.traces.progress import PLAN
 
 LIMITS = (512, 128)
@@ -132,6 +139,51 @@ def test_chats_and_texts_say_where_they_are_from(tiny_recipe, tokenizer, tmp_pat
             (number,) = document.sources
             assert tokenizer.decode(document.tokens).startswith(f"<user>{number} Is it?")
     plan.check_source(documents)
+
+
+def write_plan(path, positions, texts):
+    """A plan as `check_source` reads it: of the documents whose texts have these numbers."""
+    hashes = [source_hash(raw_digest(texts[number]) for number in own) for own in positions]
+    found = enumerate(zip(positions, hashes, strict=True))
+    rows = [{"document": f"doc {n}", "source_position": own, "source_hash": hashed} for n, (own, hashed) in found]
+    schema = pa.schema([planning.SCHEMA.field(name) for name in rows[0]])
+    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+        for first in range(0, len(rows), 3):
+            writer.write_table(pa.Table.from_pylist(rows[first : first + 3], schema))
+        writer.add_key_value_metadata({"settings": "{}", "notes": "[]"})
+
+
+def write_texts(path, texts):
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return DocumentsConfig(source=str(path), tokens=(1, 1), train={"text": 1}, heldout={"text": 1})
+
+
+@given(st.data())
+def test_the_first_document_whose_texts_changed_is_named(tmp_path_factory, data):
+    """Texts that no document has may change, and the source may end before them."""
+    folder = tmp_path_factory.mktemp("plan")
+    texts = data.draw(st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=12))
+    own = st.lists(st.integers(0, len(texts) - 1), unique=True, max_size=5)
+    positions = data.draw(st.lists(own, min_size=1, max_size=8))
+    now = [data.draw(st.sampled_from([text, text, text, "e"])) for text in texts]
+    now = now[: data.draw(st.integers(1, len(now)))]
+    write_plan(folder / PLAN, positions, texts)
+    changed = [n for n, own in enumerate(positions) if [texts[i] for i in own] != [now[i] for i in own if i < len(now)]]
+    with pytest.raises(InputError, match=f": doc {changed[0]} was made") if changed else nullcontext():
+        Plan(folder / PLAN).check_source(write_texts(folder / "source.jsonl", now))
+
+
+def test_comparing_a_source_holds_a_few_bytes_of_each_text(tmp_path):
+    held = []
+    for count in (10_000, 30_000):
+        texts = [str(number) for number in range(count)]
+        write_plan(tmp_path / PLAN, [list(range(first, first + 50)) for first in range(0, count, 50)], texts)
+        documents = write_texts(tmp_path / "source.jsonl", texts)
+        tracemalloc.start()
+        Plan(tmp_path / PLAN).check_source(documents)
+        held.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert held[1] - held[0] < 64 * 20_000  # a position of 8 bytes, a digest of 32, and what sorting takes
 
 
 def test_seen_is_a_set():
