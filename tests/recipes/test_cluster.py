@@ -17,12 +17,14 @@ SCRIPTS = HERE / "recipes" / "cluster"
 COMMANDS = {
     # One task after the other, as many as the script's array has.
     "sbatch": """last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)$/\\1/p' "$1")
+export SLURM_CPUS_PER_TASK=$(sed -n 's/^#SBATCH --cpus-per-task=\\([0-9]*\\)$/\\1/p' "$1")
 last=${ARRAY_LAST:-$last}
 for i in $(seq 0 "${last:-0}"); do
   SLURM_JOB_ID=1$i SLURM_ARRAY_TASK_ID=$i SLURM_ARRAY_TASK_COUNT=$((last + 1)) bash "$1" || exit
 done""",
-    # As many tasks as the job has nodes, side by side.
-    "srun": """for i in $(seq 0 $((${SLURM_NNODES:-1} - 1))); do
+    # As many tasks as the job has nodes, side by side; of the job's CPUs they get one each unless told otherwise.
+    "srun": """echo "${SRUN_CPUS_PER_TASK:-1} CPUs a task"
+for i in $(seq 0 $((${SLURM_NNODES:-1} - 1))); do
   SLURM_PROCID=$i SLURM_STEP_NUM_TASKS=${SLURM_NNODES:-1} SLURM_LOCALID=0 "$@" & pids="$pids $!"
 done
 trap 'kill -TERM $pids' TERM
@@ -63,7 +65,7 @@ def test_an_array_traces_what_one_process_does(slurm, finished, tmp_path):
     job = slurm("generate.sbatch", OUT=str(tmp_path / "traces"), ARRAY_LAST="1")
     printed = job.communicate()[0]
     assert job.returncode == 0, printed
-    assert "shard 0/2" in printed and "shard 1/2" in printed
+    assert "shard 0/2" in printed and "shard 1/2" in printed and printed.count("8 CPUs a task\n") == 2
     assert content(tmp_path / "traces") == content(finished / "traces")
 
 
@@ -101,7 +103,7 @@ def test_nodes_train_together(slurm, finished, tmp_path):
     job = slurm("train.sbatch", TRACES=str(finished / "traces" / "train"), OUT=str(tmp_path / "run"), **nodes)
     printed = job.communicate()[0]
     assert job.returncode == 0, printed
-    assert (tmp_path / "run" / "indexer" / "modules.json").exists()
+    assert (tmp_path / "run" / "indexer" / "modules.json").exists() and "64 CPUs a task\n" in printed
 
 
 @pytest.mark.parametrize("name", ["generate.sbatch", "train.sbatch"])
