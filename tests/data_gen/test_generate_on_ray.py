@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import yaml
 
 import cli
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+if find_spec("ray") is None and "CI" not in os.environ:
+    pytest.skip("Ray is not installed: pip install '.[ray]'", allow_module_level=True)
 
 
 def content(out):
@@ -61,7 +63,7 @@ def test_two_workers_of_which_one_is_killed(once, tmp_path, lookahead):
         while not killed and time.monotonic() < deadline:
             if list(tmp_path.rglob("doc_*")) and (running := actors(os.getpid())):
                 os.kill(running[0], signal.SIGKILL)
-                killed.append(running[0])
+                killed.append(len(list(tmp_path.rglob("doc_*"))))
             time.sleep(0.01)
 
     thread = threading.Thread(target=kill)
@@ -69,7 +71,8 @@ def test_two_workers_of_which_one_is_killed(once, tmp_path, lookahead):
     code, printed, line = lookahead("generate", once[0], "--out", tmp_path, "--ray", "--workers", 2)
     thread.join()
     assert code == 0, line
-    assert killed and "to trace on Ray: 42 documents by 2 workers" in printed
+    assert len(killed) == 1 and 0 < killed[0] < 42
+    assert "to trace on Ray: 42 documents by 2 workers" in printed
     assert content(tmp_path) == once[1]
 
 
@@ -111,7 +114,7 @@ def test_a_killed_driver_loses_nothing(once, tmp_path, lookahead):
     early = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("doc_*")}
     while any(Path(f"/proc/{actor}").exists() for actor in running) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert early and running and not any(Path(f"/proc/{actor}").exists() for actor in running)
+    assert 0 < len(early) < 42 and running and not any(Path(f"/proc/{actor}").exists() for actor in running)
     assert lookahead("generate", once[0], "--out", tmp_path)[0] == 0
     assert content(tmp_path) == once[1]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in early.items())
