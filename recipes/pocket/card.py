@@ -1,7 +1,8 @@
 """Writes the model card (README.md) of a model folder.
 
 Every figure comes from the folder's own files: config.json, model.safetensors, training.json (recipe, hardware and
-what else the run is to say of itself), training.jsonl (the log) and, once measured, evaluation.json.
+what else the run is to say of itself), training.jsonl (the log) and, once measured, evaluation.json (with notes on its
+figures, if they need any, which go when it is measured again).
 """
 
 import json
@@ -95,13 +96,15 @@ def architecture(family: PocketFamily, folder: Path) -> str:
 def limits(folder: Path) -> str:
     """Which tasks it often fails at which length, with its own top-k; nothing where none or nothing was measured."""
     path, found = folder / "evaluation.json", {}
-    lengths = json.loads(path.read_text())["lengths"] if path.exists() else {}
-    for length, row in lengths.items():
+    report = json.loads(path.read_text()) if path.exists() else {"lengths": {}}
+    for length, row in report["lengths"].items():
         for task, share in row["topk"].items():
             if share < SOLVED:
                 found.setdefault(task, []).append(f"{100 * share:.0f} % at {length}")
     weak = "; ".join(f"{task} {', '.join(cells)}" for task, cells in found.items())
-    return _paragraph(f"Fewer than {100 * SOLVED:.0f} % of its answers are right at: {weak}.") if weak else ""
+    said = [f"Fewer than {100 * SOLVED:.0f} % of its answers are right at: {weak}."] if weak else []
+    said += report.get("notes", [])
+    return _paragraph(" ".join(said)) if said else ""
 
 
 def training(family: PocketFamily, folder: Path) -> str:
@@ -146,8 +149,9 @@ def evaluation(family: PocketFamily, folder: Path) -> str:
     ]
     found = [[length, f"{row['recall']:.3f}", row["seconds"]] for length, row in report["lengths"].items()]
     left = f' "No sparse attention" leaves {family.closed}: what it fails needs far history.' if family.closed else ""
+    notes = " ".join(report.get("notes", []))
     text = f"""Percent of test documents whose whole answer is right, on {report["hardware"]}: {report["documents"]}
-    documents a cell with the model's own top-k, {report["comparisons"]} otherwise.{left}"""
+    documents a cell with the model's own top-k, {report["comparisons"]} otherwise.{left} {notes}"""
     planned = json.loads((folder / "training.json").read_text())["config"]["evaluation"]["lengths"]
     missing = ", ".join(str(length) for length in planned if str(length) not in report["lengths"])
     absent = f"Of the recipe's lengths not measured: {missing}.\n\n" if missing else ""

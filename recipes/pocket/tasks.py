@@ -187,14 +187,3 @@ def solved(document: PocketDocument, completion: str) -> bool:
     if document.task == "multi_value":
         return sorted(got[::2]) == sorted(want[::2])
     return got == want
-
-
-def solved_forced(document: PocketDocument, predicted: list[str]) -> bool:
-    """The same from one forward pass over prompt and answer: `predicted` holds the best word at each answer position.
-
-    Equal to greedy decoding where the answer is unique; of several values any that is still due counts.
-    """
-    want = document.answer.split()
-    if document.task == "multi_value":
-        return all(word in want[i::2] for i, word in enumerate(predicted) if i % 2 == 0)
-    return predicted == want

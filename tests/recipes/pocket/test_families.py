@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.pocket.card import write_card
 from recipes.pocket.config import load_config
-from recipes.pocket.evaluate import weights_digest
+from recipes.pocket.evaluate import accuracy, batches, documents_of, greedy, weights_digest
+from recipes.pocket.tasks import solved
 from recipes.pockets import FAMILIES
 
 
@@ -32,6 +33,20 @@ def test_it_runs_as_the_stock_model(family, folder):
         family.set_topk(model, stock.config.index_topk // 2)  # fewer than there are: the indexers' picks count
     tokens = torch.randint(stock.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(family.logits(ours, tokens), stock(tokens, use_cache=False).logits, atol=2e-3, rtol=2e-3)
+
+
+@torch.no_grad()
+def test_answers_are_counted_as_the_stock_model_generates_them(family, folder):
+    """Where several values are due, and one that is said again is wrong."""
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    ours, tokenizer = family.load(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    documents = documents_of(load_config(folder.with_name("config.yaml")), "multi_value", 256, 2)
+    ((_, tokens, _),) = batches(tokenizer, documents, 2)
+    count = len(documents[0].answer.split())
+    made = stock.generate(tokens[:, :-count], max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    assert torch.equal(greedy(family, ours, tokens, count), made[:, -count:])
+    right = [solved(*pair) for pair in zip(documents, tokenizer.batch_decode(made[:, -count:]), strict=True)]
+    assert accuracy(family, ours, tokenizer, documents, 1) == sum(right) / len(right)
 
 
 def test_its_card_and_its_recipe_are_what_the_files_say(family, folder, tmp_path):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.pocket.config import load_config
 from recipes.pocket.evaluate import documents_of, weights_digest
-from recipes.pocket.tasks import solved_forced
+from recipes.pocket.tasks import solved
 from recipes.pocket_dsa.model import FAMILY
 
 LENGTH = 1024
@@ -35,7 +35,7 @@ def count_solved(model, folder, documents):
         tokens = tokenizer(f"{document.prompt} {document.answer}", return_tensors="pt")
         rows = slice(-len(document.answer.split()) - 1, -1)
         predicted = model(**tokens, use_cache=False).logits[0, rows].argmax(-1)
-        right += solved_forced(document, tokenizer.convert_ids_to_tokens(predicted.tolist()))
+        right += solved(document, tokenizer.decode(predicted))
     return right
 
 

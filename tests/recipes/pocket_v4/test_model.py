@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import recipes.pocket_v4
 from recipes.pocket.card import write_card
 from recipes.pocket.evaluate import documents_of, weights_digest
-from recipes.pocket.tasks import solved, solved_forced
+from recipes.pocket.tasks import solved
 from recipes.pocket.words import build_lexicon, build_tokenizer
 from recipes.pocket_v4.model import FAMILY
 
@@ -36,7 +36,7 @@ def count_solved(model, tokenizer, documents):
         assert tokens.input_ids.shape == (1, LENGTH)
         rows = slice(-len(document.answer.split()) - 1, -1)
         predicted = model(**tokens, use_cache=False).logits[0, rows].argmax(-1)
-        right += solved_forced(document, tokenizer.convert_ids_to_tokens(predicted.tolist()))
+        right += solved(document, tokenizer.decode(predicted))
     return right
 
 
