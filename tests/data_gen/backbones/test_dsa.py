@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.models import eager_weights, ids
 from benchmarks.tiny_models import tiny
@@ -12,6 +13,8 @@ from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.core.key_bytes import decode_keys, encode_keys
 from data_gen.traces.labels import SparseOracle
+from recipes.pocket.config import load_config
+from recipes.pocket.evaluate import documents_of
 from tests.data_gen.backbones.stock_indexers import stock_parts, stock_scores
 from tests.data_gen.traces.spread import spread
 
@@ -60,30 +63,51 @@ def test_a_mean_of_keys_is_on_no_fp8_grid():
     assert error(pages.half().float()) < 3e-4
 
 
+def golden_by_hand(backbone, stock, row, chunk, votes):
+    """Chunk -> votes at one query token, written out from the stock indexers' parts: tokens by score, softmax over the
+    picks, chunks of those in front."""
+    counts = torch.zeros((row + 1) // chunk + 1, dtype=torch.int64)
+    for layer in backbone.indexers:
+        scores = stock_scores(backbone.model, stock, layer, row)
+        best = scores.topk(min(backbone.model.config.get_text_config().index_topk, row + 1))
+        picks = set(stock[layer, "picks"][row].tolist()) & set(range(row + 1))
+        assert set(best.indices.tolist()) == picks
+        found, mass = set(), 0.0
+        for place, share in enumerate(best.values.softmax(0).tolist()):
+            mass += share
+            found.add(int(best.indices[place]) // chunk)
+            if mass > 0.6 and place:
+                break
+        counts[sorted(found)] += 1
+    return {number: count for number, count in enumerate(counts[:-1].tolist()) if count >= votes}
+
+
+def golden(oracle, index):
+    stored = slice(*oracle.pointers[index : index + 2].tolist())
+    return dict(zip(oracle.chunks[stored].tolist(), oracle.votes[stored].tolist(), strict=True))
+
+
 @pytest.mark.parametrize("votes", [1, 2])
 def test_votes_are_the_picks_that_hold_the_scores_mass(backbone, stock, votes):
-    """Written out from the stock indexer's parts: tokens by score, softmax over its picks, chunks of those in front."""
     raw = backbone.trace(ids(0, LENGTH)[0].tolist(), ROWS, settings(backbone, oracle="indexer", votes=votes))
     for index, row in enumerate(ROWS.tolist()):
-        counts = torch.zeros(LENGTH // CHUNK, dtype=torch.int64)
-        for layer in backbone.indexers:
-            scores = stock_scores(backbone.model, stock, layer, row)
-            best = scores.topk(min(backbone.model.config.get_text_config().index_topk, row + 1))
-            picks = set(stock[layer, "picks"][row].tolist()) & set(range(row + 1))
-            assert set(best.indices.tolist()) == picks
-            found, mass = set(), 0.0
-            for place, share in enumerate(best.values.softmax(0).tolist()):
-                mass += share
-                found.add(int(best.indices[place]) // CHUNK)
-                if mass > 0.6 and place:
-                    break
-            for chunk in found:
-                if chunk < (row + 1) // CHUNK:
-                    counts[chunk] += 1
-        first, last = raw.oracle.pointers[index : index + 2].tolist()
-        golden = {chunk: count for chunk, count in enumerate(counts.tolist()) if count >= votes}
-        chunks, found = (part[first:last].tolist() for part in (raw.oracle.chunks, raw.oracle.votes))
-        assert dict(zip(chunks, found, strict=True)) == golden
+        assert golden(raw.oracle, index) == golden_by_hand(backbone, stock, row, CHUNK, votes)
+
+
+def test_votes_of_a_trained_model_for_pages_of_64_tokens(request):
+    """Several pieces long, and longer than what its indexers pick."""
+    folder = request.config.rootpath / "recipes/pocket_dsa/model"
+    backbone = adapter(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    (document,) = documents_of(load_config(folder.with_name("config.yaml")), "tracking", 1024, 1)
+    text = f"{document.prompt} {document.answer}"
+    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+    rows = torch.tensor([200, 511, 512, 900, 1021, 1022])  # the last two predict the answer
+    pages = Chunking(tokens=64, sink=0, recent=1)
+    raw = backbone.trace(tokens[0].tolist(), rows, settings(backbone, oracle="indexer", chunking=pages, votes=2))
+    stock = stock_parts(backbone.model, tokens)
+    truth = [golden_by_hand(backbone, stock, row, 64, 2) for row in rows.tolist()]
+    assert [golden(raw.oracle, index) for index in range(len(rows))] == truth
+    assert 0 < sum(map(len, truth)) < sum((row + 1) // 64 for row in rows.tolist())
 
 
 def test_pieces_are_one_reading(backbone, monkeypatch):
