@@ -128,5 +128,5 @@ def test_a_tiny_module_caches_and_holds_as_much(family, tmp_path):
 
 def test_another_layout_is_refused(tmp_path):
     tiny("kimi_linear").config.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"not laid out like DeepSeek-V3|is None, not one positive"):
+    with pytest.raises(InputError, match="n_routed_experts is None, not one positive number"):
         load_model(str(tmp_path), None)
