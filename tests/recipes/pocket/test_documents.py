@@ -2,7 +2,7 @@
 
 import json
 
-from recipes.pocket.documents import ASKED, write_chats, write_tests
+from recipes.pocket.documents import ASKED, write_chats, write_questions, write_texts
 from recipes.pocket.words import build_lexicon
 
 
@@ -25,8 +25,8 @@ def test_chats_end_with_an_answer_and_alternate(shipped, tmp_path):
 
 
 def test_questions_on_one_text_begin_alike_and_are_answered_in_it(shipped, tmp_path):
-    write_tests(shipped, tmp_path, 512, 3)
-    tests = {task: rows_of(tmp_path / f"{task}-512.jsonl") for task in ASKED}
+    write_questions(shipped, tmp_path, "report", 512, 3)
+    tests = {task: rows_of(tmp_path / "report" / f"{task}-512.jsonl") for task in ASKED}
     texts = []
     for index in range(3):
         rows = [tests[task][index] for task in ASKED]
@@ -41,3 +41,23 @@ def test_questions_on_one_text_begin_alike_and_are_answered_in_it(shipped, tmp_p
         words = [len(row["input"].split()) + len(" ".join(row["outputs"]).split()) for row in rows]
         assert 500 < max(words) < 512
     assert len(set(texts)) == 3
+
+
+def test_no_word_is_asked_about_on_both_sides(shipped, tmp_path):
+    asked = {}
+    lexicon = build_lexicon(shipped.vocabulary)
+    for side in ("development", "report"):
+        write_questions(shipped, tmp_path, side, 512, 5)
+        inputs = [row["input"] for task in ASKED for row in rows_of(tmp_path / side / f"{task}-512.jsonl")]
+        asked[side] = {word for text in inputs for word in text.split()} & {*lexicon.keys, *lexicon.names}
+        assert len(asked[side]) > 20
+    assert not asked["development"] & asked["report"]
+
+
+def test_texts_hold_questions_and_are_no_chats(shipped, tmp_path):
+    write_texts(shipped, tmp_path / "text.jsonl", 2)
+    write_chats(shipped, tmp_path / "chats.jsonl", 2, (512, 1024))
+    texts = [row["text"].split() for row in rows_of(tmp_path / "text.jsonl")]
+    chats = [" ".join(m["content"] for m in row["messages"]) for row in rows_of(tmp_path / "chats.jsonl")]
+    assert texts[0] != texts[1] and all(len(text) == 2048 and "?" in text for text in texts)
+    assert not any(" ".join(text[:100]) in chat for text in texts for chat in chats)

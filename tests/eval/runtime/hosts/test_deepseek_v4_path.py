@@ -10,7 +10,7 @@ import yaml
 import cli
 from recipes import load_recipe
 from recipes.pocket.config import load_config
-from recipes.pocket.documents import ASKED, write_chats, write_tests
+from recipes.pocket.documents import ASKED, write_chats, write_questions
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def recipe(pocket, tmp_path):
     """pocket-v4 on four short chats and four questions on one text; training starts from the native indexers."""
     language = load_config(pocket.folder.with_name("config.yaml"))
     write_chats(language, tmp_path / "chats.jsonl", 40, (512, 600))
-    write_tests(language, tmp_path / "tests", 512, 1)
+    write_questions(language, tmp_path, "report", 512, 1)
     settings = load_recipe("pocket-v4").model_dump(mode="json")
     settings["documents"] |= {"source": str(tmp_path / "chats.jsonl"), "train": {"chat": 3}, "heldout": {"chat": 1}}
     settings["train"] |= {"epochs": 1, "validation_every": 3, "init": str(pocket.folder)}
     settings["benchmark"] |= {
         "policies": ["indexer", "mean_pooled", "native", "oracle"],
-        "files": [{"format": "ruler", "source": str(tmp_path / "tests" / f"{task}-512.jsonl")} for task in ASKED],
+        "files": [{"format": "ruler", "source": str(tmp_path / "report" / f"{task}-512.jsonl")} for task in ASKED],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path / "small.yaml"
