@@ -17,7 +17,7 @@ from random import Random
 from typing import Literal, get_args
 
 from recipes.pocket.config import PocketConfig, load_config
-from recipes.pocket.tasks import test_documents, training_document
+from recipes.pocket.tasks import asked_once, test_documents
 from recipes.pocket.words import Lexicon, build_lexicon
 
 ASKED = ("multi_key", "multi_value", "tracking", "copy")
@@ -29,7 +29,7 @@ TEXTS: dict[Side, dict[int, int]] = {
 }
 """Length -> how many texts of it are asked about."""
 FOLLOWED, TEXT_WORDS = 20, 2048
-"""Texts to follow, and how long they are."""
+"""Texts to follow, and their words at most."""
 
 
 def side_of(lexicon: Lexicon, side: Side) -> Lexicon:
@@ -39,8 +39,8 @@ def side_of(lexicon: Lexicon, side: Side) -> Lexicon:
 
 
 def chat(lexicon: Lexicon, length: int, far: int, rng: Random) -> list[Message]:
-    """A training document of about `length` words as messages: text up to a question, its answer, and so on."""
-    words, tasks = training_document(lexicon, length, far, rng, even=True)
+    """At most `length` words, asked once, as messages: text up to a question, its answer, and so on."""
+    words, tasks = asked_once(lexicon, length, far, rng)
     messages = []
     for answers, run in groupby(zip(words, tasks, strict=True), key=lambda pair: pair[1] >= 0):
         text = " ".join(word for word, _ in run)
@@ -60,9 +60,9 @@ def write_chats(config: PocketConfig, path: Path, count: int, lengths: tuple[int
 
 
 def write_texts(config: PocketConfig, path: Path, count: int) -> None:
-    """`count` texts of TEXT_WORDS words, with what chats have in messages of their own."""
+    """`count` texts of at most TEXT_WORDS words: what chats have in messages of their own."""
     lexicon = side_of(build_lexicon(config.vocabulary), "report")
-    texts = [training_document(lexicon, TEXT_WORDS, config.far, Random(f"text/{n}"), even=True) for n in range(count)]
+    texts = [asked_once(lexicon, TEXT_WORDS, config.far, Random(f"text/{number}")) for number in range(count)]
     _write(path, [{"text": " ".join(words)} for words, _ in texts])
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", type=Path, help="folder of a pocket model, with its config.yaml")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--chats", type=int, default=200)
+    parser.add_argument("--chats", type=int, default=230)
     parser.add_argument("--words", type=int, nargs=2, default=[512, 1024], help="of a chat, from and to")
     args = parser.parse_args()
     config = load_config(args.recipe / "config.yaml")

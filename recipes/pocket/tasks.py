@@ -16,6 +16,10 @@ from recipes.pocket.words import Lexicon, filler
 
 TASKS = ("single", "multi_key", "multi_value", "tracking", "copy")
 GAP = (5, 8)  # filler words between events: no 8-token compression window may hold two facts
+TOLD = 0.7
+"""Share of a chat that tells facts; the rest asks for them."""
+SPARSE = (0, 4, 12, 20)
+"""Filler words of a chat beside the least, of each fact."""
 
 
 @dataclass(frozen=True)
@@ -136,19 +140,17 @@ def training_items(words: Words, facts: int, even: bool) -> list[Item]:
     return items
 
 
-def training_document(
-    lexicon: Lexicon, length: int, far: int, rng: Random, even: bool = False
-) -> tuple[list[str], list[int]]:
+def training_document(lexicon: Lexicon, length: int, far: int, rng: Random) -> tuple[list[str], list[int]]:
     """`length` words with many facts and questions, and per word the index of the task it answers (-1: none).
 
     far: least number of words between the last mention of an item and its next question, so that no sliding window
     answers it. The item asked is drawn from all that are due: were the newest one asked, distance would give it away.
-    even: every task is asked about as often; else most questions are of the kind that is learned last, `multi_key`.
+    Most questions are of the kind that is learned last, `multi_key`.
     """
     words = Words(lexicon, rng)
     spread = rng.choice((1, 1, 1, 1 + length // 512))
     most = 0.5 * length / (spread * sum(GAP) / 2 + 4)
-    items = training_items(words, max(1, round(most ** rng.random() ** 0.25)), even)
+    items = training_items(words, max(1, round(most ** rng.random() ** 0.25)), even=False)
     untold = {id(item): len(item.facts) for item in items}
     facts = [(item, fact) for item in items for fact in item.facts]
     rng.shuffle(facts)
@@ -165,9 +167,6 @@ def training_document(
             if not untold[id(item)]:
                 told.append((len(text) + far, item))
         elif due:
-            if even:
-                task = rng.choice(sorted({told[i][1].task for i in due}))
-                due = [i for i in due if told[i][1].task == task]
             chosen = rng.choice(due)
             item = told[chosen][1]
             text += [*filler(rng, rng.randint(0, rng.choice((2, GAP[1])))), *item.question]
@@ -176,6 +175,40 @@ def training_document(
             told[chosen] = (len(text) + int(far * (length / far) ** rng.random()), item)
         else:
             text += filler(rng, rng.randint(*GAP))
+        tasks += [-1] * (len(text) - len(tasks))
+    return text[:length], tasks[:length]
+
+
+def asked_once(lexicon: Lexicon, length: int, far: int, rng: Random) -> tuple[list[str], list[int]]:
+    """`length` words at most: scattered facts, then every item asked once; per word the task it answers (-1: none).
+
+    An answer in the text is where the next question on its item would look: asked twice, nothing of two hops or of
+    scattered steps is left to learn. far: as in `training_document`. Every task is asked about as often.
+    """
+    words = Words(lexicon, rng)
+    told_in = round(length * TOLD)
+    items = training_items(words, max(6, round(told_in / (GAP[0] + 4 + rng.choice(SPARSE)))), even=True)
+    facts = [(item, fact) for item in items for fact in item.facts]
+    rng.shuffle(facts)
+    free = max(0, told_in - sum(len(fact) + GAP[0] for _, fact in facts))
+    cuts = sorted(rng.randint(0, free) for _ in facts)
+    text: list[str] = []
+    told: dict[int, int] = {}  # the word after an item's last fact
+    for (item, fact), start, end in zip(facts, [0, *cuts], cuts, strict=False):
+        text += [*filler(rng, end - start + GAP[0]), *fact]
+        told[id(item)] = len(text)
+    text += filler(rng, free - cuts[-1] + GAP[1])
+    tasks = [-1] * len(text)
+    while items and len(text) < length:
+        if due := [item for item in items if told[id(item)] + far <= len(text)]:
+            task = rng.choice(sorted({item.task for item in due}))
+            asked = rng.choice([item for item in due if item.task == task])
+            items.remove(asked)
+            text += [*filler(rng, rng.randint(0, rng.choice((2, GAP[1])))), *asked.question]
+            tasks += [-1] * (len(text) - len(tasks)) + [TASKS.index(asked.task)] * len(asked.answer)
+            text += [*asked.answer, "."]
+        else:
+            text += filler(rng, GAP[0])
         tasks += [-1] * (len(text) - len(tasks))
     return text[:length], tasks[:length]
 

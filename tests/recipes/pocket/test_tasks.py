@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from recipes.pocket.batches import StageBatches
 from recipes.pocket.config import VocabularyConfig
-from recipes.pocket.tasks import TASKS, PocketDocument, solved, training_document
+from recipes.pocket.tasks import TASKS, PocketDocument, asked_once, solved, training_document
 from recipes.pocket.tasks import test_documents as final_documents
 from recipes.pocket.words import build_lexicon, build_tokenizer, filler
 
@@ -91,10 +91,13 @@ def test_facts_that_do_not_fit_are_refused():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(60, 900), st.integers(20, 80), st.integers(0, 10**6))
-def test_training_answers_follow_from_far_text(length, far, seed):
+@given(
+    st.sampled_from([training_document, asked_once]), st.integers(60, 900), st.integers(20, 80), st.integers(0, 10**6)
+)
+def test_training_answers_follow_from_far_text(made, length, far, seed):
     """Every answer is the one the text before it gives, and no word that tells it is nearer than `far`."""
-    words, tasks = training_document(LEXICON, length, far, Random(seed))
+    words, tasks = made(LEXICON, length, far, Random(seed))
+    length = len(words) if made is asked_once else length
     assert len(words) == len(tasks) == length
     for start in range(length):
         if tasks[start] < 0 or tasks[start - 1] >= 0:
@@ -112,6 +115,18 @@ def test_training_answers_follow_from_far_text(length, far, seed):
         near = words[max(0, mark - far + 1) : mark]
         statements = [fact for _, fact in facts_of(near) if len(fact) == 4]
         assert not [f for f in statements if f[1] in subjects | told or (f[0] == "step" and not subjects)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(200, 2000), st.integers(20, 80), st.integers(0, 10**6))
+def test_nothing_is_asked_twice_and_facts_come_first(length, far, seed):
+    words, tasks = asked_once(LEXICON, length, far, Random(seed))
+    assert len(words) <= length
+    places = [place for place, word in enumerate(words) if word == "?"]
+    questions = [words[place - 1] for place in places]  # the subject, or "repeat"
+    assert questions and len(set(questions)) == len(questions)
+    assert max(place for place, _ in facts_of(words)) < places[0]
+    assert all(tasks[place + 1] >= 0 for place in places if place + 1 < len(words))
 
 
 def test_batches_depend_on_seed_stage_and_step_only(tiny):
