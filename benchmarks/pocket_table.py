@@ -1,6 +1,6 @@
 """What the pocket models answer under each policy: questions right, by length and task, of `lookahead benchmark` runs.
 
-    python -m benchmarks.pocket_table runs/pocket runs/pocket-dsa --write benchmarks/results/pocket-table.json
+    python -m benchmarks.pocket_table runs/pocket --write benchmarks/results/pocket-table.json
 
 Right is an answer with all that was asked for; the score counts parts, as results.json does. The task `all` is all four
 together, which have as many questions each; intervals are Wilson's. The last lines are means over the lengths. Commit

@@ -146,11 +146,17 @@ SECTIONS = [
         results_tables.serving,
     ),
     Section(
-        "The pocket models under an eighth of their chunks",
+        "The pocket DeepSeek-V4 under an eighth of its chunks",
         "pocket-table.json",
-        "The recipes of `make pocket` and `make pocket-dsa` at commit 296e5e9, on the machine below, which printed the "
-        "table later. A chunk is four tokens in the "
-        "first and a page of 64 in the second. There the indexer, the model's own indexers (`native`) and the oracle "
+        "Recipe `pocket-v4`, on questions on which nothing was chosen; a chunk is four tokens.",
+        pocket_table.tables,
+    ),
+    Section(
+        "The pocket DeepSeek-V3.2 under an eighth of its pages",
+        "pocket-dsa-table.json",
+        "The recipe of `make pocket-dsa` at commit 296e5e9, on the chats and questions of that time, on the machine "
+        "below, which printed the table later. A chunk is a page of 64 tokens. "
+        "The indexer, the model's own indexers (`native`) and the oracle "
         "of attention choose among two to thirty-odd pages: six steps or a chain of facts rarely lie on so few, and "
         "a page's mean key holds little of a note of three words. The DSA model itself answers no whole "
         "`multi_value` and, of 16K tokens, none of the eight.",

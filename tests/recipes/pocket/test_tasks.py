@@ -118,7 +118,7 @@ def test_training_answers_follow_from_far_text(made, length, far, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(200, 2000), st.integers(20, 80), st.integers(0, 10**6))
+@given(st.integers(512, 2000), st.integers(20, 60), st.integers(0, 10**6))
 def test_nothing_is_asked_twice_and_facts_come_first(length, far, seed):
     words, tasks = asked_once(LEXICON, length, far, Random(seed))
     assert len(words) <= length
