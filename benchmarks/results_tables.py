@@ -212,7 +212,8 @@ def scale(data: Row) -> list[str]:
     found = {name: part["found"] for name, part in data.items()}
     plans = [found[name] for name in found if name.startswith("plan")]
     opened = [{"what": name, **row} for name, row in found.get("open", {}).items()]
-    epochs = [{"candidates": name, **row} for name, row in found.get("epoch", {}).items()]
+    epochs = [{"candidates": kind, **row} for name in found if name.startswith("epoch")
+              for kind, row in found[name].items()]  # fmt: skip
     estimates = [row for name in found if name.startswith("estimate") for row in found[name]]
     parts = [
         ("Planning", plans, {"documents": "documents", "tokens": "tokens", "source, MiB": "source_mib",
@@ -220,8 +221,9 @@ def scale(data: Row) -> list[str]:
         ("Opening a store before training", opened,
          {"what": "what", "documents": "documents", "seconds": "seconds", "of it listing": "seconds_listing",
           "memory, GiB": "gib"}),
-        ("An epoch's reading", epochs, {"candidates": "candidates", "documents": "documents", "files, MiB": "mib",
-                                        "read, MiB": "read_mib", "read / files": "ratio"}),
+        ("An epoch's reading", epochs,
+         {"file system": "file_system", "candidates": "candidates", "documents": "documents", "files, MiB": "mib",
+          "read, MiB": "read_mib", "read / files": "ratio"}),
         ("Workers on one machine", found.get("workers", []),
          {"workers": "workers", "documents a second": "documents_a_second",
           "of the model alone": "of_the_model_alone"}),

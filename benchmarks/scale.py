@@ -2,7 +2,7 @@
 
 Usage: python -m benchmarks.scale plan [--documents 100000] [--tokens 1000 2000]
        python -m benchmarks.scale open [--documents 20000]
-       python -m benchmarks.scale epoch [--documents 64]
+       python -m benchmarks.scale epoch [--documents 64] [--folder MOUNT --server PID]
        python -m benchmarks.scale workers
        python -m benchmarks.scale estimate [--documents 10000] [--tokens 131072] [--store OUT]
 
@@ -18,8 +18,9 @@ check of every byte. The files were written just before, so that the kernel has 
 epoch: bytes read over bytes needed, of all candidates and of sampled ones. Read is what the kernel fetched from storage
 for this process (read_bytes of /proc/self/io) during an epoch of batches; needed is the size of the files. A file's
 pages are dropped before and once its batch is made, so that whatever is read twice counts twice. --folder says where
-the files lie: on a network file system, that is what is measured. One whose reads the kernel does not count for a
-process is refused.
+the files lie: on a network file system, that is what is measured. Where the kernel does not count a process's reads
+(FUSE), --server names the process that serves the file system, on this machine, and read is what it was asked for and
+has read (rchar of its /proc/PID/io, the requests themselves included); without it such a folder is refused.
 workers: documents a second by 1, 2 and 4 processes, of which each has one thread, beside what the model alone reads in
 one.
 estimate: the bytes that so many documents leave, computed from the settings of two recipes, and the time that copying
@@ -147,8 +148,8 @@ def opened(root: Path, loss: str | None) -> dict[str, Any]:
     return {"documents": len(store), "seconds": seconds, "seconds_listing": listed, "gib": peak_memory() - before}
 
 
-def epoch(root: Path, candidates: str) -> dict[str, Any]:
-    """Bytes that the kernel read from disk for one epoch of batches, over the bytes of the files."""
+def epoch(root: Path, candidates: str, server: int | None) -> dict[str, Any]:
+    """Bytes that the kernel, or the process `server`, read for one epoch of batches, over the bytes of the files."""
     from indexer_train.config import CandidatesConfig
     from indexer_train.data.batches import AllCandidates, DocumentBatchSampler, SampledCandidates, window_index
 
@@ -160,7 +161,7 @@ def epoch(root: Path, candidates: str) -> dict[str, Any]:
         collator = SampledCandidates(store, layers, 0.05, CandidatesConfig(kind="sampled"), seed=0)
     for path in paths:
         _drop_pages(path)
-    before, began, batches = _read_bytes(), time.perf_counter(), 0
+    before, began, batches = _read_bytes(server), time.perf_counter(), 0
     for rows in DocumentBatchSampler(index, batch_size=1 << 20):
         batch = [index[row] for row in rows]
         collator(batch)
@@ -168,8 +169,9 @@ def epoch(root: Path, candidates: str) -> dict[str, Any]:
         _drop_pages(paths[batch[0]["document"]])
         batches += 1
     size = sum(path.stat().st_size for path in paths)
-    read = _read_bytes() - before
+    read = _read_bytes(server) - before
     return {
+        "file_system": _file_system(root),
         "documents": batches,
         "mib": size / 2**20,
         "read_mib": read / 2**20,
@@ -185,9 +187,17 @@ def _drop_pages(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _read_bytes() -> int:
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["read_bytes"])
+def _read_bytes(server: int | None) -> int:
+    process, field = ("self", "read_bytes") if server is None else (server, "rchar")
+    fields = dict(line.split(": ") for line in Path(f"/proc/{process}/io").read_text().splitlines())
+    return int(fields[field])
+
+
+def _file_system(path: Path) -> str:
+    """Its kind, as the kernel names it: of the innermost mount that holds `path`."""
+    mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    held = [(len(place), kind) for place, kind in mounts if path.resolve().is_relative_to(place)]
+    return max(held)[1]
 
 
 def work(out: Path, shard: str) -> dict[str, Any]:
@@ -260,6 +270,7 @@ def main() -> None:
         "--model", default=load_recipe("smollm2-quickstart").backbone.path, help="whose tokenizer plans"
     )
     parser.add_argument("--folder", type=Path, help="where to work; else a temporary one")
+    parser.add_argument("--server", type=int, help="the process that serves the file system of --folder")
     parser.add_argument("--output", type=Path, help=f"else benchmarks/results/{OUTPUT.name}")
     parser.add_argument("--call", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -283,16 +294,18 @@ def main() -> None:
             found = {name: _called(opened, folder / "train", loss) for name, loss in losses.items()}
         elif args.part == "epoch":
             write_store(folder / "train", args.documents or 64, rows=320, chunks=4096, hidden=640)
-            found = {kind: _called(epoch, folder / "train", kind) for kind in ("all", "sampled")}
+            found = {kind: _called(epoch, folder / "train", kind, args.server) for kind in ("all", "sampled")}
             if kept := [kind for kind, each in found.items() if each["ratio"] < WHOLE]:
                 sys.exit(f"{folder}: less was read than the files hold ({', '.join(kept)}): its file system keeps "
-                         "pages; choose another by --folder")  # fmt: skip
+                         "pages or has others read for it; choose another by --folder, or say --server")  # fmt: skip
+            key = f"epoch {found['all']['file_system']}"
         elif args.part == "workers":
             found = workers(folder)
         else:
-            if "epoch" not in results:
+            epochs = [part["found"] for name, part in results.items() if name.startswith("epoch")]
+            if not epochs:
                 sys.exit(f"{output}: says nothing of an epoch; run python -m benchmarks.scale epoch first")
-            ratio = max(each["ratio"] for each in results["epoch"]["found"].values())
+            ratio = max(each["ratio"] for part in epochs for each in part.values())
             try:
                 found = estimate(args.documents or 10_000, (args.tokens or [131072])[0], ratio, args.store)
             except InputError as error:

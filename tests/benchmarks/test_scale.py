@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -31,10 +33,28 @@ def test_a_made_store_is_opened(tmp_path):
 @pytest.mark.parametrize("candidates", ["all", "sampled"])
 def test_an_epoch_reads_every_file_once(tmp_path, candidates):
     scale.write_store(tmp_path / "train", 5, chunks=2048, hidden=512)
-    read = scale.epoch(tmp_path / "train", candidates)
+    read = scale.epoch(tmp_path / "train", candidates, None)
     if not read["read_mib"]:
         pytest.skip("temporary files lie in memory here")
     assert read["documents"] == 5 and scale.WHOLE < read["ratio"] <= 1.2
+
+
+def test_what_a_server_has_read_is_counted():
+    """And nothing for this process, which asked."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as served:
+        assert served.stdin and served.stdout
+        before, own = scale._read_bytes(served.pid), scale._read_bytes(None)
+        for _ in range(16):
+            served.stdin.write(bytes(1 << 12))
+            served.stdin.flush()
+            served.stdout.read(1 << 12)
+        assert scale._read_bytes(served.pid) - before >= 1 << 16 and scale._read_bytes(None) == own
+        served.stdin.close()
+
+
+def test_a_file_system_is_that_of_the_innermost_mount(tmp_path):
+    kind = subprocess.run(["stat", "-f", "-c", "%T", "/proc"], capture_output=True, text=True, check=True).stdout
+    assert scale._file_system(Path("/proc/self")) == kind.strip() == "proc"
 
 
 def test_an_estimate_is_arithmetic():
