@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Cluster:
     """How many actors work, and how many GPUs each has (None: one where the cluster has any).
 
-    It is a local one, or the one that RAY_ADDRESS names.
+    It is a local one, or the one that RAY_ADDRESS names; where that has no GPU yet, None is refused.
     """
 
     workers: int = 1
@@ -67,7 +67,8 @@ def on_ray(
     """What a pool of actors makes of each item, in any order.
 
     One that is killed is replaced, and its items are handed out again. Raises InputError without Ray, where this
-    machine has too few GPUs for all actors, and in its words what an actor refuses.
+    machine has too few GPUs for all actors, where nobody said how many GPUs an actor has on a cluster that shows none,
+    and in its words what an actor refuses.
     """
     try:
         ray: Any = importlib.import_module("ray")
@@ -92,10 +93,16 @@ def on_ray(
 
 
 def _gpus(ray: Any, cluster: Cluster) -> float:
-    """Of each actor. Raises InputError where a local cluster lacks them: Ray would wait for more machines for ever."""
-    have = float(ray.cluster_resources().get("GPU", 0))
+    """Of each actor. Raises InputError where a local cluster lacks them: Ray would wait for more machines for ever.
+    And where one that may grow has none yet: nobody knows whether any will come."""
+    have, named = float(ray.cluster_resources().get("GPU", 0)), "RAY_ADDRESS" in os.environ
+    if named and not have and cluster.gpus is None:
+        raise InputError(
+            "--ray: the cluster that RAY_ADDRESS names has no GPU now; say --gpus-per-worker 1 to wait for nodes that "
+            "have some, or --gpus-per-worker 0 to work on its CPUs"
+        )
     each = float(have > 0) if cluster.gpus is None else cluster.gpus
-    if "RAY_ADDRESS" not in os.environ and cluster.workers * each > have:
+    if not named and cluster.workers * each > have:
         raise InputError(
             f"--ray: {cluster.workers} workers of {each:g} GPUs each, but this machine has {have:g}; ask for fewer, "
             "for a part of one (--gpus-per-worker 0.5), or name a cluster by RAY_ADDRESS"

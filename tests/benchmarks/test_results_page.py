@@ -26,7 +26,7 @@ def test_the_page_of_scale_has_a_table_of_each_part():
     found = {
         "plan 7 x 10-20": timed | of | {"source_mib": 3.25, "plan_mib": 1.25, "gib_before": 1, "peak_gib": 2},
         "open": {"golden chunks": timed | {"seconds_listing": 0.25, "gib": 0.75}},
-        "epoch": {"sampled": timed | {"mib": 8.5, "read_mib": 9.5, "ratio": 1.125}},
+        "epoch ext4": {"sampled": timed | {"file_system": "ext4", "mib": 8.5, "read_mib": 9.5, "ratio": 1.125}},
         "workers": [{"workers": 4, "documents_a_second": 6.5, "of_the_model_alone": 0.625}],
         "estimate": [numbers | of | {"model": "computed"}],
         "estimate mine": [numbers | of | {"model": "traced", "tokens_a_second": 11.5, "hours_tracing": 12.5}],

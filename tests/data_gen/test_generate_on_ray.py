@@ -85,6 +85,7 @@ def test_a_cluster_named_by_its_address_loses_a_node(once, tmp_path):
     try:
         going = cluster.add_node(num_cpus=2, **memory)
         run = [sys.executable, "-m", "cli", "generate", str(once[0]), "--out", str(tmp_path), "--ray", "--workers", "2"]
+        run += ["--gpus-per-worker", "0"]
         told = os.environ | {"RAY_ADDRESS": cluster.address}
         driver = subprocess.Popen(run, cwd=Path(cli.__file__).parent, env=told, stdout=subprocess.DEVNULL,
                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
@@ -124,6 +125,24 @@ def test_more_gpus_than_there_are_is_refused(once, tmp_path, lookahead):
     """Ray would wait for them for ever."""
     code, _, line = lookahead("generate", once[0], "--out", tmp_path, "--ray", "--workers", 2, "--gpus-per-worker", 99)
     assert code == 2 and "--ray: 2 workers of 99 GPUs each, but this machine has " in line
+
+
+def test_a_named_cluster_without_gpus_is_asked_about(once, tmp_path):
+    """They may come later: whether the documents are traced on CPUs is for the caller to say."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False,
+                                                            "object_store_memory": 100 << 20})  # fmt: skip
+    try:
+        run = [sys.executable, "-m", "cli", "generate", str(once[0]), "--out", str(tmp_path), "--ray"]
+        told = os.environ | {"RAY_ADDRESS": cluster.address}
+        done = subprocess.run(run, cwd=Path(cli.__file__).parent, env=told, capture_output=True, text=True)
+    finally:
+        cluster.shutdown()
+    said = [line for line in done.stderr.splitlines() if line.startswith("lookahead: ")]  # Ray says things of its own
+    assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr
+    assert "--ray: the cluster that RAY_ADDRESS names has no GPU now; say --gpus-per-worker 1" in said[0]
+    assert not list(tmp_path.rglob("doc_*"))
 
 
 def test_every_byte_is_checked_by_who_measures_it(finished, recipe, tmp_path, lookahead, monkeypatch):
