@@ -223,7 +223,7 @@ def scale(data: Row) -> list[str]:
           "memory, GiB": "gib"}),
         ("An epoch's reading", epochs,
          {"file system": "file_system", "candidates": "candidates", "documents": "documents", "files, MiB": "mib",
-          "read, MiB": "read_mib", "read / files": "ratio"}),
+          "of it batches need, MiB": "needed_mib", "read, MiB": "read_mib", "read / files": "ratio"}),
         ("Workers on one machine", found.get("workers", []),
          {"workers": "workers", "documents a second": "documents_a_second",
           "of the model alone": "of_the_model_alone"}),
