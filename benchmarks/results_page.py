@@ -180,8 +180,8 @@ SECTIONS = [
         "scale-cpu.json",
         "Each part of `benchmarks/scale.py` by a command of its own. Opening is all that `lookahead train` does before "
         "its first step, every sixth document held back, with the files in the kernel's memory. The network file "
-        "system is sshfs on this machine, through a local connection. [Traces from more than one machine](scale.md) says what "
-        "follows from it.",
+        "system is sshfs on this machine, through a local connection. "
+        "[Traces from more than one machine](scale.md) says what follows from it.",
         results_tables.scale,
     ),
     Section(
