@@ -251,7 +251,7 @@ def pocket_documents(tokenizer: Any, length: int, count: int, seed: str) -> Iter
             asked = Asked(each.task, length, each.task, ids[:-1], ids[-1:], len(words), values)
             yield f"asked {number}", asked
     for number in range(count):
-        words, _ = training_document(lexicon, length, config.far, rng, even=True)
+        words, _ = training_document(lexicon, length, config.far, rng)
         ids = tokenizer(" ".join(words)).input_ids
         place = len(ids) - FOLLOWED - 1
         yield f"text {number}", Asked("text", length, "text", ids[:place], ids[place:-1], 0, [])
