@@ -54,6 +54,7 @@ def test_an_indexer_trains_and_is_measured_on_the_traces(tmp_path, pocket, name)
     rows = evaluate_recall(indexer, heldout, config.golden, threshold.cuts[0].score)
     found = {(row.policy, row.budget): row.mass_recall for row in rows if row.budget != "threshold"}
     assert all(0 <= recall <= found["oracle", budget] + 1e-6 for (_, budget), recall in found.items())
+    assert found["indexer", 0.1] > 2 * max(found["recency", 0.1], found["random", 0.1]), found
     needed = {row.policy: row.golden_recall for row in rows if row.budget == 0.1}  # both losses are of golden chunks
     assert needed["indexer"] > 3 * max(needed["recency"], needed["random"]), needed
     native = "native_votes" if recipe.trace.oracle == "indexer" else "exact_attention"
