@@ -56,7 +56,7 @@ def test_run_and_benchmark(tmp_path, recipe, lookahead):
     assert full["kv_share"] == full["agreement"] == 1 and full["kl"] == 0
     # An eighth of the chunks, the newest one on top, and what is made while the answer is written.
     assert all(0.12 < row["kv_share"] < 0.15 and row["kv_mb"] < 0.5 * full["kv_mb"] for row in sparse)
-    assert all(row["kl"] >= 0 and row["refreshes"] == 1 for row in sparse)
+    assert all(row["kl"] > -1e-6 and row["refreshes"] == 1 for row in sparse)  # fp32: equal texts round to either side
     assert rows["indexer"]["kl"] < min(rows["recency"]["kl"], rows["random"]["kl"])
     printed = lookahead("benchmark", out / "bundle", "--out", out, "--recipe", recipe)
     rows = json.loads((out / "results.json").read_text())["benchmark"]
