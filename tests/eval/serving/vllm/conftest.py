@@ -44,15 +44,32 @@ def truth(*arguments: object) -> str:
 def models(tmp_path_factory):
     """Folder with a checkpoint NAME and a bundle NAME-bundle of smollm2, qwen3 and gemma3, and prompts.json.
 
-    Made once, whichever of several test processes comes first.
+    Made once, whichever of several test processes comes first. Skips where vLLM itself, without any plugin, does not
+    start to serve.
     """
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "models"
+    trouble = folder / "trouble.txt"
     with FileLock(f"{folder}.lock"):
-        if not (folder / "prompts.json").exists():
+        if not trouble.exists():
             folder.mkdir(exist_ok=True)
             truth("models", folder, WINDOW)
+            trouble.write_text(trouble_without_plugins(folder))
+    if said := trouble.read_text():
+        pytest.skip(f"vLLM itself does not start to serve on this machine: {said}")
     return folder
+
+
+def trouble_without_plugins(folder: Path) -> str:
+    """The last line of the log of a stock server that does not answer within five minutes; "" of one that does."""
+    server = Server(folder, folder / "smollm2", None, environment={"VLLM_PLUGINS": ""})
+    try:
+        server.wait(300)
+    except AssertionError:
+        return server.log.read_text().strip().rpartition("\n")[2] or "nothing was said"
+    finally:
+        server.close()
+    return ""
 
 
 @pytest.fixture(scope="session")
@@ -77,13 +94,17 @@ class Part:
 class Server:
     """The OpenAI server in processes of its own, and a client. folder: for its log and its trace."""
 
-    def __init__(self, folder: Path, model: Path, bundle: Path | None, *arguments: str, **settings: object) -> None:
+    def __init__(
+        self, folder: Path, model: Path, bundle: Path | None, *arguments: str,
+        environment: dict[str, str] | None = None, **settings: object,
+    ) -> None:  # fmt: skip
         self.model, self.trace, self.log = str(model), folder / "trace.jsonl", folder / "server.log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         lookahead = {"BUNDLE": bundle, "TRACE": self.trace, **settings} if bundle else {}
-        environment = os.environ | ENGINE | {f"LOOKAHEAD_{name.upper()}": str(v) for name, v in lookahead.items()}
+        told = {f"LOOKAHEAD_{name.upper()}": str(value) for name, value in lookahead.items()}
+        environment = os.environ | ENGINE | (environment or {}) | told
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model, "--port", str(self.port),
             "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--block-size",
