@@ -32,7 +32,8 @@ from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import select
 
 Score = Callable[["Continuation", int], torch.Tensor]
-"""(continuation, row) -> scores [N] of the prompt's complete chunks, made from what that row has read."""
+"""(continuation, row) -> scores of the prompt's complete chunks, made from what that row has read: [N] for one set that
+all full-attention layers share, [layers, N] for a set of each."""
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Policy:
 class Continuation:
     """Rows that go on after one prompt, each under its policy.
 
-    resident: [rows, tokens of the prompt] bool, None before the first refresh; newest: layer -> [rows, hidden];
+    resident: [rows, layers, tokens of the prompt] bool, None before the first refresh; newest: layer -> [rows, hidden];
     watched: layer -> probabilities of each token read on each complete chunk, highest and mean over heads [S, N], of a
     continuation of one row that keeps everything; queries: layer -> newest ones [rows, H, 1, d]; contents: the same
     before RoPE, scaled; complete: chunks at the last refresh; held: (layer, row) -> what corrected the newest token [N]
@@ -152,23 +153,24 @@ class MaskedModel:
         going.complete = self.chunking.visible(position)
         for row, policy in enumerate(going.policies):
             if policy.score is None:
-                kept = torch.ones_like(candidate)
+                kept = torch.ones(len(self.layers), chunks, dtype=torch.bool)
                 shares.append(0.0)
             else:
                 corrected = 0 if policy.correction is None else policy.correction.chunks
                 bought = self.chunking.kept(policy.budget, position)
                 if bought < corrected:
                     raise InputError(f"a correction of {corrected} chunks, but the budget buys {bought} of {chunks}")
-                count = torch.tensor([bought - corrected])
-                kept = ~candidate | select(policy.score(going, row)[None].cpu(), candidate, count)
-                shares.append(min(corrected, int((~kept).sum())) * size / going.prompt.tokens)
+                scores = policy.score(going, row).cpu().reshape(-1, chunks)
+                best = select(scores, candidate.expand_as(scores), torch.full([len(scores)], bought - corrected))
+                kept = (~candidate | best).expand(len(self.layers), -1)
+                shares.append(min(corrected, int((~kept[0]).sum())) * size / going.prompt.tokens)
                 if going.resident is not None:
-                    before = going.resident[row, : chunks * size : size].cpu()
-                    going.fetched[row] += int((kept[0] & ~before).sum())
+                    before = going.resident[row, :, : chunks * size : size].cpu()
+                    going.fetched[row] += int((kept & ~before).sum()) / len(self.layers)
             unfinished = going.prompt.tokens - chunks * size
-            rows.append(nn.functional.pad(kept[0].repeat_interleave(size), (0, unfinished), value=True))
+            rows.append(nn.functional.pad(kept.repeat_interleave(size, dim=1), (0, unfinished), value=True))
         going.resident = torch.stack(rows).to(self.model.device)
-        going.kept.append(going.resident.float().mean(dim=1).cpu() + torch.tensor(shares))
+        going.kept.append(going.resident.float().mean(dim=(1, 2)).cpu() + torch.tensor(shares))
 
     @torch.no_grad()
     def read(self, going: Continuation, tokens: torch.Tensor, last: bool = False) -> torch.Tensor:
@@ -262,11 +264,12 @@ class MaskedModel:
         query: [rows, H, S, d]; key: [rows, KV, n, d], of all tokens after the prompt.
         """
         assert going.resident is not None
-        size, prompt, seen = self.chunking.tokens, going.prompt, going.resident[:, None]
+        resident = going.resident[:, self.layers.index(layer)]
+        size, prompt, seen = self.chunking.tokens, going.prompt, resident[:, None]
         chunks = prompt.tokens // size
         before, going.queries[layer] = going.queries[layer], query[:, :, -1:]
         for row, policy in enumerate(going.policies):
-            absent = ~going.resident[row, : chunks * size : size]
+            absent = ~resident[row, : chunks * size : size]
             if policy.correction is None or not (count := min(policy.correction.chunks, int(absent.sum()))):
                 continue
             asks = query[row]
@@ -325,12 +328,14 @@ def mean_pooled(going: Continuation, row: int) -> torch.Tensor:
     return torch.stack(scores).mean(dim=0)
 
 
-def foresight(full: Continuation, window: int, peaks: bool) -> Score:
+def foresight(full: Continuation, window: int, peaks: bool, layers: Sequence[int] | None = None) -> Score:
     """The oracle: what a continuation that kept everything, and was watched, needs of the next `window` tokens.
 
     peaks: by the window's highest head-maximum probability, averaged over layers; else by its mean probability.
+    layers: those averaged over, all full-attention ones by default.
     """
-    watched = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in (full.watched or {}).values()]
+    seen = full.watched or {}
+    watched = [tuple(map(torch.cat, zip(*seen[layer], strict=True))) for layer in layers or seen]
     highest, mean = (torch.stack(each).mean(dim=0) for each in zip(*watched, strict=True))  # [tokens, N]
 
     def score(going: Continuation, row: int) -> torch.Tensor:
