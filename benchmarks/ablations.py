@@ -74,6 +74,12 @@ VARIATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Name -> what it changes of the recipe's indexer and training; a loss that the recipe has anyway is left out."""
 UNTRAINED: dict[str, Score] = {"recency": recency, "mean-pooled keys": mean_pooled}
 """Beside the oracles, which are made again for each document."""
+Oracle = Callable[[Continuation, int], Score]
+"""(what full attention went through, tokens of a window) -> what it needed."""
+ORACLES: dict[str, Oracle] = {
+    "oracle of peaks": partial(foresight, peaks=True),
+    "oracle of mass": partial(foresight, peaks=False),
+}
 SEEDS = 2
 """Sets of held-out questions, each of the recipe's numbers."""
 
@@ -172,7 +178,13 @@ def policies_of(recipe: Recipe, out: Path, names: list[str], correction: int, de
 
 
 def ask(
-    recipe: Recipe, policies: list[Policy], masked: MaskedModel, tokenizer: Any, every: Iterable[Asked], journal: Path
+    recipe: Recipe,
+    policies: list[Policy],
+    masked: MaskedModel,
+    tokenizer: Any,
+    every: Iterable[Asked],
+    journal: Path,
+    oracles: dict[str, Oracle] = ORACLES,
 ) -> None:
     """Go on after every prompt under every policy; `journal` keeps the finished ones."""
     stop, window, made = stop_tokens(masked.model, tokenizer), recipe.trace.window, origin(masked.model.device)
@@ -190,8 +202,7 @@ def ask(
         bought = masked.chunking.kept(budget, prompt.tokens)
         beside = [replace(each, budget=budget) for each in policies
                   if each.correction is None or bought >= 2 * each.correction.chunks]  # fmt: skip
-        beside += [Policy("oracle of peaks", foresight(full, window, True), budget)]
-        beside += [Policy("oracle of mass", foresight(full, window, False), budget)]
+        beside += [Policy(name, oracle(full, window), budget) for name, oracle in oracles.items()]
         going = masked.begin(prompt, beside)
         if asked.values:
             said += answers(masked, going, asked.given, asked.most, window, ended)

@@ -268,3 +268,20 @@ def coverage(data: Row) -> list[str]:
                    f"{name}, demand fallback above {part['share']:.1%}, {calibrated} so that a part {part['rate']:.0%} "
                    f"of the sparse questions falls back:\n\n{listed(part['fallback'], windows)}"]  # fmt: skip
     return tables
+
+
+def layer_sets(data: Row) -> list[str]:
+    """Texts, then questions, under one set and under a set for each group of layers."""
+    names = {"set": "set", "policy": "policy", "n": "documents"}
+    texts = [row for row in data["rows"] if row["kind"] == "text"]
+    questions = [row for row in data["rows"] if row["kind"] == "questions"]
+    beside = {"minus the one set's": "shared", "minus recency's": "recency"}
+    right = {"right": lambda row: round(row["right"] * row["documents"])}
+    tables = []
+    for rows, metric, shown in (
+        (texts, "kl", {"KL": "kl", "KL gone of the one set's": share("fall")}),
+        (questions, "right", right),
+    ):
+        columns = names | shown | {head: interval(f"{metric}_beside_{name}") for head, name in beside.items()}
+        tables += [listed(rows, columns | {"KV kept": share("kept")})] * bool(rows)
+    return tables
