@@ -1,28 +1,25 @@
 """One resident set for all layers, or one for each group of layers: what does the model still say, at equal bytes?
 
-    python -m benchmarks.layer_sets smollm2-quickstart --out runs/layer-sets --groups 3 6 --own 3
-    python -m benchmarks.layer_sets smollm2-quickstart --out runs/layer-sets --groups 3 6 --own 3 --share 0.3 \
-        --tokens 1000 1200 --follow 64 --questions 4 --output benchmarks/results/layer-sets-cpu.json
+    python -m benchmarks.layer_sets smollm2-quickstart runs/quickstart/traces/train --out runs/layer-sets --groups 3 6
+    python -m benchmarks.layer_sets smollm2-quickstart runs/quickstart/traces/train --out runs/layer-sets --groups 3 6 \
+        --tokens 1000 1200 --follow 64 --questions 0 --output benchmarks/results/layer-sets-cpu.json
 
-Traces the recipe's training documents once (--share: that part of each kind; --tokens: other lengths, here and in what
-is asked) and trains indexers on them, all with the recipe's settings. `shared` is the recipe's: one indexer, labels
-pooled over all layers. `N groups` cuts the layers into N contiguous groups (--groups), each with an indexer of its own,
-whose labels are pooled over the group's layers alone. All of them read the states and keys of the recipe's layers; with
-`own layers` (--own) each reads as many layers of its own group. Oracles of peaks are pooled in the same ways, down to a
-set for each layer.
+Trains indexers on the recipe's traces, or on those of them that there are, all with its settings. `shared` is the
+recipe's: one indexer, labels pooled over all layers. `N groups` cuts the layers into N contiguous groups, each with an
+indexer of its own, whose labels are pooled over the group's layers alone. All read the states and keys of the layers
+that the traces hold. Oracles of peaks are pooled in the same ways, down to a set for each layer.
 
 Every layer keeps the recipe's budget, so that all sets take equal bytes. They are masks over one prompt
 (benchmarks/masked.py). Texts are followed before questions are asked, of the development and of the report documents
-of benchmarks/ablations.py (--texts, --questions: of a seed, the latter of each kind). A stopped run continues. The
-table has KL of the next token from full attention and questions right, and differences from the one shared set and from
-recency on the same documents with 95 % intervals.
+of benchmarks/ablations.py (--texts, --questions: of a seed, the latter of each kind; --tokens: of other lengths). A
+stopped run continues. The table has KL of the next token from full attention and questions right, and differences from
+the one shared set and from recency on the same documents with 95 % intervals.
 """
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -30,17 +27,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from benchmarks import results_tables
 from benchmarks.ablation_tables import SETS
-from benchmarks.ablations import Oracle, ask, held_out
+from benchmarks.ablations import Asked, Oracle, ask, held_out
 from benchmarks.masked import Continuation, MaskedModel, Policy, Score, foresight, recency, trained
-from data_gen.backbones.load import adapter, load_backbone
+from data_gen.backbones.load import load_backbone
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.core.files import write_atomically
-from data_gen.generate import generate
 from data_gen.traces.store import TraceDocument, TraceStore
 from data_gen.traces.types import Manifest, Planned, SparseAttention
 from indexer_train.load import load_indexer
@@ -52,14 +47,6 @@ from recipes import Recipe, load_recipe
 SHARED, ORACLE, RECENCY = "shared", "oracle, ", "recency"
 SOURCES = {"development": ["stdlib"], "report": None}
 """As benchmarks/ablations.py has them; None: what the recipe holds out."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to share sets. groups: the layers of each set; reads: those that each set's indexer reads."""
-
-    groups: list[list[int]]
-    reads: list[list[int]]
 
 
 class GroupDocument(TraceDocument):
@@ -89,11 +76,10 @@ class GroupStore(TraceStore):
         self.columns = columns
 
     @classmethod
-    def of(cls, store: TraceStore, group: list[int], reads: list[int]) -> "GroupStore":
-        """Labels pooled over the layers `group`; states and keys of the layers `reads`."""
-        trace = store.manifest.trace.model_copy(update={"layers": reads})
-        columns = [store.manifest.backbone.full_layers.index(layer) for layer in group]
-        return cls(store.root, store.manifest.model_copy(update={"trace": trace}), store.files, columns)
+    def of(cls, store: TraceStore, group: list[int]) -> "GroupStore":
+        """Labels pooled over the layers `group`."""
+        full = store.manifest.backbone.full_layers
+        return cls(store.root, store.manifest, store.files, [full.index(layer) for layer in group])
 
     def only(self, paths: Iterable[Path]) -> "GroupStore":
         """A view of this view: these of its files."""
@@ -110,22 +96,6 @@ def cut(layers: Sequence[int], count: int) -> list[list[int]]:
         raise InputError(f"{count} groups of {len(layers)} layers")
     places = [number * len(layers) // count for number in range(count + 1)]
     return [list(layers[first:last]) for first, last in pairwise(places)]
-
-
-def spread(group: Sequence[int], count: int) -> list[int]:
-    """At most `count` layers of a group, evenly spread."""
-    places = {min(len(group) - 1, round((number + 0.5) * len(group) / count)) for number in range(count)}
-    return [group[place] for place in sorted(places)]
-
-
-def arms_of(layers: list[int], reads: list[int], counts: Iterable[int], own: Iterable[int]) -> dict[str, Arm]:
-    """The shared set, then those of groups. layers: all full-attention ones; reads: the recipe's."""
-    found = {SHARED: Arm([layers], [reads])}
-    found |= {f"{count} groups": Arm(cut(layers, count), [reads] * count) for count in counts}
-    for count in own:
-        groups = cut(layers, count)
-        found[f"{count} groups, own layers"] = Arm(groups, [spread(group, len(reads)) for group in groups])
-    return found
 
 
 def by_layer(scores: Sequence[Score], groups: Sequence[Sequence[int]]) -> Score:
@@ -147,15 +117,14 @@ def oracle_of(groups: Sequence[Sequence[int]]) -> Oracle:
     return oracle
 
 
-def learn(store: TraceStore, recipe: Recipe, arm: Arm, out: Path) -> list[MemoryIndexer]:
+def learn(store: TraceStore, recipe: Recipe, groups: Sequence[list[int]], out: Path) -> list[MemoryIndexer]:
     """The indexer of each group, trained unless it is there."""
     found = []
-    for number, (group, reads) in enumerate(zip(arm.groups, arm.reads, strict=True)):
+    for number, group in enumerate(groups):
         folder = out / f"{number}"
-        if (folder / "indexer").exists():
-            found.append(load_indexer(folder / "indexer"))
-        else:
-            found.append(train(GroupStore.of(store, group, reads), recipe.indexer, recipe.train, folder))
+        done = (folder / "indexer").exists()
+        view = GroupStore.of(store, group)
+        found.append(load_indexer(folder / "indexer") if done else train(view, recipe.indexer, recipe.train, folder))
     return found
 
 
@@ -186,56 +155,58 @@ def rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Trace, train, ask, print; --output holds every row."""
+    """Train, ask, print; --output holds every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--out", type=Path, required=True, help="for traces, indexers and what was asked")
-    parser.add_argument("--groups", type=int, nargs="*", default=[], help="numbers of groups: recipe's layers read")
-    parser.add_argument("--own", type=int, nargs="*", default=[], help="numbers of groups: own layers read")
-    parser.add_argument("--share", type=float, default=1.0, help="of the recipe's training documents of each kind")
-    parser.add_argument("--tokens", type=int, nargs=2, metavar=("SHORTEST", "LONGEST"), help="of every document")
+    parser.add_argument("traces", type=Path, help="training documents; some may be missing")
+    parser.add_argument("--out", type=Path, required=True, help="for indexers and what was asked")
+    parser.add_argument("--groups", type=int, nargs="+", required=True, help="numbers of groups")
+    parser.add_argument("--set", action="append", choices=SETS, help="asked only these; both by default")
+    parser.add_argument("--tokens", type=int, nargs=2, metavar=("SHORTEST", "LONGEST"), help="of what is asked")
     parser.add_argument("--texts", type=int, help="held-out texts of a seed, for the recipe's number")
     parser.add_argument("--questions", type=int, help="held-out questions of a seed and kind, for the recipe's number")
     parser.add_argument("--follow", type=int, default=128, help="tokens followed of each text")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     recipe, out = load_recipe(args.recipe), args.out
+    store = TraceStore.open(args.traces, partial=True)
+    store.check_training()
+    layers = store.manifest.backbone.full_layers
+    arms = {SHARED if count == 1 else f"{count} groups": cut(layers, count) for count in sorted({1, *args.groups})}
+    trained_ones = {name: learn(store, recipe, groups, out / name) for name, groups in arms.items()}
     model, tokenizer = load_backbone(recipe.backbone)
-    masked = MaskedModel(model, recipe.trace.chunking)
-    arms = arms_of(masked.layers, recipe.trace.layers, args.groups, args.own)
-    read = sorted({layer for arm in arms.values() for reads in arm.reads for layer in reads})
-    numbers = {task: round(args.share * number) for task, number in recipe.documents.train.items()}
-    lengths = recipe.documents.tokens if args.tokens is None else tuple(args.tokens)
-    documents = recipe.documents.model_copy(update={"train": numbers, "tokens": lengths})
-    trace = recipe.trace.model_copy(update={"layers": read})
-    (store,) = generate(adapter(model), tokenizer, documents, trace, out / "traces", ["train"], progress=tqdm)
     policies = [Policy(RECENCY, recency, 0.0)]
-    for name, arm in arms.items():
-        scores = [trained(indexer.to(model.device)) for indexer in learn(store, recipe, arm, out / name)]
-        policies.append(Policy(name, by_layer(scores, arm.groups), 0.0))
-    counts = sorted({1, *args.groups, *args.own, len(masked.layers)})
-    named = {1: SHARED, len(masked.layers): "a set a layer"}
-    oracles = {ORACLE + named.get(count, f"{count} groups"): oracle_of(cut(masked.layers, count)) for count in counts}
-    kinds = {task: args.texts if task == "text" else args.questions for task in recipe.documents.heldout}
-    held = recipe.documents.heldout | {task: number for task, number in kinds.items() if number is not None}
-    asked = recipe.model_copy(update={"documents": documents.model_copy(update={"heldout": held})})
+    for name, groups in arms.items():
+        scores = [trained(indexer.to(model.device)) for indexer in trained_ones[name]]
+        policies.append(Policy(name, by_layer(scores, groups), 0.0))
+    oracles = {ORACLE + name: oracle_of(groups) for name, groups in arms.items()}
+    oracles[ORACLE + "a set a layer"] = oracle_of(cut(layers, len(layers)))
+    asked = recipe.documents
+    kinds = {task: args.texts if task == "text" else args.questions for task in asked.heldout}
+    held = asked.heldout | {task: number for task, number in kinds.items() if number is not None}
+    asked = asked.model_copy(update={"heldout": held, "tokens": tuple(args.tokens or asked.tokens)})
+    recipe = recipe.model_copy(update={"documents": asked})
     context = model.config.get_text_config(decoder=True).max_position_embeddings
-    every = [each for name in SETS for each in held_out(asked, name, SOURCES[name], args.follow, tokenizer, context)]
-    every.sort(key=lambda each: bool(each.values))  # texts decide: a run that is stopped has them first
+    every: list[Asked] = []
+    for name in args.set or SETS:
+        found = list(held_out(recipe, name, SOURCES[name], args.follow, tokenizer, context))
+        every += sorted(found, key=lambda each: each.name.rsplit("-", 1)[-1])  # a stopped run has some of each seed
+    every.sort(key=lambda each: bool(each.values))  # texts decide
     journal = out / "asked.jsonl"
-    ask(recipe, policies, masked, tokenizer, every, journal, oracles)
-    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    ask(recipe, policies, MaskedModel(model, recipe.trace.chunking), tokenizer, every, journal, oracles)
+    names = {each.name for each in every}
+    records = [each for each in map(json.loads, journal.read_text().splitlines()) if each["name"] in names]
     made = {json.dumps(record["origin"]): record["origin"] for record in records}
-    found = {
+    report = {
         "origins": list(made.values()),
-        "trained_on": numbers,
-        "tokens": lengths,
-        "arms": {name: {"groups": arm.groups, "reads": arm.reads} for name, arm in arms.items()},
+        "trained_on": Counter(document.meta.task for document in store),
+        "tokens": asked.tokens,
+        "groups": arms,
         "rows": rows(records),
     }
-    print("\n\n".join(results_tables.layer_sets(found)))
+    print("\n\n".join(results_tables.layer_sets(report)))
     if args.output:
-        write_atomically(args.output, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+        write_atomically(args.output, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

@@ -33,11 +33,18 @@ def middle(going, row):
 @pytest.fixture(scope="module")
 def recipe():
     settings = load_recipe("debug").model_dump()
-    settings["documents"] |= {"train": {"text": 6, "single": 6}, "heldout": {"text": 3, "single": 3}}
+    settings["documents"] |= {"train": {"text": 3, "single": 3}, "heldout": {"text": 3, "single": 3}}
     settings["train"] |= {"epochs": 1, "eval_epochs": 1, "validation_every": 3}
     settings["decode"]["answer_tokens"] = 3
     settings["trace"]["chunking"]["recent"] = 16  # an answer's beginning stays among them
     return type(load_recipe("debug")).model_validate(settings)
+
+
+@pytest.fixture(scope="module")
+def store(recipe, tmp_path_factory):
+    model, tokenizer = load_backbone(recipe.backbone)
+    out = tmp_path_factory.mktemp("traces")
+    return generate(adapter(model), tokenizer, recipe.documents, recipe.trace, out, ["train"])[0]
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +117,16 @@ def test_an_oracle_of_groups_averages_their_own_layers(read):
     assert torch.equal(scores[0], scores[1]) and not torch.allclose(scores[1], scores[2])
 
 
-def test_layers_are_cut_and_spread_evenly():
+def test_layers_are_cut_evenly():
     layers = list(range(30))
     assert layer_sets.cut(layers, 3) == [layers[:10], layers[10:20], layers[20:]]
     assert [len(group) for group in layer_sets.cut(layers, 7)] == [4, 4, 4, 5, 4, 4, 5]
     assert [layer for group in layer_sets.cut(layers, 7) for layer in group] == layers
-    assert layer_sets.spread(layers[10:20], 3) == [12, 15, 18] and layer_sets.spread([4], 3) == [4]
 
 
-def test_a_groups_labels_are_its_own_layers(recipe, tmp_path):
-    model, tokenizer = load_backbone(recipe.backbone)
-    (store,) = generate(adapter(model), tokenizer, recipe.documents, recipe.trace, tmp_path / "traces", ["train"])
-    whole, same = next(iter(store)), next(iter(layer_sets.GroupStore.of(store, [0, 1, 2], [0, 1, 2])))
-    view = layer_sets.GroupStore.of(store, [0, 2], [1])
-    part = next(iter(view.hold_back(3)[0]))
+def test_a_groups_labels_are_its_own_layers(store):
+    whole, same = next(iter(store)), next(iter(layer_sets.GroupStore.of(store, [0, 1, 2])))
+    part = next(iter(layer_sets.GroupStore.of(store, [0, 2]).hold_back(3)[0]))
     windows = part.windows(serving=True)
     assert torch.equal(whole.labels(windows).peak, same.labels(windows).peak)
     stored, (first, last) = whole.attention, windows[0].tolist()
@@ -134,35 +137,33 @@ def test_a_groups_labels_are_its_own_layers(recipe, tmp_path):
             expected[chunk] = max(expected[chunk], (peak[0] + peak[2]) / 2)
     labels = part.labels(windows)
     torch.testing.assert_close(labels.peak[0], expected * labels.candidate[0])
-    assert view.manifest.trace.layers == [1] and not torch.allclose(labels.peak, whole.labels(windows).peak)
+    assert not torch.allclose(labels.peak, whole.labels(windows).peak)
 
 
-def test_groups_are_trained_asked_and_printed(recipe, tmp_path, monkeypatch, capsys):
+def test_groups_are_trained_asked_and_printed(recipe, store, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(layer_sets, "load_recipe", lambda _: recipe)
     result = tmp_path / "result.json"
-    sizes = ["--share", "0.5", "--texts", "1", "--questions", "1", "--follow", "16", "--output", str(result)]
-    call = ["layer_sets", "debug", "--out", str(tmp_path / "out"), "--groups", "3", "--own", "2", *sizes]
+    sizes = ["--texts", "1", "--questions", "1", "--follow", "16", "--output", str(result)]
+    call = ["layer_sets", "debug", str(store.root), "--out", str(tmp_path / "out"), "--groups", "2", *sizes]
     monkeypatch.setattr(sys, "argv", call)
     layer_sets.main()
     found = json.loads(result.read_text())
-    assert found["trained_on"] == {"text": 3, "single": 3}
-    assert found["arms"]["2 groups, own layers"] == {"groups": [[0], [1, 2]], "reads": [[0], [1, 2]]}
+    assert found["trained_on"] == {"text": 3, "single": 3} and found["groups"]["2 groups"] == [[0], [1, 2]]
     cells = {(row["set"], row["kind"]): {} for row in found["rows"]}
     for row in found["rows"]:
         cells[row["set"], row["kind"]][row["policy"]] = row
     assert set(cells) == {(part, kind) for part in ("development", "report") for kind in ("text", "questions")}
-    texts = cells["report", "text"]
-    names = {"full", "recency", "shared", "3 groups", "2 groups, own layers", "oracle, shared", "oracle, 2 groups"}
-    table = capsys.readouterr().out
-    assert texts.keys() == {*names, "oracle, a set a layer"} and all(name in table for name in texts)
+    texts, table = cells["report", "text"], capsys.readouterr().out
+    names = {"full", "recency", "shared", "2 groups", "oracle, shared", "oracle, 2 groups", "oracle, a set a layer"}
+    assert texts.keys() == names and all(name in table for name in names)
     assert texts["full"]["kl"] == 0 < texts["oracle, a set a layer"]["kl"] != texts["oracle, shared"]["kl"]
-    assert texts["3 groups"]["kept"] == pytest.approx(texts["shared"]["kept"])
-    gap = texts["3 groups"]["kl"] - texts["shared"]["kl"]
-    assert texts["3 groups"]["kl_beside_shared"][0] == pytest.approx(gap) and gap != 0
-    assert texts["3 groups"]["fall"] == pytest.approx(-gap / texts["shared"]["kl"])
+    assert texts["2 groups"]["kept"] == pytest.approx(texts["shared"]["kept"])
+    gap = texts["2 groups"]["kl"] - texts["shared"]["kl"]
+    assert texts["2 groups"]["kl_beside_shared"][0] == pytest.approx(gap) and gap != 0
+    assert texts["2 groups"]["fall"] == pytest.approx(-gap / texts["shared"]["kl"])
     against = texts["oracle, 2 groups"]["kl"] - texts["oracle, shared"]["kl"]
     assert texts["oracle, 2 groups"]["kl_beside_shared"][0] == pytest.approx(against)
     assert texts["shared"]["documents"] == 2
-    before = result.read_bytes()
+    monkeypatch.setattr(sys, "argv", [*call, "--set", "report"])
     layer_sets.main()
-    assert result.read_bytes() == before
+    assert json.loads(result.read_text())["rows"] == [row for row in found["rows"] if row["set"] == "report"]
