@@ -52,6 +52,7 @@ Workers = Annotated[int, typer.Option(min=1, help="Actors that Ray starts, each 
 GpusPerWorker = Annotated[float | None, typer.Option(min=0, help="GPUs of each actor; by default one, if any.")]
 Partial = Annotated[bool, typer.Option("--partial", help="Accept a store that lacks documents.")]
 Layers = Annotated[str | None, typer.Option(help="Keep these layers only: 10,12,20.")]
+ServedBy = Literal["threshold", "budget", "coverage"]
 ExportFormat = Literal["bundle", "flashmemory-joint", "flashmemory-layers", "flashmemory-safetensors"]
 MAKE, TRAIN, LOOK, SERVE, EXCHANGE = "Make data", "Train", "Look", "Serve", "Exchange"
 """Groups of verbs in `lookahead --help`."""
@@ -204,18 +205,18 @@ def calibrate(
         float | None, typer.Option(min=0, max=1, help="Mass recall to reach, instead of a budget.")
     ] = None,
     longest: Annotated[list[int] | None, typer.Option(min=1, help="Context length with its own threshold.")] = None,
-    by_budget: Annotated[bool, typer.Option(help="Serve a budget instead of a threshold.")] = False,
+    by: Annotated[ServedBy, typer.Option(help="The rule that is served; a threshold is kept beside it.")] = "threshold",
     partial: Partial = False,
 ) -> str:
     """Calibrate how chunks are selected when served: write calibration.json and reliability.png into the indexer."""
     from eval.offline.verbs import calibrate_saved
 
-    if recall is not None and (budget is not None or by_budget):
-        raise InputError("--recall sets the threshold; leave out --budget and --by-budget")
+    if recall is not None and (budget is not None or by == "budget"):
+        raise InputError("--recall sets the threshold or the coverage; leave out --budget and --by budget")
     settings = _recipe(recipe).train
     share = settings.budget if budget is None else budget
     target = ("budget", share) if recall is None else ("recall", recall)
-    calibrate_saved(indexer, traces, settings.golden, target, longest or [], by_budget, partial, typer.echo)
+    calibrate_saved(indexer, traces, settings.golden, target, longest or [], by, partial, typer.echo)
     return _command("export", indexer=indexer, out="BUNDLE")
 
 

@@ -6,6 +6,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from data_gen.core.config import Count, NoneOrMore, Strict, Width
 
+Rule = Literal["budget", "threshold", "coverage"]
+"""Ways to choose chunks by their scores (indexer_train/selection.py)."""
 LARGEST = 1 << 24
 """Heads times rank: 256 times the paper's."""
 
@@ -84,7 +86,8 @@ class TrainConfig(Strict):
     `peak_entropy` (measure/metrics.py), which goes with what the model still says, as mass recall does not;
     budget: share of the chunks that are kept when checkpoints are compared, and when the indexer is served, unless a
     calibration says otherwise; select: how chunks are chosen, when checkpoints are compared and when the indexer is
-    served: the best of each window (`budget`), or all that reach one `threshold`;
+    served: the best of each window (`budget`), all that reach one `threshold`, or the fewest that reach one predicted
+    share of the attention (`coverage`);
     batches: where batches are made: on the `host`, or on the `device` that trains, from documents that stay in its
     memory: faster on a GPU, with other negatives of the same distribution (any source but `hard`);
     workers: processes that make batches while the device computes; without a number two beside a GPU that shares enough
@@ -116,7 +119,7 @@ class TrainConfig(Strict):
     clip: NonNegativeFloat = 1.0
     golden: PositiveFloat = 0.05
     budget: float = Field(0.1, gt=0, le=1)
-    select: Literal["budget", "threshold"] = "budget"
+    select: Rule = "budget"
     validation_every: Count = 6
     choose: Literal["mass_recall", "peak_entropy"] = "mass_recall"
     batches: Literal["host", "device"] = "host"

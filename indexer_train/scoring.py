@@ -177,6 +177,26 @@ def select(scores: torch.Tensor, candidate: torch.Tensor, kept: torch.Tensor) ->
     return torch.zeros_like(candidate).scatter_(1, order, taken) & candidate
 
 
+def remaining(scores: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """What each candidate and all that rank below it have of the softmax over the candidates, ties as in `ranking`.
+
+    scores: [W, N]; candidate: [W, N] bool. Returns [W, N] fp64: 1 for the best candidate, 0 for what is none. Summed
+    from the worst upwards, so that small shares are not lost beside a large one.
+    """
+    order = ranking(scores, candidate)
+    shares = scores.double().masked_fill(~candidate, -torch.inf).softmax(dim=1).gather(1, order)
+    rest = shares.flip(1).cumsum(dim=1).flip(1)
+    return torch.zeros_like(rest).scatter_(1, order, rest / rest[:, :1]).masked_fill(~candidate, 0.0)
+
+
+def covering(scores: torch.Tensor, candidate: torch.Tensor, share: float) -> torch.Tensor:
+    """Mark the fewest best candidates of each row that have `share` of the softmax over all: [W, N] bool.
+
+    The best is marked in any case: its remainder is 1.
+    """
+    return candidate & (remaining(scores, candidate) > 1 - max(share, torch.finfo(torch.float64).eps))
+
+
 def above(scores: torch.Tensor, candidate: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     """Mark the candidates with a score of at least `threshold`, one number or [W, 1]: [W, N] bool."""
     return candidate & (scores >= threshold)

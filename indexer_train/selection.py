@@ -1,4 +1,5 @@
-"""How serving chooses among scored chunks: the best so many (a budget), or all that reach a calibrated threshold."""
+"""How serving chooses among scored chunks: the best so many (a budget), all that reach a calibrated threshold, or the
+fewest that are predicted to hold a share of the attention (a coverage)."""
 
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
@@ -8,7 +9,10 @@ from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from data_gen.core.chunks import Chunking
 from data_gen.core.config import Strict
-from indexer_train.scoring import above, select
+from indexer_train.scoring import above, covering, select
+
+Target = Literal["budget", "recall"]
+"""What a rule was calibrated for: a mean share of the chunks kept, or a mass recall."""
 
 
 class Budget(Strict):
@@ -42,14 +46,14 @@ class Cut(Strict):
 class Threshold(Strict):
     """All chunks that reach the score of their context's length.
 
-    target, value: what the cuts were calibrated for: a share of the chunks kept, or a mass recall; None where the score
-    was given. cuts: from the shortest contexts to the longest; the last one holds for any length.
+    target, value: what the cuts were calibrated for, None where the score was given; cuts: from the shortest contexts
+    to the longest; the last one holds for any length.
     """
 
     model_config = ConfigDict(frozen=True)
 
     by: Literal["threshold"] = "threshold"
-    target: Literal["budget", "recall"] | None = None
+    target: Target | None = None
     value: float | None = None
     cuts: list[Cut] = Field(min_length=1)
 
@@ -75,17 +79,46 @@ class Threshold(Strict):
 
     def __str__(self) -> str:
         cuts = [f"{cut.score:.4g}" + (f" up to {cut.longest} tokens" if cut.longest else "") for cut in self.cuts]
-        aim = {"budget": "to keep", "recall": "for a mass recall of"}.get(self.target or "", "")
-        return f"scores from {', '.join(cuts)}" + (f" ({aim} {self.value:.1%})" if self.target else "")
+        return f"scores from {', '.join(cuts)}" + _aim(self.target, self.value)
 
 
-Selection = Annotated[Budget | Threshold, Field(discriminator="by")]
+class Coverage(Strict):
+    """The fewest best chunks that hold a `share` of the unprotected attention, as the scores predict it.
+
+    The prediction is the softmax of the joined scores over the unprotected chunks, which is what a listwise loss trains
+    them for. A constant added to all scores of a window, which such a loss does not see, changes nothing. target,
+    value: as of `Threshold`.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    by: Literal["coverage"] = "coverage"
+    target: Target | None = None
+    value: float | None = None
+    share: float = Field(gt=0, le=1)
+
+    def choose(
+        self, scores: torch.Tensor, candidate: torch.Tensor, positions: torch.Tensor, chunking: Chunking
+    ) -> torch.Tensor:
+        """As `Threshold.choose`, [W, N] bool; at least one candidate of each window."""
+        return covering(scores, candidate, self.share)
+
+    def __str__(self) -> str:
+        return f"the best chunks up to a predicted share of {self.share:.6g}" + _aim(self.target, self.value)
 
 
-def served_first(selection: Budget | Threshold, others: Iterable[Budget | Threshold]) -> list[Budget | Threshold]:
-    """`selection`, then the others, less what it replaces: another budget, or a threshold with the same target."""
+Selection = Annotated[Budget | Threshold | Coverage, Field(discriminator="by")]
 
-    def aim(of: Budget | Threshold) -> tuple:
+
+def _aim(target: Target | None, value: float | None) -> str:
+    """What a rule was calibrated for, in words."""
+    return "" if target is None else f" ({'to keep' if target == 'budget' else 'for a mass recall of'} {value:.1%})"
+
+
+def served_first(selection: Selection, others: Iterable[Selection]) -> list[Selection]:
+    """`selection`, then the others, less what it replaces: another budget, or the same rule for the same target."""
+
+    def aim(of: Selection) -> tuple:
         return (of.by,) if isinstance(of, Budget) else (of.by, of.target, of.value)
 
     return [selection, *(other for other in others if aim(other) != aim(selection))]

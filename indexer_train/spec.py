@@ -9,7 +9,7 @@ from data_gen.core.keys import KeyKind
 from data_gen.core.rope import Rope
 from indexer_train.config import IndexerConfig
 from indexer_train.scoring import PackedQuery
-from indexer_train.selection import Budget, Cut, Selection, Threshold
+from indexer_train.selection import Cut, Selection, Threshold
 
 
 class Metric(BaseModel):
@@ -88,7 +88,7 @@ class IndexerSpec(BaseModel):
     provenance: Provenance | None = None
 
     @property
-    def selection(self) -> Budget | Threshold:
+    def selection(self) -> Selection:
         """How the indexer is served: what was chosen in training or by `lookahead calibrate`, else the paper's 0.5."""
         return self.selections[0] if self.selections else Threshold(cuts=[Cut(score=0.0)])
 

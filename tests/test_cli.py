@@ -505,12 +505,14 @@ def test_calibrate_stores_what_is_served_and_says_what_it_costs(finished, recipe
     assert served["target"] == "recall" and len(served["cuts"]) == 2 and len(others) == 2
     code, out, _ = lookahead(*asked, heldout, "--recall", 0.5, "--longest", 512)
     assert code == 0 and "no held-out context beyond 512 tokens" in out
-    code, out, _ = lookahead(*asked, heldout, "--by-budget")
+    code, out, _ = lookahead(*asked, heldout, "--by", "coverage")
+    assert code == 0 and "served: the best chunks up to a predicted share of 0." in out and "(to keep 10.0%)" in out
+    code, out, _ = lookahead(*asked, heldout, "--by", "budget")
     assert code == 0 and "served: the best 10.0% of the chunks" in out
     assert caplog.messages[-1] == f"next: lookahead export --indexer {tmp_path / 'indexer'} --out BUNDLE"
     for more, complaint in (
         ((finished / "traces" / "train",), "training documents"),
-        ((heldout, "--recall", 0.5, "--by-budget"), "--recall sets the threshold"),
+        ((heldout, "--recall", 0.5, "--by", "budget"), "--recall sets the threshold or the coverage"),
         ((heldout, "--longest", 3), "no held-out window"),
     ):
         code, _, line = lookahead(*asked, *more)

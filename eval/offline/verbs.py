@@ -28,12 +28,12 @@ from eval.report.tables import (
     threshold_lines,
     write_results,
 )
-from indexer_train.config import TrainConfig
+from indexer_train.config import Rule, TrainConfig
 from indexer_train.formats.bundle import HEADER, load_bundle
 from indexer_train.load import load_indexer, open_traces
-from indexer_train.measure.calibration import Target
 from indexer_train.measure.layer_choice import choose_layers, served_as
 from indexer_train.measure.reliability import calibrate_folder
+from indexer_train.selection import Target
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ def calibrate_saved(
     golden: float,
     target: tuple[Target, float],
     longest: Sequence[int],
-    by_budget: bool,
+    by: Rule,
     partial: bool,
     say: Say,
 ) -> None:
     """Store how the indexer in `folder` selects when served; arguments as of `calibrate_folder`."""
     indexer = load_indexer(folder)
     store = open_traces(traces, [indexer], partial)
-    found = calibrate_folder(folder, indexer, store, golden, target, longest, by_budget)
+    found = calibrate_folder(folder, indexer, store, golden, target, longest, by)
     means = {"mass_recall", "golden_recall", "kept"}  # the rest of a row says what was averaged
     header = [f"{name} (task mean)" if name in means else name for name in found.rows[0]]
     say(str(Table(header, [list(row.values()) for row in found.rows])))

@@ -16,7 +16,7 @@ from indexer_train.formats.flashmemory import Checkpoint, Format, check_table, r
 from indexer_train.formats.serving_notes import SERVED, WINDOW, serving_notes
 from indexer_train.formats.weights import LayerWeights
 from indexer_train.model import IndexerSpec, MemoryIndexer
-from indexer_train.selection import Budget
+from indexer_train.selection import Budget, Coverage
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Exported:
 
 
 def keep_layers(indexer: MemoryIndexer, layers: list[int]) -> MemoryIndexer:
-    """The same indexer with some of its layers only; thresholds and metrics, of all of them, are left behind.
+    """The same indexer with some of its layers only; calibrated rules and metrics, of all of them, are left behind.
 
     Raises InputError when a layer is not there.
     """
@@ -53,7 +53,8 @@ def export_indexer(
 ) -> Exported:
     """Write an indexer, or some of its layers, for serving.
 
-    Raises InputError when the indexer has terms that the format's score lacks: its selection would be another one.
+    Raises InputError when the indexer has terms that the format's score lacks, or is served by a coverage, which the
+    format lacks too: its selection would be another one.
     """
     kept = indexer if layers is None else keep_layers(indexer, layers)
     if format == "bundle":
@@ -67,7 +68,8 @@ def export_indexer(
     else:
         exported = _export_checkpoint(kept, out, format)
     if kept.spec.selections != indexer.spec.selections:
-        exported.notes.append(f"thresholds were calibrated on layers {indexer.spec.layers} together: left out")
+        left = " and ".join(sorted({f"{each.by}s" for each in indexer.spec.selections if not isinstance(each, Budget)}))
+        exported.notes.append(f"{left} were calibrated on layers {indexer.spec.layers} together: left out")
     return exported
 
 
@@ -80,6 +82,11 @@ def _export_checkpoint(indexer: MemoryIndexer, out: Path, format: Format) -> Exp
         )
     if spec.key != V4_FLASH.key or spec.rope is None:
         raise InputError(f"{format} is for DeepSeek-V4's indexer keys; this indexer reads {spec.key} keys")
+    if isinstance(spec.selection, Coverage):
+        raise InputError(
+            f"{format}: the indexer is served by a coverage, and the release's serving knows a threshold only; "
+            "`lookahead calibrate` finds one"
+        )
     weights = {layer: LayerWeights.of(indexer.query_encoder.encoder(layer)) for layer in spec.layers}
     return Exported(write_checkpoint(weights, spec.rope, out, format), serving_notes(indexer, format))
 

@@ -4,7 +4,7 @@ from data_gen.core.chunks import Chunking
 from data_gen.flashmemory.document import CHUNK_TOKENS, V4_FLASH
 from indexer_train.formats.flashmemory import Format
 from indexer_train.model import MemoryIndexer
-from indexer_train.selection import Budget, Threshold
+from indexer_train.selection import Budget, Coverage, Threshold
 
 SERVED = Chunking(tokens=CHUNK_TOKENS, sink=0, recent=2048)
 """What it protects by default."""
@@ -34,6 +34,8 @@ def _offsets(indexer: MemoryIndexer) -> list[str]:
     spec, bias = indexer.spec, indexer.query_encoder.bias
     constant = 0.0 if bias is None else bias.item()
     notes = [f"logit offset {constant:+.9g} (the bias): serve with {_offset(constant)}"]
+    left = [each for each in spec.selections if isinstance(each, Coverage)]
+    notes += [f"{each}: left out, for the release's serving has no coverage" for each in left]
     thresholds = [each for each in spec.selections if isinstance(each, Threshold)]
     if spec.shape.join != "max":
         scores = [cut.score for each in thresholds for cut in each.cuts]

@@ -1,19 +1,17 @@
-"""Thresholds from held-out traces: for a share of the chunks, or for a share of the attention mass."""
+"""Thresholds and coverages from held-out traces: for a share of the chunks, or of the attention mass."""
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 
 from data_gen.core.errors import InputError
 from indexer_train.measure.metrics import DocumentScorer, ServedWindows, golden_recall, mass_recall, needed_mass
 from indexer_train.model import MemoryIndexer
-from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.scoring import remaining
+from indexer_train.selection import Coverage, Cut, Selection, Target, Threshold
 from indexer_train.spec import Metric
-
-Target = Literal["budget", "recall"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +21,12 @@ class ScoredWindows:
     served: ServedWindows
     scores: torch.Tensor
 
-    def choose(self, selection: Budget | Threshold) -> torch.Tensor:
+    def choose(self, selection: Selection) -> torch.Tensor:
         """[W, N] bool, as serving would."""
         served = self.served
         return selection.choose(self.scores, served.labels.candidate, served.positions, served.document.trace.chunking)
 
-    def means(self, selection: Budget | Threshold, golden: float) -> dict[str, torch.Tensor]:
+    def means(self, selection: Selection, golden: float) -> dict[str, torch.Tensor]:
         """Of every window [W]: mass_recall, golden_recall, and kept, the share of visible chunks selected."""
         chosen, labels = self.choose(selection), self.served.labels
         return {
@@ -64,9 +62,7 @@ def task_mean(scored: Sequence[ScoredWindows], values: Sequence[torch.Tensor]) -
     return tasks | {"": sum(tasks.values()) / len(tasks) if tasks else float("nan")}
 
 
-def measure(
-    scored: Sequence[ScoredWindows], selections: Iterable[Budget | Threshold], golden: float, data: str
-) -> list[Metric]:
+def measure(scored: Sequence[ScoredWindows], selections: Iterable[Selection], golden: float, data: str) -> list[Metric]:
     """What each way of selecting finds and keeps, by task and over `all` tasks. data: what to call the documents."""
     rows = []
     for selection in selections:
@@ -97,6 +93,22 @@ def calibrate(scored: Sequence[ScoredWindows], target: Target, value: float, lon
     if cuts[-1].longest is not None:  # no longer context was there: the longest ones' score holds beyond
         cuts[-1] = Cut(score=cuts[-1].score)
     return Threshold(target=target, value=value, cuts=cuts)
+
+
+def calibrate_coverage(scored: Sequence[ScoredWindows], target: Target, value: float) -> Coverage:
+    """The coverage that does the same, at contexts of every length; raises as `calibrate` does.
+
+    A threshold on what remains from a chunk on downwards (`remaining`), whose highest is 1: the share lies in the
+    middle between keeping its last chunks and keeping the next, where no rounding decides.
+    """
+    rest = [replace(each, scores=remaining(each.scores, each.served.labels.candidate)) for each in scored]
+    cut = calibrate(rest, target, value).cuts[0].score
+    lower = [each.scores[each.scores < cut] for each in rest]
+    below = max((float(scores.max()) for scores in lower if len(scores)), default=0.0)
+    share = 1 - (cut + below) / 2
+    if target == "budget" and below > 0:  # a remainder that fp64 does not tell from 0 is not kept
+        share = min(share, 1 - torch.finfo(torch.float64).eps / 2)
+    return Coverage(target=target, value=value, share=share)
 
 
 def _between(lengths: torch.Tensor, low: int, high: int | None) -> torch.Tensor:

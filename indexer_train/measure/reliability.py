@@ -16,11 +16,19 @@ from matplotlib.figure import Figure
 from data_gen.core.errors import InputError
 from data_gen.core.files import write_atomically
 from data_gen.traces.store import TraceStore
+from indexer_train.config import Rule
 from indexer_train.losses import gives_probabilities
-from indexer_train.measure.calibration import ScoredWindows, Target, calibrate, measure, score_windows, task_mean
+from indexer_train.measure.calibration import (
+    ScoredWindows,
+    calibrate,
+    calibrate_coverage,
+    measure,
+    score_windows,
+    task_mean,
+)
 from indexer_train.measure.metrics import served_windows
 from indexer_train.model import MemoryIndexer
-from indexer_train.selection import Budget, Threshold, served_first
+from indexer_train.selection import Budget, Coverage, Selection, Target, Threshold, served_first
 
 BINS = 20
 
@@ -65,21 +73,26 @@ def calibrate_folder(
     golden: float,
     target: tuple[Target, float],
     longest: Sequence[int],
-    by_budget: bool,
+    by: Rule = "threshold",
 ) -> Calibrated:
     """Calibrate the indexer saved in `folder` and store what it is served with there.
 
-    target: what the threshold is for; longest: see `calibrate`; by_budget: serve the budget itself, beside which the
-    threshold is kept. Raises InputError on training traces, and see `calibrate`.
+    target: what the threshold is for; longest: see `calibrate`; by: the rule that is served, beside which the threshold
+    is kept: the budget itself, or a coverage for the same target. Raises InputError on training traces, and see
+    `calibrate`.
     """
     store.check_held_out()
     scored = score_windows(indexer, served_windows(store))
     if not scored:
         raise InputError(f"{store.root}: no document with a whole lookahead window to calibrate on")
     threshold = calibrate(scored, *target, longest)
+    calibrated: list[Threshold | Coverage] = [threshold]
     selections = served_first(threshold, indexer.spec.selections)
-    if by_budget:
+    if by == "budget":
         selections = served_first(Budget(budget=target[1]), selections)
+    if by == "coverage":
+        calibrated.append(coverage := calibrate_coverage(scored, *target))
+        selections = served_first(coverage, selections)
     indexer.spec.selections = selections
     masks = [each.served.labels.candidate for each in scored]
     bins = reliability(
@@ -94,14 +107,14 @@ def calibrate_folder(
         made.metrics = kept + measure(scored, selections, golden, "calibration")
     write_atomically(folder / "calibration.json", lambda file: file.write_text(json.dumps(content, indent=1)))
     error = calibration_error(bins) if gives_probabilities(made and made.train.get("loss")) else None
-    _plot(scored, bins, error, threshold, golden, folder / "reliability.png")
+    _plot(scored, bins, error, calibrated, golden, folder / "reliability.png")
     indexer.save_spec(folder)
     beyond = max(longest) if len(threshold.cuts) == len(set(longest)) else None
     return Calibrated(rows, error, folder / "reliability.png", beyond)
 
 
 def _measure(
-    scored: Sequence[ScoredWindows], selection: Budget | Threshold, longest: Sequence[int], golden: float
+    scored: Sequence[ScoredWindows], selection: Selection, longest: Sequence[int], golden: float
 ) -> list[dict[str, Any]]:
     """What one way of selecting does in contexts of each length."""
     rows = []
@@ -125,11 +138,11 @@ def _plot(
     scored: Sequence[ScoredWindows],
     bins: Sequence[Bin],
     error: float | None,
-    threshold: Threshold,
+    calibrated: Sequence[Threshold | Coverage],
     golden: float,
     path: Path,
 ) -> None:
-    """Left: golden chunks by score, and what its sigmoid predicts where there is an `error`; right: what thresholds
+    """Left: golden chunks by score, and what its sigmoid predicts where there is an `error`; right: what the rules
     keep and find, beside budgets of the same size."""
     figure = Figure(figsize=(9, 4), layout="tight")
     left, right = figure.subplots(1, 2)
@@ -142,11 +155,14 @@ def _plot(
     left.set_ylabel("share of chunks")
     left.legend(fontsize=8)
     budgets = [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5]
-    for label, style, selections in (
+    drawn: list[tuple[str, str, Sequence[Selection]]] = [
         ("one threshold", "o-", [calibrate(scored, "budget", share) for share in budgets]),
         ("budget (top-k)", "s--", [Budget(budget=share) for share in budgets]),
-        (f"calibrated: {threshold.target} {threshold.value:.1%}", "*", [threshold]),
-    ):
+    ]
+    if len(calibrated) > 1:
+        drawn.append(("one coverage", "^:", [calibrate_coverage(scored, "budget", share) for share in budgets]))
+    drawn += [(f"{one.by} calibrated: {one.target} {one.value:.1%}", "*", [one]) for one in calibrated]
+    for label, style, selections in drawn:
         points = [measure(scored, [one], golden, "")[-1].values for one in selections]
         kept, recall = ([point[name] for point in points] for name in ("kept", "mass_recall"))
         right.plot(kept, recall, style, label=label, ms=12 if style == "*" else 4)

@@ -1,13 +1,14 @@
 """The held-out metrics that select checkpoints: peak entropy, and mass recall of what would be served."""
 
-from typing import Any, Literal
+from typing import Any
 
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from data_gen.traces.store import TraceStore
-from indexer_train.measure.calibration import ScoredWindows, calibrate, score_windows, task_mean
+from indexer_train.config import Rule
+from indexer_train.measure.calibration import ScoredWindows, calibrate, calibrate_coverage, score_windows, task_mean
 from indexer_train.measure.metrics import mass_recall, peak_entropy, served_windows
-from indexer_train.selection import Budget, Threshold
+from indexer_train.selection import Budget, Selection
 
 TEMPERATURES = tuple(2.0**power for power in range(-4, 3))
 """Factors of the scores at which the peak entropy is taken, the best of them counting: only their order is served."""
@@ -17,19 +18,22 @@ class MassRecallEvaluator(BaseEvaluator):
     """Mean over documents of a task, then over tasks, of two metrics: the mass recall of what is selected, and the peak
     entropy, which sees the whole ranking and needs no selection.
 
-    select: the best `budget` of every window's chunks, or all that reach the one threshold that keeps as many on the
-    whole, calibrated again for each checkpoint.
+    select: the best `budget` of every window's chunks, or what the one threshold or coverage selects that keeps as many
+    on the whole, calibrated again for each checkpoint.
     """
 
-    def __init__(self, store: TraceStore, budget: float, select: Literal["budget", "threshold"] = "budget") -> None:
+    def __init__(self, store: TraceStore, budget: float, select: Rule = "budget") -> None:
         super().__init__()
         self.served = list(served_windows(store))
         self.budget, self.select = budget, select
         self.primary_metric = "mass_recall"
 
-    def selection(self, scored: list[ScoredWindows]) -> Budget | Threshold:
+    def selection(self, scored: list[ScoredWindows]) -> Selection:
         """What is served."""
-        return Budget(budget=self.budget) if self.select == "budget" else calibrate(scored, "budget", self.budget)
+        if self.select == "budget":
+            return Budget(budget=self.budget)
+        by = calibrate if self.select == "threshold" else calibrate_coverage
+        return by(scored, "budget", self.budget)
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1

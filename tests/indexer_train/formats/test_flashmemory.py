@@ -22,7 +22,7 @@ from indexer_train.formats.bundle import load_bundle
 from indexer_train.formats.convert import export_indexer, import_checkpoints, keep_layers
 from indexer_train.formats.flashmemory import read_checkpoint
 from indexer_train.load import check_traces, load_indexer
-from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.selection import Budget, Coverage, Cut, Threshold
 
 POSITIONS, HIDDEN = 600, 24
 SERVED = ("10", "12", "20")
@@ -213,6 +213,21 @@ def test_what_else_the_files_do_not_say_is_said(tmp_path, make_indexer):
     said = "\n".join(export_indexer(given, tmp_path / "b.safetensors", "flashmemory-safetensors").notes)
     assert "LOGIT_OFFSET=-2\n" in said and "LOGIT_OFFSET=-3\n" in said and "up to 99 tokens" in said
     assert f"convert it back with --positions {POSITIONS}" in said and "threshold only" not in said
+
+
+def test_a_coverage_has_no_place(tmp_path, make_indexer):
+    served = make_indexer(selections=[Coverage(share=0.9), keeps(0.1, 3.25)])
+    for format in ("flashmemory-joint", "flashmemory-layers", "flashmemory-safetensors"):
+        with pytest.raises(InputError, match=f"^{format}: the indexer is served by a coverage.*`lookahead calibrate`"):
+            export_indexer(served, tmp_path / "a", format)
+    assert list(tmp_path.iterdir()) == []
+    export_indexer(served, tmp_path / "bundle", "bundle")
+    assert load_bundle(tmp_path / "bundle").spec.selections == served.spec.selections
+    notes = export_indexer(served, tmp_path / "fewer", "bundle", [10, 12]).notes
+    assert notes == ["coverages and thresholds were calibrated on layers [10, 12, 20] together: left out"]
+    beside = make_indexer(selections=[keeps(0.1, 3.25), Coverage(share=0.9)])
+    notes = export_indexer(beside, tmp_path / "a.pt", "flashmemory-joint").notes
+    assert any("predicted share of 0.9: left out, for the release's serving has no coverage" in note for note in notes)
 
 
 def test_a_name_that_would_mislead_is_refused(tmp_path, make_indexer):
