@@ -32,12 +32,12 @@ from eval.serving.level1 import Backend, open_level1
 from eval.serving.select import Fallback, Limits, Resident, resident_chunks, serve
 from indexer_train.formats.bundle import load_bundle
 from indexer_train.model import MemoryIndexer
-from indexer_train.selection import Budget, Threshold
+from indexer_train.selection import Budget, Coverage, Selection, Threshold
 from indexer_train.spec import IndexerSpec
 
 OPTIONS: dict[str, tuple[type, ...]] = {
     "limits": (Limits,),
-    "selection": (Budget, Threshold),
+    "selection": (Budget, Threshold, Coverage),
     "fallback": (Fallback,),
     "correction": (Correction,),
 }
@@ -95,7 +95,7 @@ class LSARuntime:
     set chosen at the end of a prompt has no lag, for nothing is missing there; correction: chunks that each layer adds
     at every step to a set of as many fewer, of one sequence; graph: read tokens by one step in memory of fixed size,
     which a GPU replays as a CUDA graph. Raises InputError for a bundle of another model, a cap below the protected
-    chunks, a fallback without a threshold, a correction of a DeepSeek-V4 or of a model with MLA, a graph of what
+    chunks, a fallback with a budget, a correction of a DeepSeek-V4 or of a model with MLA, a graph of what
     GraphHost refuses, or another type than these options have.
 
     A runtime holds one conversation and serves one thread; several runtimes of one model, or of several, get on side by
@@ -107,7 +107,7 @@ class LSARuntime:
         indexer: MemoryIndexer,
         model: PreTrainedModel,
         limits: Limits | None = None,
-        selection: Budget | Threshold | None = None,
+        selection: Selection | None = None,
         fallback: Fallback | None = None,
         backend: Backend = "auto",
         pageable: bool | None = None,

@@ -14,7 +14,7 @@ from data_gen.core.errors import InputError
 from eval.serving.kernels.device import lacks, warn_once
 from eval.serving.level1_torch import Indexer, Level1, PagedKeys
 from eval.serving.select import Limits
-from indexer_train.selection import Budget, Threshold
+from indexer_train.selection import Selection
 
 __all__ = ["Backend", "Indexer", "Level1", "PagedKeys", "open_level1"]
 
@@ -24,7 +24,7 @@ Backend = Literal["auto", "torch", "triton", "triton-fp8"]
 def open_level1(
     indexer: Indexer,
     limits: Limits,
-    selection: Budget | Threshold | None = None,
+    selection: Selection | None = None,
     backend: Backend = "auto",
 ) -> Level1:
     """Level 1 on the indexer's device; `auto`: Triton on a GPU where it is installed and has all that the bundle needs,
@@ -32,7 +32,7 @@ def open_level1(
 
     triton-fp8 rounds queries to fp8 as well: faster, but the set comes out a little different, so only on request.
     Raises InputError when Triton is asked for and is not installed, has no GPU of compute capability 8.9, or lacks a
-    term of the bundle.
+    term of the bundle or its rule.
     """
     if backend not in get_args(Backend):
         raise InputError(f"backend: {backend} is not one of {', '.join(get_args(Backend))}")

@@ -11,7 +11,7 @@ from data_gen.core.key_bytes import PAGE, SCALE_BYTES, pages_to_rows, rows_to_pa
 from data_gen.core.keys import key_vectors
 from eval.serving.select import Limits, Resident, resident_chunks
 from indexer_train.scoring import join_layers
-from indexer_train.selection import Budget, Threshold
+from indexer_train.selection import Selection
 from indexer_train.spec import IndexerSpec
 
 TILE = 8192
@@ -77,7 +77,7 @@ class Level1:
     InputError for a cap that cannot hold the protected chunks.
     """
 
-    def __init__(self, indexer: Indexer, limits: Limits, selection: Budget | Threshold | None = None) -> None:
+    def __init__(self, indexer: Indexer, limits: Limits, selection: Selection | None = None) -> None:
         limits.check(indexer.spec.chunking)
         self.indexer = indexer
         self.limits = limits

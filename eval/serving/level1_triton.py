@@ -20,7 +20,7 @@ from eval.serving.kernels.queries import QueryWeights
 from eval.serving.level1_torch import Indexer, Level1, PagedKeys, check_keys
 from eval.serving.select import Limits, Resident
 from indexer_train.scorer import Scorer
-from indexer_train.selection import Budget, Threshold
+from indexer_train.selection import Budget, Coverage, Selection
 from indexer_train.spec import IndexerSpec
 
 PROGRAMS_AN_SM = 3
@@ -68,19 +68,21 @@ class TritonLevel1(Level1):
     kept on the GPU: two bytes a parameter beside the indexer's own. `resident` returns buffers that the next call
     overwrites. They are kept for each shape of the page table: give it the width of the longest context once. Key bytes
     are not checked; a sequence whose table is too short for its position gets the count -1.
-    Raises InputError, by name, for what it lacks: keys that are not fp8 pages, heads or widths not powers of two,
-    a GPU that is older than fp8.
+    Raises InputError, by name, for what it lacks: a coverage, keys that are not fp8 pages, heads or widths not powers
+    of two, a GPU that is older than fp8.
     """
 
     def __init__(
         self,
         indexer: Indexer,
         limits: Limits,
-        selection: Budget | Threshold | None = None,
+        selection: Selection | None = None,
         fp8: bool = False,
     ) -> None:
         super().__init__(indexer, limits, selection)
         check_terms(indexer.spec)
+        if isinstance(self.selection, Coverage):
+            raise InputError("selection: the Triton backend has no coverage, which needs a sort; use the torch backend")
         if indexer.device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise InputError("backend: triton needs a CUDA device; use the torch backend")
         check_fp8(indexer.device)

@@ -4,8 +4,8 @@ Which chunks are asked for is the rule of training and evaluation (indexer_train
 chunks, a floor, a hard cap (the hot pool's capacity), and what to do with a sequence that asks for more than the cap.
 
 Some queries need nearly all of the history (MRCR: the n-th of many like notes). No resident set of a fixed size serves
-them; an indexer with a calibrated threshold says so beforehand, because many chunks reach it. With a `Fallback` such a
-window is read with full attention, and counted.
+them; an indexer with a calibrated threshold or coverage says so beforehand, because it asks for many chunks. With a
+`Fallback` such a window is read with full attention, and counted.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from data_gen.core.chunks import Chunking
 from data_gen.core.config import Strict
 from data_gen.core.errors import InputError
 from indexer_train.scoring import select
-from indexer_train.selection import Budget, Threshold
+from indexer_train.selection import Budget, Selection
 
 Served = Literal["demand", "cap", "full"]
 """How a window was served: with what was asked for, with the best that the cap allows, or with everything."""
@@ -49,18 +49,18 @@ class Limits(Strict):
 
 class Fallback(Strict):
     """full_above: a window whose demand exceeds this multiple of the cap gets full attention; up to it, the best chunks
-    that the cap allows. Demand is what the bundle's threshold asks for beside the protected chunks."""
+    that the cap allows. Demand is what the bundle's threshold or coverage asks for beside the protected chunks."""
 
     model_config = ConfigDict(frozen=True)
 
     full_above: float = Field(default=1.0, ge=1)
 
-    def check(self, selection: Budget | Threshold) -> None:
+    def check(self, selection: Selection) -> None:
         """Raise InputError where demand is not measured: the best so many are always as many."""
         if isinstance(selection, Budget):
             raise InputError(
                 "fallback: the bundle serves a budget, which asks for the same number in every window; calibrate a "
-                "threshold (lookahead calibrate --recall 0.9) or pass one"
+                "threshold (lookahead calibrate --recall 0.9) or a coverage (--by coverage), or pass one"
             )
 
 
@@ -85,14 +85,14 @@ def resident_chunks(
     scores: torch.Tensor,
     positions: torch.Tensor,
     chunking: Chunking,
-    selection: Budget | Threshold,
+    selection: Selection,
     limits: Limits,
 ) -> Resident:
     """The protected chunks and those that the rule asks for, at least `floor` and at most `cap` of them, best first.
 
     scores: [B, N] fp32 joined logits; positions: [B], the newest token of each sequence. Chunks of a row beyond those
     visible at its position are never chosen. Raises InputError for a cap below protection, scores of too few chunks,
-    or NaN among them.
+    or NaN or infinity among them.
     """
     limits.check(chunking)
     candidate, protected = _marks(scores, positions, chunking)
@@ -128,8 +128,8 @@ def _marks(scores: torch.Tensor, positions: torch.Tensor, chunking: Chunking) ->
     first, last, visible = torch.tensor(spans, device=scores.device).T[:, :, None]
     chunk = torch.arange(scores.shape[1], device=scores.device)
     candidate = (chunk >= first) & (chunk < last)
-    if bool((scores.isnan() & candidate).any()):
-        raise InputError("a chunk's score is NaN; the keys or the indexer's weights are damaged")
+    if not bool(((scores < torch.inf) | ~candidate).all()):
+        raise InputError("a chunk's score is NaN or infinite; the keys or the indexer's weights are damaged")
     return candidate, (chunk < visible) & ~candidate
 
 

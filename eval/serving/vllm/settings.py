@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, PositiveInt, ValidationError, model_vali
 from data_gen.core.config import Strict
 from data_gen.core.errors import InputError
 from eval.serving.select import Fallback
-from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.selection import Budget, Coverage, Cut, Selection, Threshold
 
 PREFIX = "LOOKAHEAD_"
 SECTION = "lookahead"
@@ -18,17 +18,18 @@ SECTION = "lookahead"
 
 
 class Settings(Strict):
-    """bundle: the indexer's folder; budget or threshold: how chunks are chosen, by default as the bundle says; cap:
-    most resident chunks, protected ones included; full_above: a window that asks for more than this multiple of the cap
-    reads everything (`Fallback`); lag: 1 lets one more token be read with the old set; host_gib: host memory for cold
-    blocks, which then leave the engine's pool; trace: a file to which each window's set is appended, one JSON line a
-    window."""
+    """bundle: the indexer's folder; budget, threshold or coverage: how chunks are chosen, by default as the bundle
+    says; cap: most resident chunks, protected ones included; full_above: a window that asks for more than this multiple
+    of the cap reads everything (`Fallback`); lag: 1 lets one more token be read with the old set; host_gib: host memory
+    for cold blocks, which then leave the engine's pool; trace: a file to which each window's set is appended, one JSON
+    line a window."""
 
     model_config = ConfigDict(frozen=True)
 
     bundle: Path
     budget: float | None = Field(None, gt=0, le=1)
     threshold: float | None = None
+    coverage: float | None = Field(None, gt=0, le=1)
     cap: PositiveInt | None = None
     full_above: float | None = Field(None, ge=1)
     lag: Literal[0, 1] = 0
@@ -44,8 +45,9 @@ class Settings(Strict):
 
     @model_validator(mode="after")
     def _together(self) -> "Settings":
-        if self.budget is not None and self.threshold is not None:
-            raise ValueError("budget and threshold: give only one of them")
+        rules = [name for name in ("budget", "threshold", "coverage") if getattr(self, name) is not None]
+        if len(rules) > 1:
+            raise ValueError(f"{' and '.join(rules)}: give only one of them")
         if self.full_above is not None and self.cap is None:
             raise ValueError("full_above: a multiple of the cap; set a cap too")
         if self.lag and self.host_gib is not None:
@@ -53,10 +55,12 @@ class Settings(Strict):
         return self
 
     @property
-    def selection(self) -> Budget | Threshold | None:
+    def selection(self) -> Selection | None:
         """Instead of the bundle's, if asked for."""
         if self.budget is not None:
             return Budget(budget=self.budget)
+        if self.coverage is not None:
+            return Coverage(share=self.coverage)
         return Threshold(cuts=[Cut(score=self.threshold)]) if self.threshold is not None else None
 
     @property

@@ -14,7 +14,7 @@ from eval.runtime.correction import Correction
 from eval.runtime.runtime import HOSTS, LSARuntime
 from eval.serving.select import Fallback, Limits
 from indexer_train.model import MemoryIndexer
-from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.selection import Budget, Coverage, Cut, Threshold
 from tests.conftest import TINY_OF, tiny_model
 from tests.eval.runtime.indexers import untrained
 
@@ -124,8 +124,17 @@ def test_windows_are_counted_and_saved(model, indexer, tmp_path):
     assert trace["totals"]["fetched_bytes"] == sum(window.fetched_bytes for window in runtime.windows) > 0
 
 
-def test_demand_above_the_cap_gets_what_the_cap_allows_or_full_attention(model, indexer):
-    asks_all = Threshold(cuts=[Cut(score=-1e9)])
+@pytest.mark.parametrize(
+    ("asks_all", "asks_little", "little_is"),
+    [
+        (Threshold(cuts=[Cut(score=-1e9)]), Threshold(cuts=[Cut(score=1e9)]), 0),
+        (Coverage(share=1.0), Coverage(share=1e-9), 1),
+    ],
+    ids=["threshold", "coverage"],
+)
+def test_demand_above_the_cap_gets_what_the_cap_allows_or_full_attention(
+    model, indexer, asks_all, asks_little, little_is
+):
     ids = prompt(200)
     capped = LSARuntime(indexer, model, Limits(cap=10), asks_all)
     capped.generate(ids, **GREEDY)
@@ -137,10 +146,9 @@ def test_demand_above_the_cap_gets_what_the_cap_allows_or_full_attention(model, 
     patient = LSARuntime(indexer, model, Limits(cap=10), asks_all, Fallback(full_above=100))
     patient.generate(ids, **GREEDY)
     assert {window.served[0] for window in patient.windows} == {"cap"}
-    asks_none = Threshold(cuts=[Cut(score=1e9)])
-    little = LSARuntime(indexer, model, Limits(cap=10), asks_none, Fallback())
+    little = LSARuntime(indexer, model, Limits(cap=10), asks_little, Fallback())
     little.generate(ids, **GREEDY)
-    assert all(window.served == ["demand"] and window.demand == [0] for window in little.windows)
+    assert all(window.served == ["demand"] and window.demand == [little_is] for window in little.windows)
 
 
 @one_family
@@ -227,7 +235,8 @@ def test_what_does_not_work_is_refused(model, indexer):
 def test_settings_of_another_type_are_refused_when_it_is_opened(model, indexer, given):
     ((name, value),) = given.items()
     with pytest.raises(
-        InputError, match=rf"^{name}: {value} is not a (Limits|Budget or a Threshold|Fallback|Correction);"
+        InputError,
+        match=rf"^{name}: {value} is not a (Limits|Budget or a Threshold or a Coverage|Fallback|Correction);",
     ):
         LSARuntime(indexer, model, **given)
 

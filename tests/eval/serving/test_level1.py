@@ -17,7 +17,7 @@ from eval.serving.level1_torch import TILE
 from eval.serving.select import Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
-from indexer_train.selection import Budget
+from indexer_train.selection import Budget, Coverage
 
 CHUNKING = Chunking(tokens=4, sink=1, recent=8)
 
@@ -112,6 +112,19 @@ def test_sequences_share_a_pool_in_any_layout():
     )
     by_row = level1.resident(queries, rows)
     assert torch.equal(by_row.counts, resident.counts) and torch.equal(by_row.ids, resident.ids)
+
+
+def test_a_coverage_is_chosen_from_the_joined_scores():
+    level1 = open_level1(make_indexer("sum", bumps=0, paged=False), Limits(cap=300), Coverage(share=0.7))
+    hidden, keys = inputs(300)[0], 0.05 * torch.randn(300, 3, 32)
+    queries = level1.pack(hidden, torch.tensor([1199]))
+    scores = level1.joined_scores(queries, keys)[0].double()[1:292]  # between the sink and the newest
+    best = scores.argsort(descending=True)
+    covered = scores.softmax(dim=0)[best].cumsum(dim=0)
+    wanted = 1 + best[: 1 + int((covered < 0.7).sum())]
+    resident = level1.resident(queries, keys)
+    assert resident.row(0).tolist() == sorted([0, *wanted.tolist(), *range(292, 300)])
+    assert resident.demand.tolist() == [len(wanted)] and 1 < len(wanted) < 291
 
 
 def test_refusals():

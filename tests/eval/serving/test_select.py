@@ -1,5 +1,7 @@
 """Selection against sets built one chunk at a time in NumPy."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from pydantic import ValidationError
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from eval.serving.select import Fallback, Limits, Resident, resident_chunks, serve
-from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.selection import Budget, Coverage, Cut, Selection, Threshold
 
 
 def threshold(score: float) -> Threshold:
@@ -28,12 +30,16 @@ def best_first(scores: np.ndarray, chunks: list[int]) -> list[int]:
     return sorted(chunks, key=lambda c: (-scores[c], c))
 
 
-def asked(scores: np.ndarray, position: int, chunking: Chunking, rule: Budget | Threshold) -> list[int]:
+def asked(scores: np.ndarray, position: int, chunking: Chunking, rule: Selection) -> list[int]:
     """The rule's chunks, best first."""
     free, _ = parts(position, chunking)
     ranked = best_first(scores, free)
     if isinstance(rule, Budget):
         return ranked[: max(1, int(rule.budget * ((position + 1) // chunking.tokens)))]
+    if isinstance(rule, Coverage):
+        powers = [math.exp(float(scores[c])) for c in ranked]
+        reach = [math.fsum(powers[:count]) >= rule.share * math.fsum(powers) for count in range(len(powers) + 1)]
+        return ranked[: reach.index(True)]
     return [c for c in ranked if scores[c] >= rule.cuts[0].score]
 
 
@@ -54,6 +60,7 @@ def check_row(found: Resident, row: int, expected: list[int], demand: int) -> No
 RULES = st.one_of(
     st.sampled_from([-9.0, -0.5, 0.0, 0.25, 1.0, 9.0]).map(threshold),
     st.sampled_from([0.01, 0.1, 0.5, 1.0]).map(lambda share: Budget(budget=share)),
+    st.sampled_from([1e-9, 0.1234567, 0.6180339, 0.9876543, 1.0]).map(lambda share: Coverage(share=share)),
 )
 
 
@@ -96,6 +103,11 @@ def test_refusals():
     damaged = scores.index_fill(1, torch.tensor([5]), torch.nan)
     with pytest.raises(InputError, match="NaN"):
         resident_chunks(damaged, place, chunking, threshold(0.0), Limits(cap=20))
+    with pytest.raises(InputError, match="infinite"):
+        resident_chunks(damaged.nan_to_num(torch.inf), place, chunking, Coverage(share=0.5), Limits(cap=20))
+    for share in (0, 1.1, float("nan")):
+        with pytest.raises(ValidationError, match="share"):
+            Coverage(share=share)
     with pytest.raises(ValidationError, match="floor must not exceed cap"):
         Limits(floor=5, cap=4)
 

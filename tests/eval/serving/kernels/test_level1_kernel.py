@@ -31,7 +31,7 @@ from eval.serving.level1_triton import (
 from eval.serving.select import Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.model import IndexerSpec, MemoryIndexer
-from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.selection import Budget, Coverage, Cut, Threshold
 from tests.eval.serving.kernels.aot import compile_sm90
 from tests.eval.serving.kernels.interpreter import compiled_only, in_interpreter, run_interpreted
 from tests.eval.serving.kernels.speed import speed
@@ -182,6 +182,8 @@ def test_refusals_name_what_is_lacking():
         TritonLevel1(indexer, Limits(cap=40)).resident(queries, PagedKeys(pool, keys.table))
     with pytest.raises(InputError, match="heads, key_width: 12 x 32"):
         TritonLevel1(make_indexer(heads=12), Limits(cap=40))
+    with pytest.raises(InputError, match=r"^selection: the Triton backend has no coverage.*; use the torch backend$"):
+        TritonLevel1(indexer, Limits(cap=40), Coverage(share=0.9))
     indexer.spec.key = "mean_pre_rope"
     with pytest.raises(InputError, match="not mean_pre_rope keys"):
         TritonLevel1(indexer, Limits(cap=40))
@@ -345,8 +347,12 @@ def test_a_bundle_that_triton_lacks_gets_torch_and_it_is_said_once(monkeypatch, 
         assert type(open_level1(make_indexer(heads=12), Limits(cap=40))) is Level1
     with pytest.raises(InputError, match="cap: 8 chunks"):  # not the backend's fault
         open_level1(make_indexer(), Limits(cap=8))
-    (said,) = caplog.messages
-    assert "heads, key_width: 12 x 32" in said
+    with pytest.raises(InputError, match="has no coverage"):
+        open_level1(make_indexer(), Limits(cap=40), Coverage(share=0.9), "triton")
+    monkeypatch.setattr(level1_triton.triton.knobs.runtime, "interpret", True)
+    assert type(open_level1(make_indexer(), Limits(cap=40), Coverage(share=0.9))) is Level1
+    heads, coverage = caplog.messages
+    assert "heads, key_width: 12 x 32" in heads and "has no coverage" in coverage
     caplog.clear()
     monkeypatch.undo()
     if not torch.cuda.is_available():

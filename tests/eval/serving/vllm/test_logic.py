@@ -16,7 +16,7 @@ from eval.serving.vllm.sequences import Chosen, Sequence, Sequences
 from eval.serving.vllm.settings import load_settings
 from eval.serving.vllm.tables import Tables
 from indexer_train.config import IndexerConfig
-from indexer_train.selection import Budget, Threshold
+from indexer_train.selection import Budget, Coverage, Threshold
 from indexer_train.spec import IndexerSpec
 
 
@@ -29,6 +29,9 @@ def test_settings_come_from_the_environment_and_the_engine():
     )
     assert isinstance(settings.selection, Threshold)
     assert settings.fallback.full_above == 2
+    settings = load_settings({"lookahead": {"coverage": 0.9}}, {"LOOKAHEAD_BUNDLE": "b"})
+    assert settings.selection == Coverage(share=0.9)
+    assert load_settings({}, {"LOOKAHEAD_BUNDLE": "b", "LOOKAHEAD_COVERAGE": ".9"}).selection == settings.selection
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,9 @@ def test_settings_come_from_the_environment_and_the_engine():
         ({"bundle": "b", "budgets": "0.1"}, "budgets: Extra inputs"),
         ({"bundle": "b", "budget": "0"}, "budget: Input should be greater than 0"),
         ({"bundle": "b", "budget": ".1", "threshold": "0"}, "budget and threshold: give only one"),
+        ({"bundle": "b", "coverage": ".9", "threshold": "0"}, "threshold and coverage: give only one"),
+        ({"bundle": "b", "coverage": "0"}, "coverage: Input should be greater than 0"),
+        ({"bundle": "b", "coverage": "1.1"}, "coverage: Input should be less than or equal to 1"),
         ({"bundle": "b", "full_above": "2"}, "full_above: a multiple of the cap"),
         ({"bundle": "b", "lag": "2"}, "lag: Input should be 0 or 1"),
         ({"bundle": "b", "lag": "1", "host_gib": "1"}, "lag: blocks that come back"),
