@@ -78,7 +78,7 @@ def measure_ours(folder: Path, heads: int, rank: int) -> tuple[float, Metrics]:
         {"indexer": indexer},
         store,
         GOLDEN,
-        {"indexer": Threshold(cuts=[Cut(score=0.0)])},
+        {"indexer": [Threshold(cuts=[Cut(score=0.0)])]},
         every_token=True,
         budgets=(),
         baselines=False,

@@ -50,7 +50,7 @@ def traced(recipe: Recipe, lengths: list[int], out: Path) -> dict[int, TraceStor
 def rows(indexer: MemoryIndexer, store: TraceStore, length: int, golden: float) -> list[dict[str, Any]]:
     """A row per group of tasks, budget and policy; difference: the indexer's minus the policy's, by document."""
     cells: dict[tuple[str, float], dict[str, list[DocumentRecall]]] = defaultdict(lambda: defaultdict(list))
-    for each in measure({"indexer": indexer}, store, golden, thresholds={}):
+    for each in measure({"indexer": indexer}, store, golden, rules={}):
         if isinstance(each.amount.budget, float):
             for group in task_groups(each.meta):
                 cells[group, each.amount.budget][each.ranker.policy].append(each)

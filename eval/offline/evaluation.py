@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from data_gen.traces.types import DocumentMeta
 from eval.offline.parts import Part, load_part, part_of, save_part
 from eval.offline.recall import (
     BUDGETS,
+    COVERAGE,
     THRESHOLD,
     Amount,
     DocumentRecall,
@@ -47,8 +48,9 @@ from indexer_train.measure.intervals import bootstrap_means
 from indexer_train.measure.metrics import DocumentScorer
 from indexer_train.measure.reliability import reliability
 from indexer_train.model import MemoryIndexer
-from indexer_train.selection import Cut, Threshold
+from indexer_train.selection import Coverage, Cut, Selection, Threshold
 
+Calibrated = TypeVar("Calibrated", Threshold, Coverage)
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 DEPTH_BINS = {f"{low:.0%}-{high:.0%}": (low, high) for low, high in pairwise(DEPTHS)}
 """Fifths of a document by name: their ends."""
@@ -65,8 +67,8 @@ class Evaluation:
     """One indexer ("indexer"), or two side by side ("A", "B"), on held-out traces, a document at a time.
 
     golden: head-maximum probability (or votes) that makes a chunk golden; every_token: a window from every traced
-    token instead of one per refresh. Recall is at BUDGETS, `budget` and the thresholds. Raises InputError on training
-    traces.
+    token instead of one per refresh. Recall is at BUDGETS, `budget` and the calibrated rules. Raises InputError on
+    training traces.
     """
 
     def __init__(
@@ -75,9 +77,12 @@ class Evaluation:
         store.check_held_out()
         self.indexers, self.store, self.golden, self.budget = indexers, store, golden, budget
         self.every_token = every_token
-        chosen = {name: threshold_for(name, indexer, budget) for name, indexer in indexers.items()}
-        self.thresholds = {name: threshold for name, (threshold, _) in chosen.items()}
-        self.notes = [note for _, note in chosen.values() if note is not None]
+        self.rules: dict[str, list[Threshold | Coverage]] = {}
+        self.notes: list[str] = []
+        for name, indexer in indexers.items():
+            threshold, note = threshold_for(name, indexer, budget)
+            self.rules[name] = [threshold, *calibrated_for(indexer, Coverage, budget)[:1]]
+            self.notes += [] if note is None else [note]
         if max(document.chunks for document in store) > LONG:
             return_freed_memory()
         self.amounts = amounts_of(store, sorted({*BUDGETS, budget}))
@@ -87,14 +92,15 @@ class Evaluation:
         """Sixteen hexadecimal digits for all that a part depends on."""
         asked: list[Any] = [self.golden, self.budget, self.every_token, self.amounts, list(self.store.files.values())]
         by = {
-            name: (indexer.digest(), self.thresholds[name].model_dump_json()) for name, indexer in self.indexers.items()
+            name: (indexer.digest(), *(rule.model_dump_json() for rule in self.rules[name]))
+            for name, indexer in self.indexers.items()
         }
         return hashlib.sha256(json.dumps([asked, by]).encode()).hexdigest()[:16]
 
     def part(self, document: TraceDocument) -> Part:
         """Measure one document."""
         first, *_ = self.indexers.values()
-        recall = measure_document(self.indexers, document, self.golden, self.thresholds, self.every_token, self.amounts)
+        recall = measure_document(self.indexers, document, self.golden, self.rules, self.every_token, self.amounts)
         sums = lookahead_sums(self.indexers, document, self.golden, self.budget)
         return Part(document.meta, list(recall), sums, *sample_candidates(first, document, self.golden))
 
@@ -112,14 +118,14 @@ class Evaluation:
     def merged(self, parts: list[Part]) -> dict[str, Any]:
         """The sections of results.json from `recall` to `evaluated`, as models, of all documents in order.
 
-        By length and depth at `budget` and the thresholds only; documents, reliability and timeline are of the first
-        indexer; comparison is None of one. Raises InputError where no document has a window.
+        By length and depth at `budget` and the calibrated rules only; documents, reliability and timeline are of the
+        first indexer; comparison is None of one. Raises InputError where no document has a window.
         """
         found = [each for part in parts for each in part.recall]
         if not found:
             raise InputError(f"{self.store.root}: no document with a whole lookahead window; nothing to evaluate on")
         first, *_ = self.indexers
-        short = [each for each in found if each.amount in (Amount(self.budget), THRESHOLD)]
+        short = [each for each in found if each.amount in (Amount(self.budget), THRESHOLD, COVERAGE)]
         lengths, length_of = length_bins([each.meta.length for each in found])
         needles = [each for each in short if each.meta.depth is not None]
         cells = [each for each in needles if (each.ranker.policy, each.amount) == (first, Amount(self.budget))]
@@ -153,9 +159,14 @@ class Evaluation:
                 every_token=self.every_token,
                 bins=(list(DEPTH_BINS), list(lengths)),
                 notes=[*unseen_notes(self.indexers, self.store), *self.notes],
-                thresholds={name: str(threshold) for name, threshold in self.thresholds.items()},
+                thresholds=self._told(Threshold),
+                coverages=self._told(Coverage),
             ),
         }
+
+    def _told(self, kind: type[Selection]) -> dict[str, str]:
+        """The rules of a kind, in words, of the indexers that have one."""
+        return {name: str(rule) for name, rules in self.rules.items() for rule in rules if isinstance(rule, kind)}
 
 
 def evaluate(
@@ -168,13 +179,18 @@ def evaluate(
 
 def threshold_for(name: str, indexer: MemoryIndexer, budget: float) -> tuple[Threshold, str | None]:
     """The indexer's threshold for `budget`; else what it has instead, or a sigmoid of 0.5, and a line that says so."""
-    calibrated = [each for each in indexer.spec.selections if isinstance(each, Threshold)]
-    for each in calibrated:
-        if (each.target, each.value) == ("budget", budget):
-            return each, None
+    calibrated = calibrated_for(indexer, Threshold, budget)
     used = calibrated[0] if calibrated else Threshold(cuts=[Cut(score=0.0)])
+    if (used.target, used.value) == ("budget", budget):
+        return used, None
     what = str(used) if calibrated else f"{used}, which is a sigmoid of 0.5"
     return used, f"note: {name} has no threshold calibrated to keep {budget:.1%}; its threshold rows use {what}"
+
+
+def calibrated_for(indexer: MemoryIndexer, kind: type[Calibrated], budget: float) -> list[Calibrated]:
+    """The indexer's rules of a kind, those for `budget` first."""
+    found = [each for each in indexer.spec.selections if isinstance(each, kind)]
+    return sorted(found, key=lambda each: (each.target, each.value) != ("budget", budget))
 
 
 def unseen_notes(indexers: dict[str, MemoryIndexer], store: TraceStore) -> list[str]:
@@ -254,7 +270,8 @@ def compare(found: list[DocumentRecall]) -> list[ComparisonRow]:
     rows = []
     for (group, amount), documents in values.items():
         for metric in COMPARED:
-            pairs = np.array([[pair["A"][metric], pair["B"][metric]] for pair in documents.values()])
+            both = [pair for pair in documents.values() if len(pair) == 2]  # one alone may have a coverage
+            pairs = np.array([[pair["A"][metric], pair["B"][metric]] for pair in both]).reshape(-1, 2)
             pairs = pairs[~np.isnan(pairs).any(axis=1)]
             if len(pairs):
                 difference, low, high = (float(x[0]) for x in bootstrap_means(pairs[:, :1] - pairs[:, 1:]))

@@ -17,7 +17,7 @@ from indexer_train.measure.intervals import bootstrap_means
 from indexer_train.measure.metrics import RATIOS, DocumentScorer, ServedWindows, Tally, ranked_tally, tally
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import join_layers
-from indexer_train.selection import Threshold
+from indexer_train.selection import Selection
 
 BUDGETS = (0.02, 0.05, 0.1, 0.135, 0.2)
 TOP = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -37,20 +37,20 @@ class Ranker(NamedTuple):
 
 
 class Amount(NamedTuple):
-    """How much it may keep. budget: a share of the chunks, "threshold", or "top K", and then `top` is K."""
+    """How much it may keep. budget: a share of the chunks, "threshold", "coverage", or "top K", and then `top` is K."""
 
     budget: float | str
     top: int | None = None
 
     def counts(self, served: ServedWindows) -> torch.Tensor:
-        """[W] chunks that this buys in each window; a threshold's number is not known before."""
+        """[W] chunks that this buys in each window; a calibrated rule's number is not known before."""
         if isinstance(self.budget, float):
             return served.kept(self.budget)
         assert self.top is not None
         return torch.full_like(served.visible, self.top)
 
 
-THRESHOLD = Amount("threshold")
+THRESHOLD, COVERAGE = Amount("threshold"), Amount("coverage")
 
 
 class Group(NamedTuple):
@@ -80,19 +80,19 @@ def measure(
     indexers: dict[str, MemoryIndexer],
     store: TraceStore,
     golden: float,
-    thresholds: dict[str, Threshold],
+    rules: Mapping[str, Sequence[Selection]],
     every_token: bool = False,
     budgets: Sequence[float] = BUDGETS,
     baselines: bool = True,
 ) -> Iterator[DocumentRecall]:
     """Every document of `store` under every indexer (by name), its layers and, if asked, what needs no training.
 
-    thresholds: of indexers by name; one without is measured at the budgets alone. Documents without a window, or that
-    need nothing in any, are left out.
+    rules: calibrated ones of indexers by name, one of a kind; one without is measured at the budgets alone. Documents
+    without a window, or that need nothing in any, are left out.
     """
     amounts = amounts_of(store, budgets)
     for document in store:
-        yield from measure_document(indexers, document, golden, thresholds, every_token, amounts, baselines)
+        yield from measure_document(indexers, document, golden, rules, every_token, amounts, baselines)
 
 
 def amounts_of(store: TraceStore, budgets: Sequence[float]) -> list[Amount]:
@@ -105,7 +105,7 @@ def measure_document(
     indexers: dict[str, MemoryIndexer],
     document: TraceDocument,
     golden: float,
-    thresholds: dict[str, Threshold],
+    rules: Mapping[str, Sequence[Selection]],
     every_token: bool,
     amounts: list[Amount],
     baselines: bool = True,
@@ -125,11 +125,9 @@ def measure_document(
             scored = {Ranker(name, name): joined}
             scored |= {Ranker(f"{prefix}layer {layer}", name, layer): scores for layer, scores in alone}
             for ranker, scores in scored.items():
-                if name in thresholds:
-                    reached = thresholds[name].choose(
-                        scores, served.labels.candidate, served.positions, served.chunking
-                    )
-                    pieces[ranker, THRESHOLD].append(tally(reached, served.labels, golden, served.visible))
+                for rule in rules.get(name, []):
+                    asked = rule.choose(scores, served.labels.candidate, served.positions, served.chunking)
+                    pieces[ranker, Amount(rule.by)].append(tally(asked, served.labels, golden, served.visible))
                 ranked = ranked_tally(scores, served.labels, golden, served.visible, counts)
                 _add(pieces, ranker, amounts, ranked)
         for policy, score in untrained.items():

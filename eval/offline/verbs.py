@@ -22,10 +22,10 @@ from eval.report.page import write_report
 from eval.report.setting import documents_line, setting_of
 from eval.report.tables import (
     Table,
+    calibrated_lines,
     comparison_table,
     read_results,
     recall_table,
-    threshold_lines,
     write_results,
 )
 from indexer_train.config import Rule, TrainConfig
@@ -95,7 +95,7 @@ def _report(
     rows = results.recall or []
     plot_recall(rows, out / "recall.png")
     notes = results.evaluated.notes if results.evaluated else []
-    say("\n".join([str(recall_table(rows)), *threshold_lines(results), *notes]))
+    say("\n".join([str(recall_table(rows)), *calibrated_lines(results), *notes]))
     if results.comparison:
         named = [f"{name}: {path}" for name, path in paths.items()]
         say("\n".join([*named, str(comparison_table(results.comparison))]))

@@ -57,8 +57,8 @@ class RecallRow(Ratios):
     scores these are ("indexer", or "A" and "B" side by side), None of the other policies; layer: the backbone layer,
     where one of the indexer's layers chose alone; task: the group (a task, or "needles": all needle tasks), in the
     sections by length and depth the name of the bin; context: longest document of the group in tokens; budget: share
-    of chunks asked for, "threshold" or "top K"; top: K of "top K", else None; micro: the ratios with all windows added
-    up before dividing; interval: of the macro averages.
+    of chunks asked for, "threshold", "coverage" or "top K"; top: K of "top K", else None; micro: the ratios with all
+    windows added up before dividing; interval: of the macro averages.
     """
 
     policy: str
@@ -194,7 +194,8 @@ class ComparisonRow(Row):
 
 class Evaluated(Row):
     """How recall was measured. budget: share kept where a section has one; golden: what makes a chunk golden; bins:
-    names of all depths and of all lengths, in order; thresholds: of each indexer by name, in words."""
+    names of all depths and of all lengths, in order; thresholds: of each indexer by name, in words; coverages:
+    of those that have one."""
 
     budget: float
     golden: float
@@ -202,6 +203,7 @@ class Evaluated(Row):
     bins: tuple[list[str], list[str]]
     notes: list[str]
     thresholds: dict[str, str]
+    coverages: dict[str, str] = Field(default={})
 
 
 class DecodeRow(CountedRow):

@@ -162,13 +162,13 @@ def _tops(results: Results) -> Section | None:
 
 
 def _metrics(results: Results) -> Section | None:
-    """Every metric at the budget and at the threshold, macro with its interval, and micro."""
+    """Every metric at the budget and at what was calibrated, macro with its interval, and micro."""
     if results.evaluated is None:
         return None
-    cuts = (results.evaluated.budget, "threshold")
+    cuts = (results.evaluated.budget, "threshold", "coverage")
     rows = [row for row in results.recall or [] if row.budget in cuts and row.task in GROUPS]
-    # A layer has no threshold of its own: the joined score's keeps nearly everything of it.
-    rows = [row for row in rows if row.policy != "protected" and not (row.layer is not None and row.budget == cuts[1])]
+    # A layer has no rule of its own: the joined score's threshold keeps nearly everything of it.
+    rows = [row for row in rows if row.policy != "protected" and (row.layer is None or row.budget == cuts[0])]
     rows.sort(key=lambda row: (_group_order(row.task), cuts.index(row.budget), policy_order(row.policy)))
     if not rows:
         return None
@@ -190,7 +190,7 @@ def _metrics(results: Results) -> Section | None:
         "'layer L' is one of the indexer's layers on its own. 'resident mass' is the share of all attention that is "
         "not on evicted chunks: there, and only there, protected chunks count."
     )
-    return Section("metrics", "Every metric at the budget and at the threshold", text, tables=tables, folded=True)
+    return Section("metrics", "Every metric at the budget and as calibrated", text, tables=tables, folded=True)
 
 
 def _calibration(results: Results) -> Section | None:

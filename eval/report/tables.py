@@ -12,6 +12,7 @@ from eval.report.rows import ComparisonRow, DecodeRow, RecallRow, Results
 
 STYLES = {"oracle": ("black", "--"), "indexer": ("tab:red", "-"), "A": ("tab:red", "-"), "B": ("tab:cyan", "-"),
           "indexer+correction": ("tab:pink", "-"), "indexer+fallback": ("tab:olive", "-"),
+          "indexer+coverage": ("tab:brown", "-"),
           "native": ("tab:purple", "-"), "exact_attention": ("tab:purple", "-"), "native_votes": ("tab:purple", "-"),
           "mean_pooled": ("tab:blue", "-"), "frequency": ("tab:orange", "-"), "recency": ("tab:green", "-"),
           "random": ("tab:gray", ":"), "protected": ("tab:gray", "-.")}  # fmt: skip
@@ -90,7 +91,7 @@ def bounds(interval: Sequence[float | None] | None, count: int) -> str:
 
 
 def cut_name(cut: float | str) -> str:
-    """A share as a percentage, "threshold" and "top K" as they are."""
+    """A share as a percentage, "threshold", "coverage" and "top K" as they are."""
     return cut if isinstance(cut, str) else f"{cut:.1%}"
 
 
@@ -126,7 +127,7 @@ def recall_table(rows: Iterable[RecallRow]) -> Table:
 
 
 def comparison_table(rows: Iterable[ComparisonRow]) -> Table:
-    """Two indexers at every budget and at their thresholds: macro averages, the paired difference and its interval."""
+    """Two indexers at every budget and as calibrated: macro averages, the paired difference and its interval."""
     lines = []
     for row in rows:
         if row.top is None:
@@ -138,16 +139,18 @@ def comparison_table(rows: Iterable[ComparisonRow]) -> Table:
     return Table(["task", "metric (macro)", "cut", "A", "B", "A - B, 95 % interval", "documents"], lines)
 
 
-def threshold_lines(results: Results) -> list[str]:
-    """What each indexer's threshold kept of every group of tasks, and both recalls it had."""
+def calibrated_lines(results: Results) -> list[str]:
+    """What each indexer's threshold, and its coverage if it has one, kept of every group of tasks, and both recalls."""
     if results.evaluated is None:
         return []
-    lines, thresholds = [], results.evaluated.thresholds
+    lines = []
+    rules = {"threshold": results.evaluated.thresholds, "coverage": results.evaluated.coverages}
     for row in results.recall or []:
-        if row.budget == "threshold" and row.policy in thresholds:
-            who = "threshold" if row.policy == "indexer" else f"threshold of {row.policy}"
+        rule = rules.get(str(row.budget), {}).get(row.policy)
+        if rule is not None:
+            who = row.budget if row.policy == "indexer" else f"{row.budget} of {row.policy}"
             mass, golden = (number(value, row.documents) for value in (row.mass_recall, row.golden_recall))
-            lines.append(f"{who}, {row.task}: {thresholds[row.policy]}: kept {row.kept:.1%}, "
+            lines.append(f"{who}, {row.task}: {rule}: kept {row.kept:.1%}, "
                          f"macro mass recall {mass}, golden recall {golden}")  # fmt: skip
     return lines
 

@@ -24,7 +24,7 @@ from eval.offline.evaluation import (
 )
 from eval.offline.refresh import timeline
 from indexer_train.measure.metrics import DocumentScorer, served_windows
-from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.selection import Budget, Coverage, Cut, Threshold
 from indexer_train.spec import Provenance, Source
 from tests.data_gen.traces.spread import spread
 from tests.eval.conftest import planted_indexer
@@ -189,6 +189,33 @@ def test_a_threshold_for_something_else_is_named(indexer):
     assert used == other and "A has no threshold calibrated to keep 10.0%" in note and "mass recall of 90.0%" in note
     used, note = ask()
     assert used.cuts == [Cut(score=0.0)] and "sigmoid of 0.5" in note
+
+
+def covering(indexer, *coverages):
+    """The indexer with coverages beside its own selections."""
+    twin = copy.deepcopy(indexer)
+    twin.spec.selections = [*twin.spec.selections, *coverages]
+    return twin
+
+
+def test_a_coverage_has_rows_where_a_threshold_has_them(stores, indexer, other):
+    """Of two that are called for, the one for this budget; compared where both indexers have one."""
+    ours = covering(indexer, Coverage(share=0.9), Coverage(target="budget", value=0.1, share=0.5))
+    found = evaluate({"A": ours, "B": other}, stores[1], GOLDEN, 0.1)
+    assert found["evaluated"].coverages == {"A": "the best chunks up to a predicted share of 0.5 (to keep 10.0%)"}
+    for section in ("recall", "by_length", "by_depth"):
+        rows = {(row.policy, row.task): row for row in found[section] if row.budget == "coverage"}
+        assert rows.keys() == {key for key in rows if key[0] == "A" or key[0].startswith("A ") or "layer" in key[0]}
+        thresholds = {row.task for row in found[section] if (row.policy, row.budget) == ("A", "threshold")}
+        assert {task for policy, task in rows if policy == "A"} == thresholds
+    assert {row.budget for row in found["comparison"] if isinstance(row.budget, str)} >= {"threshold"}
+    assert not [row for row in found["comparison"] if row.budget == "coverage"]
+    both = evaluate({"A": ours, "B": covering(other, Coverage(share=0.9))}, stores[1], GOLDEN, 0.1)
+    assert [row for row in both["comparison"] if row.budget == "coverage" and row.metric == "kept"]
+    assert (
+        Evaluation({"A": ours}, stores[1], GOLDEN, 0.1, False).key
+        != Evaluation({"A": covering(indexer, Coverage(share=0.9))}, stores[1], GOLDEN, 0.1, False).key
+    )
 
 
 class OnGpu:

@@ -16,7 +16,7 @@ from eval.report.figures import plot_recall
 from eval.report.rows import RecallRow
 from eval.report.tables import STYLES, recall_table
 from indexer_train.measure.metrics import DocumentScorer, served_windows
-from indexer_train.selection import Cut, Threshold
+from indexer_train.selection import Coverage, Cut, Threshold
 from tests.data_gen.traces.spread import spread
 from tests.eval.conftest import planted_indexer
 from tests.eval.offline.recalled import evaluate_recall
@@ -111,7 +111,7 @@ def test_pieces_change_nothing(stores, indexer, rows, monkeypatch):
 
 def test_a_trained_secret_beats_what_needs_no_training(planted):
     measured = list(
-        measure({"indexer": planted_indexer()}, planted[1], 0.5, {"indexer": Threshold(cuts=[Cut(score=0.0)])})
+        measure({"indexer": planted_indexer()}, planted[1], 0.5, {"indexer": [Threshold(cuts=[Cut(score=0.0)])]})
     )
     found = recall_rows(measured, RecallRow, lambda _: [Group("all")])
     recall = {row.policy: row.golden_recall for row in found if row.budget == 0.1}
@@ -223,3 +223,21 @@ def test_each_layer_is_counted_at_the_threshold(stores, indexer, rows):
         chosen = served.labels.candidate & (DocumentScorer(indexer, served.document).layer_logits(served)[1] >= 0)
         kept.append(float((chosen.sum(dim=1) / served.visible).mean()))
     assert row.kept == pytest.approx(sum(kept) / len(kept))
+
+
+def test_a_coverage_is_counted_beside_the_threshold(stores, indexer):
+    given = {"indexer": [Threshold(cuts=[Cut(score=0.0)]), Coverage(share=0.6)]}
+    found = list(measure({"indexer": indexer}, stores[1], 0.05, given, budgets=(), baselines=False))
+    rows = {(r.policy, r.task, r.budget): r for r in recall_rows(found, RecallRow, lambda meta: [Group(meta.task)])}
+    means = []
+    for document in stores[1]:
+        if document.meta.task == "text":
+            kept = []
+            for served in served_windows([document]):
+                scores = DocumentScorer(indexer, document).joined_scores(served).double()
+                for window, candidate in enumerate(served.labels.candidate):
+                    covered = scores[window, candidate].sort(descending=True).values.softmax(dim=0).cumsum(dim=0)
+                    kept.append((1 + int((covered < 0.6).sum())) / int(served.visible[window]))
+            means.append(sum(kept) / len(kept))
+    assert rows["indexer", "text", "coverage"].kept == pytest.approx(sum(means) / len(means))
+    assert ("indexer", "text", "threshold") in rows and ("layer 2", "text", "coverage") in rows

@@ -17,7 +17,7 @@ from eval.offline.evaluation import DEPTH_BINS, evaluate
 from eval.report.page import write_report
 from eval.report.rows import DecodeRow, Results
 from eval.report.setting import commit, setting_of
-from eval.report.tables import decode_summary, decode_table, read_results, threshold_lines, write_results
+from eval.report.tables import calibrated_lines, decode_summary, decode_table, read_results, write_results
 from tests.eval.report.conftest import BENCHMARK, DECODE, TEXT
 
 PICTURES = [
@@ -41,7 +41,7 @@ HEADINGS = [
     "Recall by length and depth",
     "Needle depth and document length",
     "Recall@K of golden chunks (macro)",
-    "Every metric at the budget and at the threshold",
+    "Every metric at the budget and as calibrated",
     "Calibration",
     "One document, token by token",
     "Lookahead and churn",
@@ -171,7 +171,7 @@ def test_the_summary_holds_every_table(folder):
 def test_every_group_says_what_its_threshold_kept(folder):
     results = json.loads((folder / "results.json").read_text())
     rows = {r["task"]: r for r in results["recall"] if (r["policy"], r["budget"]) == ("indexer", "threshold")}
-    lines = threshold_lines(Results.model_validate(results))
+    lines = calibrated_lines(Results.model_validate(results))
     assert len(lines) == len(rows) and rows.keys() == {"text", "multi_value", "needles"}
     for line, (task, row) in zip(lines, rows.items(), strict=True):
         assert line.startswith(f"threshold, {task}: {results['evaluated']['thresholds']['indexer']}: kept ")
@@ -179,8 +179,12 @@ def test_every_group_says_what_its_threshold_kept(folder):
         figures = f"{row['kept']:.1%}", *(f"{row[name]:.{decimals}f}" for name in ("mass_recall", "golden_recall"))
         assert line.endswith("kept {}, macro mass recall {}, golden recall {}".format(*figures))
     chat = dict(next(iter(rows.values())), task="chat", golden_recall=None)
-    (line,) = threshold_lines(Results.model_validate({"recall": [chat], "evaluated": results["evaluated"]}))
+    (line,) = calibrated_lines(Results.model_validate({"recall": [chat], "evaluated": results["evaluated"]}))
     assert line.startswith("threshold, chat: ") and line.endswith("golden recall -")
+    evaluated = results["evaluated"] | {"coverages": {"A": "half"}}
+    rows = [chat | {"policy": policy, "budget": "coverage"} for policy in ("A", "B", "A layer 2")]
+    (line,) = calibrated_lines(Results.model_validate({"recall": rows, "evaluated": evaluated}))
+    assert line.startswith("coverage of A, chat: half: kept ")
 
 
 @pytest.fixture(scope="module")
