@@ -19,8 +19,9 @@ from eval.online.session import CsaSession, DenseSession, DsaSession, Session
 from eval.runtime.correction import Correction
 from eval.runtime.cycle import Choice
 from eval.serving.select import Fallback, Limits, resident_chunks, serve
+from indexer_train.config import Rule
 from indexer_train.model import MemoryIndexer
-from indexer_train.selection import Threshold
+from indexer_train.selection import Selection
 
 Ranking = Callable[[Session], torch.Tensor]
 """A session -> scores [N] of its complete chunks, on the CPU."""
@@ -113,14 +114,14 @@ class Foresight:
 
 @dataclass(frozen=True)
 class Capped:
-    """The indexer as it is served: all chunks that reach its threshold, under a cap, with demand fallback above it.
+    """The indexer as it is served: the chunks that its rule asks for, under a cap, with demand fallback above it.
 
     share: of the chunks that may be resident beside the protected ones; fallback: when a window gets full attention,
     None for never.
     """
 
     indexer: MemoryIndexer
-    threshold: Threshold
+    rule: Selection
     share: float
     fallback: Fallback | None
 
@@ -130,14 +131,14 @@ class Capped:
         total, (first, last) = chunking.visible(position), chunking.candidates(position)
         cap = chunking.kept(self.share, position) + chunking.sink + chunking.recent
         scores, positions = indexer_policy(self.indexer)(session)[None], torch.tensor([position])
-        resident = resident_chunks(scores, positions, chunking, self.threshold, Limits(cap=cap))
+        resident = resident_chunks(scores, positions, chunking, self.rule, Limits(cap=cap))
         chunks, how = serve(resident, 0, total, cap, total - (last - first), self.fallback)
         return Choice([chunks], resident.demand.tolist(), [how])
 
 
-def calibrated(indexer: MemoryIndexer) -> Threshold | None:
-    """The first threshold that the bundle carries."""
-    return next((each for each in indexer.spec.selections if isinstance(each, Threshold)), None)
+def calibrated(indexer: MemoryIndexer, by: Rule) -> Selection | None:
+    """The first rule of a kind that the bundle carries."""
+    return next((each for each in indexer.spec.selections if each.by == by), None)
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,15 @@ class OnlinePolicy:
     has: Callable[[MemoryIndexer], bool] = lambda indexer: True
 
 
-def _capped(given: Circumstances) -> Keep:
-    threshold = calibrated(given.indexer)
-    assert threshold is not None  # or the policy is not asked
-    return Capped(given.indexer, threshold, given.share, Fallback())
+def _capped(name: str, by: Rule) -> OnlinePolicy:
+    """The bundle's rule of a kind under the cap, where it carries one."""
+
+    def keep(given: Circumstances) -> Keep:
+        rule = calibrated(given.indexer, by)
+        assert rule is not None  # or the policy is not asked
+        return Capped(given.indexer, rule, given.share, Fallback())
+
+    return OnlinePolicy(name, keep, under="cap", has=lambda indexer: calibrated(indexer, by) is not None)
 
 
 def _corrected(given: Circumstances) -> Keep:
@@ -211,7 +217,9 @@ ONLINE_POLICIES = [
     OnlinePolicy("random", lambda given: best(random, given.share)),
     OnlinePolicy("protected", lambda given: best(protected, given.share), under="nothing"),
     OnlinePolicy("oracle", lambda given: best(given.foresight, given.share), foresees=True),
-    OnlinePolicy("indexer+fallback", _capped, under="cap", has=lambda indexer: calibrated(indexer) is not None),
+    _capped("indexer+fallback", "threshold"),
+    _capped("indexer+coverage", "coverage"),
 ]
 """In the order of the tables. `indexer+fallback`: the bundle's threshold under a cap, as it is served;
+`indexer+coverage`: the same with its coverage;
 `indexer+correction`: as many chunks as `indexer`, some of which each layer chooses at every token."""

@@ -15,7 +15,7 @@ from eval.online.runner import Runner
 from eval.online.session import DenseSession, Session
 from eval.runtime.correction import Correction
 from indexer_train.model import MemoryIndexer
-from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.selection import Budget, Coverage, Cut, Threshold
 from tests.conftest import tiny_model
 from tests.eval.runtime.indexers import untrained
 
@@ -44,8 +44,9 @@ def stock(tokens):
 
 
 def calibrated(indexer, score):
-    """The indexer with a threshold of its own beside a budget."""
+    """The indexer with a threshold of its own beside a budget, and a coverage that asks for as many."""
     served = [Budget(budget=0.1), Threshold(target="recall", value=0.9, cuts=[Cut(score=score)])]
+    served.append(Coverage(share=1.0 if score < 0 else 1e-9))
     twin = MemoryIndexer.from_spec(indexer.spec.model_copy(update={"selections": served}))
     twin.load_state_dict(indexer.state_dict())
     return twin.eval()
@@ -130,14 +131,15 @@ def test_a_correction_is_refused_where_it_cannot_be(tokenizer, indexer, pocket, 
         runner.run(question())
 
 
-def test_fallback_reads_windows_that_ask_for_more_than_the_cap_in_full(tokenizer, indexer):
+@pytest.mark.parametrize("policy", ["indexer+fallback", "indexer+coverage"])
+def test_fallback_reads_windows_that_ask_for_more_than_the_cap_in_full(policy, tokenizer, indexer):
     def runs(score, cap, example):
-        names = ["recency", "indexer+fallback"]
+        names = ["recency", policy]
         record = Runner(tiny_model("llama"), tokenizer, calibrated(indexer, score), names, [0.3], cap, context=512).run(
             example
         )
         assert [(each.policy, each.budget) for each in record.runs] == [
-            ("full", None), ("recency", 0.3), ("indexer+fallback", cap)
+            ("full", None), ("recency", 0.3), (policy, cap)
         ]  # fmt: skip
         return record.runs
 
