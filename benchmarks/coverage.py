@@ -5,12 +5,12 @@
 
 `coverage` takes the scores for a distribution over the candidates and keeps the fewest whose predicted share reaches p.
 Layers that are joined by their sum have one each, and it takes the mean of their logits; `sharp coverage` takes the sum
-itself. Each rule keeps at least a quarter and at most four times the mean share. Its one setting is calibrated on
-documents of --calibrate tokens to a mean share of the chunks, mean over tasks. On other documents of each --length it
-is then compared, text by text, with the budget that keeps as much of all of them in the mean: what is left is what it
-gains by giving more to some windows than to others. Questions are right where the model says what it says under full
-attention, token by token, and that is right; of texts the last tokens are followed. Windows are read at once with what
-is resident.
+itself, which is what a bundle is served by (`Coverage` in indexer_train/selection.py). Each rule keeps at least a
+quarter and at most four times the mean share. Its one setting is calibrated on documents of --calibrate tokens to a
+mean share of the chunks, mean over tasks. On other documents of each --length it is then compared, text by text, with
+the budget that keeps as much of all of them in the mean: what is left is what it gains by giving more to some windows
+than to others. Questions are right where the model says what it says under full attention, token by token, and that is
+right; of texts the last tokens are followed. Windows are read at once with what is resident.
 
 Demand fallback: each rule, without those limits, is calibrated so that a part --rate of the sparse questions asks for
 more than --share. Such windows get full attention, others the best that this share allows. The dense questions (all

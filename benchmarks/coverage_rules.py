@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from indexer_train.model import MemoryIndexer
+from indexer_train.scoring import covering
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def by_threshold(window: Scored, setting: float) -> int:
 
 
 def by_coverage(window: Scored, setting: float, layers: int) -> int:
-    """The fewest whose predicted share of the unprotected attention reaches the setting; layers: as many logits were
-    summed to a score."""
-    covered = (window.scores / layers).softmax(dim=0).cumsum(dim=0)
-    return min(1 + int((covered < setting).sum()), len(covered))
+    """What a bundle's `Coverage` of the setting keeps; layers: of so many logits that a score sums, the mean is taken
+    for the score."""
+    scores = (window.scores / layers)[None]
+    return int(covering(scores, torch.ones_like(scores, dtype=torch.bool), setting).sum())
 
 
 def limited(count: Count, share: float) -> Count:

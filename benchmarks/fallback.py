@@ -3,9 +3,9 @@
     python -m benchmarks.fallback --bundle runs/pocket/demand/bundle
 
 Texts of the pocket language (recipes/pocket_v4), each asked a dense question, `copy` (all six steps, scattered over the
-text), and a sparse one, `multi_key` (one note among many). The threshold by which a window's demand is counted is
-calibrated on sparse questions of other texts: a share `rate` of those may fall back. A last row has the threshold that
-the bundle carries, calibrated for a share of the chunks. Every window of a question holds its whole answer.
+text), and a sparse one, `multi_key` (one note among many). The threshold and the coverage by which a window's demand is
+counted are calibrated on sparse questions of other texts: a share `rate` of those may fall back. Last rows have the
+rules that the bundle carries, calibrated for a share of the chunks. Every window of a question holds its whole answer.
 """
 
 import argparse
@@ -32,7 +32,8 @@ from eval.runtime.runtime import LSARuntime
 from eval.serving.select import Fallback, Limits
 from indexer_train.formats.bundle import load_bundle
 from indexer_train.model import MemoryIndexer
-from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.scoring import remaining
+from indexer_train.selection import Budget, Coverage, Cut, Threshold
 from recipes.pocket.config import load_config
 from recipes.pocket.tasks import PocketDocument, solved, test_documents
 from recipes.pocket.words import build_lexicon
@@ -48,20 +49,22 @@ def questions(length: int, count: int, seed: str) -> list[PocketDocument]:
     return [each for _ in range(count) for each in test_documents(lexicon, [DENSE, SPARSE], length, others, rng)]
 
 
-def separating_threshold(
+def separating(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indexer: MemoryIndexer, asked: list[PocketDocument],
     cap: int, rate: float,
-) -> Threshold:  # fmt: skip
-    """The score with which a share `rate` of the questions asks for more than `cap` chunks, the protected included."""
+) -> tuple[Threshold, Coverage]:  # fmt: skip
+    """The rules with which a share `rate` of the questions asks for more than `cap` chunks, the protected included."""
     first_beyond = []
     for question in tqdm(asked, "calibrating", leave=False):
         session = open_session(model, indexer.spec)
         session.read(tokenizer(question.prompt).input_ids[:-1])
         first, last = indexer.spec.chunking.candidates(session.position)
         free = cap - (indexer.spec.chunking.visible(session.position) - (last - first))
-        scores = indexer_policy(indexer)(session)[first:last]
-        first_beyond.append(float(scores.sort(descending=True).values[free]))
-    return Threshold(cuts=[Cut(score=float(torch.tensor(first_beyond).quantile(1 - rate)))])
+        scores = indexer_policy(indexer)(session)[None, first:last]
+        rest = remaining(scores, torch.ones_like(scores, dtype=torch.bool))
+        first_beyond.append([float(of[0].sort(descending=True).values[free]) for of in (scores, rest)])
+    score, rest = torch.tensor(first_beyond, dtype=torch.float64).quantile(1 - rate, dim=0).tolist()
+    return Threshold(cuts=[Cut(score=score)]), Coverage(share=1 - rest)
 
 
 def answered(
@@ -78,7 +81,7 @@ def answered(
 
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, indexer: MemoryIndexer, asked: list[PocketDocument],
-    cap: int, threshold: Threshold,
+    cap: int, threshold: Threshold, coverage: Coverage,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row per setting and task.
 
@@ -90,9 +93,11 @@ def measure(
         "full attention": LSARuntime(indexer, model, selection=Budget(budget=1.0)),
         "cap": LSARuntime(indexer, model, limits, threshold),
         "cap + fallback": LSARuntime(indexer, model, limits, threshold, Fallback()),
+        "cap + fallback by coverage": LSARuntime(indexer, model, limits, coverage, Fallback()),
     }
-    if (own := calibrated(indexer)) is not None:
-        settings["cap + fallback, bundle's threshold"] = LSARuntime(indexer, model, limits, own, Fallback())
+    for by in ("threshold", "coverage"):
+        if (own := calibrated(indexer, by)) is not None:
+            settings[f"cap + fallback, bundle's {by}"] = LSARuntime(indexer, model, limits, own, Fallback())
     rows = []
     for name, runtime in settings.items():
         right: dict[str, list[bool]] = {DENSE: [], SPARSE: []}
@@ -152,14 +157,14 @@ def main() -> None:
     model, tokenizer = load_backbone(BackboneConfig(path=f"{POCKET}/model"))
     indexer = load_bundle(arguments.bundle)
     others = [each for each in questions(arguments.length, arguments.count, "calibration") if each.task == SPARSE]
-    threshold = separating_threshold(model, tokenizer, indexer, others, arguments.cap, arguments.rate)
+    rules = separating(model, tokenizer, indexer, others, arguments.cap, arguments.rate)
     asked = questions(arguments.length, arguments.count, "asked")
-    rows = measure(model, tokenizer, indexer, asked, arguments.cap, threshold)
-    print(f"{arguments.length} tokens, cap {arguments.cap} chunks, {threshold}\n{as_table(rows)}")
+    rows = measure(model, tokenizer, indexer, asked, arguments.cap, *rules)
+    print(f"{arguments.length} tokens, cap {arguments.cap} chunks, {' and '.join(map(str, rules))}\n{as_table(rows)}")
     if arguments.output:
         found = {"bundle": indexer.spec.model_dump(mode="json", include={"chunking", "selections", "backbone"})}
         found |= {"length": arguments.length, "cap": arguments.cap, "rate": arguments.rate, "rows": rows}
-        found |= {"threshold": threshold.model_dump(mode="json")} | origin(model.device)
+        found |= {rule.by: rule.model_dump(mode="json") for rule in rules} | origin(model.device)
         write_atomically(arguments.output, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
 
 

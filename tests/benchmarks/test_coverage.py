@@ -15,7 +15,7 @@ from eval.online.online_policies import indexer_policy
 from eval.online.session import DenseSession
 from indexer_train.config import IndexerConfig
 from indexer_train.model import MemoryIndexer
-from indexer_train.selection import Cut, Threshold
+from indexer_train.selection import Coverage, Cut, Threshold
 from indexer_train.spec import IndexerSpec
 from recipes import load_recipe
 
@@ -37,13 +37,15 @@ def test_coverage_keeps_the_fewest_chunks_that_reach_its_share(window, layers, r
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_a_threshold_and_a_budget_count_what_serving_selects(window):
+def test_every_rule_counts_what_serving_selects(window):
     scores, position = window.scores.float()[None], torch.tensor([4 * window.visible - 1])
     cut = float(scores[0, len(window.scores) // 2])
     chosen = Threshold(cuts=[Cut(score=cut)]).choose(
         scores, torch.ones_like(scores, dtype=torch.bool), position, Chunking()
     )
     assert by_threshold(window, cut) == int(chosen.sum())
+    chosen = Coverage(share=0.6).choose(scores, torch.ones_like(scores, dtype=torch.bool), position, Chunking())
+    assert by_coverage(window, 0.6, 1) == int(chosen.sum())
     assert by_budget(window, 0.3) == Chunking(tokens=4).kept(0.3, int(position))
 
 
