@@ -61,7 +61,6 @@ from recipes import Recipe, load_recipe
 VARIATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     RECIPE: ({}, {}),
     "joined": ({}, {"loss_options": {"joined": True}}),
-    "half-peaks": ({}, {"loss": "listwise_mass", "loss_options": {"peaks": 0.5}}),
     "chosen-by-mass": ({}, {"choose": "mass_recall"}),
     "no-bumps": ({"distance_bumps": 0}, {}),
     "twelve-bumps": ({"distance_bumps": 12}, {}),

@@ -25,6 +25,7 @@ class BceLoss(IndexerLoss):
     Labels: golden, the candidates whose peak (or votes) reaches `train.golden`; weight, `candidates.common_weight`.
     Requires: a golden chunk in some window. Made for `candidates: {kind: sampled}`.
     Source: the release's training/train.py, its default; label smoothing as there.
+    Used by: recipe pocket-v4-demand, whose fallback needs scores that are probabilities.
     """
 
     options_type = BceOptions

@@ -22,6 +22,7 @@ class BprLoss(IndexerLoss):
     Requires: a golden chunk in some window.
     Source: Rendle et al. 2009, "BPR: Bayesian Personalized Ranking from Implicit Feedback" (arXiv 1205.2618),
     BPR-Opt; the release's training/train.py, --pairwise-loss bpr.
+    Used by: recipe smollm2-quickstart.
     """
 
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:

@@ -31,6 +31,7 @@ class ContrastiveLoss(IndexerLoss):
     Source: van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding" (arXiv 1807.03748),
     equation 4, for several positives as in Khosla et al. 2020 (arXiv 2004.11362), equation 2, without the other
     positives in the denominator.
+    Used by: recipe pocket-v4; the release has no such loss.
     """
 
     options_type = ContrastiveOptions

@@ -31,6 +31,7 @@ class FocalLoss(IndexerLoss):
     a few in a hundred.
     Source: Lin et al. 2017, "Focal Loss for Dense Object Detection" (arXiv 1708.02002), equations 4 and 5; the
     release's training/train.py, --focal-loss.
+    Used by: recipes deepseek-v4-flash and pocket-v4-votes, which train as the release does.
     """
 
     options_type = FocalOptions

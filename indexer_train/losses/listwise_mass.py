@@ -1,17 +1,9 @@
 """Softmax cross-entropy to the window's attention mass, with a slot for what the protected chunks hold."""
 
 import torch
-from pydantic import Field
 
 from indexer_train.losses.base import Targets
-from indexer_train.losses.listwise import ListwiseLoss, ListwiseOptions, cross_entropy
-
-
-class ListwiseMassOptions(ListwiseOptions):
-    """peaks: share of the candidates' mass that is dealt out among them by their peaks instead, as ListwisePeakLoss
-    counts them: from this loss (0) to that one, with the protected slot (1)."""
-
-    peaks: float = Field(0.0, ge=0, le=1)
+from indexer_train.losses.listwise import ListwiseLoss, cross_entropy
 
 
 class ListwiseMassLoss(ListwiseLoss):
@@ -25,20 +17,14 @@ class ListwiseMassLoss(ListwiseLoss):
     averaged over windows.
 
     Labels: mass, attention probability averaged over heads, layers and the window's tokens; protected_mass, that on
-    protected chunks; peak where `peaks` is above 0.
+    protected chunks.
     Requires: nothing; windows without a golden chunk train too. Best with `indexer.slot`, and all candidates.
     Source: the top-one cross-entropy of Cao et al. 2007, "Learning to Rank: From Pairwise Approach to Listwise
     Approach" (ListNet), with attention for relevance; the slot is this project's own.
     """
 
-    options_type = ListwiseMassOptions
-
     def compute(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         logits = self.compared(logits, targets)
         slot = torch.zeros_like(logits[..., :1])
-        mass = targets.mass
-        if self.options.peaks:
-            peak = targets.peak / targets.peak.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-            mass = torch.lerp(mass, peak * mass.sum(dim=-1, keepdim=True), self.options.peaks)
-        target = torch.cat([targets.protected_mass[:, None], mass], dim=-1)
+        target = torch.cat([targets.protected_mass[:, None], targets.mass], dim=-1)
         return cross_entropy(target, torch.cat([slot, logits], dim=-1).log_softmax(dim=-1))

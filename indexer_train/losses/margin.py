@@ -26,6 +26,7 @@ class MarginLoss(IndexerLoss):
     Requires: a golden chunk in some window.
     Source: Herbrich et al. 2000, "Large Margin Rank Boundaries for Ordinal Regression"; the release's
     training/train.py, --pairwise-loss margin.
+    Used by: no shipped recipe; kept so that the release's runs can be repeated.
     """
 
     options_type = MarginOptions

@@ -20,6 +20,7 @@ class VoteWeightedLoss(IndexerLoss):
     Labels: golden, the candidates whose peak (or votes) reaches t; peak; weight, `candidates.common_weight`.
     Requires: a golden chunk in some window. Made for traces of the oracle `indexer`, whose peaks are votes.
     Source: the release's training/train.py, --weighted-loss.
+    Used by: no shipped recipe; kept so that the release's runs can be repeated.
     """
 
     pointwise = True
