@@ -1,6 +1,7 @@
 """Tables of benchmarks/ablations.py: answers and text under each policy, beside others, and what foretold them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,21 @@ def correlations(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def ranked(rank: float | None, number: int) -> str:
+    """Spearman's rank correlation over `number` independent pairs with an approximate 95 % interval.
+
+    Fisher's z with the variance of Bonett and Wright 2000, "Sample size requirements for estimating Pearson, Kendall
+    and Spearman correlations"; three pairs or fewer have no interval.
+    """
+    if rank is None:
+        return "-"
+    if number <= 3 or abs(rank) == 1:
+        return f"{rank:+.2f}"
+    half = 1.96 * math.sqrt((1 + rank**2 / 2) / (number - 3))
+    low, high = (math.tanh(math.atanh(rank) + side * half) for side in (-1, 1))
+    return f"{rank:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def tables(found: list[dict[str, Any]]) -> str:
     """What is printed: questions, texts, then how diagnoses rank."""
 
@@ -100,9 +116,10 @@ def tables(found: list[dict[str, Any]]) -> str:
         columns += [*(["chunks fetched a token", "mean keys, MB"] if counted else []), *DIAGNOSES]
         if lines:
             parts.append(str(Table(columns, lines)))
-    ranked = [
-        [line["set"], line["diagnosis"], line["variations"], line.get("right") or "-", line.get("kl") or "-"]
+    foretold = [
+        [line["set"], line["diagnosis"], line["variations"],
+         *(ranked(line.get(metric), line["variations"]) for metric in ("right", "kl"))]
         for line in correlations(found)
-    ]
-    parts.append(str(Table(["set", "diagnosis", "variations", "rank: right", "rank: KL"], ranked)))
+    ]  # fmt: skip
+    parts.append(str(Table(["set", "diagnosis", "variations", "rank: right", "rank: KL"], foretold)))
     return "\n\n".join(parts)

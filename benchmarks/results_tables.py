@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.ablation_tables import ranked
 from eval.report.rows import DecodeRow
 from eval.report.tables import Table, decode_table
 
@@ -43,15 +44,27 @@ def ablations(data: Row) -> list[str]:
         "Questions answered:\n\n"
         + listed(questions, names | {"task": "task", "right": lambda row: round(row["right"] * row["documents"])}
                  | {"minus the recipe's": interval("right_beside_recipe"), "KV kept": share("kept")}),
-        "Rank correlation (Spearman) of what held-back training documents said with the outcomes:\n\n"
-        + listed(data["rank_correlations"], {"set": "set", "diagnosis": "diagnosis", "variations": "variations",
-                                             "with needles right": "right", "with text KL": "kl"}),
+        _correlations(data, {"with needles right": "right", "with text KL": "kl"}),
     ]  # fmt: skip
+
+
+def _correlations(data: Row, outcomes: dict[str, str]) -> str:
+    """What foretold the outcomes, heading -> key, with 95 % intervals."""
+    columns = {head: lambda row, key=key: ranked(row[key], row["variations"]) for head, key in outcomes.items()}
+    return (
+        "Rank correlation (Spearman) of what held-back training documents said with the outcomes, 95 % intervals:\n\n"
+        + listed(data["rank_correlations"], {name: name for name in ("set", "diagnosis", "variations")} | columns)
+    )
 
 
 def at_length(data: Row) -> list[str]:
     """The texts of `ablations` alone."""
     return ablations(data)[:1]
+
+
+def ablations_at_length(data: Row) -> list[str]:
+    """The texts of `ablations`, and what foretold them."""
+    return [*at_length(data), _correlations(data, {"with text KL": "kl"})]
 
 
 def needles(data: Row) -> list[str]:

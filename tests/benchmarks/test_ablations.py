@@ -3,9 +3,12 @@
 import json
 import sys
 
+import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from benchmarks import ablations
+from benchmarks.ablation_tables import ranked
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.generate import generate
 from data_gen.text.needles import KEYS
@@ -98,3 +101,13 @@ def test_a_rank_correlation_shares_ranks_among_equals():
     lines = ablations.correlations(rows)
     assert [line["kl"] for line in lines] == pytest.approx([-(3**0.5) / 2] * 3)
     assert [line["right"] for line in lines] == [None] * 3, "all equally right: no rank"
+
+
+def test_the_interval_of_a_rank_correlation_holds_the_truth_as_often_as_it_says():
+    generator, truth, number = np.random.default_rng(0), 0.5, 17
+    rank = 6 / np.pi * np.arcsin(truth / 2)  # Spearman's of two normals whose correlation is `truth`
+    pairs = generator.multivariate_normal([0, 0], [[1, truth], [truth, 1]], size=(1000, number))
+    intervals = [ranked(float(spearmanr(drawn).statistic), number) for drawn in pairs]
+    held = [low <= rank <= high for low, high in (map(float, each[7:-1].split(", ")) for each in intervals)]
+    assert 0.93 <= np.mean(held) <= 0.98
+    assert (ranked(None, 17), ranked(0.5, 3), ranked(-1.0, 12)) == ("-", "+0.50", "-1.00")
