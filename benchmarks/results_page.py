@@ -48,8 +48,8 @@ SECTIONS = [
         "Recipe `gemma-3-270m-long`; for each length 30 texts of packages that no training read, 128 tokens followed, "
         "10 % of the chunks in addition to the protected ones. The correction takes 8 of those chunks; its mean keys "
         "are extra: they are not in `KV kept`, and neither are the indexer's own keys, which take as much, or those of "
-        "mean-pooled keys. The questions of that run had no beginning of an answer. Full attention then answers only 4 to "
-        "14 % of them, so they do not rank anything and are left out; the next section asks others.",
+        "mean-pooled keys. The questions of that run had no beginning of an answer. Full attention then answers only 4 "
+        "to 14 % of them, so they do not rank anything and are left out; the next section asks others.",
         results_tables.at_length,
     ),
     Section(
@@ -64,14 +64,14 @@ SECTIONS = [
     Section(
         "Which part of the quickstart's recipe matters",
         "ablations-smollm2-h200.json",
-        "Every loss and option of `benchmarks/ablations.py`, trained on the same traces with one seed each. The recipe "
-        "of that commit had `listwise_peak`. It was replaced by `bpr`, which has the lowest KL on the development set "
-        "among those that answer at least as many needles. Both sets were asked in this one run, and the rule is in the "
-        "history since the same commit as these figures: that it was fixed before the report was looked at cannot be "
-        "checked. The report's documents are those of the section on the quickstart, so half of them had been looked at "
-        "before. `half-peaks` was `listwise_mass` with half of the mass dealt out by peaks, an option that is gone. "
-        "Intervals of correlations are approximate (Fisher's z), and take the variations to be independent, which they "
-        "are not.",
+        "Every loss and option of `benchmarks/ablations.py`, trained on the same traces with one seed each. The "
+        "recipe of that commit had `listwise_peak`. It was replaced by `bpr`, which has the lowest KL on the "
+        "development set among those that answer at least as many needles. Both sets were asked in this one run, and "
+        "the rule is in the history since the same commit as these figures: that it was fixed before the report was "
+        "looked at cannot be checked. The report's documents are those of the section on the quickstart, so half of "
+        "them had been looked at before. `half-peaks` was `listwise_mass` with half of the mass dealt out by peaks, "
+        "an option that is gone. Intervals of correlations are approximate (Fisher's z), and take the variations to "
+        "be independent, which they are not.",
         results_tables.ablations,
     ),
     Section(
@@ -238,8 +238,8 @@ def page() -> str:
         "# Results",
         "Made by `python -m benchmarks.results_page` of `benchmarks/results/`: no figure in a table is typed by hand. "
         "The history lacks some of the commits named here: it has what was done between a0ac62e and df7faee as a few "
-        "commits, one a subject, and other figures are of branches before they were rebased. -dirty says that files were "
-        "changed and not committed. What exactly ran then cannot be looked up.",
+        "commits, one a subject, and other figures are of branches before they were rebased. -dirty says that files "
+        "were changed and not committed. What exactly ran then cannot be looked up.",
     ]
     for section in SECTIONS:
         data = json.loads((RESULTS / section.file).read_text())

@@ -83,7 +83,8 @@ class TrainConfig(Strict):
     (oracle `indexer`);
     validation_every: every n-th document is held back from training to select the checkpoint; choose: which checkpoint
     is selected: the one with the highest `mass_recall` when `budget` of the chunks are kept, or with the lowest
-    `peak_entropy` (measure/metrics.py), which goes with what the model still says, as mass recall does not;
+    `peak_entropy` (measure/metrics.py); whether either ranks indexers as answers and text do is not settled
+    (docs/measurements.md);
     budget: share of the chunks that are kept when checkpoints are compared, and when the indexer is served, unless a
     calibration says otherwise; select: how chunks are chosen, when checkpoints are compared and when the indexer is
     served: the best of each window (`budget`), all that reach one `threshold`, or the fewest that reach one predicted
