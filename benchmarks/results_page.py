@@ -82,6 +82,15 @@ SECTIONS = [
         results_tables.ablations_at_length,
     ),
     Section(
+        "A set for each group of layers, or one for all",
+        "layer-sets-cpu.json",
+        "Recipe `smollm2-quickstart` on the first 19 of its 92 training documents (texts alone, traced at commit "
+        "e268f4a; two of them held back), each indexer with the recipe's settings. 64 tokens of development texts are "
+        "followed. `3 groups` are layers 0-9, 10-19 and 20-29. The run was stopped after 8 texts, on a machine shared "
+        "with much other work: report texts and questions were not asked.",
+        results_tables.layer_sets,
+    ),
+    Section(
         "Gemma-3-270M up to 32K, an earlier recipe",
         "gemma-answers-h100.json",
         "`listwise_mass` with a quarter peaks, trained on up to 16K tokens; questions in the benchmark's own form, 56 "
