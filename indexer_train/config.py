@@ -69,7 +69,8 @@ class TrainConfig(Strict):
 
     one_by_one: train each layer in a run of its own, with its own best checkpoint, in the memory of one, instead of all
     together;
-    loss: name of the loss, one of indexer_train/losses; loss_options: settings of that loss, as its class lists them;
+    loss: name of the loss, one of indexer_train/losses (`listwise_mass` finds more attention than the default, and its
+    output is worse); loss_options: settings of that loss, as its class lists them;
     candidates: which chunks the loss compares;
     epochs: passes over the documents; windows_per_document: query tokens of a document in one epoch, which is one
     batch; stride: train on every n-th query token only; tails: train on windows cut short by the end of an answer too
@@ -82,9 +83,9 @@ class TrainConfig(Strict):
     golden: the least that makes a chunk golden: a head-maximum probability (oracle `attention`) or a number of layers
     (oracle `indexer`);
     validation_every: every n-th document is held back from training to select the checkpoint; choose: which checkpoint
-    is selected: the one with the highest `mass_recall` when `budget` of the chunks are kept, or with the lowest
-    `peak_entropy` (measure/metrics.py); whether either ranks indexers as answers and text do is not settled
-    (docs/measurements.md);
+    is selected: the one with the lowest `peak_entropy` (measure/metrics.py), or with the highest `mass_recall` when
+    `budget` of the chunks are kept; only the former went with both answers and text in sign, weakly, and whether either
+    ranks indexers as they do is not settled (docs/measurements.md);
     budget: share of the chunks that are kept when checkpoints are compared, and when the indexer is served, unless a
     calibration says otherwise; select: how chunks are chosen, when checkpoints are compared and when the indexer is
     served: the best of each window (`budget`), all that reach one `threshold`, or the fewest that reach one predicted
@@ -105,7 +106,7 @@ class TrainConfig(Strict):
     """
 
     one_by_one: bool = False
-    loss: str = "listwise_mass"
+    loss: str = "listwise_peak"
     loss_options: dict[str, float | bool] = Field(default_factory=dict)
     candidates: CandidatesConfig = CandidatesConfig()
     epochs: Count
@@ -122,7 +123,7 @@ class TrainConfig(Strict):
     budget: float = Field(0.1, gt=0, le=1)
     select: Rule = "budget"
     validation_every: Count = 6
-    choose: Literal["mass_recall", "peak_entropy"] = "mass_recall"
+    choose: Literal["mass_recall", "peak_entropy"] = "peak_entropy"
     batches: Literal["host", "device"] = "host"
     eval_epochs: Count = 2
     patience: Count = 5

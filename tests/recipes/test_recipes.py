@@ -30,6 +30,13 @@ def test_shipped_recipes_are_valid_and_say_what_to_expect(name):
     assert all(re.search(rf"{word}.*\d", text, re.DOTALL) for word in ("[Tt]ime: ", "Expected")), text
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_that_trains_names_its_loss_and_its_criterion(name):
+    """Else another default would change what its figures are of."""
+    train = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())["train"]
+    assert {"loss", "choose"} <= train.keys() or train == {"epochs": 1}, "only one that trains nothing leaves them out"
+
+
 class FourCharacters:
     """A tokenizer of a token every four characters, about what English takes with those of real models."""
 
