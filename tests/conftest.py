@@ -231,7 +231,15 @@ def tiny_recipe():
                 "tail": 4,
             },
             "indexer": {"heads": 4, "rank": 8},
-            "train": {"epochs": 4, "windows_per_document": 16, "validation_every": 4, "eval_epochs": 1},
+            # of mass, which planted traces state exactly
+            "train": {
+                "loss": "listwise_mass",
+                "choose": "mass_recall",
+                "epochs": 4,
+                "windows_per_document": 16,
+                "validation_every": 4,
+                "eval_epochs": 1,
+            },
             "decode": {"answer_tokens": 6, "text_documents": 1, "text_tokens": 40},
         }
     )
