@@ -457,7 +457,9 @@ def select_layers(
     budget: Annotated[float, typer.Option(min=0.001, max=1, help="Share of chunks kept.")] = 0.1,
     partial: Partial = False,
 ) -> str:
-    """Find the layers to serve and the rule that joins them, by mass recall on held-out traces."""
+    """Find the layers to serve and the rule that joins them, by the criterion of training, on held-out traces. Whether
+    the model still answers is for `lookahead benchmark` to confirm.
+    """
     from eval.offline.verbs import select_served_layers
 
     if out is not None:

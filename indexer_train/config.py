@@ -8,6 +8,8 @@ from data_gen.core.config import Count, NoneOrMore, Strict, Width
 
 Rule = Literal["budget", "threshold", "coverage"]
 """Ways to choose chunks by their scores (indexer_train/selection.py)."""
+Criterion = Literal["mass_recall", "peak_entropy"]
+"""What the best checkpoint is known by."""
 LARGEST = 1 << 24
 """Heads times rank: 256 times the paper's."""
 
@@ -123,7 +125,7 @@ class TrainConfig(Strict):
     budget: float = Field(0.1, gt=0, le=1)
     select: Rule = "budget"
     validation_every: Count = 6
-    choose: Literal["mass_recall", "peak_entropy"] = "peak_entropy"
+    choose: Criterion = "peak_entropy"
     batches: Literal["host", "device"] = "host"
     eval_epochs: Count = 2
     patience: Count = 5

@@ -31,7 +31,7 @@ from eval.report.tables import (
 from indexer_train.config import Rule, TrainConfig
 from indexer_train.formats.bundle import HEADER, load_bundle
 from indexer_train.load import load_indexer, open_traces
-from indexer_train.measure.layer_choice import choose_layers, served_as
+from indexer_train.measure.layer_choice import choose_layers, criterion, served_as
 from indexer_train.measure.reliability import calibrate_folder
 from indexer_train.selection import Target
 
@@ -149,11 +149,18 @@ def verify_traces(traces: Path, native: Path | None, indexer: Path | None, parti
 def select_served_layers(
     folder: Path, traces: Path, count: int, budget: float, out: Path | None, partial: bool, say: Say
 ) -> None:
-    """The best choices of `count` layers and of how they are joined; the best one is saved in `out`, if given."""
+    """The best choices of `count` layers and of how they are joined; the best one is saved in `out`, if given.
+
+    They are ranked on traces. What they do to answers is for `lookahead benchmark` to say.
+    """
     indexer = load_indexer(folder)
     best, *others = choose_layers(indexer, open_traces(traces, [indexer], partial), count, budget)
-    rows = [[" ".join(map(str, choice.layers)), choice.join, choice.mass_recall] for choice in (best, *others[:9])]
-    say(str(Table(["layers", "join", f"task-mean mass recall at {budget:.1%} kept"], rows)))
+    rows = [
+        [" ".join(map(str, choice.layers)), choice.join, choice.peak_entropy, choice.mass_recall]
+        for choice in (best, *others[:9])
+    ]
+    header = ["layers", "join", "peak entropy, nats (task mean)", f"mass recall at {budget:.1%} kept (task mean)"]
+    say(f"{Table(header, rows)}\nranked by {criterion(indexer).replace('_', ' ')} on traces, as in training")
     if out is not None:
         served_as(indexer, best, budget).save_whole(out)
         say(f"indexer: {out}")

@@ -7,11 +7,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from data_gen.core.errors import InputError
-from indexer_train.measure.metrics import DocumentScorer, ServedWindows, golden_recall, mass_recall, needed_mass
+from indexer_train.measure.metrics import (
+    DocumentScorer,
+    ServedWindows,
+    golden_recall,
+    mass_recall,
+    needed_mass,
+    peak_entropy,
+)
 from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import remaining
 from indexer_train.selection import Coverage, Cut, Selection, Target, Threshold
 from indexer_train.spec import Metric
+
+TEMPERATURES = tuple(2.0**power for power in range(-4, 3))
+"""Factors of the scores at which the peak entropy is taken, the best of them counting: only their order is served."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,14 @@ def task_mean(scored: Sequence[ScoredWindows], values: Sequence[torch.Tensor]) -
         task[1] += float(weight.sum())
     tasks = {task: total / weight for task, (total, weight) in totals.items() if weight}
     return tasks | {"": sum(tasks.values()) / len(tasks) if tasks else float("nan")}
+
+
+def mean_peak_entropy(scored: Sequence[ScoredWindows]) -> float:
+    """`task_mean` over all tasks of the peak entropy in nats, at the factor of TEMPERATURES where it is lowest."""
+    return min(
+        task_mean(scored, [peak_entropy(factor * each.scores, each.served.labels) for each in scored])[""]
+        for factor in TEMPERATURES
+    )
 
 
 def measure(scored: Sequence[ScoredWindows], selections: Iterable[Selection], golden: float, data: str) -> list[Metric]:

@@ -6,12 +6,16 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 
 from data_gen.traces.store import TraceStore
 from indexer_train.config import Rule
-from indexer_train.measure.calibration import ScoredWindows, calibrate, calibrate_coverage, score_windows, task_mean
-from indexer_train.measure.metrics import mass_recall, peak_entropy, served_windows
+from indexer_train.measure.calibration import (
+    ScoredWindows,
+    calibrate,
+    calibrate_coverage,
+    mean_peak_entropy,
+    score_windows,
+    task_mean,
+)
+from indexer_train.measure.metrics import mass_recall, served_windows
 from indexer_train.selection import Budget, Selection
-
-TEMPERATURES = tuple(2.0**power for power in range(-4, 3))
-"""Factors of the scores at which the peak entropy is taken, the best of them counting: only their order is served."""
 
 
 class MassRecallEvaluator(BaseEvaluator):
@@ -44,8 +48,4 @@ class MassRecallEvaluator(BaseEvaluator):
         selection = self.selection(scored)
         means = task_mean(scored, [mass_recall(each.choose(selection), each.served.labels) for each in scored])
         found = {f"mass_recall_{task}" if task else "mass_recall": value for task, value in means.items()}
-        entropies = [
-            task_mean(scored, [peak_entropy(factor * each.scores, each.served.labels) for each in scored])[""]
-            for factor in TEMPERATURES
-        ]
-        return found | {"peak_entropy": min(entropies)}
+        return found | {"peak_entropy": mean_peak_entropy(scored)}

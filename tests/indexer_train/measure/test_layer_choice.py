@@ -5,7 +5,7 @@ import torch
 
 from data_gen.core.errors import InputError
 from indexer_train.config import IndexerConfig
-from indexer_train.measure.layer_choice import choose_layers, served_as
+from indexer_train.measure.layer_choice import choose_layers, criterion, served_as
 from indexer_train.training.evaluator import MassRecallEvaluator
 from indexer_train.training.trainer import train
 
@@ -33,9 +33,24 @@ def test_the_figure_is_that_of_the_indexer_that_would_be_served(half_blind, plan
     for option in choose_layers(half_blind, planted[1], 2, 0.1):
         served = served_as(half_blind, option, 0.1)
         (metric,) = served.spec.provenance.metrics  # those of the other layers and rule are gone
-        assert metric.values == {"mass_recall": option.mass_recall} and served.spec.shape.join == option.join
+        assert metric.values == {"mass_recall": option.mass_recall, "peak_entropy": option.peak_entropy}
+        assert served.spec.shape.join == option.join
         assert str(served.spec.selection) == metric.selection == "the best 10.0% of the chunks"
-        assert MassRecallEvaluator(planted[1], 0.1)(served)["mass_recall"] == pytest.approx(option.mass_recall)
+        found = MassRecallEvaluator(planted[1], 0.1)(served)
+        assert found["mass_recall"] == pytest.approx(option.mass_recall)
+        assert found["peak_entropy"] == pytest.approx(option.peak_entropy)
+
+
+def test_choices_are_ranked_by_what_training_chose_by(half_blind, planted, monkeypatch):
+    made = half_blind.spec.provenance
+    assert criterion(half_blind) == made.train["choose"] == "mass_recall"
+    by_mass = [option.mass_recall for option in choose_layers(half_blind, planted[1], 1, 0.1)]
+    assert by_mass == sorted(by_mass, reverse=True)
+    monkeypatch.setitem(made.train, "choose", "peak_entropy")
+    by_entropy = choose_layers(half_blind, planted[1], 1, 0.1)
+    assert by_entropy == sorted(by_entropy, key=lambda option: option.peak_entropy) and by_entropy[0].layers == [0]
+    monkeypatch.setattr(half_blind.spec, "provenance", None)
+    assert criterion(half_blind) == "peak_entropy"
 
 
 def test_tasks_count_alike_as_in_the_choice_of_checkpoints(stores, tiny_recipe, tmp_path):
