@@ -159,14 +159,14 @@ def decode_table(rows: Iterable[DecodeRow]) -> Table:
     """The decode check, a line per policy."""
     rows = list(rows)
     counted = any(row.fetched is not None for row in rows)
-    header = ["policy", "needles right", "95 % interval", "text agreement", "text KL", "chunks", "KV share", "KV MB"]
+    header = ["policy", "needles right", "95 % interval", "text KL", "text agreement", "chunks", "KV share", "KV MB"]
     lines = [
         [
             row.policy,
             f"{row.correct} of {row.examples}" if row.examples else None,
             f"{row.low:.2f}-{row.high:.2f}" if row.examples else None,
-            number(row.agreement, row.texts),
             number(row.kl, row.texts),
+            number(row.agreement, row.texts),
             f"{row.chunks:.1f}",
             f"{row.kv_share:.1%}",
             f"{row.kv_mb:.1f}",

@@ -122,21 +122,21 @@ def answer_tables(rows: Rows) -> dict[str, Table]:
 
 
 def fidelity_table(rows: Iterable[FidelityRow]) -> Table:
-    """A line per length and policy: agreement with full attention, KL from it and perplexity."""
+    """A line per length and policy: KL from full attention, agreement with it and perplexity."""
     lines = [
         [
             _length(row),
             column_name(row),
             row.texts,
-            f"{number(row.agreement, row.texts)}{bounds(row.agreement_interval, row.texts)}",
             f"{number(row.kl, row.texts)}{bounds(row.kl_interval, row.texts)}",
+            f"{number(row.agreement, row.texts)}{bounds(row.agreement_interval, row.texts)}",
             number(row.perplexity, row.texts),
             f"{row.kept:.1%}",
             f"{row.kv_mb:.1f}",
         ]
         for row in rows
     ]
-    header = ["text, tokens", "policy", "texts", "next-token agreement", "KL to full, nats", "perplexity", "kept"]
+    header = ["text, tokens", "policy", "texts", "KL to full, nats", "next-token agreement", "perplexity", "kept"]
     return Table([*header, "KV MB"], lines)
 
 
