@@ -318,6 +318,18 @@ def convert(
     return _command("export", indexer=out, out="BUNDLE")
 
 
+@_verb(EXCHANGE, "card --indexer run/indexer --results run")
+def card(
+    indexer: Annotated[Path, typer.Option(help="A trained indexer; the result is stored in it.")],
+    results: Annotated[list[Path], typer.Option(help="A folder of decode or benchmark; repeatable.")],
+) -> str:
+    """Put the answers and the text KL that decode and benchmark measured into an indexer's card."""
+    from eval.online.verbs import tell_card
+
+    tell_card(indexer, results, typer.echo)
+    return _command("export", indexer=indexer, out="BUNDLE")
+
+
 @_verb(LOOK, "inspect run/bundle")
 def inspect(
     path: Annotated[Path, typer.Argument(help="Traces, indexer, bundle, run, any checkpoint.")],
@@ -429,7 +441,8 @@ def benchmark(
 
 @_verb(TRAIN, "run debug --out runs/debug")
 def run(recipe: RecipeName, out: Out, backbone: BackbonePath = None, documents: Source = None) -> str:
-    """Run generate, train, evaluate, export and decode. A stopped run continues."""
+    """Run generate, train, evaluate, export, decode and card. A stopped run continues."""
+    from eval.online.verbs import tell_card
     from eval.report.tables import read_results
     from recipes.stages import Stages
 
@@ -442,6 +455,7 @@ def run(recipe: RecipeName, out: Out, backbone: BackbonePath = None, documents: 
     stages.do("evaluate", lambda: evaluate(recipe, out / "traces" / "heldout", out, out / "indexer"))
     stages.do("export", lambda: export(out / "indexer", out / "bundle"))
     stages.do("decode", lambda: _decode(settings, loaded, out / "bundle", out, recipe, plan))
+    tell_card(out / "indexer", [out], logger.info)
     stages.end()
     return _command("benchmark", out / "bundle", recipe=recipe, out=out, backbone=backbone)
 

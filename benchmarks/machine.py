@@ -1,8 +1,6 @@
 """On what a figure was measured: a figure without it cannot be repeated."""
 
 import os
-import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -12,13 +10,15 @@ from typing import Any
 
 import torch
 
+from data_gen.core.cpu import processor
+
 
 def origin(device: str | torch.device = "cpu") -> dict[str, Any]:
     """Command, commit, device, cores, threads and versions."""
     return {
         "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "commit": commit(Path(__file__).parent),
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -37,14 +37,3 @@ def machine() -> str:
     found = origin()
     parts = [f"commit {found['commit'] or 'unknown'}", found["device"], f"{found['cores']} cores"]
     return ", ".join([*parts, f"{found['threads']} threads", f"PyTorch {found['torch']}"])
-
-
-def _processor() -> str:
-    """The name of the CPU, and the widest vectors that it has of those that matter to matrix products."""
-    information = Path("/proc/cpuinfo")
-    if not information.exists():
-        return platform.machine()
-    text = information.read_text()
-    named = re.search(r"model name\s*:\s*(.+)", text)
-    vectors = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in text), "")
-    return " ".join(filter(None, [named[1] if named else platform.machine(), vectors]))

@@ -3,8 +3,9 @@
     python examples/push_to_hub.py indexer run/indexer you/my-indexer --bundle run/bundle
     python examples/push_to_hub.py traces traces/train you/my-traces
 
-`hf auth login` first. The indexer's card was written when it was trained; those of the bundle and of the data set are
-written here. No class of this toolkit has a `from_pretrained`: `MemoryIndexer("you/my-indexer")` loads the indexer, and
+`hf auth login` first. The indexer's card was written when it was trained, and by `lookahead card` when its answers were
+measured; those of the bundle and of the data set are written here. No class of this toolkit has a `from_pretrained`:
+`MemoryIndexer("you/my-indexer")` loads the indexer, and
 `LSARuntime.from_bundle(snapshot_download("you/my-indexer-bundle"), model)` decodes with the bundle.
 """
 

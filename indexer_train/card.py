@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from indexer_train.spec import IndexerSpec, Source
+from indexer_train.spec import IndexerSpec, OutputRow, Source
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 TOLD = ("loss", "epochs", "learning_rate", "golden", "budget", "select")
@@ -22,10 +22,17 @@ def model_card(spec: IndexerSpec) -> str:
         spec=spec,
         made=made,
         told=_told,
+        right=_right,
         options=", ".join(f"{name} {made.train[name]}" for name in TOLD) if made else "",
         names=list(made.metrics[0].values) if made and made.metrics else [],
     )
     return f"{card.content}\n"
+
+
+def _right(row: OutputRow, policy: str) -> str:
+    """How many questions were right under a policy: a whole number, unless answers can be right in part."""
+    found = row.right.get(policy)
+    return "-" if found is None else f"{round(found, 1):g} of {row.questions}"
 
 
 def _told(source: Source) -> str:

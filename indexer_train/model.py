@@ -188,7 +188,7 @@ class MemoryIndexer(SentenceTransformer):
 
     def digest(self) -> str:
         """SHA-256 of what its scores depend on: weights and spec, without how it is served and what it was made of."""
-        digest = hashlib.sha256(self.spec.model_dump_json(exclude={"selections", "provenance"}).encode())
+        digest = hashlib.sha256(self.spec.model_dump_json(exclude={"selections", "provenance", "outputs"}).encode())
         for value in self.state_dict().values():
             digest.update(value.cpu().numpy().tobytes())
         return digest.hexdigest()

@@ -65,12 +65,46 @@ class Provenance(BaseModel):
         return self.backbone if self.model is None else f"{self.model} ({self.backbone})"
 
 
+class OutputRow(BaseModel):
+    """What the model still said, of one kind of questions or texts.
+
+    task: what was asked, in words; questions, texts: how many; right: the sum of the questions' scores, each 0 to 1, by
+    policy; kl: from full attention, nats a text token, by policy; kv_share: resident tokens with the indexer / all;
+    kv_mb: resident with it, in 10^6 bytes.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    questions: int = 0
+    texts: int = 0
+    right: dict[str, float] = {}
+    kl: dict[str, float] = {}
+    kv_share: float
+    kv_mb: float
+
+
+class Outputs(BaseModel):
+    """What one verb measured with an indexer: on what, by which recipe and commit, where and when (ISO 8601)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    verb: str
+    documents: str
+    recipe: str | None
+    commit: str | None
+    hardware: str
+    date: str
+    rows: list[OutputRow]
+
+
 class IndexerSpec(BaseModel):
     """All that an indexer must know besides its weights.
 
     layers: backbone layers it reads; hidden, key_width: widths there; window: tau; backbone: fingerprint of the model
     whose traces trained it; key, rope: how its keys were made (`BackboneInfo`), queries follow suit;
-    selections: ways to choose chunks by their scores, the served one first; provenance: where it comes from.
+    selections: ways to choose chunks by their scores, the served one first; provenance: where it comes from; outputs:
+    what the model still said with it (`lookahead card`).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -86,6 +120,7 @@ class IndexerSpec(BaseModel):
     rope: Rope | None = None
     selections: list[Selection] = []
     provenance: Provenance | None = None
+    outputs: list[Outputs] = []
 
     @property
     def selection(self) -> Selection:

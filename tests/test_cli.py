@@ -56,11 +56,16 @@ def test_the_verbs_one_by_one_give_what_run_gives(finished, recipe, tmp_path, lo
     assert lookahead("evaluate", recipe, "--indexer", tmp_path / "indexer", *heldout, "--out", tmp_path)[0] == 0
     assert lookahead("export", "--indexer", tmp_path / "indexer", "--out", tmp_path / "bundle")[0] == 0
     assert lookahead("decode", recipe, "--bundle", tmp_path / "bundle", "--out", tmp_path)[0] == 0
+    assert lookahead("card", "--indexer", tmp_path / "indexer", "--results", tmp_path)[0] == 0
     made, given = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, finished))
     for results in (made, given):
         for setting in results["measured"].values():
             del setting["date"]  # midnight may lie between the two
     assert made == given
+    cards = [(folder / "indexer/README.md").read_text() for folder in (tmp_path, finished)]
+    assert re.sub(r"\d{4}-\d\d-\d\d", "", cards[0]) == re.sub(r"\d{4}-\d\d-\d\d", "", cards[1])
+    (row,) = (row for row in given["decode"] if row["policy"] == "indexer")
+    assert f"| held-out documents | {row['correct']} of {row['examples']} |" in cards[0]
     weights = "bundle/indexer.safetensors"
     assert (tmp_path / weights).read_bytes() == (finished / weights).read_bytes()
 
@@ -598,6 +603,7 @@ EXPORT = "lookahead export --indexer"
             "evaluate RECIPE --indexer DONE/indexer --traces DONE/traces/heldout --out OUT --shard 0/2",
             f"when all 2 shards are done, {EXPORT} DONE/indexer --out BUNDLE",
         ),
+        ("card --indexer DONE/indexer --results DONE", f"{EXPORT} DONE/indexer --out BUNDLE"),
         (
             "run RECIPE --out DONE --backbone MODEL",
             "lookahead benchmark DONE/bundle --recipe RECIPE --out DONE --backbone MODEL",

@@ -5,6 +5,8 @@ It differs from processor to processor: what was measured is in docs/results.md.
 
 import ctypes
 import os
+import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,3 +138,14 @@ class _Product(torch.autograd.Function):
         for place, part in zip(own.split(few), gradient.split(few, dim=1), strict=True):
             place.copy_(product(part.contiguous().T, columns, out=place))  # no copy where it is made in place
         return inner, own, None
+
+
+def processor() -> str:
+    """The name of the CPU, and the widest vectors that it has of those that matter to matrix products."""
+    information = Path("/proc/cpuinfo")
+    if not information.exists():
+        return platform.machine()
+    text = information.read_text()
+    named = re.search(r"model name\s*:\s*(.+)", text)
+    vectors = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in text), "")
+    return " ".join(filter(None, [named[1] if named else platform.machine(), vectors]))

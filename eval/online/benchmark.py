@@ -107,7 +107,7 @@ def answer_settings(runner: Runner, config: BenchmarkConfig, haystack: Haystack 
         "policies": runner.policies,
         "backbone": runner.indexer.spec.backbone,
         "precision": str(runner.model.dtype),
-        "indexer": runner.indexer.spec.model_dump(mode="json", exclude={"provenance"}),
+        "indexer": runner.indexer.spec.model_dump(mode="json", exclude={"provenance", "outputs"}),
         "weights": weights.hexdigest(),
         "text": None if haystack is None else haystack.digest,
         "thinking": runner.thinking,

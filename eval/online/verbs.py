@@ -1,5 +1,6 @@
-"""What `lookahead decode` and `benchmark` do: open, measure, write results, say what was found."""
+"""What `lookahead decode`, `benchmark` and `card` do: open, measure, write results, say what was found."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from eval.online.benchmark import benchmark
 from eval.online.config import BenchmarkConfig, DecodeConfig
 from eval.online.decode import decode_check
 from eval.online.runner import check_backbone
+from eval.report.outputs import outputs_of
 from eval.report.page import write_report
 from eval.report.rows import Results
 from eval.report.setting import documents_line, examples_line, setting_of
@@ -23,6 +25,7 @@ from eval.report.tasks import benchmark_table, difference_table, fidelity_table
 from eval.runtime.runtime import LSARuntime
 from eval.serving.select import Fallback, Limits
 from indexer_train.formats.bundle import load_bundle
+from indexer_train.load import load_indexer
 from indexer_train.selection import Budget
 
 
@@ -126,3 +129,16 @@ def benchmark_bundle(
     if results.benchmark_text:
         say(f"{fidelity_table(results.benchmark_text)}\n")
     say("\n".join([*notes, f"results: {out / RESULTS}", f"report: {page}"]))
+
+
+def tell_card(folder: Path, results: Sequence[Path], say: Say) -> None:
+    """Put what decode and benchmark measured, in the folders `results`, into the card of the indexer in `folder`.
+
+    What the card said before goes. Raises InputError where nothing of this indexer was measured.
+    """
+    indexer, found = load_indexer(folder), []
+    for each in results:
+        found += outputs_of(each, indexer.digest())
+    indexer.spec.outputs = found
+    indexer.save_spec(folder)
+    say(f"card: {folder / 'README.md'}")

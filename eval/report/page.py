@@ -52,6 +52,7 @@ def _head(results: Results) -> dict[str, list[str]]:
             "model": setting.model,
             "recipe": setting.recipe or "none",
             "commit": setting.commit or "unknown",
+            "hardware": setting.hardware or "unknown",
             "date": setting.date,
             "chunking": f"chunks of {chunking.tokens} tokens, the first {chunking.sink} and the newest "
             f"{chunking.recent} protected; refreshed every {setting.window} tokens",

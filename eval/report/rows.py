@@ -22,7 +22,8 @@ class Setting(Row):
 
     model: the backbone, by name and type; recipe: by name, None where none was given; commit: of the toolkit, None
     outside of a checkout; date: the day, ISO 8601; window: tokens between refreshes; documents: what was read, in
-    words; loss: the one that trained the (first) indexer, None where its provenance does not say.
+    words; loss: the one that trained the (first) indexer, None where its provenance does not say; hardware: in words;
+    indexer: digest of the (first) indexer; results of earlier commits lack these two.
     """
 
     model: str
@@ -33,6 +34,8 @@ class Setting(Row):
     window: int
     documents: str
     loss: str | None
+    hardware: str | None = None
+    indexer: str | None = None
 
 
 class RatiosOf(Row, Generic[Value]):

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
+from data_gen.core.cpu import processor
 from eval.report.rows import Results, Setting
 from indexer_train.model import MemoryIndexer
 
@@ -23,7 +26,17 @@ def setting_of(indexer: MemoryIndexer, recipe: str | None, documents: str) -> Se
         window=spec.window,
         documents=documents,
         loss=None if made is None else made.train.get("loss"),
+        hardware=hardware(indexer.device),
+        indexer=indexer.digest(),
     )
+
+
+def hardware(device: torch.device) -> str:
+    """In words: the GPU, or the processor and how many of its threads compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    count = torch.get_num_threads()
+    return f"{count} {'thread' if count == 1 else 'threads'} of {processor()}"
 
 
 def documents_line(documents: Iterable[tuple[str, int]], source: str | list[str] | None) -> str:

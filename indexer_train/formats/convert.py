@@ -28,7 +28,7 @@ class Exported:
 
 
 def keep_layers(indexer: MemoryIndexer, layers: list[int]) -> MemoryIndexer:
-    """The same indexer with some of its layers only; calibrated rules and metrics, of all of them, are left behind.
+    """The same indexer with some of its layers only; calibrated rules and what was measured, of all of them, go.
 
     Raises InputError when a layer is not there.
     """
@@ -41,7 +41,8 @@ def keep_layers(indexer: MemoryIndexer, layers: list[int]) -> MemoryIndexer:
         return indexer
     budgets = [each for each in spec.selections if isinstance(each, Budget)]
     made = spec.provenance and spec.provenance.model_copy(update={"metrics": []})
-    fewer = spec.model_copy(update={"layers": sorted(layers), "selections": budgets, "provenance": made})
+    changed = {"layers": sorted(layers), "selections": budgets, "provenance": made, "outputs": []}
+    fewer = spec.model_copy(update=changed)
     kept = MemoryIndexer.from_spec(fewer, str(indexer.device))
     places = kept.query_encoder.state_dict()
     kept.query_encoder.load_state_dict({name: indexer.query_encoder.state_dict()[name] for name in places})

@@ -81,11 +81,11 @@ def choose_layers(indexer: MemoryIndexer, store: TraceStore, count: int, budget:
 
 
 def served_as(indexer: MemoryIndexer, choice: LayerChoice, budget: float) -> MemoryIndexer:
-    """The indexer as chosen. Thresholds and metrics belong to a set of layers and a rule: the old ones are dropped."""
+    """The indexer as chosen. Thresholds and what was measured belong to a set of layers and a rule: they go."""
     served = keep_layers(indexer, choice.layers)
     spec, selection = served.spec, Budget(budget=budget)
     spec.shape = spec.shape.model_copy(update={"join": choice.join})
-    spec.selections = [selection]
+    spec.selections, spec.outputs = [selection], []
     if spec.provenance is not None:
         found = {"mass_recall": choice.mass_recall, "peak_entropy": choice.peak_entropy}
         metric = Metric(data="layer choice", task="all", selection=str(selection), values=found)

@@ -10,8 +10,10 @@ from sentence_transformers import SentenceTransformer
 
 from data_gen.core.files import read_sealed, write_sealed
 from indexer_train.artefacts import inspect
+from indexer_train.card import model_card
 from indexer_train.data.mixture import mix
 from indexer_train.model import MemoryIndexer
+from indexer_train.spec import OutputRow, Outputs
 from indexer_train.training.trainer import train
 
 
@@ -26,7 +28,7 @@ def test_the_card_says_what_where_from_how_good_and_what_not(saved):
     card = ModelCard.load(saved / "README.md")
     assert card.data.library_name == "sentence-transformers" and "memory-indexer" in card.data.tags
     spec = MemoryIndexer(str(saved)).spec
-    for part in ("## Model", "## Data", "## Metrics", "## Intended use", "## Limits", "llama", spec.backbone):
+    for part in ("## Model", "## Data", "## Diagnosis", "## Intended use", "## Limits", "llama", spec.backbone):
         assert part in card.text, part
     assert "- 6 documents: source `builtin`, 420 to 500 tokens; asked for text 4, single 4\n" in card.text
     assert "labels: the backbone's own attention\n" in card.text and "golden 0.05, " in card.text
@@ -36,6 +38,41 @@ def test_the_card_says_what_where_from_how_good_and_what_not(saved):
     assert {row[1].strip() for row in rows} == {"text", "single", "all"}
     assert {row[2].strip() for row in rows} == {str(selection) for selection in spec.selections}
     assert all(0 <= float(cell) <= 1 for row in rows for cell in row[3:] if cell.strip() != "-")
+
+
+def test_a_card_without_answers_says_how_to_measure_them_above_recall(saved):
+    text = (saved / "README.md").read_text()
+    none, recall = (
+        text.index("No answers or text KL were measured with this indexer: `lookahead decode"),
+        "| validation",
+    )
+    assert none < text.index("## Model") < text.index("## Diagnosis") < text.index(recall) and "## Metrics" not in text
+
+
+def test_answers_and_text_lead_the_card(saved):
+    spec = MemoryIndexer(str(saved)).spec
+    rows = [
+        OutputRow(
+            task="held-out documents", questions=36, texts=8, right={"full": 21.0, "indexer": 23.0, "recency": 2.0},
+            kl={"full": 0.0, "indexer": 0.0774, "recency": 0.0853}, kv_share=0.2114, kv_mb=14.26,
+        ),
+        OutputRow(
+            task="ruler vt, 4,096 tokens, budget 10.0%", questions=20, right={"full": 17.25, "indexer": 12.0},
+            kv_share=0.13, kv_mb=3.0,
+        ),
+    ]  # fmt: skip
+    told = {"recipe": "quick.yaml", "commit": "abc1234", "hardware": "2 threads of a CPU", "date": "2026-01-02"}
+    spec.outputs = [Outputs(verb="decode", documents="44 of 1,000 tokens", rows=rows, **told)]
+    card = model_card(spec)
+    lines = [line for line in card.split("## Model")[0].splitlines() if line.startswith("| ")]
+    assert lines == [
+        "| asked | right: indexer | full attention | recency | texts | KL: indexer | recency | KV kept | KV MB |",
+        "| held-out documents | 23 of 36 | 21 of 36 | 2 of 36 | 8 | 0.077 | 0.085 | 21.1 % | 14.3 |",
+        "| ruler vt, 4,096 tokens, budget 10.0% | 12 of 20 | 17.2 of 20 | - | - | - | - | 13.0 % | 3.0 |",
+    ]
+    assert "- decode: 44 of 1,000 tokens; recipe quick.yaml, commit abc1234, 2 threads of a CPU, 2026-01-02\n" in card
+    assert card.index("held-out documents") < card.index("## Model") < card.index("## Diagnosis")
+    assert "No answers" not in card
 
 
 def copied(store, root, count, backbone=None, **documents):

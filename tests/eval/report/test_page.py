@@ -83,7 +83,7 @@ def test_the_page_opens_with_its_setting_one_sentence_and_its_contents(folder):
         "it, 8; its next token on text agreed with full attention's 90% of the time."
     )
     facts = dict(re.findall(r"<dt>(.*?)</dt>\s*<dd>(.*?)</dd>", head))
-    assert list(facts) == ["model", "recipe", "commit", "date", "chunking", "documents"]
+    assert list(facts) == ["model", "recipe", "commit", "hardware", "date", "chunking", "documents"]
     assert facts["recipe"] == "mine.yaml" and facts["documents"] == "evaluate: of evaluate<br>decode: of decode"
     assert facts["commit"] == (commit() or "unknown") and re.fullmatch(r"\d{4}-\d\d-\d\d", facts["date"])
     assert facts["chunking"].startswith("chunks of 4 tokens, the first 1 and the newest ")
