@@ -14,7 +14,7 @@ from data_gen.config import DocumentsConfig, TraceConfig
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from data_gen.core.files import one_line
-from data_gen.text.needles import NEEDLE_TASKS, Split, make_task
+from data_gen.text.needles import NEEDLE_TASKS, Split, Vocabulary, make_task
 from data_gen.text.rows import RawDocument, Skipped
 from data_gen.text.sources import WHOLE, Numbered, documents_of, whole_documents
 from data_gen.text.stream import Stream
@@ -95,6 +95,7 @@ class _Builder:
     ) -> None:
         self.config, self.trace, self.tokenizer, self.context = config, trace, tokenizer, context
         self.split: Split = split
+        self.worded: Vocabulary = config.wordings if split == "heldout" else "train"
         self.skipped = skipped or Skipped()
         self.source = Numbered(documents_of(config, self.skipped))
         self.used: dict[int, bytes] = {}
@@ -172,7 +173,7 @@ class _Builder:
         return self._checked(Document(name, task, ids, len(ids), spans, list(range(first, len(ids)))))
 
     def _needles(self, name: str, document: str, length: int, rng: random.Random) -> Document:
-        task = make_task(name, self.split, rng, self.config.keys, self.config.values)
+        task = make_task(name, self.worded, rng, self.config.keys, self.config.values)
         overhead = len(
             conversation(
                 self.tokenizer, [user(_question(task.question, [])), assistant(task.answer)], self.config.thinking

@@ -1,4 +1,5 @@
-"""Generated long-context tasks: needles with known answers, worded differently for training and held-out documents."""
+"""Generated long-context tasks: needles with known answers, worded differently for training and held-out documents, and
+once more for questions on which nothing was chosen."""
 
 import hashlib
 import random
@@ -9,6 +10,8 @@ from typing import Literal
 from data_gen.core.errors import InputError
 
 Split = Literal["train", "heldout"]
+Vocabulary = Literal["train", "heldout", "fresh"]
+"""Whose wordings, key words and values; `fresh` is no side of a recipe: held-out documents may be asked with it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def _wording(fact: str, verb: str, fact_all: str) -> Wording:
     )
 
 
-WORDINGS: dict[Split, list[Wording]] = {
+WORDINGS: dict[Vocabulary, list[Wording]] = {
     "train": [
         _wording("The access code of the {key}", "is", "The access codes of the {key}"),
         _wording("The serial number printed on the {key}", "reads", "The serial numbers printed on the {key}"),
@@ -60,9 +63,14 @@ WORDINGS: dict[Split, list[Wording]] = {
         _wording("The price that Maria paid for the {key}", "was", "The prices that Maria paid for the {key}"),
         _wording("The locker which holds the {key}", "is", "The lockers which hold the {key}"),
     ],
+    "fresh": [
+        _wording("The stock code of the {key}", "is", "The stock codes of the {key}"),
+        _wording("The sum that Peter offered for the {key}", "was", "The sums that Peter offered for the {key}"),
+        _wording("The crate which came with the {key}", "is", "The crates which came with the {key}"),
+    ],
 }
 
-KEYS: dict[Split, list[str]] = {
+KEYS: dict[Vocabulary, list[str]] = {
     "train": [
         "lantern", "anchor", "violin", "teapot", "compass", "ladder", "helmet", "blanket", "wagon", "mirror", "kettle",
         "saddle", "trumpet", "basket", "hammer", "candle", "pillow", "rocket", "bucket", "drum", "sweater", "ribbon",
@@ -81,10 +89,15 @@ KEYS: dict[Split, list[str]] = {
         "sculpture", "tractor", "hammock", "vase", "typewriter", "canoe", "bracelet", "fountain", "accordion",
         "scarf", "chandelier",
     ],
+    "fresh": [
+        "lighthouse", "backpack", "bathtub", "parachute", "pendulum", "aquarium", "tapestry", "harmonica",
+        "wheelbarrow", "stapler", "trophy", "saxophone", "bookcase", "projector", "sundial", "hourglass", "tambourine",
+        "lawnmower", "doormat", "pitchfork",
+    ],
 }  # fmt: skip
 
-PARITY: dict[Split, int] = {"train": 0, "heldout": 1}
-"""Values are even numbers in training and odd ones in held-out documents, so none is ever shared."""
+PARITY: dict[Vocabulary, int] = {"train": 0, "heldout": 1, "fresh": 1}
+"""Values are even numbers in training and odd ones in held-out documents, so the two never share one."""
 
 
 DEEPEST = 0.85
@@ -124,7 +137,7 @@ NEEDLE_TASKS: dict[str, Callable[[int, int], NeedleCounts]] = {
 """Every needle task by name: what it hides, of the recipe's `keys` and `values`. Documents are drawn in this order."""
 
 
-def make_task(name: str, split: Split, rng: random.Random, keys: int, values: int) -> NeedleTask:
+def make_task(name: str, split: Vocabulary, rng: random.Random, keys: int, values: int) -> NeedleTask:
     """Draw a needle task, one of NEEDLE_TASKS; all its needles are worded alike.
 
     Raises InputError when it needs more keys than there are.

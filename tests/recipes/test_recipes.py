@@ -173,3 +173,10 @@ def test_the_quickstart_is_asked_again_in_other_held_out_documents():
         del recipe["decode"]["text_documents"], recipe["decode"]["text_tokens"]
     assert (first["documents"].pop("seed"), again["documents"].pop("seed")) == (0, 1)
     assert first == again
+
+
+def test_the_quickstarts_third_questions_are_of_text_and_words_of_their_own():
+    again, fresh = (load_recipe(f"smollm2-quickstart-{name}").model_dump() for name in ("again", "fresh"))
+    changed = ("source", "heldout_share", "wordings", "seed")
+    asked = {name: (again["documents"].pop(name), fresh["documents"].pop(name)) for name in changed}
+    assert all(one != other for one, other in asked.values()) and again == fresh

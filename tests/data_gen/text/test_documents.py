@@ -46,6 +46,19 @@ def test_training_and_heldout_share_neither_text_nor_needles(tokenizer):
     assert not {w.needle for w in WORDINGS["train"]} & {w.needle for w in WORDINGS["heldout"]}
 
 
+def test_fresh_wordings_are_of_held_out_documents_alone(tokenizer):
+    asked = {name: config(tokens=(800, 900), heldout={"single": 2}, wordings=name) for name in ("heldout", "fresh")}
+    told = {
+        name: [tokenizer.decode(each.tokens) for each in build(asked[name], tokenizer, "heldout")] for name in asked
+    }
+    for name, other in (("heldout", "fresh"), ("fresh", "heldout")):
+        facts = {vocabulary: [w.needle.split("{key}")[0] for w in WORDINGS[vocabulary]] for vocabulary in asked}
+        assert all(any(fact in text for fact in facts[name]) for text in told[name])
+        assert not any(fact in text for fact in facts[other] for text in told[name])
+    one, other = ([document.tokens for document in build(each, tokenizer, "train")] for each in asked.values())
+    assert one == other
+
+
 def test_no_two_documents_of_a_side_share_text(tokenizer):
     """So that those held back for validation are new to the indexer; the built-in text is long enough."""
     settings = config(tokens=(3000, 3000), train={"text": 90, "single": 90, "multi_key": 30}, heldout={"text": 10})

@@ -1,14 +1,15 @@
 """Every needle task hides what it asks for, and words training and held-out documents differently."""
 
 import random
+from itertools import combinations
 from typing import get_args
 
 import pytest
 
-from data_gen.text.needles import KEYS, NEEDLE_TASKS, WORDINGS, Split, make_task
+from data_gen.text.needles import KEYS, NEEDLE_TASKS, WORDINGS, Vocabulary, make_task
 
 
-@pytest.mark.parametrize("split", get_args(Split))
+@pytest.mark.parametrize("split", get_args(Vocabulary))
 @pytest.mark.parametrize("name", NEEDLE_TASKS)
 def test_every_task_hides_what_it_asks_for(name, split):
     task = make_task(name, split, random.Random(f"{name} {split}"), keys=3, values=2)
@@ -26,6 +27,7 @@ def test_every_task_hides_what_it_asks_for(name, split):
     assert not any(f" {key} " in f"{sentence[:-1]} " for sentence in texts[counts.asked :])
 
 
-def test_the_sides_share_no_words_of_a_question():
-    assert not {wording.needle for wording in WORDINGS["train"]} & {wording.needle for wording in WORDINGS["heldout"]}
-    assert not set(KEYS["train"]) & set(KEYS["heldout"])
+def test_no_two_vocabularies_share_words_of_a_question():
+    for one, other in combinations(get_args(Vocabulary), 2):
+        assert not {wording.needle for wording in WORDINGS[one]} & {wording.needle for wording in WORDINGS[other]}
+        assert not set(KEYS[one]) & set(KEYS[other])
