@@ -2,7 +2,7 @@
 
     python -m benchmarks.runtime --bundle runs/pocket/bundle --model recipes/pocket_v4/model --prompt PROMPT.jsonl
     python -m benchmarks.runtime --bundle runs/long/bundle --model FILE.gguf --recipe gemma-3-270m-long --length 32768
-    ... --graph 1 8 [--dtype bfloat16]
+    ... --graph 1 8 [--compile] [--dtype bfloat16]
 
 --model is what a recipe's `backbone.path` may be. The prompt is the first `input` of a RULER file, or text that the
 recipe holds out, of as many tokens as make up --length with those after it. Rows: everything resident; LSA with the
@@ -22,10 +22,11 @@ included; `resident_mb`: the largest window's; `fetched_mb_a_window`: without th
 one prompt begun at other places. The eager runtime goes on from its own choice, and the step reads the same tokens.
 `tokens_per_second`: of all sequences together; `times_eager`: over those of the eager row; `tokens_as_eager`: the share
 of tokens that both would write; `windows_as_eager`: windows with the same sets; `times_full`: over the row of the same
-kind with everything resident.
+kind with everything resident. --compile adds rows of a captured step whose norms and MLPs torch has compiled.
 """
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -70,13 +71,13 @@ class Windows:
 def decode(
     runtime: LSARuntime, ids: torch.Tensor, tokens: int, follow: torch.Tensor | None = None
 ) -> tuple[dict[str, Any], Windows]:
-    """Read the prompts ids [B, S], then time reading so many tokens: `follow` [B, T], or those that it writes itself.
+    """Read the prompts ids [B, S] and a token, then time reading more: `follow` [B, T], or those that it writes itself.
 
     Returns figures, and what every window kept.
     """
     runtime.reset()
-    # And what is compiled or captured on the way.
-    written = runtime.generate(ids, max_new_tokens=1, do_sample=False, eos_token_id=None)[:, -1:]
+    # The second token's step is compiled and captured on the way.
+    written = runtime.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None)[:, -1:]
     asked, chosen, keep, queries = [], [], runtime.host.keep, runtime.level1.pack
 
     def note_keep(wanted: list[torch.Tensor] | Prepared) -> Any:
@@ -132,7 +133,7 @@ def measure(
     """A row for everything resident, and one for `budget` with every backend that computes the bundle, at each lag."""
     rows: list[dict[str, Any]] = []
     by_torch: dict[int, list[torch.Tensor]] = {}
-    written = model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None)[:, ids.shape[1] :]
+    written = model.generate(ids, max_new_tokens=tokens + 1, do_sample=False, eos_token_id=None)[:, ids.shape[1] + 1 :]
     kinds = [(1.0, "torch", 0), *((budget, backend, lag) for backend in ("torch", "triton") for lag in (0, 1))]
     for share, backend, lag in kinds:
         selection = Budget(budget=share)
@@ -163,25 +164,27 @@ def measure(
 
 
 def measure_graph(
-    model: PreTrainedModel, bundle: Path, ids: torch.Tensor, tokens: int, budget: float, batches: list[int]
+    model: PreTrainedModel, bundle: Path, ids: torch.Tensor, tokens: int, budget: float, batches: list[int], fuse: bool
 ) -> list[dict[str, Any]]:
-    """Of each number of sequences four rows: everything resident and `budget`, eager and by a captured step."""
+    """Of each number of sequences, with everything resident and with `budget`, a row for eager reading, one for a
+    captured step and, with `fuse`, one for a captured step of the model with compiled norms and MLPs."""
+    kinds = {"eager": (model, False), "graph": (model, True), **({"compiled": (compiled(model), True)} if fuse else {})}
     rows: list[dict[str, Any]] = []
     for batch in batches:
         prompts = torch.cat([ids.roll(place * ids.shape[1] // batch, dims=1) for place in range(batch)])
-        full: dict[bool, float] = {}
+        full: dict[str, float] = {}
         for share in (1.0, budget):
             eager: tuple[dict[str, Any], Windows] | None = None
-            for graph in (False, True):
-                runtime = LSARuntime(load_bundle(bundle), model, selection=Budget(budget=share), graph=graph)
+            for kind, (reader, graph) in kinds.items():
+                runtime = LSARuntime(load_bundle(bundle), reader, selection=Budget(budget=share), graph=graph)
                 found, windows = decode(runtime, prompts, tokens, eager and eager[1].tokens.to(ids.device))
                 eager, speed = eager or (found, windows), found["tokens_per_second"]
                 pairs = list(zip(eager[1].chosen, windows.chosen, strict=True))
                 row = {
-                    "graph": graph, "batch": batch, "dtype": str(model.dtype).removeprefix("torch."), "budget": share,
+                    "kind": kind, "batch": batch, "dtype": str(model.dtype).removeprefix("torch."), "budget": share,
                     **found,
                     "times_eager": speed / eager[0]["tokens_per_second"],
-                    "times_full": speed / full.setdefault(graph, speed),
+                    "times_full": speed / full.setdefault(kind, speed),
                     "tokens_as_eager": (windows.tokens == eager[1].tokens).float().mean().item(),
                     "windows_as_eager": f"{sum(torch.equal(a, b) for a, b in pairs)} of {len(pairs)}",
                 }  # fmt: skip
@@ -189,6 +192,16 @@ def measure_graph(
                 print(json.dumps(row), flush=True)
                 del runtime  # its cache, before the next one's
     return rows
+
+
+def compiled(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose norms and MLPs, a dozen small kernels each, are compiled when they are first called."""
+    model = copy.deepcopy(model)
+    torch._dynamo.config.recompile_limit = 64  # one norm's code serves every width, prompt and batch
+    for module in model.modules():
+        if type(module).__name__.endswith(("Norm", "MLP")):
+            module.compile()
+    return model
 
 
 def heldout_text(recipe: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> torch.Tensor:
@@ -216,25 +229,28 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=192, help="tokens decoded")
     parser.add_argument("--budget", type=float, default=0.13)
     parser.add_argument("--graph", type=int, nargs="+", metavar="B", help="rows of a captured step, for B sequences")
+    parser.add_argument("--compile", action="store_true", help="with --graph: compiled norms and MLPs, too")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if (arguments.length is None) != (arguments.recipe is None):
         parser.error("--length and --recipe go together")
-    if arguments.length is not None and arguments.length < arguments.tokens + 2:
-        parser.error(f"--length: of {arguments.length} tokens {arguments.tokens} are decoded; two must be left to read")
+    if arguments.length is not None and arguments.length < arguments.tokens + 3:
+        parser.error(
+            f"--length: of {arguments.length} tokens {arguments.tokens} are decoded; three must be left to read"
+        )
     model, tokenizer = load_backbone(BackboneConfig(path=arguments.model, dtype=arguments.dtype))
     if arguments.prompt:
         with open(arguments.prompt) as file:
             ids = tokenizer(json.loads(file.readline())["input"], return_tensors="pt").input_ids
     else:
-        ids = heldout_text(arguments.recipe, tokenizer, arguments.length - arguments.tokens)
-    if (longest := ids.shape[1] + arguments.tokens) > (context := adapter(model).info.context):
+        ids = heldout_text(arguments.recipe, tokenizer, arguments.length - arguments.tokens - 1)
+    if (longest := ids.shape[1] + arguments.tokens + 1) > (context := adapter(model).info.context):
         parser.error(f"{longest} tokens with those decoded, but the backbone's context is {context}; ask for fewer")
     where = origin(model.device)
     print(f"{where['device']}; {ids.shape[1]} tokens read, {arguments.tokens} behind them")
     setting = model, arguments.bundle, ids.to(model.device), arguments.tokens, arguments.budget
-    rows = measure_graph(*setting, arguments.graph) if arguments.graph else measure(*setting)
+    rows = measure_graph(*setting, arguments.graph, arguments.compile) if arguments.graph else measure(*setting)
     if arguments.output:
         arguments.output.write_text(json.dumps({"origin": where, "rows": rows}, indent=1) + "\n")
 
