@@ -132,6 +132,15 @@ def runtime(data: Row) -> list[str]:
     return [listed(data["rows"], columns)]
 
 
+def runtime_graph(data: Row) -> list[str]:
+    """Speed of a captured step beside eager reading."""
+    columns = {"sequences": "batch", "weights": "dtype", "step": "kind", "KV resident": share("resident_share"),
+               "tokens/s": "tokens_per_second", "times eager": "times_eager", "times everything resident": "times_full",
+               "tokens as eager": share("tokens_as_eager"), "sets as eager": "windows_as_eager",
+               "GPU memory at most, MB": "peak_mb"}  # fmt: skip
+    return [listed(data["rows"], columns)]
+
+
 def train_gpu(data: Row) -> list[str]:
     """Samples a second by shape."""
     rows = [{"shape": shape, **row} for shape, row in data.items()]
