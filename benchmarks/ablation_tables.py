@@ -48,7 +48,7 @@ def rows(records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
             solved = [runs[name]["right"] for runs in both if runs["full"].get("right")]
             if solved:
                 row |= {"solved": float(np.mean(solved)), "solved_documents": len(solved)}
-            for metric in ("fetched", "mean_key_bytes"):
+            for metric in ("fetched", "key_bytes"):
                 if metric in both[0][name]:
                     row[metric] = float(np.mean([runs[name][metric] for runs in both]))
             diagnosis = out / name / "diagnosis.json"
@@ -108,12 +108,12 @@ def tables(found: list[dict[str, Any]]) -> str:
         lines = [
             [row["set"], row["tokens"] or "-", row["task"], row["policy"], row["documents"], row[metric],
              row.get("agreement", row.get("solved", "-")), *differs(row, metric), f"{row['kept']:.1%}",
-             *([row["fetched"], row["mean_key_bytes"] / 1e6] if counted else []),
+             *([row["fetched"], row["key_bytes"] / 1e6] if counted else []),
              *(row.get(name, "-") for name in DIAGNOSES)]
             for row in found if metric in row
         ]  # fmt: skip
         columns = [*head, *named, *(f"minus {beside}'s" for beside in BESIDE), "KV kept"]
-        columns += [*(["chunks fetched a token", "mean keys, MB"] if counted else []), *DIAGNOSES]
+        columns += [*(["chunks fetched a token", "keys to choose by, MB"] if counted else []), *DIAGNOSES]
         if lines:
             parts.append(str(Table(columns, lines)))
     foretold = [

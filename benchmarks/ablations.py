@@ -8,24 +8,26 @@
     python -m benchmarks.ablations gemma-3-270m-long runs/long/*/train --out runs/long/outputs --length 8192 \
         --length 32768 --ask recipe --ask listwise_mass --correction 8 --report package:pandas
 
-Trains every variation on the same traces (--train: only these), asks every held-out question and follows every text
-under all of them (--ask: these; --share K/N: every N-th document from the K-th on, for processes side by side), and
-prints the tables of what OUT holds, which --train and --share leave to another call; a stopped run continues. Choices
-are made on the `development` documents; the `report` ones are looked at afterwards (--set). They share nothing:
-development reads another source (--development), with the wordings and key words of training, report what the recipe
-holds out, or a source of its own (--report), with wordings and key words that nothing else has. A table has, for each
-variation, needles right, KL of the next token from full attention and their differences from the recipe and of
-recency's and mean-pooled keys' from it on the same documents with 95 % intervals, then what the held-back training
-documents said: peak entropy, golden and mass recall; and how each of those ranks the variations beside the outcomes
-(Spearman, for texts and questions of all lengths). OUT/ablations.json holds every row.
+Trains every variation (benchmarks/variations.py) on the same traces (--train: only these), asks every held-out question
+and follows every text under all of them (--ask: these; --share K/N: every N-th document from the K-th on, for processes
+side by side), and prints the tables of what OUT holds, which --train and --share leave to another call; a stopped run
+continues. Choices are made on the `development` documents; the `report` ones are looked at afterwards (--set). They
+share nothing: development reads another source (--development), with the wordings and key words of training, report
+what the recipe holds out, or a source of its own (--report), with wordings and key words that nothing else has. A table
+has, for each variation, needles right, KL of the next token from full attention and their differences from the recipe
+and of recency's and mean-pooled keys' from it on the same documents with 95 % intervals, then what the held-back
+training documents said: peak entropy, golden and mass recall; and how each of those ranks the variations beside the
+outcomes (Spearman, for texts and questions of all lengths). OUT/ablations.json holds every row.
 
 Without --length the documents are those that the recipe holds out, from SEEDS seeds, under `decode.budget`. With it
 the questions and texts are those of `lookahead benchmark`, as its section of the recipe says (--task: only these).
 Texts are then followed under the largest of `benchmark.budgets` and questions asked under the smallest.
 
 --correction CHUNKS asks the recipe's indexer also with a per-step correction of so many chunks, which come off its
-budget, by each token's own query and by that of the one before, where the budget buys twice as many; the table then
-says what was fetched (chunks a token) and the bytes of mean keys.
+budget, by each token's own query and by that of the one before, where the budget buys twice as many. The table then
+says what was fetched (chunks a token) and the bytes of the keys by which chunks are chosen, and has rows that spend
+as much: recency with the recipe's bytes of such keys as more keys and values, and recency, mean-pooled keys and the
+recipe with the correction's.
 """
 
 import argparse
@@ -40,9 +42,11 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
-from benchmarks.ablation_tables import DIAGNOSES, RECIPE, SETS, correlations, rows, tables
+from benchmarks.ablation_tables import RECIPE, SETS, correlations, rows, tables
 from benchmarks.machine import origin
-from benchmarks.masked import Continuation, MaskedModel, Policy, Score, foresight, mean_pooled, recency, trained
+from benchmarks.masked import Continuation, MaskedModel, Policy, Score
+from benchmarks.masked_scores import foresight, mean_pooled, recency, trained
+from benchmarks.variations import VARIATIONS, learn
 from data_gen.backbones.load import load_backbone
 from data_gen.core.files import write_atomically
 from data_gen.text.documents import draw_documents, heldout_share
@@ -51,28 +55,9 @@ from eval.online.generated import Haystack, generate_examples
 from eval.online.runner import stop_tokens
 from eval.online.scorers import fidelity
 from eval.runtime.correction import Correction, CorrectionQuery
-from indexer_train.data.mixture import mix
 from indexer_train.load import load_indexer
-from indexer_train.losses import LOSSES
-from indexer_train.training.evaluator import MassRecallEvaluator
-from indexer_train.training.trainer import train
 from recipes import Recipe, load_recipe
 
-VARIATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    RECIPE: ({}, {}),
-    "joined": ({}, {"loss_options": {"joined": True}}),
-    "chosen-by-mass": ({}, {"choose": "mass_recall"}),
-    "no-bumps": ({"distance_bumps": 0}, {}),
-    "twelve-bumps": ({"distance_bumps": 12}, {}),
-    "twice-as-large": ({"heads": 32, "rank": 256}, {}),
-    "no-slot": ({"slot": False}, {}),
-    "no-scale": ({"scale": False}, {}),
-    "joined-by-max": ({"join": "max"}, {}),
-    **{loss: ({}, {"loss": loss, "loss_options": {}}) for loss in LOSSES},
-}
-"""Name -> what it changes of the recipe's indexer and training; a loss that the recipe has anyway is left out."""
-UNTRAINED: dict[str, Score] = {"recency": recency, "mean-pooled keys": mean_pooled}
-"""Beside the oracles, which are made again for each document."""
 Oracle = Callable[[Continuation, int], Score]
 """(what full attention went through, tokens of a window) -> what it needed."""
 ORACLES: dict[str, Oracle] = {
@@ -148,32 +133,35 @@ def at_length(
             yield partial(asked, f"{name} {each}", build)
 
 
-def learn(recipe: Recipe, traces: list[Path], names: list[str], out: Path) -> None:
-    """Train what is not trained yet, and measure it on the documents held back from training."""
-    store = mix(traces)
+def policies_of(recipe: Recipe, out: Path, names: list[str], correction: int, masked: MaskedModel) -> list[Policy]:
+    """What is asked of every document but the oracles: `names`, of which those that are trained lie in `out`.
+
+    With a correction also baselines that spend as much on keys and values as others do on keys to choose by.
+    """
+    layers, found = len(masked.layers), []
+    share = 1 / (2 * masked.chunking.tokens * layers)
+    """What a layer's mean keys, of two bytes a value as the cache's are, take of all layers' keys and values."""
     for name in names:
-        shape, settings = VARIATIONS[name]
-        diagnosis = out / name / "diagnosis.json"
-        if diagnosis.exists():
-            continue
-        config = recipe.train.model_copy(update=settings)
-        indexer = train(store, recipe.indexer.model_copy(update=shape), config, out / name)
-        _, validation = store.hold_back(config.validation_every)
-        rows = [row for row in indexer.spec.provenance.metrics if row.task == "all"]
-        values = rows[0].values | MassRecallEvaluator(validation, config.budget)(indexer)
-        write_atomically(
-            diagnosis, lambda file, values=values: file.write_text(json.dumps({n: values[n] for n in DIAGNOSES}))
-        )
-
-
-def policies_of(recipe: Recipe, out: Path, names: list[str], correction: int, device: torch.device) -> list[Policy]:
-    """What is asked of every document but the oracles: `names`, of which those that are trained lie in `out`."""
-    scores: dict[str, Score] = {name: trained(load_indexer(out / name / "indexer").to(device)) for name in names}
-    asked = [Policy(name, score, 0.0) for name, score in (scores | UNTRAINED).items()]
-    for query in get_args(CorrectionQuery) if correction else ():
+        indexer = load_indexer(out / name / "indexer").to(masked.model.device)
+        every = VARIATIONS[name].window
+        found.append(Policy(name, trained(indexer), 0.0, every=every, key_layers=len(indexer.spec.layers)))
+    own = next((policy for policy in found if policy.name == RECIPE), None)
+    if own:
+        found += [replace(own, name=f"{RECIPE}, every {n}", every=n) for n in {each.every for each in found} if n]
+    pooled = Policy("mean-pooled keys", mean_pooled, 0.0, key_layers=layers)
+    newest = Policy("recency", recency, 0.0)
+    found += [newest, pooled]
+    for query in get_args(CorrectionQuery) if correction and own else ():
         corrected = Correction(chunks=correction, query=query)
-        asked.append(Policy(f"{RECIPE} + {correction} by {query}", scores[RECIPE], 0.0, corrected))
-    return asked
+        found.append(replace(own, name=f"{RECIPE} + {correction} by {query}", correction=corrected,
+                             key_layers=own.key_layers + layers))  # fmt: skip
+    if correction and own:
+        most = found[-1].key_layers
+        found.append(replace(newest, name="recency, bytes of the recipe", extra=own.key_layers * share))
+        for each in (own, newest, pooled):
+            extra = (most - each.key_layers) * share
+            found.append(replace(each, name=f"{each.name}, bytes of the correction", extra=extra))
+    return found
 
 
 def ask(
@@ -217,12 +205,12 @@ def ask(
             for policy, value, share in zip(every_policy, values, kept, strict=True)
         }
         if any(policy.correction for policy in policies):
-            held = sum(means.nbytes for means in prompt.means.values())
+            per_layer = next(iter(prompt.means.values())).nbytes  # the keys that an indexer reads are as wide
             for each, policy, fetched in zip(
                 (full, *[going] * len(beside)), every_policy, [0.0, *going.fetched.tolist()], strict=True
             ):
-                means = 0 if policy.correction is None else held
-                runs[policy.name] |= {"fetched": fetched / each.read, "mean_key_bytes": means}
+                keys = policy.key_layers * per_layer
+                runs[policy.name] |= {"fetched": fetched / each.read, "key_bytes": keys}
         with journal.open("a") as file:
             record = {"name": asked.name, "set": asked.name.split()[0], "tokens": asked.length, "task": asked.task}
             file.write(json.dumps(record | {"runs": runs, "origin": made}) + "\n")
@@ -234,10 +222,13 @@ def right(answer: str, values: list[str]) -> bool:
 
 
 def followed(masked: MaskedModel, going: Continuation, tokens: list[int], window: int) -> list[torch.Tensor]:
-    """Log-probabilities of the next token [tokens, vocabulary] of each row, refreshed every `window` tokens."""
+    """Log-probabilities of the next token [tokens, vocabulary] of each row, refreshed every `window` tokens.
+
+    A policy that is refreshed more often is so after a whole part of the window.
+    """
     parts: list[list[torch.Tensor]] = [[] for _ in going.policies]
-    for piece in torch.tensor(tokens).split(window):
-        masked.refresh(going)
+    for piece in torch.tensor(tokens).split(min([window, *(each.every for each in going.policies if each.every)])):
+        masked.refresh(going, window)
         for part, logits in zip(parts, masked.read(going, piece.expand(len(parts), -1)), strict=True):
             part.append(logits.float().log_softmax(dim=-1))
     return [torch.cat(part) for part in parts]
@@ -253,11 +244,10 @@ def answers(
 ) -> list[list[int]]:
     """Greedy answers of each row after `given`, of at most `most` tokens; `ended`: tokens -> whether that was all."""
     said: list[list[int]] = [[] for _ in going.policies]
-    tokens, over, due = torch.tensor([given]).expand(len(said), -1), [False] * len(said), 0
+    tokens, over = torch.tensor([given]).expand(len(said), -1), [False] * len(said)
     for _ in range(most):
-        if going.read >= due:
-            masked.refresh(going)
-            due = going.read + window
+        if going.read >= min(going.due):
+            masked.refresh(going, window)
         tokens = masked.read(going, tokens, last=True)[:, -1:].argmax(dim=-1)
         for row, token in enumerate(tokens.flatten().tolist()):
             if not over[row]:
@@ -306,9 +296,9 @@ def main() -> None:
             )
         )
         names = arguments.ask or [name for name in every if (out / name / "indexer").exists()]
-        asked = policies_of(recipe, out, names, arguments.correction, model.device)
-        first, of = map(int, (arguments.share or "0/1").split("/"))
         masked = MaskedModel(model, recipe.trace.chunking)
+        asked = policies_of(recipe, out, names, arguments.correction, masked)
+        first, of = map(int, (arguments.share or "0/1").split("/"))
         journal = out / f"asked-{first}-of-{of}.jsonl"
         ask(recipe, asked, masked, tokenizer, (build() for build in islice(built, first, None, of)), journal)
     if arguments.train or arguments.share:

@@ -11,9 +11,10 @@ that the traces hold. Oracles of peaks are pooled in the same ways, down to a se
 
 Every layer keeps the recipe's budget, so that all sets take equal bytes. They are masks over one prompt
 (benchmarks/masked.py). Texts are followed before questions are asked, of the development and of the report documents
-of benchmarks/ablations.py (--texts, --questions: of a seed, the latter of each kind; --tokens: of other lengths). A
-stopped run continues. The table has KL of the next token from full attention and questions right, and differences from
-the one shared set and from recency on the same documents with 95 % intervals.
+of benchmarks/ablations.py (--texts, --questions: of a seed, the latter of each kind; --tokens: of other lengths;
+--share K/N: every N-th of them from the K-th on, for processes side by side, which leave printing to another call; 0/0
+asks none and prints what is there). A stopped run continues. The table has KL of the next token from full attention and
+questions right, and differences from the one shared set and from recency on the same documents with 95 % intervals.
 """
 
 import argparse
@@ -31,7 +32,8 @@ import torch
 from benchmarks import results_tables
 from benchmarks.ablation_tables import SETS
 from benchmarks.ablations import Asked, Oracle, ask, held_out
-from benchmarks.masked import Continuation, MaskedModel, Policy, Score, foresight, recency, trained
+from benchmarks.masked import Continuation, MaskedModel, Policy, Score
+from benchmarks.masked_scores import foresight, recency, trained
 from data_gen.backbones.load import load_backbone
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
@@ -154,6 +156,11 @@ def rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def journalled(out: Path) -> list[dict[str, Any]]:
+    """What every process that asked has finished."""
+    return [json.loads(line) for file in sorted(out.glob("asked-*.jsonl")) for line in file.read_text().splitlines()]
+
+
 def main() -> None:
     """Train, ask, print; --output holds every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,6 +173,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, help="held-out texts of a seed, for the recipe's number")
     parser.add_argument("--questions", type=int, help="held-out questions of a seed and kind, for the recipe's number")
     parser.add_argument("--follow", type=int, default=128, help="tokens followed of each text")
+    parser.add_argument("--share", help="K/N: ask every N-th document from the K-th on")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     recipe, out = load_recipe(args.recipe), args.out
@@ -174,28 +182,37 @@ def main() -> None:
     layers = store.manifest.backbone.full_layers
     arms = {SHARED if count == 1 else f"{count} groups": cut(layers, count) for count in sorted({1, *args.groups})}
     trained_ones = {name: learn(store, recipe, groups, out / name) for name, groups in arms.items()}
-    model, tokenizer = load_backbone(recipe.backbone)
-    policies = [Policy(RECENCY, recency, 0.0)]
-    for name, groups in arms.items():
-        scores = [trained(indexer.to(model.device)) for indexer in trained_ones[name]]
-        policies.append(Policy(name, by_layer(scores, groups), 0.0))
-    oracles = {ORACLE + name: oracle_of(groups) for name, groups in arms.items()}
-    oracles[ORACLE + "a set a layer"] = oracle_of(cut(layers, len(layers)))
+    first, of = map(int, (args.share or "0/1").split("/"))
     asked = recipe.documents
     kinds = {task: args.texts if task == "text" else args.questions for task in asked.heldout}
     held = asked.heldout | {task: number for task, number in kinds.items() if number is not None}
     asked = asked.model_copy(update={"heldout": held, "tokens": tuple(args.tokens or asked.tokens)})
     recipe = recipe.model_copy(update={"documents": asked})
-    context = model.config.get_text_config(decoder=True).max_position_embeddings
-    every: list[Asked] = []
-    for name in args.set or SETS:
-        found = list(held_out(recipe, name, SOURCES[name], args.follow, tokenizer, context))
-        every += sorted(found, key=lambda each: each.name.rsplit("-", 1)[-1])  # a stopped run has some of each seed
-    every.sort(key=lambda each: bool(each.values))  # texts decide
-    journal = out / "asked.jsonl"
-    ask(recipe, policies, MaskedModel(model, recipe.trace.chunking), tokenizer, every, journal, oracles)
-    names = {each.name for each in every}
-    records = [each for each in map(json.loads, journal.read_text().splitlines()) if each["name"] in names]
+    names = None
+    if of:
+        model, tokenizer = load_backbone(recipe.backbone)
+        policies = [Policy(RECENCY, recency, 0.0)]
+        for name, groups in arms.items():
+            scores = [trained(indexer.to(model.device)) for indexer in trained_ones[name]]
+            policies.append(Policy(name, by_layer(scores, groups), 0.0))
+        oracles = {ORACLE + name: oracle_of(groups) for name, groups in arms.items()}
+        oracles[ORACLE + "a set a layer"] = oracle_of(cut(layers, len(layers)))
+        context = model.config.get_text_config(decoder=True).max_position_embeddings
+        every: list[Asked] = []
+        for name in args.set or SETS:
+            found = list(held_out(recipe, name, SOURCES[name], args.follow, tokenizer, context))
+            every += sorted(found, key=lambda each: each.name.rsplit("-", 1)[-1])  # a stopped run has some of each seed
+        every.sort(key=lambda each: bool(each.values))  # texts decide
+        names = {each.name for each in every}
+        done = {record["name"] for record in journalled(out)}
+        left = [each for each in every[first::of] if each.name not in done]
+        journal = out / f"asked-{first}-of-{of}.jsonl"
+        ask(recipe, policies, MaskedModel(model, recipe.trace.chunking), tokenizer, left, journal, oracles)
+        if args.share:
+            return  # others go on beside this process: the tables are printed by a call of its own
+    records = [record for record in journalled(out) if names is None or record["name"] in names]
+    if not records:
+        return
     made = {json.dumps(record["origin"]): record["origin"] for record in records}
     report = {
         "origins": list(made.values()),

@@ -22,13 +22,12 @@ from data_gen.backbones.layers import attention_modules
 from data_gen.backbones.observe import AttentionCall, observe
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from data_gen.core.keys import KeyPooler, flatten_heads, mean_pooled_scores
+from data_gen.core.keys import KeyPooler
 from data_gen.traces.labels import candidates
 from eval.runtime.correction import Correction
 from eval.runtime.hosts.corrector import correction_scores
 from eval.runtime.hosts.dense import PIECE_TOKENS
 from eval.runtime.hosts.dense_cache import ResidentLayer
-from indexer_train.model import MemoryIndexer
 from indexer_train.scoring import select
 
 Score = Callable[["Continuation", int], torch.Tensor]
@@ -54,12 +53,17 @@ class Prompt:
 @dataclass(frozen=True)
 class Policy:
     """One row of a continuation. score: None keeps everything; budget: share of the visible chunks, beside the
-    protected ones; correction: of every step, its chunks are taken off the budget."""
+    protected ones; extra: another share of them, in place of keys that others choose by; correction: of every step, its
+    chunks are taken off the budget; every: tokens between refreshes, None for those of `refresh`; key_layers: layers of
+    whose chunk keys it needs all to choose by."""
 
     name: str
     score: Score | None
     budget: float
+    extra: float = 0.0
     correction: Correction | None = None
+    every: int | None = None
+    key_layers: int = 0
 
 
 @dataclass
@@ -69,8 +73,9 @@ class Continuation:
     resident: [rows, layers, tokens of the prompt] bool, None before the first refresh; newest: layer -> [rows, hidden];
     watched: layer -> probabilities of each token read on each complete chunk, highest and mean over heads [S, N], of a
     continuation of one row that keeps everything; queries: layer -> newest ones [rows, H, 1, d]; contents: the same
-    before RoPE, scaled; complete: chunks at the last refresh; held: (layer, row) -> what corrected the newest token [N]
-    bool; fetched: chunks [rows], of which one layer's part counts as its share of the layers.
+    before RoPE, scaled; complete: chunks at each row's last refresh; held: (layer, row) -> what corrected the newest
+    token [N] bool; fetched: chunks [rows], of which one layer's part counts as its share of the layers; due: tokens
+    read at which each row is refreshed next; refreshes: how often each was.
     """
 
     prompt: Prompt
@@ -81,11 +86,13 @@ class Continuation:
     contents: dict[int, torch.Tensor]
     fetched: torch.Tensor
     read: int = 0
-    complete: int = 0
+    complete: list[int] = field(default_factory=list)
     resident: torch.Tensor | None = None
     kept: list[torch.Tensor] = field(default_factory=list)
     watched: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
     held: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    due: list[int] = field(default_factory=list)
+    refreshes: list[int] = field(default_factory=list)
 
     @property
     def position(self) -> int:
@@ -141,36 +148,51 @@ class MaskedModel:
         )
         fetched = torch.zeros(rows)
         return Continuation(
-            prompt, policies, cache, newest, queries, contents, fetched, watched={} if watch else None
+            prompt, policies, cache, newest, queries, contents, fetched,
+            watched={} if watch else None, complete=[0] * rows, due=[0] * rows, refreshes=[0] * rows,
         )  # fmt: skip
 
-    def refresh(self, going: Continuation) -> None:
-        """Fix every row's resident set from the newest token that it has read."""
-        size, position = self.chunking.tokens, going.position
-        chunks = going.prompt.tokens // size
-        candidate = candidates(torch.tensor([position]), self.chunking, chunks)
-        rows, shares = [], []
-        going.complete = self.chunking.visible(position)
+    def refresh(self, going: Continuation, window: int) -> None:
+        """Fix the resident set of every row that is due from the newest token that it has read.
+
+        window: tokens that a set serves where the policy says nothing else.
+        """
+        size, chunks = self.chunking.tokens, going.prompt.tokens // self.chunking.tokens
+        if going.resident is None:
+            shape = len(going.policies), len(self.layers), going.prompt.tokens
+            going.resident = torch.ones(shape, dtype=torch.bool, device=self.model.device)
         for row, policy in enumerate(going.policies):
-            if policy.score is None:
-                kept = torch.ones(len(self.layers), chunks, dtype=torch.bool)
-                shares.append(0.0)
-            else:
-                corrected = 0 if policy.correction is None else policy.correction.chunks
-                bought = self.chunking.kept(policy.budget, position)
-                if bought < corrected:
-                    raise InputError(f"a correction of {corrected} chunks, but the budget buys {bought} of {chunks}")
-                scores = policy.score(going, row).cpu().reshape(-1, chunks)
-                best = select(scores, candidate.expand_as(scores), torch.full([len(scores)], bought - corrected))
-                kept = (~candidate | best).expand(len(self.layers), -1)
-                shares.append(min(corrected, int((~kept[0]).sum())) * size / going.prompt.tokens)
-                if going.resident is not None:
-                    before = going.resident[row, :, : chunks * size : size].cpu()
-                    going.fetched[row] += int((kept & ~before).sum()) / len(self.layers)
+            if going.read < going.due[row]:
+                continue
+            going.complete[row] = self.chunking.visible(going.position)
+            kept = self._kept(going, row).expand(len(self.layers), -1)
+            if going.refreshes[row]:
+                before = going.resident[row, :, : chunks * size : size].cpu()
+                going.fetched[row] += int((kept & ~before).sum()) / len(self.layers)
             unfinished = going.prompt.tokens - chunks * size
-            rows.append(nn.functional.pad(kept.repeat_interleave(size, dim=1), (0, unfinished), value=True))
-        going.resident = torch.stack(rows).to(self.model.device)
-        going.kept.append(going.resident.float().mean(dim=(1, 2)).cpu() + torch.tensor(shares))
+            tokens = nn.functional.pad(kept.repeat_interleave(size, dim=1), (0, unfinished), value=True)
+            going.resident[row] = tokens.to(self.model.device)
+            going.due[row] = going.read + (policy.every or window)
+            going.refreshes[row] += 1
+        corrected = [policy.correction.chunks if policy.correction else 0 for policy in going.policies]
+        absent = (~going.resident[:, 0, : chunks * size : size]).sum(dim=1).cpu()
+        shares = torch.minimum(torch.tensor(corrected), absent) * size / going.prompt.tokens
+        going.kept.append(going.resident.float().mean(dim=(1, 2)).cpu() + shares)
+
+    def _kept(self, going: Continuation, row: int) -> torch.Tensor:
+        """The row's next set, beside what its correction will add: [1 or layers, N] bool, protected chunks too."""
+        policy, position = going.policies[row], going.position
+        chunks = going.prompt.tokens // self.chunking.tokens
+        if policy.score is None:
+            return torch.ones(1, chunks, dtype=torch.bool)
+        candidate = candidates(torch.tensor([position]), self.chunking, chunks)
+        corrected = 0 if policy.correction is None else policy.correction.chunks
+        bought = self.chunking.kept(policy.budget + policy.extra, position)
+        if bought < corrected:
+            raise InputError(f"a correction of {corrected} chunks, but the budget buys {bought} of {chunks}")
+        scores = policy.score(going, row).cpu().reshape(-1, chunks)
+        best = select(scores, candidate.expand_as(scores), torch.full([len(scores)], bought - corrected))
+        return ~candidate | best
 
     @torch.no_grad()
     def read(self, going: Continuation, tokens: torch.Tensor, last: bool = False) -> torch.Tensor:
@@ -276,7 +298,7 @@ class MaskedModel:
             if policy.correction.query == "previous":
                 asks = torch.cat([before[row], asks], dim=1)[:, :-1]
             unfinished = prompt.cache.layers[layer].keys[0, :, chunks * size :]
-            later = _means(torch.cat([unfinished, key[row]], dim=1), size)[:, : going.complete - chunks]
+            later = _means(torch.cat([unfinished, key[row]], dim=1), size)[:, : going.complete[row] - chunks]
             means = torch.cat([prompt.means[layer], later], dim=1)
             scores = correction_scores(asks, means, scaling)[:, :chunks].masked_fill(~absent, -1)
             added = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(count).indices, True)
@@ -300,47 +322,3 @@ def _content(call: AttentionCall) -> torch.Tensor:
 def _means(keys: torch.Tensor, size: int) -> torch.Tensor:
     """Keys of tokens [KV, T, d] -> means of complete chunks [KV, T // size, d] fp16."""
     return keys[:, : keys.shape[1] // size * size].float().unflatten(1, (-1, size)).mean(dim=2).half()
-
-
-def trained(indexer: MemoryIndexer) -> Score:
-    """What the indexer says of the prompt's chunks."""
-    layers = indexer.spec.layers
-
-    def score(going: Continuation, row: int) -> torch.Tensor:
-        hidden = torch.stack([going.newest[layer][row] for layer in layers])[None].to(torch.bfloat16).float()
-        keys = torch.stack([flatten_heads(going.prompt.keys[layer]).half() for layer in layers], dim=1)
-        return indexer.joined_scores(hidden, keys, torch.tensor([going.position]))[0]
-
-    return score
-
-
-def recency(going: Continuation, row: int) -> torch.Tensor:
-    """Newest first."""
-    return torch.arange(next(iter(going.prompt.keys.values())).shape[1]).float()
-
-
-def mean_pooled(going: Continuation, row: int) -> torch.Tensor:
-    """The backbone's own newest query against mean-pooled keys, averaged over layers: nothing trained."""
-    scores = []
-    for layer, pooled in going.prompt.keys.items():
-        visible = torch.tensor([pooled.shape[1]], device=pooled.device)
-        scores.append(mean_pooled_scores(going.contents[layer][row], pooled, 1.0, visible)[0])
-    return torch.stack(scores).mean(dim=0)
-
-
-def foresight(full: Continuation, window: int, peaks: bool, layers: Sequence[int] | None = None) -> Score:
-    """The oracle: what a continuation that kept everything, and was watched, needs of the next `window` tokens.
-
-    peaks: by the window's highest head-maximum probability, averaged over layers; else by its mean probability.
-    layers: those averaged over, all full-attention ones by default.
-    """
-    seen = full.watched or {}
-    watched = [tuple(map(torch.cat, zip(*seen[layer], strict=True))) for layer in layers or seen]
-    highest, mean = (torch.stack(each).mean(dim=0) for each in zip(*watched, strict=True))  # [tokens, N]
-
-    def score(going: Continuation, row: int) -> torch.Tensor:
-        first = min(going.read, len(mean) - 1)
-        span = slice(first, first + window)
-        return highest[span].amax(dim=0) if peaks else mean[span].mean(dim=0)
-
-    return score

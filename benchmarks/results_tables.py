@@ -34,7 +34,11 @@ def ablations(data: Row) -> list[str]:
     questions = [row for row in data["rows"] if "right" in row]
     diagnoses = {"peak entropy": "peak_entropy", "golden recall": "golden_recall", "mass recall": "mass_recall"}
     if data["origins"][0]["command"].find("--length") > 0:
-        diagnoses = {"chunks fetched a token": "fetched", "mean keys, MB": lambda row: row["mean_key_bytes"] / 1e6}
+        diagnoses = {"chunks fetched a token": "fetched"}
+        if "key_bytes" in data["rows"][0]:
+            diagnoses["keys to choose by, MB"] = lambda row: row["key_bytes"] / 1e6
+        else:  # files of older commits count the correction's alone
+            diagnoses["mean keys, MB"] = lambda row: row["mean_key_bytes"] / 1e6
     beside = {"minus the recipe's": "recipe", "minus recency's": "recency"}
     return [
         "Text, KL from full attention:\n\n"

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks import ablations
-from benchmarks.ablation_tables import ranked
+from benchmarks.ablation_tables import DIAGNOSES, ranked
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.generate import generate
 from data_gen.text.needles import KEYS
+from indexer_train.load import load_indexer
 from recipes import load_recipe
 
 SOURCES = {"development": ["stdlib"], "report": None}
@@ -22,6 +23,7 @@ def recipe():
     settings["documents"] |= {"train": {"text": 3, "single": 3}, "heldout": {"text": 1, "single": 1}}
     settings["train"] |= {"epochs": 1, "eval_epochs": 1, "validation_every": 3}
     settings["decode"]["answer_tokens"] = 3
+    settings["trace"]["window"] = 32
     settings["trace"]["chunking"]["recent"] = 16  # an answer's beginning stays among them
     settings["benchmark"] |= {"tasks": ["single", "text"], "examples": 2, "texts": 1, "budgets": [0.05, 0.2]}
     return type(load_recipe("debug")).model_validate(settings)
@@ -55,7 +57,7 @@ def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, mo
         return capsys.readouterr().out
 
     traces = str(tmp_path / "traces" / "train")
-    names = [ablations.RECIPE, "listwise_peak", "focal"]
+    names = [ablations.RECIPE, "listwise_peak", "focal", "middle-layer", "horizon-16"]
     assert "variation" not in call(traces, *(word for name in names for word in ("--train", name)))
     for share in ("0/2", "1/2"):
         assert "variation" not in call(traces, "--share", share, "--follow", "16")
@@ -72,6 +74,11 @@ def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, mo
     assert texts["recipe"]["kl_beside_recipe"] == [0, 0, 0] and texts["recipe"]["documents"] == 2
     gap = texts["focal"]["kl"] - texts["recency"]["kl"]
     assert texts["focal"]["kl_beside_recency"][0] == pytest.approx(gap) and "right_beside_recency" in asked["focal"]
+    assert texts.keys() >= {"recipe, every 16"} and "peak_entropy" not in texts["horizon-16"]
+    specs = {name: load_indexer(tmp_path / "out" / name / "indexer").spec for name in names}
+    assert {name: (len(spec.layers), spec.window) for name, spec in specs.items()} == {
+        "recipe": (3, 32), "listwise_peak": (3, 32), "focal": (3, 32), "middle-layer": (1, 32), "horizon-16": (3, 16),
+    }  # fmt: skip
     assert len(found["rank_correlations"]) == 6 and "fetched" not in table
 
     at_length = ["--ask", names[0], "--set", "report", "--length", "600", "--length", "800", "--follow", "16"]
@@ -88,13 +95,16 @@ def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, mo
         for name in ("recipe + 2 by same", "recipe + 2 by previous"):
             assert texts[name]["kept"] == pytest.approx(texts["recipe"]["kept"]) and name in table
             assert texts[name]["fetched"] > texts["recipe"]["fetched"] and texts[name]["kl_beside_recipe"][0] != 0
-            assert texts[name]["mean_key_bytes"] > texts["recipe"]["mean_key_bytes"] == 0
+            assert texts[name]["kept"] < min(
+                texts[f"{each}, bytes of the correction"]["kept"] for each in ("recipe", "recency", "mean-pooled keys")
+            )
+            assert texts[name]["key_bytes"] > texts["recipe"]["key_bytes"] > texts["recency"]["key_bytes"] == 0
 
 
 def test_a_rank_correlation_shares_ranks_among_equals():
     said = [("a", 0.1, 0.5), ("b", 0.2, 0.5), ("c", 0.3, 0.1)]
     rows = [
-        {"set": "report", "policy": name, "kl": kl, "right": 1.0, **dict.fromkeys(ablations.DIAGNOSES, value)}
+        {"set": "report", "policy": name, "kl": kl, "right": 1.0, **dict.fromkeys(DIAGNOSES, value)}
         for name, value, kl in said
     ]
     lines = ablations.correlations(rows)

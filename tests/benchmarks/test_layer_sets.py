@@ -10,7 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks import layer_sets
-from benchmarks.masked import MaskedModel, Policy, foresight, recency
+from benchmarks.masked import MaskedModel, Policy
+from benchmarks.masked_scores import foresight, recency
 from data_gen.backbones.layers import attention_modules
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.backbones.tiny import tiny_backbone
@@ -59,7 +60,7 @@ def read():
 def continued(read, policies):
     masked, prompt, tokens = read
     going = masked.begin(prompt, policies)
-    masked.refresh(going)
+    masked.refresh(going, NEW)
     return masked.read(going, tokens[PROMPT:].expand(len(policies), -1)), going
 
 
@@ -105,7 +106,7 @@ def test_one_group_is_the_shared_set(read):
 def test_an_oracle_of_groups_averages_their_own_layers(read):
     masked, prompt, tokens = read
     full = masked.begin(prompt, [Policy("full", None, 1.0)], watch=True)
-    masked.refresh(full)
+    masked.refresh(full, NEW)
     masked.read(full, tokens[None, PROMPT:])
     asked = masked.begin(prompt, [Policy("any", recency, BUDGET)])
     whole, *alone = (foresight(full, NEW, False, layers)(asked, 0) for layers in (None, [0], [1], [2]))
@@ -145,9 +146,17 @@ def test_groups_are_trained_asked_and_printed(recipe, store, tmp_path, monkeypat
     result = tmp_path / "result.json"
     sizes = ["--texts", "1", "--questions", "1", "--follow", "16", "--output", str(result)]
     call = ["layer_sets", "debug", str(store.root), "--out", str(tmp_path / "out"), "--groups", "2", *sizes]
+    for share in ("0/0", "0/2", "1/2"):
+        monkeypatch.setattr(sys, "argv", [*call, "--share", share])
+        layer_sets.main()
+        assert not result.exists() and len(list((tmp_path / "out").glob("asked-*"))) == (share > "0/0") + (share > "1")
     monkeypatch.setattr(sys, "argv", call)
     layer_sets.main()
     found = json.loads(result.read_text())
+    assert not (tmp_path / "out" / "asked-0-of-1.jsonl").exists(), "nothing was left to ask"
+    monkeypatch.setattr(sys, "argv", [*call, "--share", "0/0"])
+    layer_sets.main()
+    assert json.loads(result.read_text())["rows"] == found["rows"]
     assert found["trained_on"] == {"text": 3, "single": 3} and found["groups"]["2 groups"] == [[0], [1, 2]]
     cells = {(row["set"], row["kind"]): {} for row in found["rows"]}
     for row in found["rows"]:

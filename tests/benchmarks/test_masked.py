@@ -2,7 +2,8 @@
 
 import torch
 
-from benchmarks.masked import MaskedModel, Policy, mean_pooled, recency, trained
+from benchmarks.masked import MaskedModel, Policy
+from benchmarks.masked_scores import mean_pooled, recency, trained
 from data_gen.backbones.tiny import tiny_backbone
 from data_gen.core.chunks import Chunking
 from eval.online import online_policies
@@ -47,11 +48,13 @@ def test_a_window_read_at_once_under_masks_is_decoding_under_evictions():
     masked = MaskedModel(model, chunking)
     rows = [("full", None), ("recency", recency), ("mean-pooled", mean_pooled), ("indexer", trained(indexer))]
     policies = [Policy(name, score, budget) for name, score in rows]
-    policies += [Policy(query, trained(indexer), budget, correction) for query, correction in corrections.items()]
+    policies += [
+        Policy(query, trained(indexer), budget, correction=correction) for query, correction in corrections.items()
+    ]
     going = masked.begin(masked.prompt(prompt), policies)
     found = []
     for piece in torch.tensor(rest).split(8):
-        masked.refresh(going)
+        masked.refresh(going, 8)
         found.append(masked.read(going, piece.expand(6, -1)))
     for row, name in enumerate(expected):
         torch.testing.assert_close(torch.cat(found, dim=1)[row], torch.stack(expected[name]), atol=2e-4, rtol=1e-3)
@@ -63,3 +66,28 @@ def test_a_window_read_at_once_under_masks_is_decoding_under_evictions():
     torch.testing.assert_close(kept[:, 4:], kept[:, 3:4].expand(-1, 2))
     torch.testing.assert_close(going.fetched, torch.tensor([course.usage.fetched for course in courses]))
     assert going.fetched[4] > going.fetched[3]
+
+
+def test_a_row_that_is_refreshed_more_often_and_one_with_more_bytes():
+    model, _ = tiny_backbone()
+    masked = MaskedModel(model.cpu(), Chunking(tokens=4, sink=1, recent=8))
+    tokens = torch.randint(5, 100, (147,), generator=torch.Generator().manual_seed(0))
+    prompt, rest = masked.prompt(tokens[:131].tolist()), tokens[131:]
+
+    def read(policies, window, piece):
+        going, found = masked.begin(prompt, policies), []
+        for each in rest.split(piece):
+            masked.refresh(going, window)
+            found.append(masked.read(going, each.expand(len(policies), -1)))
+        return torch.cat(found, dim=1), going
+
+    both, going = read([Policy("slow", mean_pooled, 0.2), Policy("fast", mean_pooled, 0.2, every=4)], 8, 4)
+    (slow, _), (fast, _) = (read([Policy("alone", mean_pooled, 0.2)], window, window) for window in (8, 4))
+    torch.testing.assert_close(both, torch.cat([slow, fast]), atol=2e-4, rtol=1e-3)
+    assert going.refreshes == [2, 4] and not torch.allclose(slow, fast, atol=1e-3)
+    (more, few), (same, _) = (
+        read(policies, 8, 8)[1].kept[0].tolist()
+        for policies in ([Policy("more", recency, 0.1, extra=0.1), Policy("few", recency, 0.1)],
+                         [Policy("same", recency, 0.2)] * 2)
+    )  # fmt: skip
+    assert more == same > few
