@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers smollm2-quickstart --bundle runs/quickstart/bundle --kvpress .venv-kvpress/bin/python \\
         --out runs/peers [--length 2000] [--examples 16] [--texts 8] [--development 6] [--correction 8] \\
-        [--processes 1]
+        [--processes 1] [--method NAME ...] [--chosen OTHER/chosen.json]
     python -m benchmarks.peers --out runs/peers
 
 kvpress 0.5.5 needs transformers below 5.3: an environment of its own (`make .venv-kvpress/ready`), of which only the
@@ -74,10 +74,11 @@ PEERS: dict[str, list[Setting]] = {
 """Method -> its settings, as shipped first. "question": as many tokens as the question has, where it is known."""
 
 
-def settings(reading: str, chosen: dict[str, dict[str, int]] | None) -> dict[str, Setting]:
+def settings(reading: str, methods: Iterable[str], chosen: dict[str, dict[str, int]] | None) -> dict[str, Setting]:
     """METHOD/NUMBER of a setting -> the setting: all that fit a reading, or the shipped and the chosen ones."""
     found = {}
-    for name, members in PEERS.items():
+    for name in methods:
+        members = PEERS[name]
         numbers = range(len(members)) if chosen is None else sorted({0, chosen[reading].get(name, 0)})
         for number in numbers:
             if reading in ("known", "second") or '"question"' not in json.dumps(members[number]):
@@ -85,9 +86,11 @@ def settings(reading: str, chosen: dict[str, dict[str, int]] | None) -> dict[str
     return found
 
 
-def plan(out: Path, lines: Iterable[dict[str, Any]], chosen: dict[str, dict[str, int]] | None) -> None:
+def plan(
+    out: Path, lines: Iterable[dict[str, Any]], methods: Iterable[str], chosen: dict[str, dict[str, int]] | None
+) -> None:
     """Write what is asked, with the methods that answer it. Raises InputError where something else was asked before."""
-    told = [each | {"methods": settings(each["reading"], chosen)} for each in lines]
+    told = [each | {"methods": settings(each["reading"], methods, chosen)} for each in lines]
     content = "".join(json.dumps(each) + "\n" for each in told)
     path = out / "plan.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -117,6 +120,8 @@ def main() -> None:
     parser.add_argument("--follow", type=int, default=128, help="tokens followed of each text")
     parser.add_argument("--correction", type=int, default=0, metavar="CHUNKS", help="a row with a per-step correction")
     parser.add_argument("--processes", type=int, default=1, help="side by side in each environment")
+    parser.add_argument("--method", action="append", choices=sorted({*PEERS} - {"full"}), help="only these of kvpress")
+    parser.add_argument("--chosen", type=Path, help="settings that an earlier call chose; none are chosen here")
     parser.add_argument("--share", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
@@ -142,6 +147,7 @@ def ask(arguments: argparse.Namespace, out: Path) -> None:
     """Write, choose on the development examples, then answer the reported ones; speed by itself, in one process."""
     recipe = load_recipe(arguments.recipe)
     lengths = arguments.length or [recipe.documents.tokens[1]]
+    methods = ["full", *(name for name in PEERS if name in arguments.method)] if arguments.method else list(PEERS)
     seed, few = recipe.benchmark.seed, arguments.development
     sizes = {
         "development": {"examples": few, "texts": few, "seed": seed + 1},
@@ -165,15 +171,19 @@ def ask(arguments: argparse.Namespace, out: Path) -> None:
         for commands in [theirs, mine] if processes == 1 else [theirs + mine]:
             side_by_side(commands)
 
-    tried = ("known", "unknown", "text")
-    plan(out / "development", [each for each in parts["development"] if each["reading"] in tried], None)
-    run("development", False, arguments.processes)
-    chosen = best(out / "development", PEERS)
-    chosen["second"] = chosen["known"]  # the same is compressed
+    if arguments.chosen:
+        chosen = json.loads(arguments.chosen.read_text())
+    else:
+        tried = [each for each in parts["development"] if each["reading"] in ("known", "unknown", "text")]
+        plan(out / "development", tried, methods, None)
+        run("development", False, arguments.processes)
+        chosen = best(out / "development", PEERS)
+        chosen["second"] = chosen["known"]  # the same is compressed
     write_atomically(out / "chosen.json", lambda path: path.write_text(json.dumps(chosen, indent=1) + "\n"))
-    plan(out / "report", [each for each in parts["report"] if each["reading"] != "speed"], chosen)
+    plan(out / "report", [each for each in parts["report"] if each["reading"] != "speed"], methods, chosen)
     run("report", True, arguments.processes)
-    plan(out / "speed", [each for each in parts["report"] if each["reading"] == "speed"], chosen | {"speed": {}})
+    timed = [each for each in parts["report"] if each["reading"] == "speed"]
+    plan(out / "speed", timed, methods, chosen | {"speed": {}})
     run("speed", True, 1)
 
 

@@ -96,9 +96,10 @@ def test_ours_reads_what_is_given_and_answers_greedily(read, indexer):  # noqa: 
 
 
 def test_settings_that_need_the_question_are_for_readings_that_know_it():
-    assert "ChunkKV(SnapKV)/1" in settings("known", None) and "ChunkKV(SnapKV)/1" not in settings("unknown", None)
-    chosen = settings("known", {"known": {"SnapKV": 2, "TOVA": 0}})
-    assert list(chosen)[:4] == ["full/0", "SnapKV/0", "SnapKV/2", "ExpectedAttention/0"]
+    known, unknown = (settings(reading, PEERS, None) for reading in ("known", "unknown"))
+    assert "ChunkKV(SnapKV)/1" in known and "ChunkKV(SnapKV)/1" not in unknown
+    chosen = settings("known", ["full", "SnapKV", "TOVA"], {"known": {"SnapKV": 2, "TOVA": 0}})
+    assert list(chosen) == ["full/0", "SnapKV/0", "SnapKV/2", "TOVA/0"]
     assert described(PEERS["ChunkKV(SnapKV)"][2]) == "ChunkKV(SnapKV window_size question) chunk_length 10"
 
 
@@ -145,10 +146,10 @@ def test_missing_answers_and_other_questions_are_refused(tmp_path, tokenizer):
     folder(tmp_path, "report", tokenizer, {"a/0": ["1"]})
     with pytest.raises(InputError, match="a/0 has not answered every question"):
         answers(tmp_path / "report")
-    plan(tmp_path / "new", [{"name": "x", "reading": "known"}], None)
-    plan(tmp_path / "new", [{"name": "x", "reading": "known"}], None)
+    plan(tmp_path / "new", [{"name": "x", "reading": "known"}], ["TOVA"], None)
+    plan(tmp_path / "new", [{"name": "x", "reading": "known"}], ["TOVA"], None)
     with pytest.raises(InputError, match="something else was asked"):
-        plan(tmp_path / "new", [{"name": "y", "reading": "known"}], None)
+        plan(tmp_path / "new", [{"name": "y", "reading": "known"}], ["TOVA"], None)
 
 
 def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
