@@ -49,8 +49,8 @@ VARIATIONS: dict[str, Variation] = {
     "sampled": Variation(train={"candidates": CandidatesConfig(kind="sampled")}),
     "in-batch": Variation(train={"candidates": CandidatesConfig(kind="sampled", source="in_batch")}),
     **{loss: Variation(train={"loss": loss, "loss_options": {}}) for loss in LOSSES},
-    "focal, balanced": Variation(train={"loss": "focal", "loss_options": {"alpha": 0.25}}),
-    "bce, smoothed": Variation(train={"loss": "bce", "loss_options": {"smoothing": 0.1}}),
+    "balanced-focal": Variation(train={"loss": "focal", "loss_options": {"alpha": 0.25}}),
+    "smoothed-bce": Variation(train={"loss": "bce", "loss_options": {"smoothing": 0.1}}),
 }
 """A loss that the recipe has anyway is left out."""
 
