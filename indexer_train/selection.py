@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from data_gen.core.chunks import Chunking
 from data_gen.core.config import Strict
+from data_gen.core.tensors import send
 from indexer_train.scoring import above, covering, select
 
 Target = Literal["budget", "recall"]
@@ -28,7 +29,7 @@ class Budget(Strict):
     ) -> torch.Tensor:
         """scores, candidate: [W, N]; positions: [W], where the sets are fixed. Returns the selected ones, [W, N]."""
         kept = [chunking.kept(self.budget, position) for position in positions.tolist()]
-        return select(scores, candidate, torch.tensor(kept, device=scores.device))
+        return select(scores, candidate, send(torch.tensor(kept), scores.device))
 
     def __str__(self) -> str:
         return f"the best {self.budget:.1%} of the chunks"
@@ -75,7 +76,7 @@ class Threshold(Strict):
         self, scores: torch.Tensor, candidate: torch.Tensor, positions: torch.Tensor, chunking: Chunking
     ) -> torch.Tensor:
         """As `Budget.choose`, [W, N] bool; how many chunks that makes differs from window to window."""
-        return above(scores, candidate, self.scores(positions)[:, None].to(scores.device))
+        return above(scores, candidate, send(self.scores(positions)[:, None], scores.device))
 
     def __str__(self) -> str:
         cuts = [f"{cut.score:.4g}" + (f" up to {cut.longest} tokens" if cut.longest else "") for cut in self.cuts]

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_valid
 from data_gen.core.chunks import Chunking
 from data_gen.core.config import Strict
 from data_gen.core.errors import InputError
+from data_gen.core.tensors import send
 from indexer_train.scoring import select
 from indexer_train.selection import Budget, Selection
 
@@ -68,8 +69,8 @@ class Fallback(Strict):
 class Resident:
     """The chunks that must be resident, a row for each sequence.
 
-    ids: [B, cap] int32, ascending, -1 after the last; counts: [B] int32, ids in each row; demand: [B] int32, how many
-    the rule asked for beside the protected ones, before floor and cap.
+    ids: [B, cap] int32, ascending, -1 after the last; counts: [B] int32, ids in each row, -1 where scores are damaged;
+    demand: [B] int32, how many the rule asked for beside the protected ones, before floor and cap.
     """
 
     ids: torch.Tensor
@@ -79,6 +80,17 @@ class Resident:
     def row(self, sequence: int) -> torch.Tensor:
         """The ids of one sequence, [count] int32 (waits for the device)."""
         return self.ids[sequence, : int(self.counts[sequence])]
+
+    def cpu(self) -> "Resident":
+        """The same on the CPU, by one copy."""
+        both = torch.cat([self.ids, self.counts[:, None], self.demand[:, None]], dim=1).cpu()
+        return Resident(both[:, :-2], both[:, -2], both[:, -1])
+
+    def checked(self) -> "Resident":
+        """Itself (waits for the device). Raises InputError for a row whose scores were NaN or infinite."""
+        if bool((self.counts < 0).any()):
+            raise InputError("a chunk's score is NaN or infinite; the keys or the indexer's weights are damaged")
+        return self
 
 
 def resident_chunks(
@@ -94,14 +106,27 @@ def resident_chunks(
     visible at its position are never chosen. Raises InputError for a cap below protection, scores of too few chunks,
     or NaN or infinity among them.
     """
+    return unchecked_chunks(scores, positions, chunking, selection, limits).checked()
+
+
+def unchecked_chunks(
+    scores: torch.Tensor,
+    positions: torch.Tensor,
+    chunking: Chunking,
+    selection: Selection,
+    limits: Limits,
+) -> Resident:
+    """As `resident_chunks`, but a row of damaged scores gets the count -1: with positions on the CPU, a GPU is not
+    waited for."""
     limits.check(chunking)
-    candidate, protected = _marks(scores, positions, chunking)
-    chosen = selection.choose(scores, candidate, positions.to(scores.device), chunking)
+    candidate, protected, sound = _marks(scores, positions, chunking)
+    chosen = selection.choose(scores, candidate, positions, chunking)
     demand, fixed = chosen.sum(dim=1), protected.sum(dim=1)
     kept = demand.clamp(limits.floor - fixed, limits.cap - fixed)
-    if not torch.equal(kept, demand):
+    if scores.is_cuda or not torch.equal(kept, demand):  # a GPU selects sooner than it says whether it must
         chosen = select(scores, candidate, kept)
-    return _compact(chosen | protected, limits.cap, demand)
+    found = _compact(chosen | protected, limits.cap, demand)
+    return Resident(found.ids, found.counts.where(sound, -1), found.demand)
 
 
 def serve(
@@ -116,8 +141,10 @@ def serve(
     return resident.row(sequence).long().cpu(), "cap"
 
 
-def _marks(scores: torch.Tensor, positions: torch.Tensor, chunking: Chunking) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which chunks compete and which are protected, [B, N] bool each."""
+def _marks(
+    scores: torch.Tensor, positions: torch.Tensor, chunking: Chunking
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which chunks compete and which are protected, [B, N] bool each; whose scores are sound, [B] bool."""
     spans = [(*chunking.candidates(place), chunking.visible(place)) for place in positions.tolist()]
     if scores.ndim != 2 or len(scores) != len(spans):
         raise InputError(f"scores {list(scores.shape)} are not [sequences, chunks] of {len(spans)} positions")
@@ -125,12 +152,10 @@ def _marks(scores: torch.Tensor, positions: torch.Tensor, chunking: Chunking) ->
         raise InputError(
             f"scores of {scores.shape[1]} chunks, but a position sees {longest}; score all that are visible"
         )
-    first, last, visible = torch.tensor(spans, device=scores.device).T[:, :, None]
+    first, last, visible = send(torch.tensor(spans), scores.device).T[:, :, None]
     chunk = torch.arange(scores.shape[1], device=scores.device)
     candidate = (chunk >= first) & (chunk < last)
-    if not bool(((scores < torch.inf) | ~candidate).all()):
-        raise InputError("a chunk's score is NaN or infinite; the keys or the indexer's weights are damaged")
-    return candidate, (chunk < visible) & ~candidate
+    return candidate, (chunk < visible) & ~candidate, ((scores < torch.inf) | ~candidate).all(dim=1)
 
 
 def _compact(marks: torch.Tensor, cap: int, demand: torch.Tensor) -> Resident:

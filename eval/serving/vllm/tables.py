@@ -2,6 +2,7 @@
 
 import torch
 
+from data_gen.core.tensors import send
 from eval.serving.vllm.sequences import Chosen
 
 
@@ -57,8 +58,3 @@ class Tables:
         self._chunks[where] = send(chunks, device)
         self._blocks[where] = send(blocks, device)
         self._left_out[where] = send(self._left_out_cpu[index], device)
-
-
-def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of values [...] that nobody waits for: a GPU takes it from pinned memory, in the order of its work."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

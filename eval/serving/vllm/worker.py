@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from data_gen.core.errors import InputError
+from data_gen.core.tensors import send
 from eval.serving.level1 import open_level1
-from eval.serving.select import Limits, Resident, resident_chunks, serve
+from eval.serving.select import Limits, serve, unchecked_chunks
 from eval.serving.vllm.keys import BlockKeys
 from eval.serving.vllm.memory import Memory, Moves
 from eval.serving.vllm.sequences import Chosen, Counters, Sequence, Sequences
@@ -78,7 +79,7 @@ class Worker:
         self.runner, self.settings, self.spec = runner, settings, scorer.spec
         device = next(runner.get_model().parameters()).device
         self.cap = settings.cap or -(-runner.model_config.max_model_len // self.spec.chunking.tokens)
-        self.level1 = open_level1(scorer.to(device), Limits(cap=self.cap), settings.selection)
+        self.level1 = open_level1(scorer.to(device), Limits(cap=self.cap), settings.selection, "torch")
         rows = runner.scheduler_config.max_num_batched_tokens
         spec = self.spec
         self.captured = Captured(runner.get_model(), spec.layers, spec.hidden, spec.key_width, rows)
@@ -151,18 +152,13 @@ class Worker:
 
     def _choose(self, due: list[tuple[str, Sequence, torch.Tensor]]) -> None:
         """The sets after the newest tokens of these sequences: name, state, blocks [width]. All at once, because a GPU
-        is waited for."""
+        is waited for: once, for the sets."""
         chunking = self.spec.chunking
         positions = torch.tensor([sequence.position for _, sequence, _ in due])
         totals = [chunking.visible(place) for place in positions.tolist()]
         newest = torch.stack([sequence.newest for _, sequence, _ in due if sequence.newest is not None])
-        queries = self.level1.pack(newest, positions)
-        scores = torch.full((len(due), max(totals)), -torch.inf, device=queries.device)
-        for row, ((name, _, table), total) in enumerate(zip(due, totals, strict=True)):
-            keys = self._keys(name, table[:total])
-            scores[row, :total] = self.level1.joined_scores(queries[row : row + 1], keys)[0]
-        found = resident_chunks(scores, positions, chunking, self.level1.selection, self.level1.limits)
-        found = Resident(found.ids.cpu(), found.counts.cpu(), found.demand.cpu())
+        scores = self._scores(self.level1.pack(newest, send(positions, newest.device)), due, totals)
+        found = unchecked_chunks(scores, positions, chunking, self.level1.selection, self.level1.limits).cpu().checked()
         for row, ((name, sequence, table), total) in enumerate(zip(due, totals, strict=True)):
             first, last = chunking.candidates(sequence.position)
             chunks, how = serve(found, row, total, self.cap, total - (last - first), self.settings.fallback)
@@ -174,6 +170,23 @@ class Worker:
                 chunks, blocks = self._settle(self.memory, name, set(chunks.tolist()), total, table)
             sequence.choose(Chosen(sequence.position, total, chunks, blocks), self.settings.lag)
             self._write(name, sequence.position, total, how, chunks, begun)
+
+    def _scores(
+        self, queries: torch.Tensor, due: list[tuple[str, Sequence, torch.Tensor]], totals: list[int]
+    ) -> torch.Tensor:
+        """Joined scores of their complete chunks, -inf after them, [B, most chunks]: on a GPU by one Triton launch,
+        but where keys of freed blocks are kept aside, in torch."""
+        assert self.keys is not None  # sets are chosen once there are caches
+        if queries.is_cuda and self.memory is None:
+            from eval.serving.kernels.block_scores import block_scores
+
+            tables = torch.stack([table[: max(totals)] for _, _, table in due])
+            return block_scores(self.spec, queries, self.keys.sums, tables)
+        scores = torch.full((len(due), max(totals)), -torch.inf, device=queries.device)
+        for row, ((name, _, table), total) in enumerate(zip(due, totals, strict=True)):
+            keys = self._keys(name, table[:total])
+            scores[row, :total] = self.level1.joined_scores(queries[row : row + 1], keys)[0]
+        return scores
 
     def _keys(self, name: str, table: torch.Tensor) -> torch.Tensor:
         """A sequence's chunk keys, [N, L, width]. table: [N], the blocks."""

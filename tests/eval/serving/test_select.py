@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
-from eval.serving.select import Fallback, Limits, Resident, resident_chunks, serve
+from eval.serving.select import Fallback, Limits, Resident, resident_chunks, serve, unchecked_chunks
 from indexer_train.selection import Budget, Coverage, Cut, Selection, Threshold
 
 
@@ -110,6 +110,19 @@ def test_refusals():
             Coverage(share=share)
     with pytest.raises(ValidationError, match="floor must not exceed cap"):
         Limits(floor=5, cap=4)
+
+
+def test_damage_is_told_once_the_sets_are_asked_for():
+    """A row of its own does not hide it, and the sound ones beside it are what they are."""
+    chunking, places = Chunking(tokens=4, sink=1, recent=2), torch.tensor([79, 79])
+    scores = torch.zeros(2, 20)
+    scores[1, 5] = torch.nan
+    found = unchecked_chunks(scores, places, chunking, Budget(budget=0.1), Limits(cap=20)).cpu()
+    alone = resident_chunks(scores[:1], places[:1], chunking, Budget(budget=0.1), Limits(cap=20))
+    assert found.row(0).tolist() == alone.row(0).tolist() and found.demand[0] == alone.demand[0]
+    assert found.counts.tolist() == [int(alone.counts), -1]
+    with pytest.raises(InputError, match="NaN"):
+        found.checked()
 
 
 @pytest.mark.parametrize(
