@@ -15,7 +15,7 @@ from indexer_train.spec import IndexerSpec
 
 CONNECTOR = "LookaheadConnector"
 PLAIN_CACHE = ("auto", "float16", "bfloat16", "float32")
-FIRST, AFTER = (0, 28), (0, 31)
+FIRST, AFTER = (0, 26), (0, 31)
 """vLLM's versions: the first one that has what the plugin uses, and the one after the last that was read."""
 
 
@@ -27,7 +27,7 @@ def supported(version: str) -> bool:
 def check_version(version: str) -> None:
     """Raise InputError unless `supported`."""
     if not supported(version):
-        raise InputError(f"vLLM {version}: the plugin needs one from 0.28 on and before 0.31; install vllm==0.30.0")
+        raise InputError(f"vLLM {version}: the plugin needs one from 0.26 on and before 0.31; install vllm==0.30.0")
 
 
 def check(config: Any) -> None:

@@ -153,15 +153,15 @@ def test_a_gpus_own_backend_would_read_everything(configure):
             check_options(config)
 
 
-@pytest.mark.parametrize("version", ["0.27.1", "0.31.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.25.1", "0.31.0", "1.0.0"])
 def test_other_versions_are_refused(configure, monkeypatch, version):
     monkeypatch.setattr("vllm.version.__version__", version)
-    with pytest.raises(InputError, match=rf"vLLM {version}: the plugin needs one from 0.28 on"):
+    with pytest.raises(InputError, match=rf"vLLM {version}: the plugin needs one from 0.26 on"):
         configure()
 
 
 def test_host_memory_needs_the_block_managers(configure, monkeypatch):
-    """As vLLM 0.28 and 0.29, which lend a connector none."""
+    """As vLLM before 0.30, which lends a connector none."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
     monkeypatch.delattr(KVConnectorBase_V1, "bind_kv_cache_manager")

@@ -200,8 +200,8 @@ def test_only_what_came_back_is_counted():
 
 
 def test_versions():
-    versions = ["0.27.1", "0.28.0", "0.30.1rc1+cpu", "0.31.0", "1.28"]
-    assert [version for version in versions if supported(version)] == ["0.28.0", "0.30.1rc1+cpu"]
+    versions = ["0.25.1", "0.26.0", "0.28.0", "0.30.1rc1+cpu", "0.31.0", "1.28"]
+    assert [version for version in versions if supported(version)] == ["0.26.0", "0.28.0", "0.30.1rc1+cpu"]
 
 
 def test_a_model_without_groups_of_heads_is_compared_like_others():
