@@ -103,10 +103,11 @@ def prompt(sequence: int, tokens: int, vocabulary: int) -> dict[str, list[int]]:
     return {"prompt_token_ids": torch.randint(10, vocabulary, (1 << 17,), generator=random)[:tokens].tolist()}
 
 
-def measure(server: str, folder: Path, args: argparse.Namespace) -> list[Cell]:
-    """All cells of one engine, printed as they come. In a process of its own, because settings come by environment."""
+def measure(server: str, folder: Path, args: argparse.Namespace) -> None:
+    """All cells of one engine, printed and written as they come. In a process of its own, because settings come by
+    environment."""
     os.environ.update({name: value.format(folder=folder) for name, value in SERVERS[server].items()})
-    from vllm import LLM
+    from vllm import LLM, __version__
 
     gpu, shape = torch.cuda.is_available(), json.loads((folder / "config.json").read_text())
     options: dict[str, Any] = {
@@ -119,12 +120,13 @@ def measure(server: str, folder: Path, args: argparse.Namespace) -> list[Cell]:
     given = json.loads(args.engine)
     options["compilation_config"] |= given.pop("compilation_config", {})
     llm = LLM(str(folder), **options | given)
-    found = []
     for cell in timed(llm, server, shape["vocab_size"], args):
         print(cell.row(), flush=True)
-        found.append(cell)
+        known = json.loads(args.out.read_text())
+        args.out.write_text(
+            json.dumps(known | {"vllm": __version__, "rows": [*known["rows"], asdict(cell)]}, indent=1) + "\n"
+        )
     llm.llm_engine.engine_core.shutdown()  # this process waits for the engine's when it ends
-    return found
 
 
 def timed(llm: Any, server: str, vocabulary: int, args: argparse.Namespace) -> Iterator[Cell]:
@@ -187,19 +189,15 @@ def main() -> None:
     parser.add_argument("--engine", default="{}", help="more options of every engine, in JSON")
     parser.add_argument("--toy", action="store_true", help="a narrow model, for a machine without a GPU")
     args = parser.parse_args()
-    found: list[Cell] = []
+    machine = origin("cuda" if torch.cuda.is_available() else "cpu")
+    args.out.write_text(json.dumps({"origin": machine, "layers": args.layers, "rows": []}) + "\n")
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
         write_model(folder, LLAMA | (TOY if args.toy else {}) | {"num_hidden_layers": args.layers})
         print(HEADER, flush=True)
         for server in args.servers:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                found += pool.submit(measure, server, folder, args).result()
-            rows = {
-                "origin": origin("cuda" if torch.cuda.is_available() else "cpu"),
-                "rows": [asdict(x) for x in found],
-            }
-            args.out.write_text(json.dumps(rows | {"layers": args.layers}, indent=1) + "\n")
+                pool.submit(measure, server, folder, args).result()
 
 
 if __name__ == "__main__":
