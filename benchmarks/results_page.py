@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import pocket_table, results_tables
+from benchmarks import peers_rows, pocket_table, results_tables
 from benchmarks.results_tables import Row
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +41,28 @@ SECTIONS = [
         "the loss that came after, `bpr`, was chosen on others. The second run's questions are others, in text that is "
         "for the most part the same.",
         results_tables.runs,
+    ),
+    Section(
+        "The quickstart on another machine, and asked about documents on which nothing was chosen",
+        "quickstart-avx2.json",
+        "The same recipe at a later commit on two slower cores beside other work, and its bundle asked with "
+        "`smollm2-quickstart-fresh`: source code of three packages that nothing here read, wordings and key words of "
+        "their own, fixed by the commit before the one that asked.",
+        results_tables.runs,
+    ),
+    Section(
+        "SmolLM2-135M beside kvpress's methods and page selection",
+        "peers-smollm2-h200.json",
+        "The recipe's indexer, trained on that GPU. Settings were chosen on 12 questions and 4 texts of another seed. "
+        "Milliseconds are of one text, with the same measurement of Gemma beside it.",
+        lambda data: [peers_rows.tables(data["rows"])],
+    ),
+    Section(
+        "Gemma-3-270M at 8K beside kvpress's methods and page selection",
+        "peers-gemma-h200.json",
+        "Settings were chosen on 9 questions and 3 texts of another seed. kvpress's methods are applied to the three "
+        "layers with full attention. Milliseconds are of one text, with the same measurement of SmolLM2 beside it.",
+        lambda data: [peers_rows.tables(data["rows"])],
     ),
     Section(
         "Gemma-3-270M on text of 4K to 32K tokens, with a per-step correction",
@@ -115,10 +137,16 @@ SECTIONS = [
     Section("Decoding the pocket DeepSeek-V4 at 16K", "runtime-h100.json", "", results_tables.runtime),
     Section("Decoding Gemma-3-270M at 32K", "runtime-gemma-h100.json", "", results_tables.runtime),
     Section(
+        "Decoding Gemma-3-270M at 32K by a captured step",
+        "runtime-graph-h200.json",
+        "One sequence, 13 % resident. `compiled`: torch has compiled the model's norms and MLPs as well.",
+        results_tables.runtime_graph,
+    ),
+    Section(
         "Training on an H200",
         "train-h200.json",
-        "H 128, R 2048, three layers, 64 windows a step, bf16; four threads of 32 cores, a decode benchmark on the "
-        "other GPU.",
+        "H 128, R 2048, three layers, bf16, four threads. First rows: 32 cores, a decode benchmark on the other GPU. "
+        "Those of a second host, 16 cores that are slower: nothing beside them.",
         results_tables.train_gpu,
     ),
     Section(
@@ -136,6 +164,12 @@ SECTIONS = [
     ),
     Section("Training on an H100", "train-h100.json", "", results_tables.train_gpu),
     Section("Training compared with the release, on a CPU", "train-release-cpu.json", "", results_tables.train_release),
+    Section(
+        "The same on a CPU without AVX-512",
+        "train-release-avx2.json",
+        "Both cores were busy with other work; samples are counted by CPU-second.",
+        results_tables.train_release,
+    ),
     Section(
         "Tricks for the CPU, in training",
         "cpu-tricks-intel.json",
