@@ -116,8 +116,10 @@ def unchecked_chunks(
     selection: Selection,
     limits: Limits,
 ) -> Resident:
-    """As `resident_chunks`, but a row of damaged scores gets the count -1: with positions on the CPU, a GPU is not
-    waited for."""
+    """As `resident_chunks`, but damaged scores are not refused: their sequence's count is -1.
+
+    scores: [B, N]; positions: [B]. With positions on the CPU a GPU is not waited for.
+    """
     limits.check(chunking)
     candidate, protected, sound = _marks(scores, positions, chunking)
     chosen = selection.choose(scores, candidate, positions, chunking)
