@@ -48,8 +48,8 @@ def ablated(file: str, tokens: int, *tasks: str) -> list[str]:
     return line({policy: (fmean(row["kept"] for row in found), shown(found)) for policy, found in rows.items()})
 
 
-def quickstart(run: str, shown: str) -> list[str]:
-    rows = read("quickstart-cpu")["runs"][run]["decode"]
+def quickstart(file: str, run: str, shown: str) -> list[str]:
+    rows = read(file)["runs"][run]["decode"]
     tell = {"correct": str, "kl": nats}[shown]
     return line({row["policy"]: (row["kv_share"], tell(row[shown])) for row in rows})
 
@@ -82,9 +82,11 @@ def table() -> Iterator[list[str]]:
 
 def test_the_tables_numbers_are_those_of_the_raw_figures():
     assert list(table()) == [
-        quickstart("quickstart", "correct"),
-        quickstart("quickstart-again", "correct"),
-        quickstart("quickstart-again", "kl"),
+        quickstart("quickstart-cpu", "quickstart", "correct"),
+        quickstart("quickstart-cpu", "quickstart-again", "correct"),
+        quickstart("quickstart-cpu", "quickstart-again", "kl"),
+        quickstart("quickstart-avx2", "quickstart-fresh", "correct"),
+        quickstart("quickstart-avx2", "quickstart-fresh", "kl"),
         ablated("ablations-smollm2-h200", 0, *NEEDLES),
         ablated("ablations-smollm2-h200", 0, "text"),
         ablated("needles-gemma-h200", 32768, "single"),
