@@ -60,7 +60,7 @@ SLACK = 1.1
 class Windows:
     """What a run chose. asked: hidden states [B, L, hidden] and positions [B] of each choice; chosen: chunks of each
     window, sequence after sequence; keys: [N, L, width] of all chunks of the first sequence, at the end; tokens:
-    [B, T + 1], what it would write after each token read, and after the prompt."""
+    [B, T + 1], what it would write after each token read, from the untimed one on."""
 
     asked: list[tuple[torch.Tensor, torch.Tensor]]
     chosen: list[torch.Tensor]
@@ -197,7 +197,6 @@ def measure_graph(
 def compiled(model: PreTrainedModel) -> PreTrainedModel:
     """A copy whose norms and MLPs, a dozen small kernels each, are compiled when they are first called."""
     model = copy.deepcopy(model)
-    torch._dynamo.config.recompile_limit = 64  # one norm's code serves every width, prompt and batch
     for module in model.modules():
         if type(module).__name__.endswith(("Norm", "MLP")):
             module.compile()
@@ -250,7 +249,8 @@ def main() -> None:
     where = origin(model.device)
     print(f"{where['device']}; {ids.shape[1]} tokens read, {arguments.tokens} behind them")
     setting = model, arguments.bundle, ids.to(model.device), arguments.tokens, arguments.budget
-    rows = measure_graph(*setting, arguments.graph, arguments.compile) if arguments.graph else measure(*setting)
+    with torch._dynamo.config.patch(recompile_limit=64):  # one norm's code serves every width, prompt and batch
+        rows = measure_graph(*setting, arguments.graph, arguments.compile) if arguments.graph else measure(*setting)
     if arguments.output:
         arguments.output.write_text(json.dumps({"origin": where, "rows": rows}, indent=1) + "\n")
 
