@@ -47,8 +47,8 @@ class DocumentsConfig(Strict):
     turns: which of a chat's answers are traced: the `last` one or `all`.
     heldout_share: share of the source's documents for the held-out side, chosen by their hashes; None: the held-out
     share of the documents asked for. A share that is set here stays the same when those numbers change.
-    wordings: how needles of held-out documents are worded, and with which key words: as `heldout` ones of every recipe,
-    or `fresh`, in a way in which nothing was asked while this project's recipes were chosen.
+    wordings: which wordings and key words needles of held-out documents have: `heldout`, in which recipes of this
+    project were reported, or `fresh`, in which nothing was asked before they were chosen.
     seed: seed of lengths, needles and the order of texts.
     """
 
