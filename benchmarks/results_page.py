@@ -45,9 +45,10 @@ SECTIONS = [
     Section(
         "The quickstart on another machine, and asked about documents on which nothing was chosen",
         "quickstart-avx2.json",
-        "The same recipe at a later commit on two slower cores beside other work, and its bundle asked with "
+        "The same recipe, trained at commit acfa841 on two slower cores beside other work, and its bundle asked with "
         "`smollm2-quickstart-fresh`: source code of three packages that nothing here read, wordings and key words of "
-        "their own, fixed by the commit before the one that asked.",
+        "their own, fixed by a commit before they were asked. The first run recorded 57fd750, which is 183a2da with "
+        "another message; the history has only the latter.",
         results_tables.runs,
     ),
     Section(
@@ -139,7 +140,7 @@ SECTIONS = [
     Section(
         "Decoding Gemma-3-270M at 32K by a captured step",
         "runtime-graph-h200.json",
-        "One sequence, 13 % resident. `compiled`: torch has compiled the model's norms and MLPs as well.",
+        "One sequence, a budget of 13 %. `compiled`: torch has compiled the model's norms and MLPs as well.",
         results_tables.runtime_graph,
     ),
     Section(
