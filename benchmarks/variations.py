@@ -52,7 +52,7 @@ VARIATIONS: dict[str, Variation] = {
     "balanced-focal": Variation(train={"loss": "focal", "loss_options": {"alpha": 0.25}}),
     "smoothed-bce": Variation(train={"loss": "bce", "loss_options": {"smoothing": 0.1}}),
 }
-"""A loss that the recipe has anyway is left out."""
+"""A loss that the recipe has anyway is left out. An option of a loss comes with that loss."""
 
 
 def learn(recipe: Recipe, traces: list[Path], names: list[str], out: Path) -> None:

@@ -95,7 +95,7 @@ class _Builder:
     ) -> None:
         self.config, self.trace, self.tokenizer, self.context = config, trace, tokenizer, context
         self.split: Split = split
-        self.worded: Vocabulary = config.wordings if split == "heldout" else "train"
+        self.words: Vocabulary = config.wordings if split == "heldout" else "train"
         self.skipped = skipped or Skipped()
         self.source = Numbered(documents_of(config, self.skipped))
         self.used: dict[int, bytes] = {}
@@ -173,7 +173,7 @@ class _Builder:
         return self._checked(Document(name, task, ids, len(ids), spans, list(range(first, len(ids)))))
 
     def _needles(self, name: str, document: str, length: int, rng: random.Random) -> Document:
-        task = make_task(name, self.worded, rng, self.config.keys, self.config.values)
+        task = make_task(name, self.words, rng, self.config.keys, self.config.values)
         overhead = len(
             conversation(
                 self.tokenizer, [user(_question(task.question, [])), assistant(task.answer)], self.config.thinking

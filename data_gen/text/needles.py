@@ -137,20 +137,20 @@ NEEDLE_TASKS: dict[str, Callable[[int, int], NeedleCounts]] = {
 """Every needle task by name: what it hides, of the recipe's `keys` and `values`. Documents are drawn in this order."""
 
 
-def make_task(name: str, split: Vocabulary, rng: random.Random, keys: int, values: int) -> NeedleTask:
+def make_task(name: str, words: Vocabulary, rng: random.Random, keys: int, values: int) -> NeedleTask:
     """Draw a needle task, one of NEEDLE_TASKS; all its needles are worded alike.
 
     Raises InputError when it needs more keys than there are.
     """
-    wording = rng.choice(WORDINGS[split])
+    wording = rng.choice(WORDINGS[words])
     counts = NEEDLE_TASKS[name](keys, values)
     asked, others = counts.asked, counts.others
-    if others >= len(KEYS[split]):
+    if others >= len(KEYS[words]):
         raise InputError(
-            f"documents.keys: {keys} needles with other keys, but there are only {len(KEYS[split])} key words"
+            f"documents.keys: {keys} needles with other keys, but there are only {len(KEYS[words])} key words"
         )
-    key, *other_keys = rng.sample(KEYS[split], 1 + others)
-    numbers = [str(2 * n + PARITY[split]) for n in rng.sample(range(5_000, 50_000), asked + others)]
+    key, *other_keys = rng.sample(KEYS[words], 1 + others)
+    numbers = [str(2 * n + PARITY[words]) for n in rng.sample(range(5_000, 50_000), asked + others)]
     sentences = [wording.needle.format(key=key, value=number) for number in numbers[:asked]]
     sentences += [
         wording.needle.format(key=other, value=number)
