@@ -212,6 +212,7 @@ def main() -> None:
             return  # others go on beside this process: the tables are printed by a call of its own
     records = [record for record in journalled(out) if names is None or record["name"] in names]
     if not records:
+        print(f"{out}: nothing has been asked yet")
         return
     made = {json.dumps(record["origin"]): record["origin"] for record in records}
     report = {

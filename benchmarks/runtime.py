@@ -232,6 +232,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.compile and not arguments.graph:
+        parser.error("--compile adds rows to those of --graph; give that as well")
     if (arguments.length is None) != (arguments.recipe is None):
         parser.error("--length and --recipe go together")
     if arguments.length is not None and arguments.length < arguments.tokens + 3:
