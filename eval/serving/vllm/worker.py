@@ -12,7 +12,7 @@ from torch import nn
 from data_gen.core.errors import InputError
 from data_gen.core.tensors import send
 from eval.serving.level1 import open_level1
-from eval.serving.select import Limits, serve, unchecked_chunks
+from eval.serving.select import Limits, Resident, serve, unchecked_chunks
 from eval.serving.vllm.keys import BlockKeys
 from eval.serving.vllm.memory import Memory, Moves
 from eval.serving.vllm.sequences import Chosen, Counters, Sequence, Sequences
@@ -157,8 +157,7 @@ class Worker:
         positions = torch.tensor([sequence.position for _, sequence, _ in due])
         totals = [chunking.visible(place) for place in positions.tolist()]
         newest = torch.stack([sequence.newest for _, sequence, _ in due if sequence.newest is not None])
-        scores = self._scores(self.level1.pack(newest, send(positions, newest.device)), due, totals)
-        found = unchecked_chunks(scores, positions, chunking, self.level1.selection, self.level1.limits).cpu().checked()
+        found = self._level1(newest, positions, due, totals)
         for row, ((name, sequence, table), total) in enumerate(zip(due, totals, strict=True)):
             first, last = chunking.candidates(sequence.position)
             chunks, how = serve(found, row, total, self.cap, total - (last - first), self.settings.fallback)
@@ -171,13 +170,28 @@ class Worker:
             sequence.choose(Chosen(sequence.position, total, chunks, blocks), self.settings.lag)
             self._write(name, sequence.position, total, how, chunks, begun)
 
+    def _level1(
+        self,
+        newest: torch.Tensor,
+        positions: torch.Tensor,
+        due: list[tuple[str, Sequence, torch.Tensor]],
+        totals: list[int],
+    ) -> Resident:
+        """The chunks that they should read, on the CPU. newest: [B, L, hidden]; positions: [B], on the CPU."""
+        scores = self._scores(self.level1.pack(newest, send(positions, newest.device)), due, totals)
+        selection, limits = self.level1.selection, self.level1.limits
+        return unchecked_chunks(scores, positions, self.spec.chunking, selection, limits).cpu().checked()
+
+    def _fused(self) -> bool:
+        """Are scores one Triton launch? Not where keys of freed blocks are kept aside."""
+        return self.level1.indexer.device.type == "cuda" and self.memory is None
+
     def _scores(
         self, queries: torch.Tensor, due: list[tuple[str, Sequence, torch.Tensor]], totals: list[int]
     ) -> torch.Tensor:
-        """Joined scores of their complete chunks, -inf after them, [B, most chunks]: on a GPU by one Triton launch,
-        but where keys of freed blocks are kept aside, in torch."""
+        """Joined scores of their complete chunks, -inf after them, [B, most chunks]."""
         assert self.keys is not None  # sets are chosen once there are caches
-        if queries.is_cuda and self.memory is None:
+        if self._fused():
             from eval.serving.kernels.block_scores import block_scores
 
             tables = torch.stack([table[: max(totals)] for _, _, table in due])
@@ -239,6 +253,16 @@ class Worker:
         )  # fmt: skip
         if self.settings.host_gib is not None:
             self.memory = Memory(caches, int(self.settings.host_gib * 2**30))
+        if self._fused():
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Level 1 once, for one chunk: its kernel is compiled now, not in the first request. It is compiled for any
+        number of sequences and chunks."""
+        spec = self.spec
+        newest = torch.zeros(1, len(spec.layers), spec.hidden, dtype=torch.bfloat16, device=self.level1.indexer.device)
+        table = torch.zeros(1, dtype=torch.int32, device=newest.device)
+        self._level1(newest, torch.tensor([spec.chunking.tokens - 1]), [("", Sequence(), table)], [1])
 
     def load(self, places: dict[str, dict[int, int]]) -> None:
         """Bring chunks back into the blocks that the scheduler gave them."""

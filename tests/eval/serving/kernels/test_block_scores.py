@@ -1,16 +1,21 @@
 """Scores of mean keys in an engine's blocks: in the interpreter and on a GPU against the torch backend."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 from data_gen.core.chunks import Chunking
 from data_gen.core.tensors import send
+from eval.serving.kernels import block_scores as kernels
 from eval.serving.kernels.block_scores import STEP, TILE, block_scores
 from eval.serving.kernels.block_scores import _score as block_scores_kernel
 from eval.serving.level1 import Level1
 from eval.serving.select import Limits, resident_chunks, unchecked_chunks
 from eval.serving.vllm.keys import BlockKeys
+from eval.serving.vllm.sequences import Sequence
+from eval.serving.vllm.worker import Worker
 from indexer_train.config import IndexerConfig
 from indexer_train.scorer import Scorer
 from indexer_train.selection import Budget, Coverage, Cut, Threshold
@@ -75,6 +80,41 @@ def test_sequences_of_several_lengths(lengths):
 @pytest.mark.parametrize(("heads", "width"), [(16, 1024), (20, 48)])
 def test_heads_and_widths(heads, width):
     check([700, 90], "cpu", heads=heads, width=width, layers=3)
+
+
+def make_worker(monkeypatch) -> Worker:
+    """One that scores by Triton without a GPU, with 20 blocks and no engine."""
+    worker, scorer = object.__new__(Worker), make_scorer()
+    worker.spec, worker.level1, worker.memory = scorer.spec, Level1(scorer, Limits(cap=99)), None
+    worker.runner = SimpleNamespace(kv_cache_config=SimpleNamespace(num_blocks=20))
+    worker.settings = SimpleNamespace(host_gib=None)
+    monkeypatch.setattr(Worker, "_fused", lambda self: self.memory is None)
+    return worker
+
+
+@in_interpreter
+def test_a_server_compiles_it_when_it_starts(monkeypatch):
+    calls = []
+    monkeypatch.setattr(kernels, "block_scores", lambda *args: calls.append(args) or block_scores(*args))
+    worker = make_worker(monkeypatch)
+    worker.register_caches([])
+    assert [args[3].shape for args in calls] == [(1, 1)]
+    assert not worker.keys.sums.any()
+
+
+@in_interpreter
+def test_a_server_scores_with_it_as_with_torch(monkeypatch):
+    worker = make_worker(monkeypatch)
+    worker.register_caches([])
+    worker.keys.sums.normal_(std=TOKENS)
+    tables, positions = torch.randperm(20).int().view(2, 10), torch.tensor([9 * TOKENS + 3, 5 * TOKENS - 1])
+    queries = worker.level1.pack(torch.randn(2, 2, worker.spec.hidden), positions)
+    due, totals = [(name, Sequence(), table) for name, table in zip("ab", tables, strict=True)], [9, 5]
+    found = worker._scores(queries, due, totals)
+    monkeypatch.setattr(Worker, "_fused", lambda self: False)
+    expected = worker._scores(queries, due, totals)
+    torch.testing.assert_close(found, expected, atol=3e-3, rtol=3e-3)
+    assert found.isfinite().sum(1).tolist() == totals
 
 
 @compiled_only
