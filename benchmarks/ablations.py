@@ -7,6 +7,8 @@
     python -m benchmarks.ablations smollm2-quickstart runs/quickstart/traces/train --out runs/correction --correction 8
     python -m benchmarks.ablations gemma-3-270m-long runs/long/*/train --out runs/long/outputs --length 8192 \
         --length 32768 --ask recipe --ask listwise_mass --correction 8 --report package:pandas
+    python -m benchmarks.ablations smollm2-quickstart runs/quickstart/traces/train --out runs/ablations \
+        --variant six-layers=six-layers.yaml:runs/six-layers/train
 
 Trains every variation (benchmarks/variations.py) on the same traces (--train: only these), asks every held-out question
 and follows every text under all of them (--ask: these; --share K/N: every N-th document from the K-th on, for processes
@@ -21,7 +23,12 @@ outcomes (Spearman, for texts and questions of all lengths). OUT/ablations.json 
 
 Without --length the documents are those that the recipe holds out, from SEEDS seeds, under `decode.budget`. With it
 the questions and texts are those of `lookahead benchmark`, as its section of the recipe says (--task: only these).
-Texts are then followed under the largest of `benchmark.budgets` and questions asked under the smallest.
+Texts are then followed under the largest of `benchmark.budgets` and questions asked under the smallest; tasks come in
+the order of --task, the shortest length first (--examples, --texts: fewer of each).
+
+Labels, traced layers and documents are part of traces. --variant NAME=RECIPE:TRACES is another recipe (a name or a
+file) trained on such, TRACES with commas, beside the variations; it is asked the same documents under the same budget,
+with its own window, so backbone and chunking must be the same. It is named again where others are asked (--share).
 
 --correction CHUNKS asks the recipe's indexer also with a per-step correction of so many chunks, which come off its
 budget, by each token's own query and by that of the one before, where the budget buys twice as many. The table then
@@ -37,7 +44,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
 import torch
 from tqdm import tqdm
@@ -46,8 +53,9 @@ from benchmarks.ablation_tables import RECIPE, SETS, correlations, rows, tables
 from benchmarks.machine import origin
 from benchmarks.masked import Continuation, MaskedModel, Policy, Score
 from benchmarks.masked_scores import foresight, mean_pooled, recency, trained
-from benchmarks.variations import VARIATIONS, learn
+from benchmarks.variations import VARIATIONS, Batches, Other, learn
 from data_gen.backbones.load import load_backbone
+from data_gen.core.errors import InputError
 from data_gen.core.files import write_atomically
 from data_gen.text.documents import draw_documents, heldout_share
 from eval.online.examples import Example, TextExample
@@ -110,7 +118,7 @@ def at_length(
     tokenizer: Any,
 ) -> Iterator[Callable[[], Asked]]:
     """What `lookahead benchmark` asks at these lengths, its numbers, for one of SETS, the shortest first."""
-    config = recipe.benchmark.model_copy(update={"text_tokens": follow})
+    config = recipe.benchmark.model_copy(update={"text_tokens": follow, "tasks": tasks})
     documents = recipe.documents
     share = 1.0 if source is not None else heldout_share(documents)
     where = documents.source if source is None else source
@@ -133,18 +141,22 @@ def at_length(
             yield partial(asked, f"{name} {each}", build)
 
 
-def policies_of(recipe: Recipe, out: Path, names: list[str], correction: int, masked: MaskedModel) -> list[Policy]:
+def policies_of(out: Path, names: list[str], window: int, correction: int, masked: MaskedModel) -> list[Policy]:
     """What is asked of every document but the oracles: `names`, of which those that are trained lie in `out`.
 
-    With a correction also baselines that spend as much on keys and values as others do on keys to choose by.
+    window: tokens between refreshes of those that look as far ahead. Raises InputError for other chunks. With a
+    correction also baselines that spend as much on keys and values as others do on keys to choose by.
     """
     layers, found = len(masked.layers), []
     share = 1 / (2 * masked.chunking.tokens * layers)
     """What a layer's mean keys, of two bytes a value as the cache's are, take of all layers' keys and values."""
     for name in names:
         indexer = load_indexer(out / name / "indexer").to(masked.model.device)
-        every = VARIATIONS[name].window
-        found.append(Policy(name, trained(indexer), 0.0, every=every, key_layers=len(indexer.spec.layers)))
+        spec = indexer.spec
+        if spec.chunking != masked.chunking:
+            raise InputError(f"{name}: its chunks are not those of what is asked")
+        every = None if spec.window == window else spec.window
+        found.append(Policy(name, trained(indexer), 0.0, every=every, key_layers=len(spec.layers)))
     own = next((policy for policy in found if policy.name == RECIPE), None)
     if own:
         found += [replace(own, name=f"{RECIPE}, every {n}", every=n) for n in {each.every for each in found} if n]
@@ -183,7 +195,7 @@ def ask(
             ended = lambda said, values=asked.values: right(tokenizer.decode(said), values) or said[-1] in stop  # noqa: E731
             said = answers(masked, full, asked.given, asked.most, window, ended)
         else:
-            log_full = followed(masked, full, asked.given, window)
+            (log_full,) = followed(masked, full, asked.given, window)
         budgets = recipe.benchmark.budgets if asked.length else [recipe.decode.budget]
         budget = min(budgets) if asked.values else max(budgets)
         bought = masked.chunking.kept(budget, prompt.tokens)
@@ -195,8 +207,7 @@ def ask(
             said += answers(masked, going, asked.given, asked.most, window, ended)
             values = [{"right": right(tokenizer.decode(each), asked.values)} for each in said]
         else:
-            logits = followed(masked, going, asked.given, window)
-            pairs = [fidelity(each, log_full[0]) for each in [log_full[0], *logits]]
+            pairs = [fidelity(log_full, log_full), *followed(masked, going, asked.given, window, log_full)]
             values = [{"agreement": float(a.mean()), "kl": float(k.mean())} for a, k in pairs]
         kept = [share for each in (full, going) for share in torch.stack(each.kept).mean(dim=0).tolist()]
         every_policy = [*full.policies, *beside]
@@ -221,17 +232,30 @@ def right(answer: str, values: list[str]) -> bool:
     return all(value in answer for value in values)
 
 
-def followed(masked: MaskedModel, going: Continuation, tokens: list[int], window: int) -> list[torch.Tensor]:
-    """Log-probabilities of the next token [tokens, vocabulary] of each row, refreshed every `window` tokens.
+@overload
+def followed(masked: MaskedModel, going: Continuation, tokens: list[int], window: int) -> list[torch.Tensor]: ...
+@overload
+def followed(
+    masked: MaskedModel, going: Continuation, tokens: list[int], window: int, full: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]: ...
+def followed(
+    masked: MaskedModel, going: Continuation, tokens: list[int], window: int, full: torch.Tensor | None = None
+) -> list[torch.Tensor] | list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each row log-probabilities of the next token [tokens, vocabulary], or with those of full attention how it
+    compares with them (`fidelity`): a large vocabulary's are kept for one row alone. Refreshed every `window` tokens.
 
     A policy that is refreshed more often is so after a whole part of the window.
     """
-    parts: list[list[torch.Tensor]] = [[] for _ in going.policies]
-    for piece in torch.tensor(tokens).split(min([window, *(each.every for each in going.policies if each.every)])):
+    parts: list[list[Any]] = [[] for _ in going.policies]
+    size = min([window, *(each.every for each in going.policies if each.every)])
+    for first, piece in enumerate(torch.tensor(tokens).split(size)):
         masked.refresh(going, window)
         for part, logits in zip(parts, masked.read(going, piece.expand(len(parts), -1)), strict=True):
-            part.append(logits.float().log_softmax(dim=-1))
-    return [torch.cat(part) for part in parts]
+            log_p = logits.float().log_softmax(dim=-1)
+            part.append(log_p if full is None else fidelity(log_p, full[first * size :][: len(log_p)]))
+    if full is None:
+        return [torch.cat(part) for part in parts]
+    return [(torch.cat([agrees for agrees, _ in part]), torch.cat([kl for _, kl in part])) for part in parts]
 
 
 def answers(
@@ -264,21 +288,31 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("traces", type=Path, nargs="*", help="to train on; without them what is there is printed")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", action="append", choices=list(VARIATIONS), help="these only, and ask nothing")
-    parser.add_argument("--ask", action="append", choices=list(VARIATIONS), help="these only, the recipe among them")
+    parser.add_argument("--train", action="append", help="these only, and ask nothing")
+    parser.add_argument("--ask", action="append", help="these only, the recipe among them")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=RECIPE:TRACES", help="beside them")
+    parser.add_argument("--batches", choices=get_args(Batches), help="where training makes them, not where recipes say")
     parser.add_argument("--share", help="K/N: ask every N-th document from the K-th on, and train nothing")
     parser.add_argument("--set", action="append", choices=SETS, help="asked only these; both by default")
     parser.add_argument("--length", type=int, action="append", default=[], help="tokens of the documents asked about")
     parser.add_argument("--task", action="append", help="asked at these lengths, for those of the recipe's benchmark")
+    parser.add_argument("--examples", type=int, help="questions of each task and length, for the recipe's number")
+    parser.add_argument("--texts", type=int, help="texts of each length, for the recipe's number")
     parser.add_argument("--development", action="append", help="sources of the development documents; stdlib if none")
     parser.add_argument("--report", action="append", help="sources of the report documents")
     parser.add_argument("--correction", type=int, default=0, metavar="CHUNKS", help="the recipe also with a correction")
     parser.add_argument("--follow", type=int, default=128, help="tokens followed of each text")
     arguments = parser.parse_args()
     recipe, out = load_recipe(arguments.recipe), arguments.out
-    every = [name for name in VARIATIONS if name != recipe.train.loss]
+    numbers = {name: value for name in ("examples", "texts") if (value := getattr(arguments, name)) is not None}
+    recipe = recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update=numbers)})
+    others = dict(map(Other.of, arguments.variant))
+    every = [name for name in VARIATIONS if name != recipe.train.loss] + list(others)
+    for name in [*(arguments.train or []), *(arguments.ask or [])]:
+        if name not in (*VARIATIONS, *others):
+            parser.error(f"{name}: neither a variation ({', '.join(VARIATIONS)}) nor a --variant")
     if arguments.traces and arguments.share is None:
-        learn(recipe, arguments.traces, arguments.train or arguments.ask or every, out)
+        learn(recipe, arguments.traces, arguments.train or arguments.ask or every, out, others, arguments.batches)
     if arguments.traces and arguments.train is None:
         model, tokenizer = load_backbone(recipe.backbone)
         context = model.config.get_text_config(decoder=True).max_position_embeddings
@@ -297,7 +331,7 @@ def main() -> None:
         )
         names = arguments.ask or [name for name in every if (out / name / "indexer").exists()]
         masked = MaskedModel(model, recipe.trace.chunking)
-        asked = policies_of(recipe, out, names, arguments.correction, masked)
+        asked = policies_of(out, names, recipe.trace.window, arguments.correction, masked)
         first, of = map(int, (arguments.share or "0/1").split("/"))
         journal = out / f"asked-{first}-of-{of}.jsonl"
         ask(recipe, asked, masked, tokenizer, (build() for build in islice(built, first, None, of)), journal)

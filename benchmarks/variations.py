@@ -1,11 +1,13 @@
-"""What benchmarks/ablations.py trains: a recipe with one thing changed at a time, all on the same traces."""
+"""What benchmarks/ablations.py trains: a recipe with one thing changed at a time, all on the same traces, and recipes
+whose labels or keys need traces of their own."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.ablation_tables import DIAGNOSES, RECIPE
+from data_gen.core.errors import InputError
 from data_gen.core.files import write_atomically
 from data_gen.traces.store import TraceStore
 from indexer_train.config import CandidatesConfig
@@ -13,7 +15,27 @@ from indexer_train.data.mixture import mix
 from indexer_train.losses import LOSSES
 from indexer_train.training.evaluator import MassRecallEvaluator
 from indexer_train.training.trainer import train
-from recipes import Recipe
+from recipes import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another recipe, trained on traces of its own: what its labels, states or documents are is its `trace` section's
+    and its `documents` section's to say."""
+
+    recipe: Recipe
+    traces: list[Path]
+
+    @classmethod
+    def of(cls, text: str) -> tuple[str, "Other"]:
+        """(name, recipe and traces) of NAME=RECIPE:TRACES, several traces with commas. Raises InputError."""
+        name, _, rest = text.partition("=")
+        recipe, _, traces = rest.partition(":")
+        if not (recipe and traces and name.replace("-", "").replace("_", "").isalnum()):
+            raise InputError(f"--variant {text}: give NAME=RECIPE:TRACES, the name of letters, digits and hyphens")
+        if name in VARIATIONS:
+            raise InputError(f"--variant {text}: {name} is a variation of every recipe; choose another name")
+        return name, cls(load_recipe(recipe), [Path(path) for path in traces.split(",")])
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,8 @@ class Variation:
     layer: int | None = None
 
 
+Batches = Literal["host", "device"]
+"""Where training makes its batches."""
 VARIATIONS: dict[str, Variation] = {
     RECIPE: Variation(),
     "no-bumps": Variation({"distance_bumps": 0}),
@@ -55,23 +79,51 @@ VARIATIONS: dict[str, Variation] = {
 """A loss that the recipe has anyway is left out. An option of a loss comes with that loss."""
 
 
-def learn(recipe: Recipe, traces: list[Path], names: list[str], out: Path) -> None:
-    """Train what is not trained yet, and measure it on the documents held back from training."""
-    store = mix(traces)
+def learn(
+    recipe: Recipe,
+    traces: list[Path],
+    names: list[str],
+    out: Path,
+    others: dict[str, Other] | None = None,
+    batches: Batches | None = None,
+) -> None:
+    """Train what is not trained yet, and measure it on the documents held back from training.
+
+    others: recipes with traces of their own, by name; their documents held back are others, so that nothing is said of
+    them. batches: where they are made, instead of where the recipe says. Bytes of the same traces are read once.
+    """
+    store, checked = mix(traces), False
     for name in names:
-        variation, diagnosis = VARIATIONS[name], out / name / "diagnosis.json"
+        variation, diagnosis = VARIATIONS.get(name, Variation()), out / name / "diagnosis.json"
         if diagnosis.exists():
             continue
-        trace = store.manifest.trace
+        other = (others or {}).get(name)
+        base, own = (recipe, store) if other is None else (other.recipe, mix(other.traces))
+        if own is not store:
+            check_comparable(name, own, store)
+        trace = own.manifest.trace
         layers = trace.layers if variation.layer is None else [trace.layers[variation.layer]]
         trace = trace.model_copy(update={"window": variation.window or trace.window, "layers": layers})
-        view = TraceStore(store.root, store.manifest.model_copy(update={"trace": trace}), store.files)
-        config = recipe.train.model_copy(update=variation.train)
-        indexer = train(view, recipe.indexer.model_copy(update=variation.indexer), config, out / name)
-        said = {}  # of other windows nothing is said that could be compared
-        if variation.window is None:
+        view = TraceStore(own.root, own.manifest.model_copy(update={"trace": trace}), own.files)
+        config = base.train.model_copy(update=variation.train | ({"batches": batches} if batches else {}))
+        if own is store:
+            config = config.model_copy(update={"check_bytes": config.check_bytes and not checked})
+            checked = True
+        indexer = train(view, base.indexer.model_copy(update=variation.indexer), config, out / name)
+        said = {}  # of other windows or documents nothing is said that could be compared
+        if variation.window is None and other is None:
             _, validation = view.hold_back(config.validation_every)
             rows = [row for row in indexer.spec.provenance.metrics if row.task == "all"]
             values = rows[0].values | MassRecallEvaluator(validation, config.budget)(indexer)
             said = {each: values[each] for each in DIAGNOSES}
         write_atomically(diagnosis, lambda file, said=said: file.write_text(json.dumps(said)))
+
+
+def check_comparable(name: str, own: TraceStore, store: TraceStore) -> None:
+    """Raise InputError unless indexers of both traces can be asked in one run: one backbone, the same chunks."""
+    for what, one, two in (
+        ("backbone", own.manifest.backbone.fingerprint, store.manifest.backbone.fingerprint),
+        ("chunking", own.manifest.trace.chunking, store.manifest.trace.chunking),
+    ):
+        if one != two:
+            raise InputError(f"{name}: the {what} of {own.root} differs from that of {store.root}: not to be compared")

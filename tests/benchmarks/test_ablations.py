@@ -5,12 +5,17 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import ablations
+from benchmarks import ablations, variations
 from benchmarks.ablation_tables import DIAGNOSES, ranked
+from benchmarks.masked import MaskedModel, Policy
+from benchmarks.masked_scores import recency
 from data_gen.backbones.load import adapter, load_backbone
+from data_gen.core.errors import InputError
 from data_gen.generate import generate
 from data_gen.text.needles import KEYS
+from eval.online.scorers import fidelity
 from indexer_train.load import load_indexer
 from recipes import load_recipe
 
@@ -99,6 +104,59 @@ def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, mo
                 texts[f"{each}, bytes of the correction"]["kept"] for each in ("recipe", "recency", "mean-pooled keys")
             )
             assert texts[name]["key_bytes"] > texts["recipe"]["key_bytes"] > texts["recency"]["key_bytes"] == 0
+
+
+def test_a_recipe_with_traces_of_its_own_is_asked_beside_the_variations(recipe, tmp_path, monkeypatch, capsys):
+    model, tokenizer = load_backbone(recipe.backbone)
+    first = recipe.model_copy(update={"trace": recipe.trace.model_copy(update={"layers": recipe.trace.layers[:1]})})
+    own = first.trace.model_copy(update={"own_tokens": 40, "window": 16})
+    coarse = first.trace.model_copy(update={"chunking": recipe.trace.chunking.model_copy(update={"tokens": 8})})
+    recipes = {
+        name: recipe.model_copy(update={"trace": trace})
+        for name, trace in {"debug": recipe.trace, "own.yaml": own, "coarse.yaml": coarse}.items()
+    }
+    for name, each in recipes.items():
+        generate(adapter(model), tokenizer, each.documents, each.trace, tmp_path / name, ["train"])
+    for module in (ablations, variations):
+        monkeypatch.setattr(module, "load_recipe", lambda name: recipes[name])
+
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["ablations", "debug", *arguments, "--out", str(tmp_path / "out")])
+        ablations.main()
+        return capsys.readouterr().out
+
+    traces = str(tmp_path / "debug" / "train")
+    variant = ["--variant", f"own-answers=own.yaml:{tmp_path / 'own.yaml' / 'train'}"]
+    call(traces, *variant, "--train", "recipe", "--train", "own-answers", "--batches", "device")
+    spec = load_indexer(tmp_path / "out" / "own-answers" / "indexer").spec
+    assert (spec.layers, spec.window, spec.provenance.train["batches"]) == (own.layers, 16, "device")
+    assert json.loads((tmp_path / "out" / "own-answers" / "diagnosis.json").read_text()) == {}
+    call(traces, *variant, "--share", "0/1", "--set", "report", "--length", "600", "--task", "text", "--task", "single",
+         "--examples", "1", "--texts", "1", "--follow", "32", "--report", "package:typer")  # fmt: skip
+    asked = [json.loads(line) for line in (tmp_path / "out" / "asked-0-of-1.jsonl").read_text().splitlines()]
+    assert [each["task"] for each in asked] == ["text", "single"], "in the order asked for"
+    assert all({"recipe", "own-answers", "recipe, every 16"} <= each["runs"].keys() for each in asked)
+    assert asked[0]["runs"]["own-answers"]["kept"] == pytest.approx(asked[0]["runs"]["recipe"]["kept"], abs=0.02)
+    assert "own-answers" in call()
+    with pytest.raises(InputError, match="chunking"):
+        call(traces, "--variant", f"coarse=coarse.yaml:{tmp_path / 'coarse.yaml' / 'train'}", "--train", "coarse")
+    for wrong in ("own.yaml:traces", "focal=own.yaml:traces", "own=own.yaml", "../own=own.yaml:traces"):
+        with pytest.raises(InputError, match="--variant"):
+            call(traces, "--variant", wrong)
+
+
+def test_what_is_compared_as_it_is_read_is_what_was_kept(recipe):
+    model, _ = load_backbone(recipe.backbone)
+    masked = MaskedModel(model, recipe.trace.chunking)
+    tokens = [7 * number % 50 for number in range(600)]
+    prompt, rest = masked.prompt(tokens[:552]), tokens[552:]
+    policies = [Policy("recency", recency, 0.1), Policy("often", recency, 0.2, every=16)]
+    (full,) = ablations.followed(masked, masked.begin(prompt, [Policy("full", None, 1.0)]), rest, 32)
+    kept = ablations.followed(masked, masked.begin(prompt, policies), rest, 32)
+    pairs = ablations.followed(masked, masked.begin(prompt, policies), rest, 32, full)
+    for log_p, found in zip(kept, pairs, strict=True):
+        assert all(torch.equal(*each) for each in zip(fidelity(log_p, full), found, strict=True))
+    assert float(pairs[0][1].mean()) > 0
 
 
 def test_a_rank_correlation_shares_ranks_among_equals():
