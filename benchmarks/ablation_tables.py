@@ -108,7 +108,7 @@ def tables(found: list[dict[str, Any]]) -> str:
         lines = [
             [row["set"], row["tokens"] or "-", row["task"], row["policy"], row["documents"], row[metric],
              row.get("agreement", row.get("solved", "-")), *differs(row, metric), f"{row['kept']:.1%}",
-             *([row["fetched"], row["key_bytes"] / 1e6] if counted else []),
+             *([row.get("fetched", "-"), row["key_bytes"] / 1e6 if "key_bytes" in row else "-"] if counted else []),
              *(row.get(name, "-") for name in DIAGNOSES)]
             for row in found if metric in row
         ]  # fmt: skip
