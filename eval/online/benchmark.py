@@ -93,7 +93,7 @@ def open_runner(
     thinking = documents is not None and documents.thinking
     return Runner(
         backbone.model, tokenizer, indexer, policies, config.budgets, config.cap, thinking, backbone.info.context,
-        correction=config.correction,
+        correction=config.correction, first_window=config.first_window,
     )  # fmt: skip
 
 

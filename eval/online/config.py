@@ -43,7 +43,9 @@ class DecodeConfig(Strict):
 
     budget: share of chunks kept on top of the protected ones; answer_tokens: tokens of the longest generated answer;
     text_documents: plain-text documents that are followed under each policy; text_tokens: how many of their last
-    tokens are followed; correction: settings of the policy `indexer+correction`; None: it is not decoded.
+    tokens are followed; correction: settings of the policy `indexer+correction`; None: it is not decoded;
+    first_window: tokens of the window that a question's last token begins, 1 to choose again behind it; None: as of
+    every other.
     """
 
     budget: float = Field(default=0.1, gt=0, le=1)
@@ -51,6 +53,7 @@ class DecodeConfig(Strict):
     text_documents: NoneOrMore = 2
     text_tokens: Count = 256
     correction: Correction | None = None
+    first_window: Count | None = None
 
 
 class BenchmarkFile(Strict):
@@ -79,7 +82,7 @@ class BenchmarkConfig(Strict):
     text_tokens: how many tokens of each text are followed; budgets: shares of chunks kept on top of the protected ones;
     policies: names of `ONLINE_POLICIES` that are compared beside full attention; None: all; cap: share of the chunks
     above which `indexer+fallback` and `indexer+coverage` read a window with full attention; correction: settings of
-    the policy `indexer+correction`; None: it is not asked; keys: needles with other keys than the one in the question
+    the policy `indexer+correction`; None: it is not asked; first_window: as of `decode`; keys: needles with other keys than the one in the question
     (multi_key); values: values of one key (multi_value); queries: keys that one question asks for (multi_query);
     hops: assignments after the first in a chain (variable_tracking); common: how many most common words `aggregation`
     asks for;
@@ -96,6 +99,7 @@ class BenchmarkConfig(Strict):
     policies: list[PolicyName] | None = None
     cap: Share = 0.2
     correction: Correction | None = None
+    first_window: Count | None = None
     keys: Count = 3
     values: Count = 2
     queries: Count = 2

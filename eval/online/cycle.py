@@ -66,10 +66,10 @@ class Course:
         """What was resident, window after window; none without a policy."""
         return [] if self._cycle is None else self._cycle.windows
 
-    def begin(self, tau: int) -> None:
-        """Windows of `tau` tokens from here on."""
+    def begin(self, tau: int, first: int | None) -> None:
+        """Windows of `tau` tokens from here on, those that a question begins of `first`."""
         if self.keep is not None:  # the cycle knows the session, not the course: what is over is freed at once
-            self._cycle = DecodeCycle(self.session.host, tau, partial(self.keep, self.session))
+            self._cycle = DecodeCycle(self.session.host, tau, partial(self.keep, self.session), first=first)
 
     def refresh(self) -> None:
         """Choose the resident set again where a window starts."""
@@ -99,14 +99,14 @@ class Course:
         return None
 
 
-def go_on(courses: Sequence[Course], tau: int) -> None:
+def go_on(courses: Sequence[Course], tau: int, first: int | None = None) -> None:
     """Read and write until every course has stopped; all start at the same position.
 
     The set in force for a token was fixed before it was read, every `tau` tokens: every predicted token, the first
-    included, comes from sparse attention.
+    included, comes from sparse attention. first: tokens of the window that a question's last token begins, None: tau.
     """
     for course in courses:
-        course.begin(tau)
+        course.begin(tau, first)
     going = [(course, course.given[0]) for course in courses]
     while going:
         for course, _ in going:

@@ -35,7 +35,10 @@ def decode_check(
         raise InputError("the recipe has no held-out document to decode")
     followed = [_text(document, config) for document in texts]
     seeing = [policy.name for policy in ONLINE_POLICIES if policy.under == "budgets" and not policy.foresees]
-    runner = Runner(model, tokenizer, indexer, seeing, [config.budget], in_step=True, correction=config.correction)
+    runner = Runner(
+        model, tokenizer, indexer, seeing, [config.budget], in_step=True, correction=config.correction,
+        first_window=config.first_window,
+    )  # fmt: skip
     records: list[Record] = [runner.run(example) for example in progress([*questions, *followed], "decoding")]
     answered = records[: len(questions)]
     values = {example.name: example.references for example in questions}

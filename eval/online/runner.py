@@ -26,6 +26,7 @@ from eval.online.records import Record, RunRecord
 from eval.online.scorers import FOLLOWERS, SCORED_WITH_PREFIX, SCORERS, Follower
 from eval.online.session import Session, open_session
 from eval.runtime.correction import NO_KEYS, Correction
+from eval.runtime.cycle import check_first
 from indexer_train.model import MemoryIndexer
 
 
@@ -35,7 +36,8 @@ class Runner:
 
     The resident set is fixed before the last prompt token and every tau tokens after, so the first answer token
     already comes from sparse attention. Later turns are read under the policy, with the set that is resident; before
-    the last token of each question it is fixed again.
+    the last token of each question it is fixed again. first_window: tokens until the next time, None: tau. With 1 the
+    set is chosen again behind that token, as servers do, which read a prompt whole before they choose.
 
     policies: names of those asked for beside full attention; budgets: shares of the unprotected chunks;
     cap: the same of policies under a cap; thinking: chat templates with it; context: examples of more tokens are left
@@ -43,7 +45,7 @@ class Runner:
     itself, and the oracle may look at it. correction: of the policies that correct every step, None: they are not run;
     every run then says what it fetched. Reading one token rounds otherwise than reading one of each in a single
     pass: KL from full attention then contains that rounding, which shows in bf16. Raises InputError for a correction of
-    a model that caches no keys of single heads.
+    a model that caches no keys of single heads, and for a first window longer than the indexer's.
     """
 
     model: PreTrainedModel
@@ -56,8 +58,10 @@ class Runner:
     context: int | None = None
     in_step: bool = False
     correction: Correction | None = None
+    first_window: int | None = None
 
     def __post_init__(self) -> None:
+        check_first(self.first_window, self.indexer.spec.window)
         if self.correction is not None and (learned_keys(self.indexer) or caches_latents(self.model)):
             raise InputError(NO_KEYS)
 
@@ -137,7 +141,7 @@ class Runner:
     def _go_on(self, lanes: list["_Lane"]) -> None:
         courses = [lane.course for lane in lanes]
         for together in [courses] if self.in_step else [courses[:1], courses[1:]]:
-            go_on(together, self.indexer.spec.window)
+            go_on(together, self.indexer.spec.window, self.first_window)
 
     def _answered(self, example: Example, lanes: list["_Lane"]) -> list[dict[str, Any]]:
         """Score and response of each lane."""

@@ -52,42 +52,47 @@ class DecodeCycle:
 
     tau: tokens of a window; choose: what should be resident after the newest token; lag: tokens that are read with the
     old set after a new one was chosen. With 1 the fetch runs beside that token and needs memory of its own; with 0 it
-    is waited for. A set chosen by `refresh` has no lag. windows: all refreshes so far. Raises InputError for another
-    lag.
+    is waited for. A set chosen by `refresh` has no lag. first: tokens of the window that `refresh` begins, None: tau.
+    windows: all refreshes so far. Raises InputError for another lag, and for a first window longer than the others.
     """
 
-    def __init__(self, host: Host, tau: int, choose: Callable[[], Choice], lag: Literal[0, 1] = 0) -> None:
+    def __init__(
+        self, host: Host, tau: int, choose: Callable[[], Choice], lag: Literal[0, 1] = 0, first: int | None = None
+    ) -> None:
         if lag not in (0, 1):
             raise InputError(f"lag: {lag}; give 0 (decoding waits for a fetch) or 1 (a fetch runs beside one token)")
-        self.host, self.tau, self.choose, self.lag = host, tau, choose, lag
+        check_first(first, tau)
+        self.host, self.tau, self.choose, self.lag, self.first = host, tau, choose, lag, first or tau
         self.reset()
 
     def reset(self) -> None:
         """Forget all windows; the host is reset by its cache."""
         self.windows: list[Refresh] = []
+        self._tokens = self.tau  # of the window in force
         self._moves: list[Move] = []  # since the newest refresh
         self._coming: _Coming | None = None
 
     def refresh(self) -> Refresh:
-        """Choose the resident set of the next tau tokens from the newest token read, and put it in force at once.
+        """Begin a first window: choose its resident set from the newest token read, and put it in force at once.
 
         Raises InputError before any is read.
         """
         self.arrive()
-        chosen = self._chosen()
-        return self._enforce(chosen, chosen.choice.resident)
+        self._tokens = self.first
+        return self._renew()
 
     def advance(self) -> None:
         """To be called after every token read: puts a set in force that was on its way, and begins the next window
         when one is over."""
         self.arrive()
-        if self.host.position - self.windows[-1].position < self.tau:
+        if self.host.position - self.windows[-1].position < self._tokens:
             return
+        self._tokens = self.tau
         if self.lag:
             chosen = self._chosen()
             self._coming = _Coming(chosen, self.host.prepare(chosen.choice.resident))
         else:
-            self.refresh()
+            self._renew()
 
     def arrive(self) -> None:
         """Put the set in force that is on its way, if one is."""
@@ -100,6 +105,10 @@ class DecodeCycle:
         if self.host.position >= 0:
             everything = torch.arange(self.host.cache.total)
             self._moves.append(self.host.keep([everything] * sequences))
+
+    def _renew(self) -> Refresh:
+        chosen = self._chosen()
+        return self._enforce(chosen, chosen.choice.resident)
 
     def _chosen(self) -> "_Chosen":
         if self.host.position < 0:
@@ -117,6 +126,12 @@ class DecodeCycle:
         )  # fmt: skip
         self.windows.append(refresh)
         return refresh
+
+
+def check_first(first: int | None, tau: int) -> None:
+    """Raise InputError for a first window of fewer tokens than one or more than tau."""
+    if first is not None and not 1 <= first <= tau:
+        raise InputError(f"first_window: {first}; a window has {tau} tokens, give 1 to {tau}")
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,9 @@ class LSARuntime:
     do with windows that ask for more than the cap; backend: of Level 1 (open_level1); pageable: True keeps the cold
     side in pageable memory, for machines that cannot pin as much, and fetches get slower; lag: as DecodeCycle's. The
     set chosen at the end of a prompt has no lag, for nothing is missing there; correction: chunks that each layer adds
-    at every step to a set of as many fewer, of one sequence; graph: read tokens by one step in memory of fixed size,
+    at every step to a set of as many fewer, of one sequence; first_window: tokens of the first window behind a prompt,
+    None: as of every other. With 1 the set is chosen again once the prompt's last token is read, from what the model
+    looked for at it; graph: read tokens by one step in memory of fixed size,
     which a GPU replays as a CUDA graph. Raises InputError for a bundle of another model, a cap below the protected
     chunks, a fallback with a budget, a correction of a DeepSeek-V4 or of a model with MLA, a graph of what
     GraphHost refuses, or another type than these options have.
@@ -114,6 +116,7 @@ class LSARuntime:
         lag: Literal[0, 1] = 0,
         correction: Correction | None = None,
         graph: bool = False,
+        first_window: int | None = None,
     ) -> None:
         given = {"limits": limits, "selection": selection, "fallback": fallback, "correction": correction}
         for name, kinds in OPTIONS.items():
@@ -123,7 +126,7 @@ class LSARuntime:
         self.indexer, self.model, self.spec = indexer.to(model.device), model, indexer.spec
         self.host = open_host(model, self.spec, pageable, correction, graph)
         self.correction = correction
-        self.cycle = DecodeCycle(self.host, self.spec.window, self._choose, lag)
+        self.cycle = DecodeCycle(self.host, self.spec.window, self._choose, lag, first_window)
         if self.spec.backbone != self.host.info.fingerprint:
             rounded = (
                 "; it is loaded in float16, which rounds the weights that a backbone is known by: load it with "
@@ -255,6 +258,7 @@ class LSARuntime:
         trace = {
             "tau": self.spec.window,
             "lag": self.cycle.lag,
+            "first_window": self.cycle.first,
             "layers": self.spec.layers,
             "selection": str(self.level1.selection),
             "cap": self.limits.cap,

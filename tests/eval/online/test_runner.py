@@ -14,6 +14,7 @@ from eval.online.online_policies import ONLINE_POLICIES, Foresight
 from eval.online.runner import Runner
 from eval.online.session import DenseSession, Session
 from eval.runtime.correction import Correction
+from eval.runtime.runtime import LSARuntime
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget, Coverage, Cut, Threshold
 from tests.conftest import tiny_model
@@ -210,3 +211,19 @@ def test_foresight_is_the_attention_of_the_coming_window(tokenizer, indexer):
     sparse.read([5])
     with pytest.raises(ValueError, match="full attention only"):
         foresight.watch(sparse)
+
+
+def test_a_first_window_of_one_token_is_what_the_runtime_decodes(run, indexer, tokenizer):
+    """Answers and refreshes; a window longer than the indexer's is refused before anything is read."""
+    example = question(prefix="")
+    ids = torch.tensor([example.prompt(tokenizer, False)])
+    for first in (None, 1):
+        runtime = LSARuntime(indexer, tiny_model("llama"), selection=Budget(budget=0.1), first_window=first)
+        written = runtime.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=3)[0, ids.shape[1] :]
+        runs = {(each.policy, each.budget): each for each in run(example, first_window=first).runs}
+        assert runs["indexer", 0.1].response == tokenizer.decode(written, skip_special_tokens=True)
+        assert runs["indexer", 0.1].refreshes == len(runtime.windows)
+    last = ids.shape[1] - 1
+    assert [window.position for window in runtime.windows[:3]] == [last - 1, last, last + indexer.spec.window]
+    with pytest.raises(InputError, match="first_window: 17; a window has 16 tokens"):
+        run(example, first_window=17)

@@ -1,4 +1,4 @@
-"""Lag 1: the runtime against a decode written out here, in which the test itself keeps each set a token late."""
+"""Lags and first windows: the runtime against a decode written out here, in which the test itself keeps each set a token late."""
 
 import json
 
@@ -42,13 +42,9 @@ def prompt(length, rows=2, device="cpu"):
 class ByHand:
     """Decoding with lag, from a host's lag 0 primitives alone. windows: (position, resident, fetched, evicted)."""
 
-    def __init__(self, model, indexer, lag):
-        self.host, self.indexer, self.lag, self.windows = (
-            open_host(model, indexer.spec),
-            indexer.to(model.device),
-            lag,
-            [],
-        )
+    def __init__(self, model, indexer, lag, first):
+        self.host, self.indexer = open_host(model, indexer.spec), indexer.to(model.device)
+        self.lag, self.first, self.windows = lag, first, []
 
     def choose(self):
         """The protected chunks and a fifth of all, by the indexer's own scores; of equals the older."""
@@ -81,15 +77,15 @@ class ByHand:
         if have < ids.shape[1] - 1:
             self.host.read(ids[:, have:-1])
         self.keep(self.choose())
-        last, token = self.host.position, ids[:, -1:]
+        last, token, span = self.host.position, ids[:, -1:], self.first
         for _ in range(new):
             found.append(self.host.read(token))
             token = found[-1].argmax(dim=-1, keepdim=True)
             if coming is not None:
                 self.keep(coming)
                 coming = None
-            if self.host.position - last >= TAU:
-                last, coming = self.host.position, self.choose()
+            if self.host.position - last >= span:
+                last, coming, span = self.host.position, self.choose(), TAU
                 if not self.lag:
                     self.keep(coming)
                     coming = None
@@ -99,10 +95,14 @@ class ByHand:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("length", [200, 151])  # the late token completes a chunk, or begins one
-def test_the_runtime_is_decoding_by_hand(model, indexer, length, lag):
+@pytest.mark.parametrize(
+    ("length", "first"),
+    [(200, TAU), (151, TAU), (200, 1)],  # of 200 the late token completes a chunk, of 151 it begins one
+)
+def test_the_runtime_is_decoding_by_hand(model, indexer, length, first, lag):
     """Logits, sets and statistics, in a second turn too: the first ends where a set was chosen that none read with."""
-    runtime, hand = LSARuntime(indexer, model, selection=FIFTH, lag=lag), ByHand(model, indexer, lag)
+    runtime = LSARuntime(indexer, model, selection=FIFTH, lag=lag, first_window=first)
+    hand = ByHand(model, indexer, lag, first)
     ids = prompt(length, device=model.device)
     for new in (3 * TAU, 21):
         found = runtime.generate(ids, max_new_tokens=new, **GREEDY)
@@ -114,7 +114,7 @@ def test_the_runtime_is_decoding_by_hand(model, indexer, length, lag):
         ids = torch.cat([found.sequences, prompt(9, device=model.device)], dim=1)
     ours = [(window.position, window.resident, window.fetched, window.evicted) for window in runtime.windows]
     second = next(i for i, window in enumerate(hand.windows) if window[0] > length + 3 * TAU)
-    assert [w[:2] for w in ours] == [w[:2] for w in hand.windows] and len(ours) == 7
+    assert [w[:2] for w in ours] == [w[:2] for w in hand.windows] and len(ours) == (7 if first == TAU else 8)
     # The first window of a turn counts what was brought back for it as well.
     assert ours[:second] + ours[second + 1 :] == hand.windows[:second] + hand.windows[second + 1 :]
     assert sum(fetched for _, _, fetched, _ in ours[1:second]) > 0
@@ -177,6 +177,20 @@ def test_windows_are_counted_and_saved(model, indexer, tmp_path):
     assert trace["lag"] == 1 and trace["totals"]["windows"] == 4
 
 
-def test_other_lags_are_refused(model, indexer):
+def test_a_first_window_is_as_long_as_the_others_if_nothing_is_said(model, indexer):
+    ids = prompt(100, device=model.device)
+    found = [
+        LSARuntime(indexer, model, selection=FIFTH, **said).generate(ids, max_new_tokens=12, **GREEDY)
+        for said in ({}, {"first_window": TAU}, {"first_window": 1})
+    ]
+    usual, same, again = (torch.stack(each.logits) for each in found)
+    assert torch.equal(usual, same)
+    assert torch.equal(usual[0], again[0]) and not torch.allclose(usual[1], again[1], atol=1e-6)
+
+
+def test_what_is_no_lag_or_first_window_is_refused(model, indexer):
     with pytest.raises(InputError, match="lag: 2"):
         LSARuntime(indexer, model, lag=2)
+    for first in (0, TAU + 1):
+        with pytest.raises(InputError, match=f"first_window: {first}; a window has 8 tokens, give 1 to 8"):
+            LSARuntime(indexer, model, first_window=first)
