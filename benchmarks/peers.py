@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers smollm2-quickstart --bundle runs/quickstart/bundle --kvpress .venv-kvpress/bin/python \\
         --out runs/peers [--length 2000] [--examples 16] [--texts 8] [--development 6] [--correction 8] \\
-        [--processes 1] [--method NAME ...] [--chosen OTHER/chosen.json]
-    python -m benchmarks.peers --out runs/peers
+        [--second 16] [--processes 1] [--method NAME ...] [--chosen OTHER/chosen.json] [--write]
+    python -m benchmarks.peers --out runs/peers [--so-far]
 
 kvpress 0.5.5 needs transformers below 5.3: an environment of its own (`make .venv-kvpress/ready`), of which only the
 interpreter is told. The weights are written as safetensors first, since those versions misread GGUF files; token ids
@@ -17,7 +17,10 @@ has not seen, in three readings:
 and texts to follow. What is evicted is gone; what is recallable (the indexer, pages, mean-pooled keys, recency) is
 chosen again after each question. Every method has the indexer's share of the prompt's keys and values, once as shipped
 and once with the best of a few settings, chosen on other examples (another seed) for each reading (for `second` as for
-`known`). Prints the tables of OUT, which a stopped run continues; OUT/peers.json holds every row.
+`known`). Prints the tables of OUT, which a stopped run continues; OUT/peers.json holds every row. --write asks nothing:
+processes started by hand answer OUT/report and OUT/speed, `python -m benchmarks.peers_kvpress OUT/report K/N` in that
+environment and this one's own command with `--out OUT/report --share K/N` in this; more folders may follow the first of
+either, for runs of several lengths.
 """
 
 import argparse
@@ -112,31 +115,38 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", help="without one nothing is asked")
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--kvpress", help="the interpreter of an environment with kvpress")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, action="append", required=True, help="several only with --share")
     parser.add_argument("--length", type=int, action="append", help="tokens of an example; the recipe's longest")
     parser.add_argument("--examples", type=int, default=16, help="of each needle task and length")
+    parser.add_argument("--second", type=int, help="second questions of each length; as many as --examples")
     parser.add_argument("--texts", type=int, default=8, help="of each length")
     parser.add_argument("--development", type=int, default=6, help="examples, and texts, to choose settings on")
     parser.add_argument("--follow", type=int, default=128, help="tokens followed of each text")
     parser.add_argument("--correction", type=int, default=0, metavar="CHUNKS", help="a row with a per-step correction")
     parser.add_argument("--processes", type=int, default=1, help="side by side in each environment")
     parser.add_argument("--method", action="append", choices=sorted({*PEERS} - {"full"}), help="only these of kvpress")
-    parser.add_argument("--chosen", type=Path, help="settings that an earlier call chose; none are chosen here")
+    parser.add_argument("--chosen", type=Path, help="chosen.json or peers.json of another call")
+    parser.add_argument("--write", action="store_true", help="only write what is asked; needs --chosen")
+    parser.add_argument("--so-far", action="store_true", help="tables of what every method has answered already")
     parser.add_argument("--share", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    out, *more = (each.resolve() for each in arguments.out)
     try:
         if arguments.share:
-            shares = map(int, arguments.share.split("/"))
-            answer(load_recipe(arguments.recipe), arguments.bundle, out, *shares, correction=arguments.correction)
+            share, shares = map(int, arguments.share.split("/"))
+            answer(load_recipe(arguments.recipe), arguments.bundle, [out, *more], share, shares, arguments.correction)
             return
+        if more or (arguments.write and not arguments.chosen):
+            parser.error("several --out need --share" if more else "--write needs --chosen")
         if arguments.recipe:
             if not (arguments.bundle and arguments.kvpress):
                 parser.error("a recipe needs --bundle and --kvpress")
             ask(arguments, out)
+            if arguments.write:
+                return
         if not (out / "chosen.json").exists():
             raise InputError(f"{out}: no answers there; ask with a recipe, --bundle and --kvpress")
-        found = rows(out, PEERS, OURS)
+        found = rows(out, PEERS, OURS, arguments.so_far)
     except InputError as error:
         parser.error(str(error))
     print(tables(found["rows"]))
@@ -157,8 +167,11 @@ def ask(arguments: argparse.Namespace, out: Path) -> None:
     write_atomically(out / "command", lambda path: path.write_text(origin()["command"]))
     parts = {}
     for part, size in sizes.items():
+        if part == "development" and arguments.chosen:
+            continue
         config = recipe.benchmark.model_copy(update=size | {"text_tokens": arguments.follow})
-        parts[part] = asked(recipe, arguments.bundle, model, tokenizer, lengths, config)
+        second = arguments.second if part == "report" else None
+        parts[part] = asked(recipe, arguments.bundle, model, tokenizer, lengths, config, second)
     del model
 
     def run(part: str, ours: bool, processes: int) -> None:
@@ -173,6 +186,7 @@ def ask(arguments: argparse.Namespace, out: Path) -> None:
 
     if arguments.chosen:
         chosen = json.loads(arguments.chosen.read_text())
+        chosen = chosen.get("chosen", chosen)
     else:
         tried = [each for each in parts["development"] if each["reading"] in ("known", "unknown", "text")]
         plan(out / "development", tried, methods, None)
@@ -181,9 +195,11 @@ def ask(arguments: argparse.Namespace, out: Path) -> None:
         chosen["second"] = chosen["known"]  # the same is compressed
     write_atomically(out / "chosen.json", lambda path: path.write_text(json.dumps(chosen, indent=1) + "\n"))
     plan(out / "report", [each for each in parts["report"] if each["reading"] != "speed"], methods, chosen)
-    run("report", True, arguments.processes)
     timed = [each for each in parts["report"] if each["reading"] == "speed"]
-    plan(out / "speed", timed, methods, chosen | {"speed": {}})
+    plan(out / "speed", timed, methods, chosen | {"speed": chosen["text"]})
+    if arguments.write:
+        return
+    run("report", True, arguments.processes)
     run("speed", True, 1)
 
 

@@ -52,20 +52,29 @@ def asked(
     tokenizer: PreTrainedTokenizerBase,
     lengths: list[int],
     config: BenchmarkConfig,
+    seconds: int | None = None,
 ) -> list[dict[str, Any]]:
     """Every example of every length in every reading; a text of the longest also for speed.
 
-    Raises InputError for lengths beyond the context, and where there is too little unseen text.
+    seconds: second questions of each length, as many as `config.examples` where None. Texts, which take longest, come
+    first, then the first question of every task, and so on: shares of every N-th take equally long, and a run that is
+    stopped has some of each reading. Raises InputError for lengths beyond the context, and where there is too little
+    unseen text.
     """
     indexer = load_bundle(bundle)
-    config = config.model_copy(update={"tasks": TASKS})
+    few, seconds = config.examples, config.examples if seconds is None else seconds
+    config = config.model_copy(update={"tasks": TASKS, "examples": max(few, seconds)})
     runner = open_runner(adapter(model), tokenizer, indexer, config)
     if runner.context is not None and max(lengths) > runner.context:
         raise InputError(f"--length {max(lengths)}: the backbone's context is {runner.context} tokens")
     haystack = unseen_text(config, trained_documents(indexer), tokenizer, max(lengths))
     built = generate_examples(config, lengths, haystack, tokenizer, runner.thinking)
     found: list[dict[str, Any]] = []
-    for name in [name for name in built if not name.startswith("mrcr")]:
+    counts = {"known": few, "unknown": few, "second": seconds}
+    for name in sorted(built, key=lambda name: (not name.startswith("text"), number(name))):
+        wanted = [reading for reading, count in counts.items() if number(name) < count]
+        if name.startswith("mrcr") or (wanted == ["second"] and not name.startswith("multi_key")):
+            continue
         example = built[name]()
         if isinstance(example, TextExample):
             followed = {"text": len(example.tokens) - example.follow - 1}
@@ -77,12 +86,18 @@ def asked(
                 for reading, place in followed.items()
             ]  # fmt: skip
         else:
-            read = [*readings(example, config, tokenizer, runner.thinking)]
+            every = readings(example, config, tokenizer, runner.thinking)
+            read = [each for each in every if each["reading"] in wanted]
         told = {"task": example.task, "length": example.length, "stop": sorted(runner.stop)}
         for each in read:
             share = kept_share(indexer.spec.chunking, recipe.decode.budget, len(each["prompt"]))
             found.append({"name": f"{name} {each['reading']}", "share": share, **told, **each})
     return found
+
+
+def number(name: str) -> int:
+    """Of an example among those of its task and length."""
+    return int(name.rpartition("-")[2])
 
 
 def readings(
@@ -113,9 +128,13 @@ def second(example: Example, config: BenchmarkConfig) -> Example:
     )
     sentence, _ = drawn.needles[drawn.asked]
     worded = [
-        (*wording.needle.split("{value}"), wording, key) for wording in WORDINGS["heldout"] for key in KEYS["heldout"]
+        (wording.needle.partition("{value}"), wording, key)
+        for wording in WORDINGS["heldout"]
+        for key in KEYS["heldout"]
     ]
-    before, after, wording, key = next(each for each in worded if sentence.startswith(each[0].format(key=each[3])))
+    (before, _, after), wording, key = next(
+        each for each in worded if sentence.startswith(each[0][0].format(key=each[2]))
+    )
     later = [assistant(drawn.answer), user(wording.question.format(key=key))]
     opening = before.format(key=key)
     value = sentence.removeprefix(opening).removesuffix(after)

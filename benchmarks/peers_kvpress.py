@@ -1,18 +1,20 @@
 """The part of `benchmarks.peers` that runs in kvpress's environment: token ids in, token ids out, nothing else shared.
 
-    PYTHON_WITH_KVPRESS -m benchmarks.peers_kvpress OUT K/N
+    PYTHON_WITH_KVPRESS -m benchmarks.peers_kvpress OUT ... K/N
 
 Reads OUT/plan.jsonl, one question or text a line with the methods that answer it, and adds what became of the K-th of N
-shares to OUT/answers-kvpress-K.jsonl; a stopped run continues. A prompt is read under a press, which thereby evicts;
-what follows is read with what is left. `quest` evicts nothing: benchmarks/quest.py.
+shares to OUT/answers-kvpress-K.jsonl; a stopped run continues. Several OUTs, with the same weights, are answered one
+after the other. A prompt is read once: presses evict after a layer has attended, which no later layer sees, so each is
+given what the layer was given, and a copy of the cache. What follows is read with what is left. KVzip reads by itself;
+`quest` evicts nothing: benchmarks/quest.py.
 """
 
+import copy
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +53,20 @@ def whole_chunks(given: Any, share: float, tokens: int) -> float:
     return min(1.0, (chunks + 0.5) / (tokens // size + (rest > 0)))
 
 
+@dataclass
+class Prompt:
+    """What a model made of a prompt: its cache, and each call of a full-attention layer as a forward hook sees it."""
+
+    cache: Cache
+    calls: list[tuple[Any, ...]]
+
+    def copied(self) -> Cache:
+        """A cache that can be compressed and continued without changing this one: layers replace their tensors."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return cache
+
+
 class Reader:
     """A model, one prompt read by it, and what followed. full: transformer layers that see all of the history."""
 
@@ -61,24 +77,43 @@ class Reader:
         decoder: Any = self.model.model.layers
         self.full = [place for place, layer in enumerate(decoder) if not getattr(layer.self_attn, "is_sliding", False)]
         self.modules = {place: decoder[place].self_attn for place in self.full}
+        rotary = self.model.model.rotary_emb
+        if len(self.full) < len(decoder):
+            rotary = partial(rotary, layer_type="full_attention")
+        for module in self.modules.values():  # as kvpress's own context does for the models that it knows
+            module.rotary_emb = rotary
 
-    @contextmanager
-    def pressed(self, given: Any) -> Iterator[None]:
-        """Compress what is read within. Sliding layers are left alone, as the package does for models that it knows."""
-        if len(self.full) == len(self.model.model.layers) or isinstance(given, kvpress.KVzipPress):
-            with given(self.model):
-                yield
-            return
-        given.post_init_from_model(self.model)
-        hooks = []
-        for module in self.modules.values():
-            module.rotary_emb = partial(self.model.model.rotary_emb, layer_type="full_attention")
-            hooks.append(module.register_forward_hook(given.forward_hook, with_kwargs=True))
+    def read_prompt(self, tokens: list[int]) -> Prompt:
+        """Read a prompt and keep everything."""
+        calls: list[tuple[Any, ...]] = []
+
+        def called(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            calls.append((module, args, kwargs, output))
+
+        hooks = [module.register_forward_hook(called, with_kwargs=True) for module in self.modules.values()]
+        cache = DynamicCache(config=self.model.config)
         try:
-            yield
+            self.model.model(input_ids=self.ids(tokens), past_key_values=cache)
         finally:
             for hook in hooks:
                 hook.remove()
+        if self.model.device.type == "cuda":  # of what a mask of 32K x 32K took, other processes on the GPU have need
+            torch.cuda.empty_cache()
+        return Prompt(cache, calls)
+
+    def compressed(self, given: Any, prompt: Prompt, tokens: list[int]) -> Cache:
+        """The cache that a press leaves of a prompt. Sliding layers are left alone, as the package does for models that
+        it knows."""
+        if isinstance(given, kvpress.KVzipPress):
+            cache = DynamicCache(config=self.model.config)
+            with given(self.model):
+                self.model.model(input_ids=self.ids(tokens), past_key_values=cache)
+            return cache
+        cache = prompt.copied()
+        given.post_init_from_model(self.model)
+        for module, args, kwargs, output in prompt.calls:
+            given.forward_hook(module, args, kwargs | {"past_key_values": cache}, output)
+        return cache
 
     def ids(self, tokens: list[int]) -> torch.Tensor:
         """[1, tokens]."""
@@ -86,21 +121,20 @@ class Reader:
 
     @torch.no_grad()
     def answer(
-        self, asked: dict[str, Any], setting: dict[str, Any] | None, full: torch.Tensor | None
+        self, asked: dict[str, Any], prompt: Prompt, setting: dict[str, Any] | None, full: torch.Tensor | None
     ) -> dict[str, Any]:
-        """What became of one question or text. full: log-probabilities of full attention, for a text."""
+        """What became of one question or text. prompt: what `read_prompt` made of it; full: log-probabilities of full
+        attention, for a text."""
         for module in self.modules.values():
             module.masked_key_indices = None
-        cache = DynamicCache(config=self.model.config)
-        share, prompt, given = asked["share"], asked["prompt"], asked["given"]
+        share, given = asked["share"], asked["given"]
         name = "full" if setting is None else setting["class"]
         if setting is None or name == "quest":
-            self.model.model(input_ids=self.ids(prompt), past_key_values=cache)
+            cache = prompt.copied()
         else:
             compress = press(setting, asked["question"])
-            compress.compression_ratio = 1 - whole_chunks(compress, share, len(prompt))
-            with self.pressed(compress):
-                self.model.model(input_ids=self.ids(prompt), past_key_values=cache)
+            compress.compression_ratio = 1 - whole_chunks(compress, share, len(asked["prompt"]))
+            cache = self.compressed(compress, prompt, asked["prompt"])
         if name == "quest":
             assert setting is not None
             options = {option: value for option, value in setting.items() if option != "class"}
@@ -178,21 +212,33 @@ class Reader:
 
 def main() -> None:
     """Answer one share of the plan."""
-    out, (share, shares) = Path(sys.argv[1]), map(int, sys.argv[2].split("/"))
+    *folders, share = sys.argv[1:]
     logging.getLogger("kvpress").setLevel(logging.ERROR)  # it warns of costs, which are measured here
     progress.disable_progress_bar()
+    reader = Reader(Path(folders[0]).parent / "weights")
+    for folder in folders:
+        answer(Path(folder), reader, *map(int, share.split("/")))
+
+
+@torch.no_grad()
+def answer(out: Path, reader: Reader, share: int, shares: int) -> None:
+    """Answer the K-th of N shares of OUT/plan.jsonl."""
     kept = AnswerFile(out / f"answers-kvpress-{share}.jsonl")
-    reader = Reader(out.parent / "weights")
     made = origin(reader.model.device) | {"kvpress": version("kvpress")}
     plan = [json.loads(line) for line in (out / "plan.jsonl").read_text().splitlines()]
     for asked in tqdm(plan[share::shares], out.name, disable=share > 0):
         methods = {name: each for name, each in asked["methods"].items() if (asked["name"], name) not in kept.done}
-        followed = methods and asked["most"] == 0  # of what is timed the first pass warms up
-        full = reader.answer(asked, None, None)["log_p"] if followed else None
+        if not methods:
+            continue
+        prompt = reader.read_prompt(asked["prompt"])
+        followed = asked["most"] == 0  # of what is timed the first pass warms up
+        full = reader.answer(asked, prompt, None, None)["log_p"] if followed else None
         for name, setting in methods.items():
             try:
-                found = reader.answer(asked, setting, full)
+                found = reader.answer(asked, prompt, setting, full)
                 found.pop("log_p", None)
+            except torch.OutOfMemoryError:  # of a GPU that several processes share: no method's fault, so asked again
+                raise
             except Exception as error:  # of presses that do not fit a model or a prompt, each in its own way
                 found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
             kept.add(asked["name"], name, found | {"origin": made})

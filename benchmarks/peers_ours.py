@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +37,34 @@ OURS = {
 """Method -> its policy. Full attention is read in both environments: the answers must be the same."""
 
 
-def answer(recipe: Recipe, bundle: Path, out: Path, share: int, shares: int, correction: int) -> None:
-    """Answer the K-th of N shares of OUT/plan.jsonl; OUT/answers-ours-K.jsonl keeps what is finished.
+def answer(recipe: Recipe, bundle: Path, folders: Sequence[Path], share: int, shares: int, correction: int) -> None:
+    """Answer the K-th of N shares of each OUT/plan.jsonl; OUT/answers-ours-K.jsonl keeps what is finished.
 
-    correction: chunks of the budget that correct every step, in a row of its own; 0 for no such row.
+    folders: the OUTs, one after the other, all with the same weights; correction: chunks of the budget that correct
+    every step, in a row of its own; 0 for no such row.
     """
     indexer = load_bundle(bundle)
-    model, _ = load_backbone(BackboneConfig(path=str(out.parent / "weights"), dtype=recipe.backbone.dtype))
+    model, _ = load_backbone(BackboneConfig(path=str(folders[0].parent / "weights"), dtype=recipe.backbone.dtype))
     check_backbone(indexer, adapter(model))
-    finished = AnswerFile(out / f"answers-ours-{share}.jsonl")
     made, prefill = origin(model.device), Prefill(lambda: open_session(model, indexer.spec))
-    plan = [json.loads(line) for line in (out / "plan.jsonl").read_text().splitlines()]
-    for asked in tqdm(plan[share::shares], f"{out.name}, here", disable=share > 0):
-        left_out = {*([] if asked["again"] else [LEFT]), *([] if correction else [CORRECTED])}
-        names = [name for name in OURS if name not in left_out]
-        if all((asked["name"], name) in finished.done for name in names):
-            continue
-        session, full = prefill.read(asked["prompt"], None), TokenByToken(asked.get("targets", []), None)
-        if asked["reading"] == "speed":  # the first pass warms up
-            followed(asked, "full, here", session.fork(), None, indexer, TokenByToken(asked["targets"], None))
-        for name in names:
-            keep = kept(OURS[name], indexer, recipe.decode.budget, correction)
-            found = followed(asked, name, session.fork(), keep, indexer, full)
-            if (asked["name"], name) not in finished.done:
-                finished.add(asked["name"], name, found | {"origin": made})
+    for out in folders:
+        finished = AnswerFile(out / f"answers-ours-{share}.jsonl")
+        plan = [json.loads(line) for line in (out / "plan.jsonl").read_text().splitlines()]
+        for asked in tqdm(plan[share::shares], f"{out.name}, here", disable=share > 0):
+            left_out = {*([] if asked["again"] else [LEFT]), *([] if correction else [CORRECTED])}
+            names = [name for name in OURS if name not in left_out]
+            if all((asked["name"], name) in finished.done for name in names):
+                continue
+            session, full = prefill.read(asked["prompt"], None), TokenByToken(asked.get("targets", []), None)
+            if model.device.type == "cuda":  # what reading took, for other processes on the GPU
+                torch.cuda.empty_cache()
+            if asked["reading"] == "speed":  # the first pass warms up
+                followed(asked, "full, here", session.fork(), None, indexer, TokenByToken(asked["targets"], None))
+            for name in names:
+                keep = kept(OURS[name], indexer, recipe.decode.budget, correction)
+                found = followed(asked, name, session.fork(), keep, indexer, full)
+                if (asked["name"], name) not in finished.done:
+                    finished.add(asked["name"], name, found | {"origin": made})
 
 
 def followed(

@@ -25,10 +25,11 @@ Answers = dict[str, dict[str, dict[str, dict[str, Any]]]]
 """Reading -> method -> example -> what became of it."""
 
 
-def answers(folder: Path) -> Answers:
+def answers(folder: Path, so_far: bool = False) -> Answers:
     """All answers of a folder, with a `value`: the score of a question, the KL of a text.
 
-    Raises InputError for a folder in which questions are without answers.
+    so_far: of questions and texts that every method has answered. Raises InputError for a folder in which questions
+    are without answers, and `so_far` where no question has all.
     """
     plan = {each["name"]: each for each in map(json.loads, (folder / "plan.jsonl").read_text().splitlines())}
     tokenizer = AutoTokenizer.from_pretrained(folder.parent / "weights")
@@ -41,6 +42,11 @@ def answers(folder: Path) -> Answers:
                 value = answer["kl"] if asked["most"] == 0 else string_match_all(said, asked["references"])
                 answer |= {"value": value, "text": said}
             found[asked["reading"]][answer["method"]][answer["name"]] = answer
+    if so_far:
+        found = {reading: both for reading, methods in found.items() if (both := everywhere(methods))}
+        if not found:
+            raise InputError(f"{folder}: there is nothing yet that every method has answered")
+        return found
     for reading, methods in found.items():
         expected = sum(asked["reading"] == reading for asked in plan.values())
         if short := [method for method, given in methods.items() if len(given) < expected]:
@@ -48,6 +54,14 @@ def answers(folder: Path) -> Answers:
                 f"{folder}: {short[0]} has not answered every question ({reading}); call again with a recipe"
             )
     return found
+
+
+def everywhere(methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The answers to what all methods of a reading have answered; nothing where the indexer or there is none."""
+    shared = set.intersection(*map(set, methods.values())) if INDEXER in methods else set()
+    return {
+        method: {name: answer for name, answer in given.items() if name in shared} for method, given in methods.items()
+    } if shared else {}  # fmt: skip
 
 
 def best(folder: Path, peers: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, int]]:
@@ -68,16 +82,21 @@ def best(folder: Path, peers: Mapping[str, Sequence[Any]]) -> dict[str, dict[str
     return found
 
 
-def rows(out: Path, peers: Mapping[str, Sequence[Any]], ours: Mapping[str, str]) -> dict[str, Any]:
+def rows(
+    out: Path, peers: Mapping[str, Sequence[Any]], ours: Mapping[str, str], so_far: bool = False
+) -> dict[str, Any]:
     """`origins`, one an environment under the command that asked; `rows`, one a reading, method and setting.
 
     score: [mean, low, high] of a question, Wilson's interval where every score is 0 or 1, else a bootstrap's; kl: the
     same of a text; lead: the indexer's minus the method's on the same examples, with a bootstrap over pairs; kept:
     share of the prompt's keys and values on the device; kv_mb, index_mb: those, and what choosing needs beside them;
     moved_mb: from the host, a token read or written; seconds: a token, nothing beside it; failed: examples, and why.
+    so_far: the questions and texts that every method has answered, and no seconds where those were not taken.
     """
     chosen, found = json.loads((out / "chosen.json").read_text()), []
-    report, speed = answers(out / "report"), answers(out / "speed").get("speed", {})
+    report = answers(out / "report", so_far)
+    timed = not so_far or any((out / "speed").glob("answers-*.jsonl"))
+    speed = answers(out / "speed", False).get("speed", {}) if timed else {}
     command = {"command": (out / "command").read_text()}
     origins = dict.fromkeys(
         json.dumps(each["origin"] | command)
@@ -85,7 +104,7 @@ def rows(out: Path, peers: Mapping[str, Sequence[Any]], ours: Mapping[str, str])
         for given in methods.values()
         for each in given.values()
     )
-    for reading in READINGS:
+    for reading in [reading for reading in READINGS if not so_far or reading in report]:
         methods = report[reading]
         named = [f"{name}/{n}" for name in peers for n in range(len(peers[name])) if f"{name}/{n}" in methods]
         for method in [*[name for name in ours if name in methods], *named]:
@@ -100,8 +119,8 @@ def rows(out: Path, peers: Mapping[str, Sequence[Any]], ours: Mapping[str, str])
                 row |= {"failed": len(why), "why": Counter(why).most_common(1)[0][0]}
             if worked:
                 row |= measured(given, methods[INDEXER], methods["full, here"], worked, reading)
-                timed = [each["seconds"] for each in speed.get(method, {}).values() if "failed" not in each]
-                row |= {"seconds": float(np.mean(timed))} if timed else {}
+                taken = [each["seconds"] for each in speed.get(method, {}).values() if "failed" not in each]
+                row |= {"seconds": float(np.mean(taken))} if taken else {}
             found.append(row)
     return {"origins": [json.loads(each) for each in origins], "chosen": chosen, "rows": found}
 

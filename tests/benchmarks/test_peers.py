@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from benchmarks.peers import PEERS, plan, settings
-from benchmarks.peers_examples import kept_share, readings, weights
+from benchmarks.peers_examples import asked, kept_share, readings, weights
 from benchmarks.peers_journal import AnswerFile
 from benchmarks.peers_ours import CORRECTED, LEFT, OURS, followed, kept
-from benchmarks.peers_rows import answers, best, described, rows, tables
+from benchmarks.peers_rows import answers, best, described, everywhere, rows, tables
 from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from eval.online.config import BenchmarkConfig
 from eval.online.generated import Haystack, generate_examples
 from eval.online.scorers import TokenByToken
 from eval.online.session import DenseSession
+from indexer_train.formats.bundle import export_bundle
 from tests.eval.conftest import indexer  # noqa: F401 - a fixture
-from tests.eval.online.test_benchmark import tiny_backbone
+from tests.eval.online.test_benchmark import tiny_backbone, trained  # noqa: F401 - one is a fixture
 
 CONFIG = BenchmarkConfig(tasks=["single", "multi_key"], examples=2, texts=1)
 
@@ -62,6 +63,19 @@ def test_the_second_question_asks_for_another_needle_of_the_same_document(exampl
             assert first["references"][0] in text and value not in text
             assert f"{text.rpartition('<assistant>')[2]} {value}." in example.messages[0]["content"]
             assert later["given"][later["again"][0]] == example.prompt(tokenizer, False)[-1]
+
+
+def test_texts_come_first_and_second_questions_have_a_number_of_their_own(tmp_path, tokenizer, trained, tiny_recipe):  # noqa: F811
+    export_bundle(trained, tmp_path / "bundle")
+    config, model = CONFIG.model_copy(update={"text_tokens": 40}), tiny_backbone().model
+    found = asked(tiny_recipe, tmp_path / "bundle", model, tokenizer, [480], config, seconds=3)
+    names = [each["name"].replace("-480-000", " ") for each in found]
+    assert names[:2] == ["text 0 text", "text 0 speed"]
+    for place, task in [(2, "single 0"), (9, "single 1")]:
+        assert names[place : place + 2] == [f"{task} known", f"{task} unknown"]
+    assert sum(name.endswith("known") for name in names) == 2 * 2 * 3  # two readings, two examples, three tasks
+    assert [name for name in names if name.endswith("second")] == [f"multi_key {index} second" for index in range(3)]
+    assert names[-1] == "multi_key 2 second"
 
 
 @pytest.mark.parametrize("tokens", [9, 100, 703])
@@ -150,6 +164,26 @@ def test_missing_answers_and_other_questions_are_refused(tmp_path, tokenizer):
     plan(tmp_path / "new", [{"name": "x", "reading": "known"}], ["TOVA"], None)
     with pytest.raises(InputError, match="something else was asked"):
         plan(tmp_path / "new", [{"name": "y", "reading": "known"}], ["TOVA"], None)
+
+
+def test_so_far_counts_what_every_method_has_answered(tmp_path, tokenizer):
+    right, wrong = ["7", "17"], ["1", "2"]
+    said = {"full, here": right, "indexer": ["7"], "recency": wrong, "a/0": wrong, "a/1": right}
+    folder(tmp_path, "report", tokenizer, said)
+    (tmp_path / "chosen.json").write_text('{"known": {"a": 1}, "unknown": {}, "second": {}, "text": {}}')
+    (tmp_path / "command").write_text("python -m benchmarks.peers")
+    with pytest.raises(InputError, match="indexer has not answered every question"):
+        rows(tmp_path, PAIR, OURS)
+    found = rows(tmp_path, PAIR, OURS, so_far=True)["rows"]
+    assert {row["examples"] for row in found} == {1} and len(found) == len(said)
+    assert not any("seconds" in row for row in found)
+    assert everywhere({"a/0": {"x": {}}}) == {} and everywhere({"a/0": {"x": {}}, "indexer": {"y": {}}}) == {}
+
+
+def test_nothing_to_print_so_far_is_said(tmp_path, tokenizer):
+    folder(tmp_path, "report", tokenizer, {"a/0": ["1"]})
+    with pytest.raises(InputError, match="nothing yet"):
+        answers(tmp_path / "report", so_far=True)
 
 
 def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
