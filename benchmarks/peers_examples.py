@@ -73,7 +73,7 @@ def asked(
     counts = {"known": few, "unknown": few, "second": seconds}
     for name in sorted(built, key=lambda name: (not name.startswith("text"), number(name))):
         wanted = [reading for reading, count in counts.items() if number(name) < count]
-        if name.startswith("mrcr") or (wanted == ["second"] and not name.startswith("multi_key")):
+        if name.startswith("mrcr") or (wanted == ["second"] and not name.startswith(("text", "multi_key"))):
             continue
         example = built[name]()
         if isinstance(example, TextExample):
