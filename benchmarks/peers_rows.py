@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def described(setting: Any) -> str:
     return " ".join([name, *fields])
 
 
-def summary(found: Sequence[dict[str, Any]]) -> str:
+def summary(found: Sequence[dict[str, Any]], unasked: Iterable[str] = ()) -> str:
     """One line a method, one column a reading: mean as shipped, then that of the chosen setting, where it is another;
     bold: ahead of the indexer, interval and all."""
 
@@ -170,12 +170,17 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
         members = [row for row in found if row["method"] == method]
         cells = [", ".join(cell(row) for row in members if row["reading"] == reading) or "-" for reading in readings]
         lines.append([method, *cells])
+    lines += [[method, *["not asked"] * len(readings)] for method in unasked]
     counts = {row["reading"]: row["examples"] for row in found}
     return str(Table(["method", *(f"{reading} ({counts[reading]})" for reading in readings)], lines))
 
 
-def tables(found: Sequence[dict[str, Any]]) -> str:
-    """A table a reading: as shipped, then the chosen setting where it is another; peers that win say so."""
+def tables(found: Sequence[dict[str, Any]], unasked: Mapping[str, str] | None = None) -> str:
+    """A table a reading: as shipped, then the chosen setting where it is another; peers that win say so.
+
+    unasked: method -> why it was not asked, a line in every table.
+    """
+    unasked = unasked or {}
 
     def triple(value: Sequence[float | None]) -> str:
         mean, low, high = value
@@ -201,6 +206,7 @@ def tables(found: Sequence[dict[str, Any]]) -> str:
         for row in [row for row in found if row["reading"] == reading]:
             setting = "" if row.get("shipped", True) else described(row["setting"])
             lines.append([row["method"], setting, *figures(row)])
+        lines += [[method, "", f"not asked: {why}", *["-"] * 6] for method, why in unasked.items()]
         head = ["method", "setting", "KL" if reading == "text" else "right", *tail]
         parts.append(f"{READINGS[reading]}, {count} examples\n\n{Table(head, lines)}")
-    return "\n\n".join([*parts, summary(found)])
+    return "\n\n".join([*parts, summary(found, unasked)])

@@ -67,11 +67,11 @@ def test_the_second_question_asks_for_another_needle_of_the_same_document(exampl
 
 def test_texts_come_first_and_second_questions_have_a_number_of_their_own(tmp_path, tokenizer, trained, tiny_recipe):  # noqa: F811
     export_bundle(trained, tmp_path / "bundle")
-    config, model = CONFIG.model_copy(update={"text_tokens": 40}), tiny_backbone().model
+    config, model = CONFIG.model_copy(update={"text_tokens": 40, "texts": 3}), tiny_backbone().model
     found = asked(tiny_recipe, tmp_path / "bundle", model, tokenizer, [480], config, seconds=3)
     names = [each["name"].replace("-480-000", " ") for each in found]
-    assert names[:2] == ["text 0 text", "text 0 speed"]
-    for place, task in [(2, "single 0"), (9, "single 1")]:
+    assert names[:4] == ["text 0 text", "text 0 speed", "text 1 text", "text 2 text"]  # more than questions: all three
+    for place, task in [(4, "single 0"), (11, "single 1")]:
         assert names[place : place + 2] == [f"{task} known", f"{task} unknown"]
     assert sum(name.endswith("known") for name in names) == 2 * 2 * 3  # two readings, two examples, three tasks
     assert [name for name in names if name.endswith("second")] == [f"multi_key {index} second" for index in range(3)]
@@ -154,6 +154,8 @@ def test_the_best_setting_is_chosen_and_rows_say_who_wins(tmp_path, tokenizer):
     line = next(line for line in tables(found).splitlines() if "a size 2" in line)
     assert "1.000 [" in line and "yes" in line and "-1.000" in line
     assert "| a " in tables(found).splitlines()[-1] and "0.000, **1.000**" in tables(found).splitlines()[-1]
+    told = tables(found, {"b": "no time"}).splitlines()
+    assert any("| b " in line and "not asked: no time" in line for line in told) and "not asked" in told[-1]
 
 
 def test_missing_answers_and_other_questions_are_refused(tmp_path, tokenizer):
