@@ -17,7 +17,7 @@ from benchmarks.results_tables import Row
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 Tables = Callable[[Any], list[str]]
-ASKED_AT_8K = dict.fromkeys(
+ASKED_AT_8K: dict[str, str] = dict.fromkeys(
     ("AdaKV(ExpectedAttention)", "CriticalKV(SnapKV)", "Compactor"), "asked at 8K alone, for want of time"
 )
 """Methods of `benchmarks.peers` that were not asked of Gemma at 16K and 32K."""
