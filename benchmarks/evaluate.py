@@ -89,7 +89,7 @@ def measure_ours(folder: Path, heads: int, rank: int) -> tuple[float, Metrics]:
     for row in rows:
         of = metrics.setdefault("joined" if row.policy == "indexer" else row.policy, {})
         if row.budget == "threshold":
-            of |= {"precision": row.micro["precision"], "recall": row.micro["golden_recall"], "f1": row.micro["f1"]}
+            of |= {"precision": row.micro.precision, "recall": row.micro.golden_recall, "f1": row.micro.f1}
         else:
             of[f"recall@{row.top}"] = row.golden_recall
     return seconds, metrics

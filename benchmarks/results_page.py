@@ -167,6 +167,13 @@ SECTIONS = [
         results_tables.runtime_graph,
     ),
     Section(
+        "Decoding eight sequences of 32K by a captured step, and in bf16",
+        "runtime-batches-h200.json",
+        "A budget of 13 %; the same captured step as above, without compiled parts. Without a graph bf16 is slow on "
+        "this host; why was not looked into.",
+        results_tables.runtime_graph,
+    ),
+    Section(
         "Training on an H200",
         "train-h200.json",
         "H 128, R 2048, three layers, bf16, four threads. First rows: 32 cores, a decode benchmark on the other GPU. "
@@ -221,6 +228,16 @@ SECTIONS = [
         "`visibility`: decoding reads resident blocks; `memory`: cold blocks leave the pool too. One run, beside other "
         "work on the machine; four needle questions show that retrieval works, and not a difference.",
         results_tables.serving,
+    ),
+    Section(
+        "How fast vLLM decodes long contexts, stock and with the plugin",
+        "decode-vllm-h200.json",
+        "vLLM 0.26.0 from a copy of its wheel that was thinned out to what Hopper needs, FlashAttention 3 and CUDA "
+        "graphs everywhere. Eight layers of Llama-3.1-8B's widths with random weights and a random indexer that keeps "
+        "10 % of the blocks: what is measured is time. `stock` decodes with vLLM's newer model runner, which the "
+        "plugin refuses; `stock-v1` with the plugin's, asked at 4K alone, in a call of its own with "
+        "`--contexts 4096 --servers stock-v1` and a `gpu_memory_utilization` of .2. One run each.",
+        results_tables.decode_vllm,
     ),
     Section(
         "The pocket DeepSeek-V4 under an eighth of its chunks",

@@ -223,6 +223,16 @@ def serving(data: Row) -> list[str]:
     return [listed(data["rows"], columns)]
 
 
+def decode_vllm(data: Row) -> list[str]:
+    """Decoding speed of each server, beside stock vLLM's at the same size."""
+    stock = {(row["context"], row["batch"]): row["step_ms"] for row in data["rows"] if row["server"] == "stock"}
+    columns = {"tokens of context": "context", "requests": "batch", "server": "server", "tokens/s": "tokens_per_second",
+               "ms a step": "step_ms", "times stock": lambda row: stock[row["context"], row["batch"]] / row["step_ms"],
+               "blocks read": lambda row: "-" if row["read"] is None else f"{row['read']:.1%}"}  # fmt: skip
+    order = list(stock)
+    return [listed(sorted(data["rows"], key=lambda row: order.index((row["context"], row["batch"]))), columns)]
+
+
 def runs(data: Row) -> list[str]:
     """Rows of `lookahead decode`, run by run."""
     tables = []
