@@ -15,6 +15,10 @@ from indexer_train.measure.intervals import bootstrap_means
 RECIPE = "recipe"
 BESIDE = (RECIPE, "recency", "mean-pooled keys")
 """Every policy is compared with these on the same documents."""
+AS_MANY_BYTES = ("recency, bytes of the recipe", *(f"{name}, bytes of the correction" for name in BESIDE))
+"""And with these in the rows, where they were asked."""
+EVERY = "all"
+"""The task of rows over all questions of a set and a length."""
 SETS: dict[str, Split] = {"development": "train", "report": "heldout"}
 """Name -> whose wordings and keys its questions have."""
 DIAGNOSES = ("peak_entropy", "golden_recall", "mass_recall")
@@ -25,10 +29,16 @@ def rows(records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     """A row per set, length, task and policy; differences by pairs, [mean, low, high]; diagnoses of trained ones.
 
     A row has `right` and `solved` (right, where full attention is) for questions, `kl` and `agreement` for texts.
+    Where a set asked more than one kind of question at a length, rows of the task EVERY are over all of them.
     """
     cells: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for record in records:
         cells.setdefault((record["set"], record["tokens"], record["task"]), []).append(record["runs"])
+    asked: dict[tuple[str, int, str], list[list[dict[str, Any]]]] = {}
+    for (part, length, _), members in sorted(cells.items()):
+        if "right" in members[0]["full"]:
+            asked.setdefault((part, length, EVERY), []).append(members)
+    cells |= {cell: [runs for kind in kinds for runs in kind] for cell, kinds in asked.items() if len(kinds) > 1}
     found = []
     for (part, length, task), members in sorted(cells.items()):
         for name in {name: None for runs in members for name in runs}:
@@ -40,7 +50,7 @@ def rows(records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
                     continue
                 own = np.array([runs[name][metric] for runs in both], float)
                 row[metric] = float(own.mean())
-                for beside in BESIDE:
+                for beside in (*BESIDE, *(name for name in AS_MANY_BYTES if all(name in runs for runs in both))):
                     other = np.array([runs[beside][metric] for runs in both], float)
                     row[f"{metric}_beside_{beside}"] = [
                         float(each[0]) for each in bootstrap_means((own - other)[:, None])
@@ -59,11 +69,12 @@ def rows(records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
 def correlations(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Spearman's rank correlation of each diagnosis with needles right and text KL, over the trained variations.
 
-    Outcomes are means over a set's lengths and tasks. A row has None where the variations do not differ.
+    Outcomes are means over a set's lengths and tasks, rounded so that as many right in another order are a tie. A row
+    has None where the variations do not differ.
     """
     lines = []
     for part in SETS:
-        members = [row for row in found if row["set"] == part and DIAGNOSES[0] in row]
+        members = [row for row in found if row["set"] == part and DIAGNOSES[0] in row and row["task"] != EVERY]
         names = sorted({row["policy"] for row in members})
         for diagnosis in DIAGNOSES if len(names) > 2 else ():
             line: dict[str, Any] = {"set": part, "diagnosis": diagnosis, "variations": len(names)}
@@ -74,7 +85,7 @@ def correlations(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 if not all(outcomes):
                     continue
                 said = [next(row[diagnosis] for row in members if row["policy"] == name) for name in names]
-                means = [float(np.mean(each)) for each in outcomes]
+                means = [round(float(np.mean(each)), 9) for each in outcomes]
                 differ = len(set(said)) > 1 and len(set(means)) > 1
                 line[metric] = float(spearmanr(said, means).statistic) if differ else None
             lines.append(line)

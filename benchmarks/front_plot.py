@@ -17,6 +17,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from benchmarks.ablation_tables import EVERY
 from data_gen.core.files import write_atomically
 from eval.online.summary import wilson
 from eval.report.figures import finished
@@ -30,8 +31,8 @@ STYLES = {
     "mean-pooled keys": ("tab:blue", "o"),
     "random": ("tab:orange", "o"),
 }
-NAMES = {"full": "full attention", "bpr": "indexer", "mean_pooled": "mean-pooled keys", "oracle of peaks": "oracle"}
-"""What the files call these; the quickstart's recipe trains with `bpr`."""
+NAMES = {"full": "full attention", "recipe": "indexer", "mean_pooled": "mean-pooled keys", "oracle of peaks": "oracle"}
+"""What the files call these."""
 INK = "svg{fill: var(--ink); --ink: #1f2328} @media (prefers-color-scheme: dark){svg{--ink: #e6edf3}} "
 """The page's own black, in CSS."""
 
@@ -70,7 +71,7 @@ def _ablated(rows: Sequence[dict[str, Any]]) -> list[Point]:
     points = []
     rows = [row for row in rows if row["set"] == "report"]
     for policy in dict.fromkeys(row["policy"] for row in rows):
-        asked = [row for row in rows if row["policy"] == policy and "right" in row]
+        asked = [row for row in rows if row["policy"] == policy and "right" in row and row["task"] != EVERY]
         (text,) = (row for row in rows if row["policy"] == policy and "kl" in row)
         questions = sum(row["documents"] for row in asked)
         right = round(sum(row["right"] * row["documents"] for row in asked))

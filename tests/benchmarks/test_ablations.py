@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import ablations, variations
-from benchmarks.ablation_tables import DIAGNOSES, ranked
+from benchmarks.ablation_tables import DIAGNOSES, EVERY, correlations, ranked, rows
 from benchmarks.masked import MaskedModel, Policy
 from benchmarks.masked_scores import recency
 from data_gen.backbones.load import adapter, load_backbone
@@ -104,6 +104,9 @@ def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, mo
                 texts[f"{each}, bytes of the correction"]["kept"] for each in ("recipe", "recency", "mean-pooled keys")
             )
             assert texts[name]["key_bytes"] > texts["recipe"]["key_bytes"] > texts["recency"]["key_bytes"] == 0
+            other = "recency, bytes of the correction"
+            gap = texts[name]["kl"] - texts[other]["kl"]
+            assert texts[name][f"kl_beside_{other}"][0] == pytest.approx(gap)
 
 
 def test_a_recipe_with_traces_of_its_own_is_asked_beside_the_variations(recipe, tmp_path, monkeypatch, capsys):
@@ -162,7 +165,7 @@ def test_what_is_compared_as_it_is_read_is_what_was_kept(recipe):
 def test_a_rank_correlation_shares_ranks_among_equals():
     said = [("a", 0.1, 0.5), ("b", 0.2, 0.5), ("c", 0.3, 0.1)]
     rows = [
-        {"set": "report", "policy": name, "kl": kl, "right": 1.0, **dict.fromkeys(DIAGNOSES, value)}
+        {"set": "report", "task": "text", "policy": name, "kl": kl, "right": 1.0, **dict.fromkeys(DIAGNOSES, value)}
         for name, value, kl in said
     ]
     lines = ablations.correlations(rows)
@@ -179,3 +182,22 @@ def test_the_interval_of_a_rank_correlation_holds_the_truth_as_often_as_it_says(
     held = [low <= rank <= high for low, high in (map(float, each[7:-1].split(", ")) for each in intervals)]
     assert 0.93 <= np.mean(held) <= 0.98
     assert (ranked(None, 17), ranked(0.5, 3), ranked(-1.0, 12)) == ("-", "+0.50", "-1.00")
+
+
+def test_questions_of_several_kinds_are_added_up_and_as_many_right_are_a_tie(tmp_path):
+    said = {"recipe": 0.1, "one": 0.2, "two": 0.3}
+    for name, value in said.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "diagnosis.json").write_text(json.dumps(dict.fromkeys(DIAGNOSES, value)))
+    right = {"one": (3, 2, 7), "two": (7, 3, 2), "recipe": (2, 7, 3)}  # whose thirds add up to different floats
+    records = []
+    for at, task in enumerate(("single", "multi_key", "multi_value")):
+        for number in range(10):
+            runs = {name: {"right": number < hits[at], "kept": 0.1} for name, hits in right.items()}
+            runs |= {name: {"right": True, "kept": 1.0} for name in ("full", "recency", "mean-pooled keys")}
+            records.append({"set": "report", "tokens": 0, "task": task, "runs": runs})
+    found = rows(records, tmp_path)
+    pooled = {row["policy"]: row for row in found if row["task"] == EVERY}
+    assert pooled["two"]["documents"] == 30 and pooled["two"]["right"] == pytest.approx(0.4)
+    assert pooled["two"]["right_beside_recipe"][0] == pytest.approx(0) and pooled["two"]["solved_documents"] == 30
+    assert [line["right"] for line in correlations(found)] == [None] * 3, "as many right in another order"
