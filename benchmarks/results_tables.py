@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.ablation_tables import ranked
+from benchmarks.ablation_tables import EVERY, ranked
 from eval.report.rows import DecodeRow
 from eval.report.tables import Table, decode_table
 
@@ -27,19 +27,34 @@ def share(key: str) -> Callable[[Row], str]:
     return lambda row: f"{row[key]:.1%}"
 
 
+AS_MANY_BYTES = {
+    "recency, bytes of the recipe": "recency's with the recipe's bytes",
+    "recency, bytes of the correction": "recency's with the correction's bytes",
+    "recipe, bytes of the correction": "the recipe's with the correction's bytes",
+}
+"""Policies that spend on keys and values what another spends on keys to choose by -> what the tables call them."""
+
+
 def ablations(data: Row) -> list[str]:
     """Texts, questions, and what foretold them."""
     names = {"set": "set", "tokens": lambda row: row["tokens"] or "-", "policy": "policy", "n": "documents"}
     texts = [row for row in data["rows"] if "kl" in row]
-    questions = [row for row in data["rows"] if "right" in row]
+    lengths = data["origins"][0]["command"].find("--length") > 0
+    pooled = not lengths and any(row["task"] == EVERY for row in data["rows"])  # each kind alone is in the file
+    questions = [row for row in data["rows"] if "right" in row and (row["task"] == EVERY) == pooled]
     diagnoses = {"peak entropy": "peak_entropy", "golden recall": "golden_recall", "mass recall": "mass_recall"}
-    if data["origins"][0]["command"].find("--length") > 0:
-        diagnoses = {"chunks fetched a token": "fetched"}
-        if "key_bytes" in data["rows"][0]:
-            diagnoses["keys to choose by, MB"] = lambda row: row["key_bytes"] / 1e6
-        else:  # files of older commits count the correction's alone
+    if lengths:
+        diagnoses = {"chunks fetched a token": lambda row: row.get("fetched", "-")}
+        if any("mean_key_bytes" in row for row in data["rows"]):  # files of older commits count the correction's alone
             diagnoses["mean keys, MB"] = lambda row: row["mean_key_bytes"] / 1e6
+        else:
+            diagnoses["keys to choose by, MB"] = lambda row: row["key_bytes"] / 1e6 if "key_bytes" in row else "-"
     beside = {"minus the recipe's": "recipe", "minus recency's": "recency"}
+    beside |= {
+        f"minus {told}": name
+        for name, told in AS_MANY_BYTES.items()
+        if any(f"kl_beside_{name}" in row for row in texts)
+    }
     return [
         "Text, KL from full attention:\n\n"
         + listed(texts, names | {"KL": "kl", "agreement": "agreement"}
