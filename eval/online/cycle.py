@@ -72,10 +72,10 @@ class Course:
             self._cycle = DecodeCycle(self.session.host, tau, partial(self.keep, self.session), first=first)
 
     def refresh(self) -> None:
-        """Choose the resident set again where a window starts."""
-        if self._cycle is None:
+        """Choose the resident set again where a window starts; there is none before the first token of all is read."""
+        if self._cycle is None or self._cycle.host.position < 0:
             return
-        if self.usage.steps in self.asks:
+        if self.usage.steps in self.asks or not self.windows:
             self._cycle.refresh()
         else:
             self._cycle.advance()

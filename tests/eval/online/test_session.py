@@ -9,8 +9,10 @@ from data_gen.backbones.families import Family
 from data_gen.backbones.load import ADAPTERS
 from data_gen.core.chunks import Chunking
 from eval.online.session import SESSIONS, DenseSession, open_session
+from eval.runtime.cycle import Choice
 from eval.runtime.runtime import HOSTS
 from tests.conftest import TINY_OF, tiny_model
+from tests.eval.online.courses import followed
 from tests.eval.runtime.indexers import untrained
 
 CHUNKING = Chunking(tokens=4, sink=1, recent=2)
@@ -170,6 +172,21 @@ def test_reading_together_is_reading_alone(model):
         for layer in layers:
             torch.testing.assert_close(one.newest[layer].query, other.newest[layer].query, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(one.newest[layer].output, other.newest[layer].output, atol=1e-4, rtol=1e-4)
+
+
+def test_a_text_can_begin_under_a_policy(model):
+    """As an unconditional likelihood does: the first set is chosen once there is a token to choose from."""
+    ids, chosen = tokens(12), []
+    session = DenseSession(model, CHUNKING)
+
+    def everything(session):
+        chosen.append(session.position)
+        return Choice([torch.arange(session.host.cache.total)], [0], ["demand"])
+
+    logits = followed(session, {"all": everything}, 4, ids)["all"][0]
+    for ours, stock in zip(logits, stock_logits(model, ids, 1), strict=True):
+        assert torch.equal(ours, stock)
+    assert chosen == [0, 4, 8]
 
 
 def test_only_sessions_at_one_position_are_read_together(model):
