@@ -212,6 +212,13 @@ SECTIONS = [
         results_tables.train_release,
     ),
     Section(
+        "Evaluation compared with the release, on a CPU without AVX-512",
+        "evaluate-release-avx2.json",
+        "The same documents, weights and metrics on both sides; every token scored against all 4,096 chunks. Beside other "
+        "work on both cores.",
+        results_tables.evaluate_release,
+    ),
+    Section(
         "Tricks for the CPU, in training",
         "cpu-tricks-intel.json",
         "CPU-seconds of a step, all tricks on and all but one, in turns, beside other work; medians. 5 % is noise. "
@@ -252,8 +259,29 @@ SECTIONS = [
     Section(
         "The pocket DeepSeek-V4 under an eighth of its chunks",
         "pocket-table.json",
-        "Recipe `pocket-v4`, on questions on which nothing was chosen; a chunk is four tokens.",
+        "Recipe `pocket-v4` with `first_window: 1`, which was first tried on these questions with another bundle; nothing "
+        "else was chosen on them. A chunk is four tokens.",
         pocket_table.tables,
+    ),
+    Section(
+        "The pocket DeepSeek-V4 on text of its language",
+        "pocket-text.json",
+        "`lookahead decode pocket-v4-text --bundle runs/pocket/bundle --out runs/text`, the bundle of the table above.",
+        results_tables.runs,
+    ),
+    Section(
+        "A first window of one token, on the pocket DeepSeek-V4",
+        "first-window-pocket.json",
+        "The same bundle on the development side's questions of 1K tokens, with windows of 64 tokens alone and with a "
+        "first window of one. Copies of the recipe had these files, policy and `first_window`.",
+        pocket_table.tables,
+    ),
+    Section(
+        "A first window of one token, on SmolLM2-135M",
+        "first-window-smollm2.json",
+        "The quickstart's recipe trained on the H200. `usual`: windows of 64 tokens; `first`: `decode.first_window: 1`. "
+        "Copies of the recipes named follow 128 tokens of eight texts.",
+        results_tables.runs,
     ),
     Section(
         "The pocket DeepSeek-V3.2 under an eighth of its pages",
