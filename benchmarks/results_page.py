@@ -214,8 +214,8 @@ SECTIONS = [
     Section(
         "Evaluation compared with the release, on a CPU without AVX-512",
         "evaluate-release-avx2.json",
-        "The same documents, weights and metrics on both sides; every token scored against all 4,096 chunks. Beside other "
-        "work on both cores.",
+        "The same documents, weights and metrics on both sides; every token scored against all 4,096 chunks. Beside "
+        "other work on both cores.",
         results_tables.evaluate_release,
     ),
     Section(
@@ -259,8 +259,8 @@ SECTIONS = [
     Section(
         "The pocket DeepSeek-V4 under an eighth of its chunks",
         "pocket-table.json",
-        "Recipe `pocket-v4` with `first_window: 1`, which was first tried on these questions with another bundle; nothing "
-        "else was chosen on them. A chunk is four tokens.",
+        "Recipe `pocket-v4` with `first_window: 1`, which was first tried on these questions with another bundle; "
+        "nothing else was chosen on them. A chunk is four tokens.",
         pocket_table.tables,
     ),
     Section(
@@ -279,8 +279,8 @@ SECTIONS = [
     Section(
         "A first window of one token, on SmolLM2-135M",
         "first-window-smollm2.json",
-        "The quickstart's recipe trained on the H200. `usual`: windows of 64 tokens; `first`: `decode.first_window: 1`. "
-        "Copies of the recipes named follow 128 tokens of eight texts.",
+        "The quickstart's recipe trained on the H200. `usual`: windows of 64 tokens; `first`: "
+        "`decode.first_window: 1`. Copies of the recipes named follow 128 tokens of eight texts.",
         results_tables.runs,
     ),
     Section(

@@ -82,10 +82,10 @@ class BenchmarkConfig(Strict):
     text_tokens: how many tokens of each text are followed; budgets: shares of chunks kept on top of the protected ones;
     policies: names of `ONLINE_POLICIES` that are compared beside full attention; None: all; cap: share of the chunks
     above which `indexer+fallback` and `indexer+coverage` read a window with full attention; correction: settings of
-    the policy `indexer+correction`; None: it is not asked; first_window: as of `decode`; keys: needles with other keys than the one in the question
-    (multi_key); values: values of one key (multi_value); queries: keys that one question asks for (multi_query);
-    hops: assignments after the first in a chain (variable_tracking); common: how many most common words `aggregation`
-    asks for;
+    the policy `indexer+correction`; None: it is not asked; first_window: as of `decode`; keys: needles with other
+    keys than the one in the question (multi_key); values: values of one key (multi_value); queries: keys that one
+    question asks for (multi_query); hops: assignments after the first in a chain (variable_tracking); common: how
+    many most common words `aggregation` asks for;
     haystack: plain text that training has not seen, a source as documents.source is; None: what the indexer's training
     held out; files: published benchmarks to ask as well; seed: seed of the generated examples.
     """
