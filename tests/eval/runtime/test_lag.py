@@ -1,4 +1,4 @@
-"""Lags and first windows: the runtime against a decode written out here, in which the test itself keeps each set a token late."""
+"""Lags and first windows: the runtime against a decode written out here, in which the test keeps each set itself."""
 
 import json
 
