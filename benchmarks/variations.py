@@ -63,7 +63,6 @@ VARIATIONS: dict[str, Variation] = {
     "middle-layer": Variation(layer=1),
     "last-layer": Variation(layer=-1),
     "horizon-16": Variation(window=16),
-    "joined": Variation(train={"loss": "listwise_peak", "loss_options": {"joined": True}}),
     "chosen-by-mass": Variation(train={"choose": "mass_recall"}),
     "one-by-one": Variation(train={"one_by_one": True}),
     "no-tails": Variation(train={"tails": False}),

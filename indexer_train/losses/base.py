@@ -80,7 +80,7 @@ class IndexerLoss(nn.Module, ABC):
     def forward(self, features: list[dict[str, Any]], label: torch.Tensor) -> torch.Tensor:
         """features: query and document features of the collator; label: [B, 5, N] (indexer_train/data/batches.py)."""
         query, document = features
-        inner = self.inner
+        inner = getattr(self.model, "module", self.model)  # the model itself where it is wrapped for several processes
         queries = self.model(query)["sentence_embedding"]
         with torch.no_grad():  # no parameters: the wrapper, which waits for their gradients, is left out
             keys = inner(document)["sentence_embedding"]
@@ -88,11 +88,6 @@ class IndexerLoss(nn.Module, ABC):
         mass, peak, candidate, protected_mass, weight = label.unbind(dim=1)
         targets = Targets(mass, peak, candidate.bool(), protected_mass[:, 0], weight, query.get("most_golden"))
         return self.compute(logits, targets)
-
-    @property
-    def inner(self) -> MemoryIndexer:
-        """The model itself where it is wrapped for several processes."""
-        return getattr(self.model, "module", self.model)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What the loss learns beside the model, such as a temperature."""

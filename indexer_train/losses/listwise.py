@@ -1,27 +1,18 @@
-"""What listwise losses share: a softmax over the chunks, of each layer or of the layers joined."""
+"""What listwise losses share: a softmax over the chunks."""
 
 import torch
 
-from indexer_train.losses.base import IndexerLoss, LossOptions, Targets
-from indexer_train.scoring import join_layers
-
-
-class ListwiseOptions(LossOptions):
-    """joined: train the one score that the layers are joined to when served, not each layer on its own."""
-
-    joined: bool = False
+from indexer_train.losses.base import IndexerLoss, Targets
 
 
 class ListwiseLoss(IndexerLoss):
     """Cross-entropy between a softmax over the candidates and what the oracle says of them."""
 
-    options_type = ListwiseOptions
     graded = True
 
-    def compared(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-        """Layer logits [L, B, N], or the joined score [1, B, N]; minus infinity where there is no candidate."""
-        if self.options.joined:
-            logits = join_layers(logits, self.inner.spec.shape.join)[None]
+    @staticmethod
+    def compared(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """Logits [L, B, N], minus infinity where there is no candidate."""
         return logits.masked_fill(~targets.candidate, -torch.inf)
 
 

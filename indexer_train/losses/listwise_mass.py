@@ -10,7 +10,7 @@ class ListwiseMassLoss(ListwiseLoss):
     """The share of attention that each chunk will get: the best attention-mass recall among the losses tried.
 
     Cross-entropy from the window's attention mass m to a softmax over its candidates and one slot of logit zero, which
-    stands for the protected chunks (the logits are relative to it); per layer, or of the joined score:
+    stands for the protected chunks (the logits are relative to it); per layer:
 
         -m_protected log(1 / Z) - sum_s m_s log(e^z_s / Z),    Z = 1 + sum_s e^z_s
 

@@ -9,8 +9,8 @@ from indexer_train.losses.listwise import ListwiseLoss, cross_entropy
 class ListwisePeakLoss(ListwiseLoss):
     """The chunks that some head needs at some token: better answers and text than from ListwiseMassLoss, less mass.
 
-    Cross-entropy from the window's peaks, normalised to one, to a softmax over its candidates; per layer, or of the
-    joined score, with r_s = peak_s / sum of peaks:
+    Cross-entropy from the window's peaks, normalised to one, to a softmax over its candidates; per layer, with
+    r_s = peak_s / sum of peaks:
 
         -sum_s r_s log(e^z_s / sum_n e^z_n)
 

@@ -111,8 +111,8 @@ def _train_one_by_one(
     store: TraceStore, shape: IndexerConfig, config: TrainConfig, out: Path, weights: dict[Path, float] | None
 ) -> MemoryIndexer:
     """A run for each layer under `out`/layer-N, put together in `out`/indexer: layers share no parameters."""
-    if shape.bias or config.loss_options.get("joined"):
-        raise InputError("train.one_by_one: `bias` and a `joined` loss concern all layers together; leave them out")
+    if shape.bias:
+        raise InputError("train.one_by_one: `bias` concerns all layers together; leave it out")
     if processes.rank() == 0:
         same_settings(out, _settings(store, shape, config, weights, None))
     traces, validation = store.hold_back(config.validation_every)

@@ -21,10 +21,9 @@ def targets(batch=3, chunks=7, dtype=torch.float64, weight=None):
     return Targets(mass, peak, candidate, 1 - mass.sum(1), weight)
 
 
-JOINED = ["listwise_mass", "listwise_peak"]
+LISTWISE = ["listwise_mass", "listwise_peak"]
 VARIANTS = [
     *((name, {}) for name in sorted(LOSSES)),
-    *((name, {"joined": True}) for name in JOINED),
     ("bce", {"smoothing": 0.1}),
     ("focal", {"gamma": 0.5}),
     ("focal", {"gamma": 1.0, "alpha": 0.25, "smoothing": 0.1}),
@@ -39,9 +38,8 @@ def loss(request):
     return make(name, **options)
 
 
-def make(name, join="sum", **options):
-    model = SimpleNamespace(spec=SimpleNamespace(shape=SimpleNamespace(join=join)))
-    return LOSSES[name](model, golden=0.1, **options)
+def make(name, **options):
+    return LOSSES[name](SimpleNamespace(), golden=0.1, **options)
 
 
 def test_gradient_equals_finite_differences(loss):
@@ -69,16 +67,6 @@ def test_no_table_of_pairs_is_built(loss):
     with Largest() as largest:
         loss.compute(logits, goal).backward()
     assert largest.elements <= 2 * 2 * 1501  # with the slot; pairs would be 1,500 times as many
-
-
-@pytest.mark.parametrize("join", ["sum", "mean", "max"])
-@pytest.mark.parametrize("name", JOINED)
-def test_a_joined_loss_is_that_of_the_joined_score(name, join):
-    logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    joined = {"sum": logits.sum(0), "mean": logits.mean(0), "max": logits.amax(0)}[join]
-    expected = make(name).compute(joined[None], targets())
-    torch.testing.assert_close(make(name, join, joined=True).compute(logits, targets()), expected)
-    assert not torch.isclose(make(name).compute(logits, targets()), expected)
 
 
 def test_what_is_no_candidate_does_not_matter(loss):
@@ -158,7 +146,7 @@ def test_pointwise_losses_equal_the_loop_over_candidates(name, options, value):
     assert float(make(name, **options).compute(logits, goal)) == pytest.approx(sum(found) / len(found), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("name", LISTWISE)
 def test_listwise_losses_equal_the_loop_over_candidates(name):
     logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     goal = targets()
