@@ -396,8 +396,9 @@ def decode(
         settings = _recipe(recipe, backbone, documents)
         _decode(settings, settings.backbone, bundle, out, recipe)
     else:
-        model = _recipe(recipe, backbone).backbone
-        continue_text(model, bundle, prompt, new_tokens, out, cap, fallback, budget, typer.echo)
+        settings = _recipe(recipe, backbone)
+        first = settings.decode.first_window
+        continue_text(settings.backbone, bundle, prompt, new_tokens, out, cap, fallback, budget, first, typer.echo)
     return _command("benchmark", bundle, recipe=recipe, out=out, backbone=backbone)
 
 

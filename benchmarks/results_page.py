@@ -179,9 +179,9 @@ SECTIONS = [
     Section(
         "Decoding eight sequences of 32K by a captured step, and in bf16",
         "runtime-batches-h200.json",
-        "A budget of 13 %; the same captured step as above, without compiled parts. Without a graph bf16 is slow on "
-        "this host; why was not looked into.",
-        results_tables.runtime_graph,
+        "A budget of 13 %; the same captured step as above, without compiled parts. The graph reads the tokens that "
+        "the eager run wrote. Without a graph bf16 is slow on this host; why was not looked into.",
+        results_tables.runtime_batches,
     ),
     Section(
         "Training on an H200",
@@ -252,8 +252,8 @@ SECTIONS = [
         "vLLM 0.26.0 from a copy of its wheel that was thinned out to what Hopper needs, FlashAttention 3 and CUDA "
         "graphs everywhere. Eight layers of Llama-3.1-8B's widths with random weights and a random indexer that keeps "
         "10 % of the blocks: what is measured is time. `stock` decodes with vLLM's newer model runner, which the "
-        "plugin refuses; `stock-v1` with the plugin's, asked at 4K alone, in a call of its own with "
-        "`--contexts 4096 --servers stock-v1` and a `gpu_memory_utilization` of .2. One run each.",
+        "plugin refuses; `stock-v1` with the plugin's, asked at 4K alone. Three calls, one after the other, on "
+        "one machine.",
         results_tables.decode_vllm,
     ),
     Section(

@@ -9,6 +9,7 @@ from eval.report.rows import DecodeRow
 from eval.report.tables import Table, decode_table
 
 Row = dict[str, Any]
+SIDES = ("ours", "release")
 
 
 def listed(rows: Sequence[Row], columns: dict[str, str | Callable[[Row], Any]]) -> str:
@@ -160,6 +161,11 @@ def runtime_graph(data: Row) -> list[str]:
     return [listed(data["rows"], columns)]
 
 
+def runtime_batches(data: Row) -> list[str]:
+    """The rows of `runtime_graph` of several calls."""
+    return runtime_graph({"rows": [row for part in data.values() for row in part["rows"]]})
+
+
 def train_gpu(data: Row) -> list[str]:
     """Samples a second by shape."""
     rows = [{"shape": shape, **row} for shape, row in data.items()]
@@ -206,13 +212,20 @@ def train_release(data: Row) -> list[str]:
 
 
 def evaluate_release(data: Row) -> list[str]:
-    """Both sides by shape."""
-    rows = [
-        {"shape": found["shape"], "side": side, "speed": speed, "memory": found["memory"][side],
-         "ratio": found["tokens_per_cpu_second"]["ours"] / speed, "apart": f"{found['apart']:.0e}"}
-        for found in data["results"]
-        for side, speed in found["tokens_per_cpu_second"].items()
-    ]  # fmt: skip
+    """Both sides by shape. data: heads x rank -> what that call wrote."""
+    rows = []
+    for shape, found in data.items():
+        speed, (ours, theirs) = found["tokens_per_cpu_second"], (found["runs"][side][0]["metrics"] for side in SIDES)
+        apart = max(
+            abs(value - theirs[what][metric])
+            for what, values in ours.items()
+            for metric, value in values.items()
+            if metric in theirs[what]
+        )
+        for side in SIDES:
+            memory = max(run["memory"] for run in found["runs"][side])
+            rows.append({"shape": shape, "side": side, "speed": speed[side], "memory": memory,
+                         "ratio": speed["ours"] / speed[side], "apart": f"{apart:.0e}"})  # fmt: skip
     columns = {"heads x rank": "shape", "side": "side", "tokens per CPU-second": "speed", "GiB": "memory",
                "ours / it": "ratio", "metrics apart, at most": "apart"}  # fmt: skip
     return [listed(rows, columns)]
@@ -252,13 +265,13 @@ def serving(data: Row) -> list[str]:
 
 
 def decode_vllm(data: Row) -> list[str]:
-    """Decoding speed of each server, beside stock vLLM's at the same size."""
-    stock = {(row["context"], row["batch"]): row["step_ms"] for row in data["rows"] if row["server"] == "stock"}
+    """Decoding speed of each server, beside stock vLLM's at the same size. data: what each call wrote."""
+    stock = {(row["context"], row["batch"]): row["step_ms"] for row in data["stock"]["rows"]}
     columns = {"tokens of context": "context", "requests": "batch", "server": "server", "tokens/s": "tokens_per_second",
                "ms a step": "step_ms", "times stock": lambda row: stock[row["context"], row["batch"]] / row["step_ms"],
                "blocks read": lambda row: "-" if row["read"] is None else f"{row['read']:.1%}"}  # fmt: skip
-    order = list(stock)
-    return [listed(sorted(data["rows"], key=lambda row: order.index((row["context"], row["batch"]))), columns)]
+    rows, order = [row for part in data.values() for row in part["rows"]], list(stock)
+    return [listed(sorted(rows, key=lambda row: order.index((row["context"], row["batch"]))), columns)]
 
 
 def runs(data: Row) -> list[str]:

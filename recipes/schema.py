@@ -53,6 +53,13 @@ class Recipe(Strict):
             raise ValueError(f"decode.text_tokens {followed}: a text of documents.tokens {shortest} has no prompt left")
         return self
 
+    @model_validator(mode="after")
+    def _first_windows_are_no_longer_than_others(self) -> Self:
+        for section, first in (("decode", self.decode.first_window), ("benchmark", self.benchmark.first_window)):
+            if first is not None and first > self.trace.window:
+                raise ValueError(f"{section}.first_window {first}: longer than trace.window {self.trace.window}")
+        return self
+
 
 def load_recipe(name: str) -> Recipe:
     """A recipe by name (those that ship with the package) or by path, then without what it took.

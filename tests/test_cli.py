@@ -82,6 +82,13 @@ def test_a_prompt_is_continued_and_its_windows_are_traced(finished, recipe, tmp_
     assert lookahead("decode", recipe, *arguments, 4, "--budget", 0.05, "--cap", 6)[0] == 0
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert trace["selection"] == "the best 5.0% of the chunks" and trace["cap"] == trace["windows"][0]["resident"] == 6
+    settings = yaml.safe_load(recipe.read_text())
+    settings["decode"]["first_window"] = 1
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(settings))
+    assert lookahead("decode", again, *arguments, 4)[0] == 0
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert trace["first_window"] == 1 and [window["position"] for window in trace["windows"]] == [368, 369]
     for options, what in [
         (("--budget", 0.05, "--cap", 6, "--fallback"), "fallback: the bundle serves a budget"),
         (("--fallback",), "--fallback needs --cap"),

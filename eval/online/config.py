@@ -44,8 +44,8 @@ class DecodeConfig(Strict):
     budget: share of chunks kept on top of the protected ones; answer_tokens: tokens of the longest generated answer;
     text_documents: plain-text documents that are followed under each policy; text_tokens: how many of their last
     tokens are followed; correction: settings of the policy `indexer+correction`; None: it is not decoded;
-    first_window: tokens of the window that a question's last token begins, 1 to choose again behind it; None: as of
-    every other.
+    first_window: tokens of the window that a question's last token, or a `--prompt`'s, begins, 1 to choose again behind
+    it; None: as of every other.
     """
 
     budget: float = Field(default=0.1, gt=0, le=1)

@@ -61,7 +61,7 @@ def decode_documents(
     out.mkdir(parents=True, exist_ok=True)  # where it cannot be made, that is found before the work
     rows, answers = decode_check(backbone.model, tokenizer, indexer, heldout, config, progress)
     told = documents_line([(document.task, len(document.tokens)) for document in heldout], documents.source)
-    setting = setting_of(indexer, recipe, told)
+    setting = setting_of(indexer, recipe, told, config.first_window)
     results = write_results(out, decode=rows, answers=answers, measured={"decode": setting})
     found = results.decode or []
     page, _ = write_report(out)
@@ -78,6 +78,7 @@ def continue_text(
     cap: int | None,
     fallback: bool,
     budget: float | None,
+    first_window: int | None,
     say: Say,
 ) -> None:
     """Write on from a text file, greedily, as the bundle or `budget` says; every window goes to `out`/trace.json.
@@ -96,6 +97,7 @@ def continue_text(
         limits=None if cap is None else Limits(cap=cap),
         selection=None if budget is None else Budget(budget=budget),
         fallback=Fallback() if fallback else None,
+        first_window=first_window,
     )
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids.to(model.device)
     if ids.shape[1] < 2:
@@ -121,7 +123,7 @@ def benchmark_bundle(
     indexer = load_bundle(bundle)
     model, tokenizer = load_backbone(backbone)
     sections, notes = benchmark(adapter(model), tokenizer, indexer, config, out, progress, bad_rows)
-    setting = setting_of(indexer, recipe, examples_line(Results.model_validate(sections)))
+    setting = setting_of(indexer, recipe, examples_line(Results.model_validate(sections)), config.first_window)
     results = write_results(out, **sections, measured={"benchmark": setting})
     rows = results.benchmark or []
     page, _ = write_report(out)

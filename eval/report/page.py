@@ -55,7 +55,8 @@ def _head(results: Results) -> dict[str, list[str]]:
             "hardware": setting.hardware or "unknown",
             "date": setting.date,
             "chunking": f"chunks of {chunking.tokens} tokens, the first {chunking.sink} and the newest "
-            f"{chunking.recent} protected; refreshed every {setting.window} tokens",
+            f"{chunking.recent} protected; refreshed every {setting.window} tokens"
+            + (f", first after {setting.first_window}" if setting.first_window else ""),
             "documents": setting.documents,
         }
         for name, value in told.items():

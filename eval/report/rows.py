@@ -23,7 +23,8 @@ class Setting(Row):
     model: the backbone, by name and type; recipe: by name, None where none was given; commit: of the toolkit, None
     outside of a checkout; date: the day, ISO 8601; window: tokens between refreshes; documents: what was read, in
     words; loss: the one that trained the (first) indexer, None where its provenance does not say; hardware: in words;
-    indexer: digest of the (first) indexer; results of earlier commits lack these two.
+    indexer: digest of the (first) indexer; results of earlier commits lack these two; first_window: tokens of the
+    window that a question's last token begins, None where they are as many, or the verb asks no questions.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Setting(Row):
     loss: str | None
     hardware: str | None = None
     indexer: str | None = None
+    first_window: int | None = None
 
 
 class RatiosOf(Row, Generic[Value]):

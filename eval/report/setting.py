@@ -13,7 +13,9 @@ from eval.report.rows import Results, Setting
 from indexer_train.model import MemoryIndexer
 
 
-def setting_of(indexer: MemoryIndexer, recipe: str | None, documents: str) -> Setting:
+def setting_of(
+    indexer: MemoryIndexer, recipe: str | None, documents: str, first_window: int | None = None
+) -> Setting:
     """What a verb measures now with `indexer`, which knows its backbone; recipe: as it was named, or by path."""
     spec = indexer.spec
     made = spec.provenance
@@ -28,6 +30,7 @@ def setting_of(indexer: MemoryIndexer, recipe: str | None, documents: str) -> Se
         loss=None if made is None else made.train.get("loss"),
         hardware=hardware(indexer.device),
         indexer=indexer.digest(),
+        first_window=first_window,
     )
 
 

@@ -95,10 +95,10 @@ class LSARuntime:
     set chosen at the end of a prompt has no lag, for nothing is missing there; correction: chunks that each layer adds
     at every step to a set of as many fewer, of one sequence; first_window: tokens of the first window behind a prompt,
     None: as of every other. With 1 the set is chosen again once the prompt's last token is read, from what the model
-    looked for at it; graph: read tokens by one step in memory of fixed size,
-    which a GPU replays as a CUDA graph. Raises InputError for a bundle of another model, a cap below the protected
-    chunks, a fallback with a budget, a correction of a DeepSeek-V4 or of a model with MLA, a graph of what
-    GraphHost refuses, or another type than these options have.
+    looked for at it; graph: read tokens by one step in memory of fixed size, which a GPU replays as a CUDA graph.
+    Raises InputError for a bundle of another model, a cap below the protected chunks, a fallback with a budget, a
+    correction of a DeepSeek-V4 or of a model with MLA, a graph of what GraphHost refuses, or another type than these
+    options have.
 
     A runtime holds one conversation and serves one thread; several runtimes of one model, or of several, get on side by
     side in as many threads.

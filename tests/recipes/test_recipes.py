@@ -83,6 +83,19 @@ def test_text_that_is_followed_has_a_prompt(tmp_path):
         load_recipe(str(tmp_path / "r.yaml"))
 
 
+@pytest.mark.parametrize("section", ["decode", "benchmark"])
+def test_a_first_window_is_no_longer_than_the_others(tmp_path, section):
+    settings = load_recipe("smollm2-quickstart").model_dump(mode="json")
+    for first, refused in ((64, False), (65, True)):
+        settings[section]["first_window"] = first
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(settings))
+        if not refused:
+            assert getattr(load_recipe(str(tmp_path / "r.yaml")), section).first_window == first
+            continue
+        with pytest.raises(InputError, match=rf"{section}\.first_window 65: longer than trace\.window 64"):
+            load_recipe(str(tmp_path / "r.yaml"))
+
+
 def test_an_unknown_recipe_lists_the_shipped_ones():
     with pytest.raises(InputError, match=SHIPPED[0]):
         load_recipe("nothing-like-it")
