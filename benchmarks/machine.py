@@ -1,6 +1,7 @@
 """On what a figure was measured: a figure without it cannot be repeated."""
 
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -14,13 +15,14 @@ from data_gen.core.cpu import processor
 
 
 def origin(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Command, commit, device, cores, threads and versions."""
+    """Command, commit, device, cores, threads and versions; Python's too, whose text the source `builtin` reads."""
     return {
         "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "commit": commit(Path(__file__).parent),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }

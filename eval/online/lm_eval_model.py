@@ -24,7 +24,7 @@ from eval.online.cycle import Course, Keep, go_on
 from eval.online.online_policies import ONLINE_POLICIES, Circumstances, Foresight
 from eval.online.runner import Prefill, check_backbone, stop_tokens
 from eval.online.session import Session, open_session
-from eval.runtime.cycle import Choice
+from eval.runtime.cycle import Choice, check_first
 from indexer_train.formats.bundle import load_bundle
 
 
@@ -33,9 +33,9 @@ class LookaheadLM(TemplateLM):
     """A bundle's indexer, or another policy that foresees nothing, under its backbone.
 
     bundle: an exported bundle; pretrained, dtype: its backbone; budget: share of chunks kept on top of the protected
-    ones; policy: a name of `ONLINE_POLICIES`, or `full`; max_gen_toks: most tokens of an answer whose task says none;
-    batch_size, max_batch_size, device: what the harness always tells; requests are read one by one, on the best device
-    there is. Raises InputError for what does not fit.
+    ones; policy: a name of `ONLINE_POLICIES`, or `full`; first_window: as of a recipe's `benchmark`; max_gen_toks: most
+    tokens of an answer whose task says none; batch_size, max_batch_size, device: what the harness always tells;
+    requests are read one by one, on the best device there is. Raises InputError for what does not fit.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class LookaheadLM(TemplateLM):
         dtype: str = "float32",
         budget: float = 0.1,
         policy: str = "indexer",
+        first_window: int | None = None,
         max_gen_toks: int = 256,
         batch_size: object = None,
         max_batch_size: object = None,
@@ -61,7 +62,9 @@ class LookaheadLM(TemplateLM):
             raise InputError(f"policy {policy!r}: not one of full, {', '.join(known)}")
         circumstances = Circumstances(indexer, Foresight(indexer.spec.window), budget)
         self._policy = None if policy == "full" else lambda: known[policy].keep(circumstances)
-        self._context, self._tau, self._most = backbone.info.context, indexer.spec.window, max_gen_toks
+        check_first(first_window, indexer.spec.window)
+        self._context, self._most = backbone.info.context, max_gen_toks
+        self._tau, self._first = indexer.spec.window, first_window
         self._stop = stop_tokens(model, tokenizer)
         self._prefill = Prefill(lambda: open_session(model, indexer.spec))
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
@@ -110,7 +113,7 @@ class LookaheadLM(TemplateLM):
             rows: list[torch.Tensor] = []
             course = Course(session, self._kept(), [*given, *continuation[:-1]])
             course.watchers.append(lambda session, logits: rows.append(logits.float().log_softmax(dim=-1).cpu()))
-            go_on([course], self._tau)
+            go_on([course], self._tau, self._first)
             said = rows[len(given) - 1 :]
             each = [float(row[token]) for row, token in zip(said, continuation, strict=True)]
             greedy = all(int(row.argmax()) == token for row, token in zip(said, continuation, strict=True))
@@ -150,7 +153,7 @@ class LookaheadLM(TemplateLM):
                 return answer[-1] in self._stop or any(end in said for end in ends)
 
             course = Course(session, self._kept(), given, most[place], ended)
-            go_on([course], self._tau)
+            go_on([course], self._tau, self._first)
             said = text(course.answer)
             return said[: min([said.find(end) for end in ends if end in said], default=len(said))]
 

@@ -13,9 +13,7 @@ from eval.report.rows import Results, Setting
 from indexer_train.model import MemoryIndexer
 
 
-def setting_of(
-    indexer: MemoryIndexer, recipe: str | None, documents: str, first_window: int | None = None
-) -> Setting:
+def setting_of(indexer: MemoryIndexer, recipe: str | None, documents: str, first_window: int | None = None) -> Setting:
     """What a verb measures now with `indexer`, which knows its backbone; recipe: as it was named, or by path."""
     spec = indexer.spec
     made = spec.provenance

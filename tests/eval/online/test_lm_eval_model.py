@@ -79,6 +79,8 @@ def test_fewer_chunks_change_what_is_likely_and_each_continuation_stands_alone(o
     both = opened(budget=0.1).loglikelihood(requests("loglikelihood", *ENDS))
     full = opened(policy="full").loglikelihood(requests("loglikelihood", *ENDS))
     assert abs(both[0][0] - full[0][0]) > 1e-3
+    again = opened(budget=0.1, first_window=1).loglikelihood(requests("loglikelihood", *ENDS))
+    assert again[0][0] != pytest.approx(both[0][0], rel=1e-6)
     (alone,) = opened(budget=0.1).loglikelihood(requests("loglikelihood", ENDS[1]))
     assert both[1] == (pytest.approx(alone[0], rel=1e-5), alone[1])
 
@@ -108,6 +110,8 @@ def test_answers_end_at_the_first_stop(opened, tiny):
 def test_what_does_not_fit_is_refused(opened):
     with pytest.raises(InputError, match="policy 'oracle': not one of full, indexer"):
         opened(policy="oracle")
+    with pytest.raises(InputError, match="first_window: 0; a window has"):
+        opened(first_window=0)
     with pytest.raises(InputError, match="budgets"):
         opened(budget=2.0)
 
