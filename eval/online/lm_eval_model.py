@@ -133,7 +133,8 @@ class LookaheadLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers up to the first of a request's `until`. Raises InputError for a request to sample."""
-        settings = [dict(request.args[1]) for request in requests]
+        asked: list[tuple[Any, ...]] = [request.args for request in requests]
+        settings = [dict(options) for _, options in asked]
         if any(each.get("do_sample") or each.get("temperature") for each in settings):
             raise InputError(
                 "the task samples (do_sample, temperature), but policies are compared on greedy answers; "
