@@ -3,11 +3,13 @@
     python -m benchmarks.layer_sets smollm2-quickstart runs/quickstart/traces/train --out runs/layer-sets --groups 3 6
     python -m benchmarks.layer_sets smollm2-quickstart runs/quickstart/traces/train --out runs/layer-sets --groups 3 6 \
         --tokens 1000 1200 --follow 64 --questions 0 --output benchmarks/results/layer-sets-cpu.json
+    python -m benchmarks.layer_sets smollm2-quickstart --out runs/layer-oracles --groups 3 6 10 15
 
 Trains indexers on the recipe's traces, or on those of them that there are, all with its settings. `shared` is the
 recipe's: one indexer, labels pooled over all layers. `N groups` cuts the layers into N contiguous groups, each with an
 indexer of its own, whose labels are pooled over the group's layers alone. All read the states and keys of the layers
-that the traces hold. Oracles of peaks are pooled in the same ways, down to a set for each layer.
+that the traces hold. Oracles of peaks are pooled in the same ways, down to a set for each layer. Without traces nothing
+is trained, and the oracles alone say what groups could gain.
 
 Every layer keeps the recipe's budget, so that all sets take equal bytes. They are masks over one prompt
 (benchmarks/masked.py). Texts are followed before questions are asked, of the development and of the report documents
@@ -34,7 +36,7 @@ from benchmarks.ablation_tables import SETS
 from benchmarks.ablations import Asked, Oracle, ask, held_out
 from benchmarks.masked import Continuation, MaskedModel, Policy, Score
 from benchmarks.masked_scores import foresight, recency, trained
-from data_gen.backbones.load import load_backbone
+from data_gen.backbones.load import adapter, load_backbone
 from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.core.files import write_atomically
@@ -144,7 +146,7 @@ def rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         metric = "kl" if kind == "text" else "right"
         values = {name: np.array([float(runs[name][metric]) for runs in members]) for name in members[0]}
         for name, own in values.items():
-            one = ORACLE + SHARED if name.startswith(ORACLE) else SHARED
+            one = ORACLE + SHARED if name.startswith(ORACLE) or SHARED not in values else SHARED
             row: dict[str, Any] = {"set": part, "kind": kind, "policy": name, "documents": len(own)}
             row |= {metric: float(own.mean()), "kept": float(np.mean([runs[name]["kept"] for runs in members]))}
             for beside, other in ((SHARED, values[one]), (RECENCY, values[RECENCY])):
@@ -165,7 +167,7 @@ def main() -> None:
     """Train, ask, print; --output holds every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("traces", type=Path, help="training documents; some may be missing")
+    parser.add_argument("traces", type=Path, nargs="?", help="training documents; some may be missing")
     parser.add_argument("--out", type=Path, required=True, help="for indexers and what was asked")
     parser.add_argument("--groups", type=int, nargs="+", required=True, help="numbers of groups")
     parser.add_argument("--set", action="append", choices=SETS, help="asked only these; both by default")
@@ -177,11 +179,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     recipe, out = load_recipe(args.recipe), args.out
-    store = TraceStore.open(args.traces, partial=True)
-    store.check_training()
-    layers = store.manifest.backbone.full_layers
+    model, tokenizer = load_backbone(recipe.backbone)
+    layers = adapter(model).info.full_layers
     arms = {SHARED if count == 1 else f"{count} groups": cut(layers, count) for count in sorted({1, *args.groups})}
-    trained_ones = {name: learn(store, recipe, groups, out / name) for name, groups in arms.items()}
+    trained_ones: dict[str, list[MemoryIndexer]] = {}
+    store: Iterable[TraceDocument] = []
+    if args.traces is not None:
+        store = TraceStore.open(args.traces, partial=True)
+        store.check_training()
+        trained_ones = {name: learn(store, recipe, groups, out / name) for name, groups in arms.items()}
     first, of = map(int, (args.share or "0/1").split("/"))
     asked = recipe.documents
     kinds = {task: args.texts if task == "text" else args.questions for task in asked.heldout}
@@ -190,11 +196,11 @@ def main() -> None:
     recipe = recipe.model_copy(update={"documents": asked})
     names = None
     if of:
-        model, tokenizer = load_backbone(recipe.backbone)
+        out.mkdir(parents=True, exist_ok=True)
         policies = [Policy(RECENCY, recency, 0.0)]
-        for name, groups in arms.items():
-            scores = [trained(indexer.to(model.device)) for indexer in trained_ones[name]]
-            policies.append(Policy(name, by_layer(scores, groups), 0.0))
+        for name, indexers in trained_ones.items():
+            scores = [trained(indexer.to(model.device)) for indexer in indexers]
+            policies.append(Policy(name, by_layer(scores, arms[name]), 0.0))
         oracles = {ORACLE + name: oracle_of(groups) for name, groups in arms.items()}
         oracles[ORACLE + "a set a layer"] = oracle_of(cut(layers, len(layers)))
         context = model.config.get_text_config(decoder=True).max_position_embeddings

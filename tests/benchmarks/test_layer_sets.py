@@ -173,6 +173,14 @@ def test_groups_are_trained_asked_and_printed(recipe, store, tmp_path, monkeypat
     against = texts["oracle, 2 groups"]["kl"] - texts["oracle, shared"]["kl"]
     assert texts["oracle, 2 groups"]["kl_beside_shared"][0] == pytest.approx(against)
     assert texts["shared"]["documents"] == 2
+    bare = [part for part in call if part != str(store.root)]
+    others = ["--set", "report", "--out", str(tmp_path / "oracles"), "--groups", "2", "3"]
+    monkeypatch.setattr(sys, "argv", [*bare, *others])
+    layer_sets.main()  # without traces: the oracles alone, and those of the calls before
+    alone = {row["policy"]: row for row in json.loads(result.read_text())["rows"] if row["kind"] == "text"}
+    assert alone.keys() == {"full", "recency", *(name for name in names if "oracle" in name), "oracle, 3 groups"}
+    assert alone["oracle, 2 groups"]["kl"] == pytest.approx(texts["oracle, 2 groups"]["kl"])
+    assert alone["oracle, 3 groups"]["kl"] == alone["oracle, a set a layer"]["kl"]
     monkeypatch.setattr(sys, "argv", [*call, "--set", "report"])
     layer_sets.main()
     assert json.loads(result.read_text())["rows"] == [row for row in found["rows"] if row["set"] == "report"]
