@@ -1,8 +1,10 @@
 """Any Hugging Face decoder with ordinary attention (Llama, Qwen, Gemma, Mistral ...) as a backbone."""
 
+from threading import get_ident
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -86,13 +88,13 @@ class DenseBackbone:
         """Trace the last of a few tokens. Raises InputError unless positions can be taken out of every key."""
         self._record(tokens, _Recorder(torch.tensor([len(tokens) - 1], device=self.model.device), config, probing=True))
         entered: list[torch.Tensor] = []
-        hook = (
-            decoder_of(self.model)
-            .layers[0]
-            .register_forward_pre_hook(
-                lambda _, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-        )
+        thread = get_ident()
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if get_ident() == thread:  # the model may be in use in others
+                entered.append(args[0] if args else kwargs["hidden_states"])
+
+        hook = decoder_of(self.model).layers[0].register_forward_pre_hook(note, with_kwargs=True)
         try:
             decoder_of(self.model)(torch.tensor([tokens[:1] * len(tokens)], device=self.model.device), use_cache=False)
         finally:

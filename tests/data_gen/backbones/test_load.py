@@ -1,8 +1,10 @@
 """Where models come from; the families' own tests load theirs."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from data_gen.backbones.families import family_of
 from data_gen.backbones.load import ADAPTERS, _read_once, adapter, load_backbone, public_name, resolve
@@ -66,3 +68,21 @@ def test_every_family_has_an_adapter_that_tells_what_it_is(family, kind):
     info = found.info
     assert info.model_type == model.config.model_type and info.context == model.config.max_position_embeddings
     assert KEY_RECIPES[info.key].row(info.key_width) >= info.key_width and info.full_layers
+
+
+def test_a_model_may_be_in_use_in_another_thread_while_it_is_adapted():
+    """The other thread reads other tokens just before the layer of the probe's own pass is entered."""
+    model, read = tiny_model("llama"), []
+    own = threading.get_ident()
+
+    def elsewhere(*_):
+        if threading.get_ident() == own:
+            with ThreadPoolExecutor(1) as pool, torch.no_grad():
+                read.append(pool.submit(model, torch.arange(5, 25)[None]).result())
+
+    hook = model.model.layers[0].register_forward_pre_hook(elsewhere)
+    try:
+        assert adapter(model).info.full_layers == list(range(len(model.model.layers)))
+    finally:
+        hook.remove()
+    assert read
