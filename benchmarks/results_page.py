@@ -148,6 +148,12 @@ SECTIONS = [
         results_tables.layer_sets,
     ),
     Section(
+        "What a set for each group of layers could gain at most",
+        "layer-oracles-cpu.json",
+        "Perfect foresight of each group's layers, nothing trained, on 128 tokens of 16 development texts of SmolLM2.",
+        results_tables.layer_sets,
+    ),
+    Section(
         "Gemma-3-270M up to 32K, an earlier recipe",
         "gemma-answers-h100.json",
         "`listwise_mass` with a quarter peaks, trained on up to 16K tokens; questions in the benchmark's own form, 56 "
