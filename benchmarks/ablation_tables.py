@@ -21,8 +21,8 @@ EVERY = "all"
 """The task of rows over all questions of a set and a length."""
 SETS: dict[str, Split] = {"development": "train", "report": "heldout"}
 """Name -> whose wordings and keys its questions have."""
-DIAGNOSES = ("peak_entropy", "golden_recall", "mass_recall")
-"""What held-back training documents say of a trained indexer."""
+DIAGNOSES = ("peak_entropy", "golden_recall", "mass_recall", "peak_entropy_of_texts", "golden_recall_of_questions")
+"""What documents that are neither trained on nor asked say of a trained indexer; older rows lack the last two."""
 
 
 def rows(records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
@@ -76,7 +76,8 @@ def correlations(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for part in SETS:
         members = [row for row in found if row["set"] == part and DIAGNOSES[0] in row and row["task"] != EVERY]
         names = sorted({row["policy"] for row in members})
-        for diagnosis in DIAGNOSES if len(names) > 2 else ():
+        known = [name for name in DIAGNOSES if all(name in row for row in members)]
+        for diagnosis in known if len(names) > 2 else ():
             line: dict[str, Any] = {"set": part, "diagnosis": diagnosis, "variations": len(names)}
             for metric in ("right", "kl"):
                 outcomes = [

@@ -17,11 +17,11 @@ continues. Choices are made on the `development` documents; the `report` ones ar
 share nothing: development reads another source (--development), with the wordings and key words of training, report
 what the recipe holds out, or a source of its own (--report), with wordings and key words that nothing else has. A table
 has, for each variation, needles right, KL of the next token from full attention and their differences from the recipe
-and of recency's and mean-pooled keys' from it on the same documents with 95 % intervals, then what the held-back
-training documents said: peak entropy, golden and mass recall; and how each of those ranks the variations beside the
-outcomes (Spearman, for texts and questions of all lengths). OUT/ablations.json holds every row.
+and of recency's and mean-pooled keys' from it on the same documents with 95 % intervals, then what documents held back
+from training said (--diagnose: those of these traces), and how each of that ranks the variations beside the outcomes
+(Spearman, for texts and questions of all lengths). OUT/ablations.json holds every row.
 
-Without --length the documents are those that the recipe holds out, from SEEDS seeds, under `decode.budget`. With it
+Without --length the documents are those that the recipe holds out, from --seeds seeds, under `decode.budget`. With it
 the questions and texts are those of `lookahead benchmark`, as its section of the recipe says (--task: only these).
 Texts are then followed under the largest of `benchmark.budgets` and questions asked under the smallest; tasks come in
 the order of --task, the shortest length first (--examples, --texts: fewer of each).
@@ -72,8 +72,6 @@ ORACLES: dict[str, Oracle] = {
     "oracle of peaks": partial(foresight, peaks=True),
     "oracle of mass": partial(foresight, peaks=False),
 }
-SEEDS = 2
-"""Sets of held-out questions, each of the recipe's numbers."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +90,13 @@ class Asked:
 
 
 def held_out(
-    recipe: Recipe, name: str, source: list[str] | None, follow: int, tokenizer: Any, context: int
+    recipe: Recipe, name: str, source: list[str] | None, follow: int, tokenizer: Any, context: int, seeds: int = 2
 ) -> Iterator[Asked]:
-    """Documents as the recipe holds them out, of SEEDS seeds, for one of SETS; source: text of its own."""
+    """Documents as the recipe holds them out, its numbers of each seed, for one of SETS; source: text of its own."""
     asked = recipe.documents
     if source is not None:
         asked = asked.model_copy(update={"source": source, "heldout_share": 0.02 if name == "development" else 0.98})
-    for seed in range(asked.seed, asked.seed + SEEDS):
+    for seed in range(asked.seed, asked.seed + seeds):
         sides = {"train": {}, "heldout": {}, SETS[name]: asked.heldout}
         built = asked.model_copy(update=sides | {"seed": seed})
         for document in draw_documents(built, recipe.trace, tokenizer, context, SETS[name]):
@@ -300,6 +298,8 @@ def main() -> None:
     parser.add_argument("--texts", type=int, help="texts of each length, for the recipe's number")
     parser.add_argument("--development", action="append", help="sources of the development documents; stdlib if none")
     parser.add_argument("--report", action="append", help="sources of the report documents")
+    parser.add_argument("--seeds", type=int, default=2, help="sets of what the recipe holds out, without --length")
+    parser.add_argument("--diagnose", type=Path, metavar="TRACES", help="on these, for what training holds back")
     parser.add_argument("--correction", type=int, default=0, metavar="CHUNKS", help="the recipe also with a correction")
     parser.add_argument("--follow", type=int, default=128, help="tokens followed of each text")
     arguments = parser.parse_args()
@@ -312,21 +312,21 @@ def main() -> None:
         if name not in (*VARIATIONS, *others):
             parser.error(f"{name}: neither a variation ({', '.join(VARIATIONS)}) nor a --variant")
     if arguments.traces and arguments.share is None:
-        learn(recipe, arguments.traces, arguments.train or arguments.ask or every, out, others, arguments.batches)
+        learn(recipe, arguments.traces, arguments.train or arguments.ask or every, out, others, arguments.batches,
+              arguments.diagnose)  # fmt: skip
     if arguments.traces and arguments.train is None:
         model, tokenizer = load_backbone(recipe.backbone)
         context = model.config.get_text_config(decoder=True).max_position_embeddings
         sources = {"development": arguments.development or ["stdlib"], "report": arguments.report}
         follow, lengths, tasks = arguments.follow, arguments.length, arguments.task or list(recipe.benchmark.tasks)
+        drawn = partial(held_out, follow=follow, tokenizer=tokenizer, context=context, seeds=arguments.seeds)
         built = (
             build
             for name in arguments.set or SETS
             for build in (
                 at_length(recipe, name, sources[name], lengths, tasks, follow, tokenizer)
                 if lengths
-                else (
-                    lambda each=each: each for each in held_out(recipe, name, sources[name], follow, tokenizer, context)
-                )
+                else (lambda each=each: each for each in drawn(recipe, name, sources[name]))
             )
         )
         names = arguments.ask or [name for name in every if (out / name / "indexer").exists()]

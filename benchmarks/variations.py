@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.ablation_tables import DIAGNOSES, RECIPE
+from data_gen.config import TraceConfig
 from data_gen.core.errors import InputError
 from data_gen.core.files import write_atomically
+from data_gen.text.needles import NEEDLE_TASKS
 from data_gen.traces.store import TraceStore
-from indexer_train.config import CandidatesConfig
+from indexer_train.config import CandidatesConfig, TrainConfig
 from indexer_train.data.mixture import mix
 from indexer_train.losses import LOSSES
-from indexer_train.training.evaluator import MassRecallEvaluator
+from indexer_train.measure.calibration import mean_peak_entropy, measure, score_windows
+from indexer_train.measure.metrics import served_windows
+from indexer_train.model import MemoryIndexer
+from indexer_train.selection import Budget
 from indexer_train.training.trainer import train
 from recipes import Recipe, load_recipe
 
@@ -85,13 +90,16 @@ def learn(
     out: Path,
     others: dict[str, Other] | None = None,
     batches: Batches | None = None,
+    measured: Path | None = None,
 ) -> None:
-    """Train what is not trained yet, and measure it on the documents held back from training.
+    """Train what is not trained yet, and measure it on the traces `measured`, or on what is held back from training.
 
-    others: recipes with traces of their own, by name; their documents held back are others, so that nothing is said of
-    them. batches: where they are made, instead of where the recipe says. Bytes of the same traces are read once.
+    others: recipes with traces of their own, by name; where what they hold back would be measured, nothing is said of
+    them: those are other documents. batches: where they are made, instead of where the recipe says. Bytes of the same
+    traces are read once.
     """
     store, checked = mix(traces), False
+    apart = None if measured is None else mix([measured])
     for name in names:
         variation, diagnosis = VARIATIONS.get(name, Variation()), out / name / "diagnosis.json"
         if diagnosis.exists():
@@ -103,19 +111,43 @@ def learn(
         trace = own.manifest.trace
         layers = trace.layers if variation.layer is None else [trace.layers[variation.layer]]
         trace = trace.model_copy(update={"window": variation.window or trace.window, "layers": layers})
-        view = TraceStore(own.root, own.manifest.model_copy(update={"trace": trace}), own.files)
+        view = with_trace(own, trace)
         config = base.train.model_copy(update=variation.train | ({"batches": batches} if batches else {}))
         if own is store:
             config = config.model_copy(update={"check_bytes": config.check_bytes and not checked})
             checked = True
         indexer = train(view, base.indexer.model_copy(update=variation.indexer), config, out / name)
-        said = {}  # of other windows or documents nothing is said that could be compared
-        if variation.window is None and other is None:
+        said = {}  # of other windows, layers or documents nothing is said that could be compared
+        if variation.window is None and (other is None or (apart is not None and trace == apart.manifest.trace)):
             _, validation = view.hold_back(config.validation_every)
-            rows = [row for row in indexer.spec.provenance.metrics if row.task == "all"]
-            values = rows[0].values | MassRecallEvaluator(validation, config.budget)(indexer)
-            said = {each: values[each] for each in DIAGNOSES}
+            said = diagnosed(indexer, validation if apart is None else with_trace(apart, trace), config)
         write_atomically(diagnosis, lambda file, said=said: file.write_text(json.dumps(said)))
+
+
+def with_trace(store: TraceStore, trace: TraceConfig) -> TraceStore:
+    """A view of a store as if it had been traced so: fewer layers, another window."""
+    return TraceStore(store.root, store.manifest.model_copy(update={"trace": trace}), store.files)
+
+
+def diagnosed(indexer: MemoryIndexer, store: TraceStore, config: TrainConfig) -> dict[str, float]:
+    """DIAGNOSES of an indexer, on documents that it was not trained on; without texts or questions not theirs."""
+    scored = score_windows(indexer, served_windows(store))
+    kinds = {
+        "": scored,
+        "_of_texts": [each for each in scored if each.served.document.meta.task == "text"],
+        "_of_questions": [each for each in scored if each.served.document.meta.task in NEEDLE_TASKS],
+    }
+    found: dict[str, float] = {}
+    for kind, members in kinds.items():
+        if members:
+            values = next(
+                row.values
+                for row in measure(members, [Budget(budget=config.budget)], config.golden, "validation")
+                if row.task == "all"
+            )
+            values = values | {"peak_entropy": mean_peak_entropy(members)}
+            found |= {f"{name}{kind}": value for name, value in values.items() if f"{name}{kind}" in DIAGNOSES}
+    return found
 
 
 def check_comparable(name: str, own: TraceStore, store: TraceStore) -> None:

@@ -15,8 +15,10 @@ from data_gen.backbones.load import adapter, load_backbone
 from data_gen.core.errors import InputError
 from data_gen.generate import generate
 from data_gen.text.needles import KEYS
+from data_gen.traces.store import TraceStore
 from eval.online.scorers import fidelity
 from indexer_train.load import load_indexer
+from indexer_train.training.evaluator import MassRecallEvaluator
 from recipes import load_recipe
 
 SOURCES = {"development": ["stdlib"], "report": None}
@@ -84,7 +86,7 @@ def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, mo
     assert {name: (len(spec.layers), spec.window) for name, spec in specs.items()} == {
         "recipe": (3, 32), "listwise_peak": (3, 32), "focal": (3, 32), "middle-layer": (1, 32), "horizon-16": (3, 16),
     }  # fmt: skip
-    assert len(found["rank_correlations"]) == 6 and "fetched" not in table
+    assert len(found["rank_correlations"]) == 2 * len(DIAGNOSES) and "fetched" not in table
 
     at_length = ["--ask", names[0], "--set", "report", "--length", "600", "--length", "800", "--follow", "16"]
     table = call(traces, *at_length, "--correction", "2", "--report", "package:typer", out="at_length")
@@ -131,6 +133,10 @@ def test_a_recipe_with_traces_of_its_own_is_asked_beside_the_variations(recipe, 
     traces = str(tmp_path / "debug" / "train")
     variant = ["--variant", f"own-answers=own.yaml:{tmp_path / 'own.yaml' / 'train'}"]
     call(traces, *variant, "--train", "recipe", "--train", "own-answers", "--batches", "device")
+    said = json.loads((tmp_path / "out" / "recipe" / "diagnosis.json").read_text())
+    call(traces, "--diagnose", traces, "--train", "bce")
+    other = json.loads((tmp_path / "out" / "bce" / "diagnosis.json").read_text())
+    assert said.keys() == other.keys() == set(DIAGNOSES)
     spec = load_indexer(tmp_path / "out" / "own-answers" / "indexer").spec
     assert (spec.layers, spec.window, spec.provenance.train["batches"]) == (own.layers, 16, "device")
     assert json.loads((tmp_path / "out" / "own-answers" / "diagnosis.json").read_text()) == {}
@@ -162,6 +168,23 @@ def test_what_is_compared_as_it_is_read_is_what_was_kept(recipe):
     assert float(pairs[0][1].mean()) > 0
 
 
+def test_what_is_said_of_an_indexer_is_the_trainers_and_is_said_of_texts_and_questions_too(recipe, tmp_path):
+    model, tokenizer = load_backbone(recipe.backbone)
+    generate(adapter(model), tokenizer, recipe.documents, recipe.trace, tmp_path, ["train"])
+    store, config = TraceStore.open(tmp_path / "train"), recipe.train
+    variations.learn(recipe, [tmp_path / "train"], ["recipe"], tmp_path / "out", measured=tmp_path / "train")
+    said = json.loads((tmp_path / "out" / "recipe" / "diagnosis.json").read_text())
+    indexer = load_indexer(tmp_path / "out" / "recipe" / "indexer")
+    whole = MassRecallEvaluator(store, config.budget)(indexer)
+    assert {name: said[name] for name in ("peak_entropy", "mass_recall")} == pytest.approx(
+        {name: whole[name] for name in ("peak_entropy", "mass_recall")}
+    )
+    texts = store.only([path for path in store.files if store.document(path).meta.task == "text"])
+    assert 0 < len(texts.files) < len(store.files)
+    assert variations.diagnosed(indexer, texts, config)["peak_entropy"] == said["peak_entropy_of_texts"]
+    assert "golden_recall_of_questions" not in variations.diagnosed(indexer, texts, config)
+
+
 def test_a_rank_correlation_shares_ranks_among_equals():
     said = [("a", 0.1, 0.5), ("b", 0.2, 0.5), ("c", 0.3, 0.1)]
     rows = [
@@ -169,8 +192,8 @@ def test_a_rank_correlation_shares_ranks_among_equals():
         for name, value, kl in said
     ]
     lines = ablations.correlations(rows)
-    assert [line["kl"] for line in lines] == pytest.approx([-(3**0.5) / 2] * 3)
-    assert [line["right"] for line in lines] == [None] * 3, "all equally right: no rank"
+    assert [line["kl"] for line in lines] == pytest.approx([-(3**0.5) / 2] * len(DIAGNOSES))
+    assert [line["right"] for line in lines] == [None] * len(DIAGNOSES), "all equally right: no rank"
 
 
 def test_the_interval_of_a_rank_correlation_holds_the_truth_as_often_as_it_says():
@@ -200,4 +223,5 @@ def test_questions_of_several_kinds_are_added_up_and_as_many_right_are_a_tie(tmp
     pooled = {row["policy"]: row for row in found if row["task"] == EVERY}
     assert pooled["two"]["documents"] == 30 and pooled["two"]["right"] == pytest.approx(0.4)
     assert pooled["two"]["right_beside_recipe"][0] == pytest.approx(0) and pooled["two"]["solved_documents"] == 30
-    assert [line["right"] for line in correlations(found)] == [None] * 3, "as many right in another order"
+    ranks = [line["right"] for line in correlations(found)]
+    assert ranks == [None] * len(DIAGNOSES), "as many right in another order"
