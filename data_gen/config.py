@@ -62,9 +62,9 @@ class DocumentsConfig(Strict):
     values: Count = 2
     thinking: bool = False
     turns: Literal["last", "all"] = "last"
-    heldout_share: float | None = Field(None, gt=0, lt=1)
+    heldout_share: float | None = Field(default=None, gt=0, lt=1)
     wordings: Literal["heldout", "fresh"] = "heldout"
-    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
+    seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

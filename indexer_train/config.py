@@ -27,7 +27,7 @@ class IndexerConfig(Strict):
 
     heads: Width
     rank: Width
-    distance_bumps: int = Field(12, ge=0, le=1 << 16)
+    distance_bumps: int = Field(default=12, ge=0, le=1 << 16)
     scale: bool = True
     slot: bool = True
     bias: bool = False
@@ -122,7 +122,7 @@ class TrainConfig(Strict):
     warmup: NonNegativeFloat = 0.05
     clip: NonNegativeFloat = 1.0
     golden: PositiveFloat = 0.05
-    budget: float = Field(0.1, gt=0, le=1)
+    budget: float = Field(default=0.1, gt=0, le=1)
     select: Rule = "budget"
     validation_every: Count = 6
     choose: Criterion = "peak_entropy"
@@ -132,7 +132,7 @@ class TrainConfig(Strict):
     workers: NoneOrMore | None = None
     report_to: list[str] = Field(default_factory=list)
     check_bytes: bool = True
-    seed: int = Field(0, ge=0, lt=1 << 32)
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
     init: str | None = None
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from indexer_train.losses.base import IndexerLoss, LossOptions, Targets
 class BceOptions(LossOptions):
     """smoothing: golden counts as 1 - smoothing, the rest as smoothing."""
 
-    smoothing: float = Field(0.0, ge=0, lt=0.5)
+    smoothing: float = Field(default=0.0, ge=0, lt=0.5)
 
 
 class BceLoss(IndexerLoss):

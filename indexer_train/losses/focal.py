@@ -11,9 +11,9 @@ class FocalOptions(LossOptions):
     """gamma: focus on what is still wrong; alpha: weight of golden chunks, 1 - alpha of the others (None: equal);
     smoothing: golden counts as 1 - smoothing, the rest as smoothing."""
 
-    gamma: float = Field(2.0, ge=0)
-    alpha: float | None = Field(None, gt=0, lt=1)
-    smoothing: float = Field(0.0, ge=0, lt=0.5)
+    gamma: float = Field(default=2.0, ge=0)
+    alpha: float | None = Field(default=None, gt=0, lt=1)
+    smoothing: float = Field(default=0.0, ge=0, lt=0.5)
 
 
 class FocalLoss(IndexerLoss):

@@ -27,13 +27,13 @@ class Settings(Strict):
     model_config = ConfigDict(frozen=True)
 
     bundle: Path
-    budget: float | None = Field(None, gt=0, le=1)
+    budget: float | None = Field(default=None, gt=0, le=1)
     threshold: float | None = None
-    coverage: float | None = Field(None, gt=0, le=1)
+    coverage: float | None = Field(default=None, gt=0, le=1)
     cap: PositiveInt | None = None
-    full_above: float | None = Field(None, ge=1)
+    full_above: float | None = Field(default=None, ge=1)
     lag: Literal[0, 1] = 0
-    host_gib: float | None = Field(None, gt=0)
+    host_gib: float | None = Field(default=None, gt=0)
     trace: Path | None = None
 
     @model_validator(mode="before")
