@@ -88,7 +88,7 @@ def correlations(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 said = [next(row[diagnosis] for row in members if row["policy"] == name) for name in names]
                 means = [round(float(np.mean(each)), 9) for each in outcomes]
                 differ = len(set(said)) > 1 and len(set(means)) > 1
-                line[metric] = float(spearmanr(said, means).statistic) if differ else None
+                line[metric] = float(spearmanr(said, means).statistic) if differ else None  # pyright: ignore[reportAttributeAccessIssue] - scipy names it at run time
             lines.append(line)
     return lines
 

@@ -39,7 +39,7 @@ recipe with the correction's.
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -111,7 +111,7 @@ def at_length(
     name: str,
     source: list[str] | None,
     lengths: list[int],
-    tasks: list[str],
+    tasks: Sequence[str],
     follow: int,
     tokenizer: Any,
 ) -> Iterator[Callable[[], Asked]]:
@@ -161,11 +161,11 @@ def policies_of(out: Path, names: list[str], window: int, correction: int, maske
     pooled = Policy("mean-pooled keys", mean_pooled, 0.0, key_layers=layers)
     newest = Policy("recency", recency, 0.0)
     found += [newest, pooled]
-    for query in get_args(CorrectionQuery) if correction and own else ():
-        corrected = Correction(chunks=correction, query=query)
-        found.append(replace(own, name=f"{RECIPE} + {correction} by {query}", correction=corrected,
-                             key_layers=own.key_layers + layers))  # fmt: skip
     if correction and own:
+        for query in get_args(CorrectionQuery):
+            corrected = Correction(chunks=correction, query=query)
+            found.append(replace(own, name=f"{RECIPE} + {correction} by {query}", correction=corrected,
+                                 key_layers=own.key_layers + layers))  # fmt: skip
         most = found[-1].key_layers
         found.append(replace(newest, name="recency, bytes of the recipe", extra=own.key_layers * share))
         for each in (own, newest, pooled):
@@ -202,7 +202,7 @@ def ask(
         beside += [Policy(name, oracle(full, window), budget) for name, oracle in oracles.items()]
         going = masked.begin(prompt, beside)
         if asked.values:
-            said += answers(masked, going, asked.given, asked.most, window, ended)
+            said = [*said, *answers(masked, going, asked.given, asked.most, window, ended)]
             values = [{"right": right(tokenizer.decode(each), asked.values)} for each in said]
         else:
             pairs = [fidelity(log_full, log_full), *followed(masked, going, asked.given, window, log_full)]

@@ -4,10 +4,10 @@ Every layer has caches of its own, so that no layer finds the one before in the 
 eval/serving where the device runs them, else their torch references; decode.py compares the two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ SMALL_BITS = -0x4040404040404041
 """In each byte of a word all bits but the exponent's highest: values below 2 in fp8 and bf16, and none that is NaN."""
 
 Work = Callable[[], Any]
+Way = TypeVar("Way", bound=Callable[..., torch.Tensor])
 
 
 @dataclass(frozen=True)
@@ -258,9 +259,9 @@ def fetching(hot: HotPool, count: int) -> tuple[Work, int]:
     return fetch, count * stride
 
 
-def fastest(ways: list[Work], device: torch.device, *arguments: Any) -> Work:
+def fastest(ways: Sequence[Way], device: torch.device, *arguments: Any) -> Way:
     """Whichever of several ways to one result takes the least time here; PyTorch may lack one on this device."""
-    times: dict[float, Work] = {}
+    times: dict[float, Way] = {}
     refused = []
     for way in ways:
         try:

@@ -26,7 +26,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -96,7 +95,7 @@ class Reader:
     def read(self, documents: Sequence[tuple[str, Asked]]) -> Iterator[Read]:
         """Each document under full attention; a question's answer is what that says."""
         prefill = Prefill(lambda: open_session(self.model, self.indexer.spec))
-        for (text, asked), after in pairwise([*documents, None]):
+        for (text, asked), after in zip(documents, [*documents[1:], None], strict=False):
             session = prefill.read(asked.prompt, None if after is None else after[1].prompt)
             said = self._answer(session.fork(), asked)
             windows: list[Scored] = []

@@ -82,7 +82,7 @@ def measure(device: torch.device, sizes: Sizes, output: Path | None) -> list[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     parser.add_argument("--toy", action="store_true", help="small sizes; the default without a CUDA device")
     args = parser.parse_args()

@@ -32,8 +32,8 @@ from benchmarks.train import HUGE_PAGES, peak_memory
 from data_gen.config import TraceConfig
 from data_gen.core.chunks import Chunking
 
-Metrics = dict[str, dict[str, float]]
-"""Of each layer ("layer 10") and of their maximum ("joined"): precision, recall, f1, recall@128 ..."""
+Metrics = dict[str, dict[str, float | None]]
+"""Of each layer ("layer 10") and of their maximum ("joined"): precision, recall, f1, recall@128 ... or None."""
 
 
 def write_documents(folder: Path, documents: int, chunks: int, tokens: int) -> None:
@@ -109,9 +109,9 @@ def measure_release(folder: Path, checkout: Path, heads: int, rank: int) -> tupl
     """(CPU-seconds, metrics) of its evaluation of one model a layer, joined in three ways."""
     indexer, _ = make_indexer(folder, heads, rank)
     sys.path.insert(0, str(checkout / "training"))
-    from train import LightningIndexerTrainable
+    from train import LightningIndexerTrainable  # pyright: ignore[reportAttributeAccessIssue] - the checkout's, not ours
 
-    from eval import evaluate_full_multi_ensemble
+    from eval import evaluate_full_multi_ensemble  # pyright: ignore[reportAttributeAccessIssue] - as above
 
     models = {}
     for layer in LAYERS:

@@ -70,7 +70,8 @@ def _decoded(rows: Sequence[dict[str, Any]]) -> list[Point]:
 def _ablated(rows: Sequence[dict[str, Any]]) -> list[Point]:
     points = []
     rows = [row for row in rows if row["set"] == "report"]
-    for policy in dict.fromkeys(row["policy"] for row in rows):
+    policies: list[str] = [row["policy"] for row in rows]
+    for policy in dict.fromkeys(policies):
         asked = [row for row in rows if row["policy"] == policy and "right" in row and row["task"] != EVERY]
         (text,) = (row for row in rows if row["policy"] == policy and "kl" in row)
         questions = sum(row["documents"] for row in asked)

@@ -45,7 +45,7 @@ def write_dump(path: Path, tokens: int, chunks: int) -> None:
 
 def peak_memory() -> float:
     """MB, the most this process ever held (Linux)."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
 
 
 def measure(folder: Path) -> None:

@@ -76,7 +76,8 @@ def share_table(found: list[dict[str, Any]]) -> str:
     lines = []
     by = {(row["length"], row["task"], row["budget"], row["policy"]): row for row in found}
     for length, task, budget in dict.fromkeys(key[:3] for key in by):
-        ours, oracle, other = (by.get((length, task, budget, name)) for name in ("indexer", "oracle", "mean_pooled"))
+        ours, oracle = (by[length, task, budget, name] for name in ("indexer", "oracle"))
+        other = by.get((length, task, budget, "mean_pooled"))
         cells = [ours["mass_recall"], ours["mass_recall"] / oracle["mass_recall"], ours["golden_recall"]]
         if other is not None:
             gap, low, high = other["mass_recall_difference"]

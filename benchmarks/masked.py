@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data_gen.backbones.layers import attention_modules
@@ -127,7 +128,7 @@ class MaskedModel:
             for piece in torch.tensor([tokens], device=self.model.device).split(PIECE_TOKENS, dim=1):
                 self.model(piece, past_key_values=cache, logits_to_keep=1)
         keys = {layer: pooler.pooled for layer, pooler in poolers.items()}
-        means = {layer: _means(cache.layers[layer].keys[0], self.chunking.tokens) for layer in self.layers}
+        means = {layer: _means(_held(cache, layer)[0][0], self.chunking.tokens) for layer in self.layers}
         return Prompt(len(tokens), cache, keys, means, newest, queries, contents)
 
     def begin(self, prompt: Prompt, policies: Sequence[Policy], watch: bool = False) -> Continuation:
@@ -135,8 +136,8 @@ class MaskedModel:
         rows, cache = len(policies), DynamicCache(config=self.model.config)
         for place, layer in enumerate(prompt.cache.layers):
             if place in self.layers:
-                cache.layers[place] = ResidentLayer()
-                cache.layers[place].length = prompt.tokens  # the prompt's own rows are read from `prompt`
+                cache.layers[place] = own = ResidentLayer()
+                own.length = prompt.tokens  # the prompt's own rows are read from `prompt`
             else:
                 cache.layers[place] = copy.copy(layer)
                 for name in ("keys", "values"):
@@ -220,7 +221,9 @@ class MaskedModel:
 
         def attention(module: nn.Module, *states: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, None]:
             if module in self.modules:
-                return self._attend(going, module, *states[:3], kwargs.get("scaling") or module.head_dim**-0.5), None
+                query, key, value = states[:3]
+                scaling = cast(float, kwargs.get("scaling")) or cast(int, module.head_dim) ** -0.5
+                return self._attend(going, module, query, key, value, scaling), None
             forward = earlier or sys.modules[type(module).__module__].eager_attention_forward
             return forward(module, *states, **kwargs)
 
@@ -252,8 +255,7 @@ class MaskedModel:
         query: [rows, H, S, d]; key, value: [rows, KV, n, d]. Returns [rows, S, H, d]; products in fp32.
         """
         layer = self.modules[module]
-        past = going.prompt.cache.layers[layer]
-        past_key, past_value = past.keys[0].float(), past.values[0].float()  # [KV, P, d]
+        past_key, past_value = (side[0].float() for side in _held(going.prompt.cache, layer))  # [KV, P, d]
         rows, heads, new, width = query.shape
         kv, behind = key.shape[1], key.shape[2]
         grouped = query.float().reshape(rows, kv, -1, width)  # [rows, KV, groups * S, d]
@@ -297,7 +299,7 @@ class MaskedModel:
             asks = query[row]
             if policy.correction.query == "previous":
                 asks = torch.cat([before[row], asks], dim=1)[:, :-1]
-            unfinished = prompt.cache.layers[layer].keys[0, :, chunks * size :]
+            unfinished = _held(prompt.cache, layer)[0][0, :, chunks * size :]
             later = _means(torch.cat([unfinished, key[row]], dim=1), size)[:, : going.complete[row] - chunks]
             means = torch.cat([prompt.means[layer], later], dim=1)
             scores = correction_scores(asks, means, scaling)[:, :chunks].masked_fill(~absent, -1)
@@ -310,6 +312,12 @@ class MaskedModel:
                 seen = seen.repeat(1, len(added), 1)
             seen[row, :, : chunks * size] |= added.repeat_interleave(size, dim=1)
         return seen
+
+
+def _held(cache: Cache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, KV, T, d] of a full-attention layer that has read something."""
+    held = cast(DynamicLayer, cache.layers[layer])
+    return cast(torch.Tensor, held.keys), cast(torch.Tensor, held.values)
 
 
 def _content(call: AttentionCall) -> torch.Tensor:

@@ -141,7 +141,9 @@ def eager_weights(model: PreTrainedModel, tokens: torch.Tensor) -> dict[int, tor
         stack.callback(model.set_attn_implementation, before)
         stack.enter_context(observe(model, lambda call: calls.update({call.layer: call})))
         for layer, module in attention_modules(model).items():
-            hook = module.register_forward_hook(lambda _, __, output, layer=layer: seen.update({layer: output[1][0]}))
+            hook = module.register_forward_hook(
+                lambda _, __, output, *, layer=layer: seen.update({layer: output[1][0]})
+            )
             stack.callback(hook.remove)
         model(tokens, use_cache=False)
     scales = {layer: _scale(weights, calls[layer]) for layer, weights in seen.items()}

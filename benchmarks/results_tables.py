@@ -1,7 +1,7 @@
 """The tables of docs/results.md: what each kind of file in benchmarks/results/ holds, as Markdown."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.ablation_tables import EVERY, ranked
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 SIDES = ("ours", "release")
 
 
-def listed(rows: Sequence[Row], columns: dict[str, str | Callable[[Row], Any]]) -> str:
+def listed(rows: Sequence[Row], columns: Mapping[str, str | Callable[[Row], Any]]) -> str:
     """A table of `rows`; columns: heading -> a key of the rows, or what is made of one."""
     cells = [[row.get(each) if isinstance(each, str) else each(row) for each in columns.values()] for row in rows]
     return str(Table(list(columns), cells))

@@ -30,9 +30,10 @@ import copy
 import json
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,9 +46,9 @@ from data_gen.core.errors import InputError
 from data_gen.text.documents import heldout_share
 from eval.online.generated import Haystack
 from eval.runtime.calls import model_state
-from eval.runtime.hosts.resident import Prepared
+from eval.runtime.hosts.resident import Move, Prepared
 from eval.runtime.runtime import LSARuntime
-from eval.serving.level1 import Level1
+from eval.serving.level1 import Backend, Level1
 from indexer_train.formats.bundle import load_bundle
 from indexer_train.selection import Budget
 from recipes import load_recipe
@@ -80,9 +81,9 @@ def decode(
     written = runtime.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None)[:, -1:]
     asked, chosen, keep, queries = [], [], runtime.host.keep, runtime.level1.pack
 
-    def note_keep(wanted: list[torch.Tensor] | Prepared) -> Any:
-        chosen.append(torch.cat(list(wanted.resident if isinstance(wanted, Prepared) else wanted)))
-        return keep(wanted)
+    def note_keep(resident: Sequence[torch.Tensor] | Prepared) -> Move:
+        chosen.append(torch.cat(list(resident.resident if isinstance(resident, Prepared) else resident)))
+        return keep(resident)
 
     def note_queries(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         asked.append((hidden.clone(), positions))
@@ -133,7 +134,9 @@ def measure(
     """A row for everything resident, and one for `budget` with every backend that computes the bundle, at each lag."""
     rows: list[dict[str, Any]] = []
     by_torch: dict[int, list[torch.Tensor]] = {}
-    written = model.generate(ids, max_new_tokens=tokens + 1, do_sample=False, eos_token_id=None)[:, ids.shape[1] + 1 :]
+    whole = model.generate(ids, max_new_tokens=tokens + 1, do_sample=False, eos_token_id=None)  # pyright: ignore[reportCallIssue] - of a mixin that PreTrainedModel lacks
+    written = whole[:, ids.shape[1] + 1 :]
+    kinds: list[tuple[float, Backend, Literal[0, 1]]]
     kinds = [(1.0, "torch", 0), *((budget, backend, lag) for backend in ("torch", "triton") for lag in (0, 1))]
     for share, backend, lag in kinds:
         selection = Budget(budget=share)

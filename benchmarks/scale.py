@@ -67,7 +67,8 @@ TRACE = TraceConfig(chunking=Chunking(tokens=4, sink=1, recent=4), layers=[0, 1,
 
 def write_source(path: Path, tokens: int) -> None:
     """Rows of text of about `tokens` tokens in all, every paragraph another one: sentences of the built-in text."""
-    sentences = [line for text in read_source("builtin", "text") for line in text.split("\n") if len(line) > 60]
+    texts = [text for text in read_source("builtin", "text") if isinstance(text, str)]  # all of it: no chats
+    sentences = [line for text in texts for line in text.split("\n") if len(line) > 60]
     rng, written = random.Random(0), 0
     with open(path, "w") as file:
         while written < 4.2 * tokens:  # characters of a token of this text

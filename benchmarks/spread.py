@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import dispatch_model, init_empty_weights
@@ -56,7 +56,8 @@ def random_model(config: PreTrainedConfig, devices: list[str]) -> PreTrainedMode
             setattr(module, key, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
         torch.manual_seed(number)
         model._init_weights(module)
-    return dispatch_model(model, places, force_hooks=True).eval() if len(devices) > 1 else model.to(devices[0]).eval()
+    placed = dispatch_model(model, places, force_hooks=True) if len(devices) > 1 else model.to(devices[0])
+    return cast(PreTrainedModel, placed).eval()
 
 
 def digest(trace: RawTrace) -> str:

@@ -36,7 +36,7 @@ class Row:
     def line(self) -> str:
         """As a row of a Markdown table; no share of a limit that the hardware's caches beat."""
         start = f"| {self.stage} | {self.backend} | {self.us:.1f} us |"
-        if self.bytes is None:
+        if self.bytes is None or self.limit_us is None:
             return f"{start} - | - | - |"
         rate = self.bytes / self.us / 1e3
         share = f"{self.limit_us / self.us:.0%}" if self.limit_us <= self.us else "-"

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
@@ -58,10 +59,10 @@ def tiny_model() -> DeepseekV4ForCausalLM:
 
 def peak_memory() -> float:
     """MB, the most this process ever held (Linux)."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
 
 
-def measure(tokens: int, oracle: str) -> None:
+def measure(tokens: int, oracle: Literal["indexer", "attention"]) -> None:
     """Trace one random document in this process and print the figures."""
     backbone = DeepseekV4Backbone(tiny_model())
     settings = TraceConfig(chunking=Chunking(tokens=4), layers=[2], oracle=oracle, top_chunks=64)

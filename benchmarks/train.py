@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -44,7 +44,7 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-2
 
 def peak_memory() -> float:
     """GiB, the most this process ever held (Linux)."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 2**20
 
 
 def measure_ours(folder: Path, heads: int, rank: int, steps: int) -> dict[str, float]:
@@ -97,8 +97,8 @@ def measure_ours(folder: Path, heads: int, rank: int, steps: int) -> dict[str, f
 def measure_release(folder: Path, checkout: Path, heads: int, rank: int, steps: int) -> dict[str, float]:
     """The release's dataset, model and loss in the order of its joint training loop."""
     sys.path.insert(0, str(checkout / "training"))
-    from dataloader import build_joint_combined_dataloader
-    from train import JointLayerRetriever
+    from dataloader import build_joint_combined_dataloader  # pyright: ignore[reportMissingImports]
+    from train import JointLayerRetriever  # pyright: ignore[reportAttributeAccessIssue] - the checkout's, not ours
 
     loader = build_joint_combined_dataloader(
         [{"data_dir": str(folder), "doc_ids": None}],
@@ -141,13 +141,13 @@ def release_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         p_truth = p * truth + (1 - p) * (1 - truth)
         bce = torch.nn.functional.binary_cross_entropy(p, truth, reduction="none")
         losses.append((bce * (1 - p_truth) ** 2 * weight).mean())
-    return sum(losses) / len(losses)
+    return sum(losses, torch.zeros(())) / len(losses)
 
 
 def compare_losses(folder: Path, checkout: Path, heads: int, rank: int) -> dict[str, float]:
     """Both losses on one of our batches, the release's model holding our weights."""
     sys.path.insert(0, str(checkout / "training"))
-    from train import JointLayerRetriever
+    from train import JointLayerRetriever  # pyright: ignore[reportAttributeAccessIssue] - the checkout's, not ours
 
     from data_gen.traces.store import TraceStore
     from indexer_train.config import CandidatesConfig, IndexerConfig
@@ -162,12 +162,13 @@ def compare_losses(folder: Path, checkout: Path, heads: int, rank: int) -> dict[
     indexer = MemoryIndexer.from_spec(spec_for(store.manifest, shape), device="cpu")
     model = JointLayerRetriever(LAYERS, n_heads=heads, q_lora_rank=rank)
     for layer in LAYERS:
-        theirs, ours = model.retrievers[f"l{layer}"], indexer.query_encoder.encoders[str(layer)]
+        theirs, ours = model.retrievers[f"l{layer}"], indexer.query_encoder.encoder(layer)
         for name in ("wq_a", "wq_b", "weights_proj"):
             getattr(theirs, name).weight.data = getattr(ours, name).weight.data
         theirs.q_norm_weight.data = ours.q_norm.weight.data
     settings = CandidatesConfig(kind="sampled", negatives=NEGATIVES, common_weight=0.5)
-    rows = list(window_index(store))[:: TOKENS // BATCH][:BATCH]
+    windows = cast(list[dict[str, int]], list(window_index(store)))
+    rows = windows[:: TOKENS // BATCH][:BATCH]
     batch = SampledCandidates(store, LAYERS, GOLDEN, settings, seed=0)(rows)
     label, candidates = batch["label"], batch["query_candidates"]
     with torch.no_grad():

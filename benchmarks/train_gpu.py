@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage] - no public name has it
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
@@ -73,8 +73,10 @@ class Clock(TrainerCallback):
         elif state.global_step == self.end + PROFILED:
             seconds = self.now() - self.found.pop("start")
             self.profiler.__exit__(None, None, None)
-            if self.cuda:
-                events = [e for e in self.profiler.events() if e.device_type == DeviceType.CUDA]
+            if isinstance(self.profiler, profile):
+                watched = self.profiler.events()
+                assert watched is not None  # it has run
+                events = [e for e in watched if e.device_type == DeviceType.CUDA]
                 busy = sum(event.device_time for event in events) / 1e6
                 self.found |= {"device_seconds_a_step": busy / PROFILED, "profiled_seconds_a_step": seconds / PROFILED}
                 adding = sum(event.device_time for event in events if "nccl" in event.name.lower()) / 1e6
