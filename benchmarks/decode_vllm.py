@@ -5,7 +5,8 @@ layers as asked for, and random weights, and the indexer too: what is measured i
 started one after the other: stock vLLM with its own choices, stock vLLM with the model runner that the plugin needs,
 and the plugin. Prompts are random tokens, read beforehand into the prefix cache; a cell is the rate while all requests
 of a batch are decoded, at equal lengths of context. `read` is the share of the blocks that the plugin read, by its own
-counters.
+counters. With --profile each cell is decoded once more under PyTorch's profiler, and what differs most between
+engines is printed: operations of the device (on a machine without one, of the CPU), and their time, per step.
 """
 
 # pyright: reportMissingImports=false
@@ -16,7 +17,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +44,8 @@ LLAMA = {
     "max_position_embeddings": 131072, "tie_word_embeddings": False,
 }  # fmt: skip
 TOY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
+"""Kinds of events that a device works at, as the profiler names them."""
 CHUNK, WINDOW, KEPT = 16, 64, 0.1
 SERVERS = {
     "stock": {},
@@ -62,6 +65,8 @@ class Cell:
     tokens_per_second: float
     step_ms: float
     read: float | None
+    profile: dict[str, tuple[float, float]] | None = None
+    """Of each operation its number and milliseconds a step."""
 
     def row(self) -> str:
         """A line under HEADER."""
@@ -117,10 +122,15 @@ def measure(server: str, folder: Path, args: argparse.Namespace) -> None:
     }  # fmt: skip
     if gpu and server == "lookahead":
         options["attention_backend"] = "CUSTOM"
+    if args.profile:
+        options["profiler_config"] = {
+            "profiler": "torch", "torch_profiler_dir": str(folder / "profile"), "torch_profiler_with_stack": False,
+            "torch_profiler_use_gzip": False,
+        }  # fmt: skip
     given = json.loads(args.engine)
     options["compilation_config"] |= given.pop("compilation_config", {})
     llm = LLM(str(folder), **options | given)
-    for cell in timed(llm, server, shape["vocab_size"], args):
+    for cell in timed(llm, server, shape["vocab_size"], args, folder / "profile"):
         print(cell.row(), flush=True)
         known = json.loads(args.out.read_text())
         args.out.write_text(
@@ -129,8 +139,8 @@ def measure(server: str, folder: Path, args: argparse.Namespace) -> None:
     llm.llm_engine.engine_core.shutdown()  # this process waits for the engine's when it ends
 
 
-def timed(llm: Any, server: str, vocabulary: int, args: argparse.Namespace) -> Iterator[Cell]:
-    """Each cell twice, the second time on the prefix cache; the first one may end early."""
+def timed(llm: Any, server: str, vocabulary: int, args: argparse.Namespace, traces: Path) -> Iterator[Cell]:
+    """Each cell twice, the second time on the prefix cache; the first one may end early. A profile is a third time."""
     for context, batch in cells(args.contexts, args.batches, args.most):
         prompts = [prompt(sequence, context - args.new, vocabulary) for sequence in range(batch)]
         decode(llm, prompts, 4)
@@ -140,7 +150,44 @@ def timed(llm: Any, server: str, vocabulary: int, args: argparse.Namespace) -> I
         counted = {name: value - before.get(name, 0) for name, value in after.items()}
         made = counted.get("lookahead:made_total")
         read = counted["lookahead:read_total"] / made if made else None
-        yield Cell(server, context, batch, rate, 1000 * batch / rate, read)
+        cell = Cell(server, context, batch, rate, 1000 * batch / rate, read)
+        yield replace(cell, profile=profiled(llm, prompts, traces)) if args.profile else cell
+
+
+def profiled(llm: Any, prompts: list[dict[str, list[int]]], traces: Path) -> dict[str, tuple[float, float]]:
+    """Operations of a step, over two windows: name -> (number, milliseconds), of the device where there is one."""
+    steps = 2 * WINDOW
+    llm.start_profile()
+    decode(llm, prompts, steps)
+    llm.stop_profile()
+    (trace,) = (file for file in traces.rglob("*.json") if '"traceEvents"' in file.read_text())
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"]
+    trace.unlink()  # the next cell's is found by being the only one
+    kinds = DEVICE if any(event.get("cat") in DEVICE for event in events) else {"cpu_op"}
+    found: dict[str, tuple[float, float]] = {}
+    for event in events:
+        if event.get("cat") in kinds:
+            number, spent = found.get(event["name"], (0.0, 0.0))
+            found[event["name"]] = number + 1 / steps, spent + event["dur"] / 1000 / steps
+    return found
+
+
+def differences(rows: list[dict[str, Any]], most: int = 12) -> str:
+    """Of each size, the operations whose number a step differs most from the first engine's."""
+    lines = []
+    for row in rows:
+        first = next(each for each in rows if (each["context"], each["batch"]) == (row["context"], row["batch"]))
+        own, other = row["profile"], first["profile"]
+        number, spent = (sum(each) for each in zip(*own.values(), strict=True))
+        lines.append(f"{row['server']}, {row['context']:,} x {row['batch']}: {number:.1f} operations, {spent:.3f} ms")
+        more = [
+            (*(a - b for a, b in zip(own.get(name, (0, 0)), other.get(name, (0, 0)), strict=True)), name)
+            for name in own.keys() | other.keys()
+        ]
+        for number, spent, name in sorted(more, key=lambda each: -abs(each[0]))[:most]:
+            if abs(number) > 1 / WINDOW:
+                lines.append(f"  {number:+8.2f} {spent:+8.4f} ms  {name[:100]}")
+    return "\n".join(lines)
 
 
 def decode(llm: Any, prompts: list[dict[str, list[int]]], tokens: int) -> list[list[float]]:
@@ -186,6 +233,7 @@ def main() -> None:
     )
     parser.add_argument("--new", type=int, default=513, help="tokens of an answer")
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--profile", action="store_true", help="say also which operations a step has")
     parser.add_argument("--engine", default="{}", help="more options of every engine, in JSON")
     parser.add_argument("--toy", action="store_true", help="a narrow model, for a machine without a GPU")
     args = parser.parse_args()
@@ -198,6 +246,8 @@ def main() -> None:
         for server in args.servers:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 pool.submit(measure, server, folder, args).result()
+    if args.profile:
+        print(differences(json.loads(args.out.read_text())["rows"]))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def learn(
     traces are read once.
     """
     store, checked = mix(traces), False
-    apart = None if measured is None else mix([measured])
+    apart = None if measured is None else TraceStore.open(measured)
     for name in names:
         variation, diagnosis = VARIATIONS.get(name, Variation()), out / name / "diagnosis.json"
         if diagnosis.exists():

@@ -170,9 +170,9 @@ def test_what_is_compared_as_it_is_read_is_what_was_kept(recipe):
 
 def test_what_is_said_of_an_indexer_is_the_trainers_and_is_said_of_texts_and_questions_too(recipe, tmp_path):
     model, tokenizer = load_backbone(recipe.backbone)
-    generate(adapter(model), tokenizer, recipe.documents, recipe.trace, tmp_path, ["train"])
-    store, config = TraceStore.open(tmp_path / "train"), recipe.train
-    variations.learn(recipe, [tmp_path / "train"], ["recipe"], tmp_path / "out", measured=tmp_path / "train")
+    generate(adapter(model), tokenizer, recipe.documents, recipe.trace, tmp_path, ["train", "heldout"])
+    store, config = TraceStore.open(tmp_path / "heldout"), recipe.train
+    variations.learn(recipe, [tmp_path / "train"], ["recipe"], tmp_path / "out", measured=tmp_path / "heldout")
     said = json.loads((tmp_path / "out" / "recipe" / "diagnosis.json").read_text())
     indexer = load_indexer(tmp_path / "out" / "recipe" / "indexer")
     whole = MassRecallEvaluator(store, config.budget)(indexer)

@@ -52,9 +52,12 @@ class SparseTables:
         table, lengths, bounds = self._tables.fill(
             meta.block_table_tensor, meta.seq_lens, meta.seq_lens_cpu_upper_bound, read
         )
+        # A capture of CUDA graphs names a longer context than it has, on purpose, and reads no set.
+        longest = meta.max_seq_len if None in read else int(bounds.max())
         return meta.replace(
-            block_table_tensor=table, seq_lens=lengths, seq_lens_cpu_upper_bound=bounds, _num_computed_tokens_cache=None
-        )
+            block_table_tensor=table, seq_lens=lengths, seq_lens_cpu_upper_bound=bounds, max_seq_len=longest,
+            _num_computed_tokens_cache=None,
+        )  # fmt: skip
 
 
 class LookaheadCPUBuilder(SparseTables, CPUAttentionMetadataBuilder):

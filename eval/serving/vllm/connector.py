@@ -148,18 +148,16 @@ class LookaheadConnector(KVConnectorBase_V1, SupportsHMA):
         return Wishes(moves) if moves else None
 
     def get_kv_connector_stats(self) -> Stats | None:
-        """The worker's report since the last one, None where nothing changed."""
+        """The worker's report since the last one. None until a gauge changes or a set is chosen: what each token adds
+        waits for that, at most the tokens of a block, instead of a message a token."""
         if self.role is not KVConnectorRole.WORKER:
             return None
         now = self._worker.report()
+        if all(now[name] == self._reported.get(name) for name in (*GAUGES, "refreshes")):
+            return None
         news = {name: now[name] - self._reported.get(name, 0) for name in COUNTERS if name in now}
-        changed = any(news.values()) or any(now[name] != self._reported.get(name) for name in GAUGES)
         self._reported = now
-        return (
-            Stats({name: value for name, value in news.items() if value} | {n: now[n] for n in GAUGES})
-            if changed
-            else None
-        )
+        return Stats({name: value for name, value in news.items() if value} | {n: now[n] for n in GAUGES})
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:

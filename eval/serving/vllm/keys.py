@@ -2,28 +2,53 @@
 
 import torch
 
+WAITING = 1024
+"""Tokens whose keys wait, at most: a dozen small operations for each step would cost more than the step's attention."""
+
 
 class BlockKeys:
     """Sums of the keys of each block's tokens, before RoPE.
 
     sums: [blocks + 1, L, width] fp32 of the indexer's L layers, the last one for tokens without a block, so that a GPU
-    is never waited for; tokens: tokens of a block, which is one chunk.
+    is never waited for; tokens: tokens of a block, which is one chunk. They lack the keys that wait until `settle`.
     """
 
-    def __init__(self, blocks: int, layers: int, width: int, tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, blocks: int, layers: int, width: int, tokens: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.sums = torch.zeros(blocks + 1, layers, width, device=device)
         self.tokens = tokens
+        self._slots = torch.zeros(WAITING, dtype=torch.int64, device=device)
+        self._keys = torch.zeros(WAITING, layers, width, dtype=dtype, device=device)
+        self._waiting = 0
 
     def add(self, slots: torch.Tensor, keys: list[torch.Tensor]) -> None:
-        """Keys of tokens that were written to `slots` ([T], block x tokens + offset; below 0: none); a list of
-        [T, width], a layer each. A block's first token empties it."""
+        """Keys of tokens that were written to `slots` ([T] int64, block x tokens + offset; below 0: none); a list of
+        [T, width], a layer each. A block's first token empties it, of what waits too: see `settle`."""
+        first, last = self._waiting, self._waiting + len(slots)
+        if last > WAITING:
+            self.settle()
+            first, last = 0, len(slots)
+        if last > WAITING:
+            self._add(slots, torch.stack(keys, dim=1))
+            return
+        self._slots[first:last] = slots
+        torch.stack(keys, dim=1, out=self._keys[first:last])
+        self._waiting = last
+
+    def settle(self) -> None:
+        """Add what waits: before `sums` are read, and before a block that was freed can be given to somebody else."""
+        if self._waiting:
+            self._add(self._slots[: self._waiting], self._keys[: self._waiting])
+            self._waiting = 0
+
+    def _add(self, slots: torch.Tensor, keys: torch.Tensor) -> None:
         nowhere = len(self.sums) - 1
-        blocks = torch.where(slots >= 0, slots.long() // self.tokens, nowhere)
+        blocks = torch.where(slots >= 0, slots // self.tokens, nowhere)
         begun = torch.where(slots % self.tokens == 0, blocks, nowhere)
         self.sums.index_fill_(0, begun, 0.0)
-        for layer, rows in enumerate(keys):
-            self.sums[:, layer].index_add_(0, blocks, rows.float())
+        self.sums.index_add_(0, blocks, keys.float())
 
     def means(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Keys of complete blocks, [n] -> [n, L, width] fp16, as traces hold them."""
+        """Keys of complete blocks, all settled, [n] -> [n, L, width] fp16, as traces hold them."""
         return (self.sums[blocks.long()] / self.tokens).half()

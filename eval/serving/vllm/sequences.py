@@ -82,7 +82,9 @@ class Sequences:
 
     def enter(self, name: str, position: int, alone: bool) -> Sequence:
         """The sequence whose token `position` is about to be read, the last of several unless `alone`."""
-        sequence = self.held.setdefault(name, Sequence())
+        sequence = self.held.get(name)
+        if sequence is None:
+            sequence = self.held[name] = Sequence()
         if alone:
             sequence.begin(position)
         else:

@@ -10,7 +10,8 @@ class Tables:
     """Tables and lengths of one batch, at addresses that never change, as captured CUDA graphs need.
 
     table: [rows, width] int32; lengths: [rows] int32, in tokens. Which chunk stands at which place lies on the device
-    as well and is sent there only when a row's set changes, so the steps between wait for nothing.
+    as well and is sent there only when a row's set changes, so the steps between wait for nothing. Where every row
+    reads the set that it read and has as many blocks as before, only the lengths are written.
     """
 
     def __init__(self, rows: int, width: int, tokens: int, device: torch.device) -> None:
@@ -18,6 +19,7 @@ class Tables:
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
         self._tokens, self._places = tokens, torch.arange(width)
         self._read: list[Chosen | None] = [None] * rows
+        self._made: list[int] = []  # blocks of each row in the newest table
         self._chunks = self._places.repeat(rows, 1).to(device)
         self._blocks = torch.full_like(self.table, -1)
         self._left_out = torch.zeros_like(self.lengths)
@@ -31,11 +33,13 @@ class Tables:
         bounds: [B], the lengths on the CPU. Positions are in the keys already, so leaving blocks out moves no token.
         Returns views of the copies [B, width] and [B], and new bounds.
         """
-        rows = len(table)
+        rows, made = len(table), [-(-length // self._tokens) for length in bounds.tolist()]
         if changed := [row for row in range(rows) if self._read[row] is not read[row]]:
             self._send(changed, [read[row] for row in changed])
-        blocks = self._blocks[:rows]
-        torch.where(blocks < 0, table.gather(1, self._chunks[:rows]), blocks, out=self.table[:rows])
+        if changed or made != self._made or None in read:  # a set belongs to one request, None says not whose row it is
+            blocks = self._blocks[:rows]
+            torch.where(blocks < 0, table.gather(1, self._chunks[:rows]), blocks, out=self.table[:rows])
+        self._made = made
         torch.sub(lengths, self._left_out[:rows], out=self.lengths[:rows])
         return self.table[:rows], self.lengths[:rows], bounds - self._left_out_cpu[:rows]
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,14 +22,22 @@ LOGGER = logging.getLogger("vllm.lookahead")
 ATTENTION = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn$")
 
 
-# An opaque operator, so that a compiled model sees one write in place and nothing of the bookkeeping.
-@torch.library.custom_op("lookahead::capture", mutates_args=("buffer",))
 def capture(buffer: torch.Tensor, rows: torch.Tensor) -> None:
     """buffer[:T] = rows [T, ...], flattened after the first axis."""
+    if torch.compiler.is_compiling():
+        capture_opaque(buffer, rows)
+    else:  # an operator of one's own costs more than the copy, several times a step
+        buffer[: rows.shape[0]].copy_(rows.flatten(1))
+
+
+# So that a compiled model sees one write in place and nothing of the bookkeeping.
+@torch.library.custom_op("lookahead::capture", mutates_args=("buffer",))
+def capture_opaque(buffer: torch.Tensor, rows: torch.Tensor) -> None:
+    """`capture` in a compiled model."""
     buffer[: rows.shape[0]].copy_(rows.flatten(1))
 
 
-@capture.register_fake
+@capture_opaque.register_fake
 def _(buffer: torch.Tensor, rows: torch.Tensor) -> None:
     return None
 
@@ -90,8 +97,9 @@ class Worker:
         self._leader: object = None
         self._plan: list[Chosen | None] = []
         self._said = False
-        self._last: list[tuple[str, int]] = []  # of the step before: request and its last row
+        self._last: list[tuple[str, int]] = []  # of the step before, where a set is due: request and its last row
         self._slots: torch.Tensor | None = None
+        self._left = False
 
     def sets(self, builder: object, meta: Any) -> list[Chosen | None]:
         """Before a step: the set that each row reads, None for everything. meta: vLLM's CommonAttentionMetadata.
@@ -108,6 +116,9 @@ class Worker:
         """Of each row the set to read, None for everything."""
         self._take()
         self._forget()
+        if self._left and self.keys is not None:
+            self.keys.settle()  # from this step on their blocks can be others'
+            self._left = False
         lengths = meta.seq_lens_cpu_upper_bound.tolist()  # exact without speculative decoding
         starts = meta.query_start_loc_cpu.tolist()
         prompt = meta.is_prefilling.tolist()
@@ -122,9 +133,9 @@ class Worker:
             sequence = self.sequences.enter(name, position, alone)
             if self.memory is not None and sequence.force is None:
                 self.memory.forget(name)  # it is read again, into blocks of the engine's choice
-            self._last.append((name, starts[row + 1] - 1))
             if not alone:
                 sequence.position = position
+                self._last.append((name, starts[row + 1] - 1))
                 continue
             decoding.append((row, sequence, position))
             if sequence.due(self.spec.window) and sequence.newest is not None:
@@ -135,6 +146,8 @@ class Worker:
         for row, sequence, position in decoding:
             plan[row] = self._count(sequence, position)
             sequence.position = position
+            if sequence.due(self.spec.window):
+                self._last.append((names[row], starts[row + 1] - 1))
         self._slots = meta.slot_mapping[: starts[meta.num_reqs]].clone()
         return plan
 
@@ -145,14 +158,15 @@ class Worker:
         rows = len(self._slots)
         self.keys.add(self._slots, [keys[:rows] for keys in self.captured.keys])
         for name, row in self._last:
-            sequence = self.sequences.held.get(name)  # None: finished meanwhile
-            if sequence is not None and sequence.due(self.spec.window):
+            if sequence := self.sequences.held.get(name):  # else it is finished meanwhile
                 sequence.newest = torch.stack([hidden[row] for hidden in self.captured.hidden]).to(torch.bfloat16)
         self._last, self._slots = [], None
 
     def _choose(self, due: list[tuple[str, Sequence, torch.Tensor]]) -> None:
         """The sets after the newest tokens of these sequences: name, state, blocks [width]. All at once, because a GPU
         is waited for: once, for the sets."""
+        assert self.keys is not None  # sets are chosen once there are caches
+        self.keys.settle()
         chunking = self.spec.chunking
         positions = torch.tensor([sequence.position for _, sequence, _ in due])
         totals = [chunking.visible(place) for place in positions.tolist()]
@@ -249,7 +263,7 @@ class Worker:
         """The engine's keys and values, one tensor [blocks, ...] per layer: those that stay, not a measurement's."""
         self.keys = BlockKeys(
             self.runner.kv_cache_config.num_blocks, len(self.spec.layers), self.spec.key_width,
-            self.spec.chunking.tokens, self.level1.indexer.device,
+            self.spec.chunking.tokens, self.level1.indexer.device, self.captured.keys[0].dtype,
         )  # fmt: skip
         if self.settings.host_gib is not None:
             self.memory = Memory(caches, int(self.settings.host_gib * 2**30))
@@ -288,7 +302,7 @@ class Worker:
 
     def report(self) -> dict[str, int]:
         """Counters since the start and gauges."""
-        counted, memory = asdict(self.counters), self.memory
+        counted, memory = dict(vars(self.counters)), self.memory
         if memory is not None:
             counted |= {"evicted": memory.evicted, "fetched": memory.fetched}
         return counted | {
@@ -299,11 +313,11 @@ class Worker:
 
     def _forget(self) -> None:
         """The engine's own list of requests is the truth."""
-        for name in [name for name in self.sequences.held if name not in self.runner.requests]:
+        for name in self.sequences.held.keys() - self.runner.requests.keys():
             self._drop(name)
 
     def _drop(self, name: str) -> None:
-        self.sequences.held.pop(name, None)
+        self._left |= self.sequences.held.pop(name, None) is not None
         if self.memory is not None:
             self.memory.forget(name)
 

@@ -50,7 +50,7 @@ def check(lengths: list[int], device: str, **shape) -> None:
     scorer = make_scorer(**shape).to(device)
     spec, layers = scorer.spec, len(scorer.spec.layers)
     wide = max(lengths) // TOKENS + 3  # tables are wider than what a sequence has
-    keys = BlockKeys(len(lengths) * wide, layers, spec.key_width, TOKENS, torch.device(device))
+    keys = BlockKeys(len(lengths) * wide, layers, spec.key_width, TOKENS, torch.device(device), torch.float32)
     keys.sums.normal_(std=TOKENS)
     table = torch.randperm(len(lengths) * wide).int().view(len(lengths), wide).to(device)
     level1 = Level1(scorer, Limits(cap=99))
@@ -87,6 +87,7 @@ def make_worker(monkeypatch) -> Worker:
     worker, scorer = object.__new__(Worker), make_scorer()
     worker.spec, worker.level1, worker.memory = scorer.spec, Level1(scorer, Limits(cap=99)), None
     worker.runner = SimpleNamespace(kv_cache_config=SimpleNamespace(num_blocks=20))
+    worker.captured = SimpleNamespace(keys=[torch.zeros(1)])
     worker.settings = SimpleNamespace(host_gib=None)
     monkeypatch.setattr(Worker, "_fused", lambda self: self.memory is None)
     return worker
@@ -150,7 +151,7 @@ def test_nothing_waits_for_the_gpu(rule):
     scorer, device = make_scorer().to("cuda"), torch.device("cuda")
     chunking, limits, places = scorer.spec.chunking, Limits(cap=64), torch.tensor([1599, 3210])
     level1, hidden = Level1(scorer, limits), torch.randn(2, 2, scorer.spec.hidden, device=device)
-    keys = BlockKeys(500, 2, scorer.spec.key_width, TOKENS, device)
+    keys = BlockKeys(500, 2, scorer.spec.key_width, TOKENS, device, torch.float32)
     keys.sums.normal_(std=TOKENS)
     table = torch.randperm(500, device=device).int()[:400].view(2, 200)
 

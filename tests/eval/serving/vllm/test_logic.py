@@ -92,19 +92,43 @@ def test_a_gap_and_a_prompt_start_anew():
 def test_keys_are_those_of_the_pooler_whatever_the_pieces():
     """Blocks in any order, two sequences mixed, a block used again."""
     torch.manual_seed(0)
-    keys = BlockKeys(8, 2, 6, 4, torch.device("cpu"))
+    keys = BlockKeys(8, 2, 6, 4, torch.device("cpu"), torch.float32)
     states = torch.randn(2, 2, 12, 6)  # sequence, layer, token
     tables = [[5, 2, 7], [1, 6, 3]]
     keys.add(torch.arange(20, 24), [torch.ones(4, 6), torch.ones(4, 6)])  # somebody before, in block 5
+    keys.settle()
     for first, last in ((0, 3), (3, 4), (4, 11), (11, 12)):
         slots = [table[token // 4] * 4 + token % 4 for table in tables for token in range(first, last)]
         rows = [states[:, layer, first:last].reshape(-1, 6) for layer in range(2)]
         keys.add(torch.tensor([*slots, -1]), [torch.cat([part, torch.full((1, 6), 9.0)]) for part in rows])
+    keys.settle()
     for sequence, table in enumerate(tables):
         pooler = KeyPooler(4)
         pooler.append(states[sequence])
         expected = pooler.pooled.transpose(0, 1)
         assert (keys.means(torch.tensor(table)).float() - expected).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_keys_that_wait_are_those_that_are_added_at_once(seed, monkeypatch):
+    """Steps of any length, more than may wait too, and blocks that are somebody else's after a `settle`."""
+    monkeypatch.setattr("eval.serving.vllm.keys.WAITING", 6)
+    generator, used = torch.Generator().manual_seed(seed), 0
+    wait, once = (BlockKeys(6, 2, 3, 4, torch.device("cpu"), torch.float32) for _ in range(2))
+    for _ in range(12):
+        tokens, left = (int(torch.randint(1, high, (), generator=generator)) for high in (9, 4))
+        slots = torch.arange(used, used + tokens) % 24
+        keys = [torch.randn(tokens, 3, generator=generator) for _ in range(2)]
+        wait.add(slots, keys)
+        once.add(slots, keys)
+        once.settle()
+        used += tokens
+        if left == 1:  # the next request takes its last block
+            wait.settle()
+            used = used // 4 * 4
+    wait.settle()
+    torch.testing.assert_close(wait.sums, once.sums)
+    assert wait.sums[:6].abs().sum(dim=(1, 2)).gt(0).sum() >= 5, "most blocks hold something"
 
 
 def test_tables_hold_visible_blocks_and_their_length():
@@ -141,6 +165,25 @@ def test_a_table_grows_behind_a_set():
         read = [chunk for chunk in range(-(-length // 4)) if chunk != 1]
         assert int(new) == length - 4
         assert short[0, : len(read)].tolist() == [100 + chunk for chunk in read]
+
+
+def test_a_table_is_written_when_a_set_a_block_or_a_request_is_new_and_not_otherwise():
+    tables = Tables(2, 4, 4, torch.device("cpu"))
+    sets = [Chosen(11, 3, torch.tensor([0, 2])), Chosen(11, 3, torch.tensor([1]))]
+
+    def fill(lengths, read, first):
+        table = first + torch.arange(4 * len(read), dtype=torch.int32).view(-1, 4)
+        bounds = torch.tensor(lengths, dtype=torch.int32)
+        short, new, _ = tables.fill(table, bounds, bounds, read)
+        return short[:, 0].tolist(), new.tolist()
+
+    assert fill([13, 14], sets, 10) == ([10, 15], [9, 6])
+    assert fill([14, 15], sets, 50) == ([10, 15], [10, 7]), "the engine moves no block under a set"
+    assert fill([15, 17], sets, 50) == ([50, 55], [11, 9]), "a new block"
+    assert fill([16, 18], sets[::-1], 50) == ([51, 54], [8, 14]), "requests that exchanged places"
+    assert fill([16], sets[1:], 20) == ([21], [8]), "one that left"
+    assert fill([5], [None], 30) == ([30], [5])
+    assert fill([5], [None], 40) == ([40], [5]), "without a set nobody says whose row it is"
 
 
 def pool(limit=1 << 20):
