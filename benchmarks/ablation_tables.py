@@ -74,10 +74,11 @@ def correlations(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     lines = []
     for part in SETS:
-        members = [row for row in found if row["set"] == part and DIAGNOSES[0] in row and row["task"] != EVERY]
-        names = sorted({row["policy"] for row in members})
-        known = [name for name in DIAGNOSES if all(name in row for row in members)]
-        for diagnosis in known if len(names) > 2 else ():
+        for diagnosis in DIAGNOSES:
+            members = [row for row in found if row["set"] == part and diagnosis in row and row["task"] != EVERY]
+            names = sorted({row["policy"] for row in members})
+            if len(names) < 3:
+                continue
             line: dict[str, Any] = {"set": part, "diagnosis": diagnosis, "variations": len(names)}
             for metric in ("right", "kl"):
                 outcomes = [
@@ -88,7 +89,7 @@ def correlations(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 said = [next(row[diagnosis] for row in members if row["policy"] == name) for name in names]
                 means = [round(float(np.mean(each)), 9) for each in outcomes]
                 differ = len(set(said)) > 1 and len(set(means)) > 1
-                line[metric] = float(spearmanr(said, means).statistic) if differ else None  # pyright: ignore[reportAttributeAccessIssue] - scipy names it at run time
+                line[metric] = float(spearmanr(said, means).statistic) if differ else None  # pyright: ignore[reportAttributeAccessIssue]
             lines.append(line)
     return lines
 

@@ -120,7 +120,7 @@ def learn(
         said = {}  # of other windows, layers or documents nothing is said that could be compared
         if variation.window is None and (other is None or (apart is not None and trace == apart.manifest.trace)):
             _, validation = view.hold_back(config.validation_every)
-            said = diagnosed(indexer, validation if apart is None else with_trace(apart, trace), config)
+            said = diagnosed(indexer, validation if apart is None else with_trace(apart, trace), recipe.train)
         write_atomically(diagnosis, lambda file, said=said: file.write_text(json.dumps(said)))
 
 
@@ -130,7 +130,10 @@ def with_trace(store: TraceStore, trace: TraceConfig) -> TraceStore:
 
 
 def diagnosed(indexer: MemoryIndexer, store: TraceStore, config: TrainConfig) -> dict[str, float]:
-    """DIAGNOSES of an indexer, on documents that it was not trained on; without texts or questions not theirs."""
+    """DIAGNOSES of an indexer, on documents that it was not trained on; without texts or questions not theirs.
+
+    config: whose `golden` and `budget` count, the same for all that are compared, whatever they were trained with.
+    """
     scored = score_windows(indexer, served_windows(store))
     kinds = {
         "": scored,

@@ -172,9 +172,12 @@ def test_what_is_said_of_an_indexer_is_the_trainers_and_is_said_of_texts_and_que
     model, tokenizer = load_backbone(recipe.backbone)
     generate(adapter(model), tokenizer, recipe.documents, recipe.trace, tmp_path, ["train", "heldout"])
     store, config = TraceStore.open(tmp_path / "heldout"), recipe.train
-    variations.learn(recipe, [tmp_path / "train"], ["recipe"], tmp_path / "out", measured=tmp_path / "heldout")
-    said = json.loads((tmp_path / "out" / "recipe" / "diagnosis.json").read_text())
-    indexer = load_indexer(tmp_path / "out" / "recipe" / "indexer")
+    names = ["recipe", "golden-0.2"]
+    variations.learn(recipe, [tmp_path / "train"], names, tmp_path / "out", measured=tmp_path / "heldout")
+    said, other = (json.loads((tmp_path / "out" / name / "diagnosis.json").read_text()) for name in names)
+    indexer, second = (load_indexer(tmp_path / "out" / name / "indexer") for name in names)
+    assert variations.diagnosed(second, store, config) == other, "by what the recipe calls golden"
+    assert variations.diagnosed(second, store, config.model_copy(update={"golden": 0.2})) != other
     whole = MassRecallEvaluator(store, config.budget)(indexer)
     assert {name: said[name] for name in ("peak_entropy", "mass_recall")} == pytest.approx(
         {name: whole[name] for name in ("peak_entropy", "mass_recall")}
