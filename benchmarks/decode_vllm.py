@@ -5,8 +5,9 @@ layers as asked for, and random weights, and the indexer too: what is measured i
 started one after the other: stock vLLM with its own choices, stock vLLM with the model runner that the plugin needs,
 and the plugin. Prompts are random tokens, read beforehand into the prefix cache; a cell is the rate while all requests
 of a batch are decoded, at equal lengths of context. `read` is the share of the blocks that the plugin read, by its own
-counters. With --profile each cell is decoded once more under PyTorch's profiler, and what differs most between
-engines is printed: operations of the device (on a machine without one, of the CPU), and their time, per step.
+counters. With --profile each cell is decoded once more under PyTorch's profiler, after all are timed. What is printed
+is a step's time without the profiler, that of the device's operations in it (on a machine without one, of the CPU's
+outermost), what is left for everything else, and which operations differ most from the first engine's in time.
 """
 
 # pyright: reportMissingImports=false
@@ -17,7 +18,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,8 +66,6 @@ class Cell:
     tokens_per_second: float
     step_ms: float
     read: float | None
-    profile: dict[str, tuple[float, float]] | None = None
-    """Of each operation its number and milliseconds a step."""
 
     def row(self) -> str:
         """A line under HEADER."""
@@ -130,17 +129,30 @@ def measure(server: str, folder: Path, args: argparse.Namespace) -> None:
     given = json.loads(args.engine)
     options["compilation_config"] |= given.pop("compilation_config", {})
     llm = LLM(str(folder), **options | given)
-    for cell in timed(llm, server, shape["vocab_size"], args, folder / "profile"):
+    for cell in timed(llm, server, shape["vocab_size"], args):
         print(cell.row(), flush=True)
-        known = json.loads(args.out.read_text())
-        args.out.write_text(
-            json.dumps(known | {"vllm": __version__, "rows": [*known["rows"], asdict(cell)]}, indent=1) + "\n"
-        )
+        keep(args.out, asdict(cell), vllm=__version__)
+    if args.profile:
+        for context, batch in cells(args.contexts, args.batches, args.most):
+            prompts = [prompt(sequence, context - args.new, shape["vocab_size"]) for sequence in range(batch)]
+            named = {"server": server, "context": context, "batch": batch}
+            keep(args.out, named | {"profile": profiled(llm, prompts, folder / "profile")})
     llm.llm_engine.engine_core.shutdown()  # this process waits for the engine's when it ends
 
 
-def timed(llm: Any, server: str, vocabulary: int, args: argparse.Namespace, traces: Path) -> Iterator[Cell]:
-    """Each cell twice, the second time on the prefix cache; the first one may end early. A profile is a third time."""
+def keep(out: Path, row: dict[str, Any], **about: str) -> None:
+    """Add a row to what OUT holds, or what is new to the row of that engine and size."""
+    known = json.loads(out.read_text()) | about
+    same = [each for each in known["rows"] if all(each[name] == row[name] for name in ("server", "context", "batch"))]
+    if same:
+        same[0] |= row
+    else:
+        known["rows"].append(row)
+    out.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def timed(llm: Any, server: str, vocabulary: int, args: argparse.Namespace) -> Iterator[Cell]:
+    """Each cell twice, the second time on the prefix cache; the first one may end early."""
     for context, batch in cells(args.contexts, args.batches, args.most):
         prompts = [prompt(sequence, context - args.new, vocabulary) for sequence in range(batch)]
         decode(llm, prompts, 4)
@@ -150,43 +162,58 @@ def timed(llm: Any, server: str, vocabulary: int, args: argparse.Namespace, trac
         counted = {name: value - before.get(name, 0) for name, value in after.items()}
         made = counted.get("lookahead:made_total")
         read = counted["lookahead:read_total"] / made if made else None
-        cell = Cell(server, context, batch, rate, 1000 * batch / rate, read)
-        yield replace(cell, profile=profiled(llm, prompts, traces)) if args.profile else cell
+        yield Cell(server, context, batch, rate, 1000 * batch / rate, read)
 
 
-def profiled(llm: Any, prompts: list[dict[str, list[int]]], traces: Path) -> dict[str, tuple[float, float]]:
-    """Operations of a step, over two windows: name -> (number, milliseconds), of the device where there is one."""
-    steps = 2 * WINDOW
+Operations = dict[str, tuple[float, float]]
+"""Name -> (number, milliseconds) a step."""
+
+
+def profiled(llm: Any, prompts: list[dict[str, list[int]]], traces: Path) -> Operations:
+    """Operations of a step, over two windows."""
     llm.start_profile()
-    decode(llm, prompts, steps)
+    decode(llm, prompts, 2 * WINDOW)
     llm.stop_profile()
     (trace,) = (file for file in traces.rglob("*.json") if '"traceEvents"' in file.read_text())
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"]
+    events = json.loads(trace.read_text())["traceEvents"]
     trace.unlink()  # the next cell's is found by being the only one
-    kinds = DEVICE if any(event.get("cat") in DEVICE for event in events) else {"cpu_op"}
-    found: dict[str, tuple[float, float]] = {}
-    for event in events:
-        if event.get("cat") in kinds:
-            number, spent = found.get(event["name"], (0.0, 0.0))
-            found[event["name"]] = number + 1 / steps, spent + event["dur"] / 1000 / steps
-    return found
+    return operations(events, 2 * WINDOW)
+
+
+def operations(events: list[dict[str, Any]], steps: int) -> Operations:
+    """What the device did, of a trace's events (times in microseconds); without a device, the CPU's outermost ones."""
+    timed = [event for event in events if event.get("ph") == "X"]
+    found = [event for event in timed if event.get("cat") in DEVICE]
+    if not found:
+        until: dict[Any, float] = {}
+        for event in sorted((event for event in timed if event.get("cat") == "cpu_op"), key=lambda each: each["ts"]):
+            if event["ts"] >= until.get(event["tid"], 0):
+                until[event["tid"]] = event["ts"] + event["dur"]
+                found.append(event)
+    sums: Operations = {}
+    for event in found:
+        number, spent = sums.get(event["name"], (0.0, 0.0))
+        sums[event["name"]] = number + 1 / steps, spent + event["dur"] / 1000 / steps
+    return sums
 
 
 def differences(rows: list[dict[str, Any]], most: int = 12) -> str:
-    """Of each size, the operations whose number a step differs most from the first engine's."""
+    """A step's time and that of its operations, and those that differ most in time from the first engine's."""
     lines = []
     for row in rows:
         first = next(each for each in rows if (each["context"], each["batch"]) == (row["context"], row["batch"]))
         own, other = row["profile"], first["profile"]
-        number, spent = (sum(each) for each in zip(*own.values(), strict=True))
-        lines.append(f"{row['server']}, {row['context']:,} x {row['batch']}: {number:.1f} operations, {spent:.3f} ms")
+        number, spent = sum(each[0] for each in own.values()), sum(each[1] for each in own.values())
+        lines.append(
+            f"{row['server']}, {row['context']:,} x {row['batch']}: {row['step_ms']:.3f} ms a step, "
+            f"{number:.1f} operations of {spent:.3f} ms, {row['step_ms'] - spent:+.3f} ms of everything else"
+        )
         more = [
             (*(a - b for a, b in zip(own.get(name, (0, 0)), other.get(name, (0, 0)), strict=True)), name)
-            for name in own.keys() | other.keys()
+            for name in (own.keys() | other.keys() if row is not first else ())
         ]
-        for number, spent, name in sorted(more, key=lambda each: -abs(each[0]))[:most]:
-            if abs(number) > 1 / WINDOW:
-                lines.append(f"  {number:+8.2f} {spent:+8.4f} ms  {name[:100]}")
+        for number, spent, name in sorted(more, key=lambda each: -abs(each[1]))[:most]:
+            lines.append(f"  {number:+8.2f} {spent:+8.4f} ms  {name[:100]}")
     return "\n".join(lines)
 
 

@@ -100,9 +100,17 @@ def learn(
     """
     store, checked = mix(traces), False
     apart = None if measured is None else TraceStore.open(measured)
+    if apart is not None:
+        apart.check_held_out()
+        check_comparable("--diagnose", apart, store)
+        apart.check_settings(store.manifest.trace)
+    on = "held back" if measured is None else str(measured)
     for name in names:
         variation, diagnosis = VARIATIONS.get(name, Variation()), out / name / "diagnosis.json"
         if diagnosis.exists():
+            known = json.loads(diagnosis.read_text()).get("diagnosed_on", on)
+            if known != on:
+                raise InputError(f"{diagnosis}: says something of {known!r}, not of {on!r}: not to be compared")
             continue
         other = (others or {}).get(name)
         base, own = (recipe, store) if other is None else (other.recipe, mix(other.traces))
@@ -117,10 +125,10 @@ def learn(
             config = config.model_copy(update={"check_bytes": config.check_bytes and not checked})
             checked = True
         indexer = train(view, base.indexer.model_copy(update=variation.indexer), config, out / name)
-        said = {}  # of other windows, layers or documents nothing is said that could be compared
+        said: dict[str, Any] = {}  # of other windows or documents nothing is said that could be compared
         if variation.window is None and (other is None or (apart is not None and trace == apart.manifest.trace)):
-            _, validation = view.hold_back(config.validation_every)
-            said = diagnosed(indexer, validation if apart is None else with_trace(apart, trace), recipe.train)
+            held = view.hold_back(config.validation_every)[1] if apart is None else with_trace(apart, trace)
+            said = diagnosed(indexer, held, recipe.train) | {"diagnosed_on": on}
         write_atomically(diagnosis, lambda file, said=said: file.write_text(json.dumps(said)))
 
 

@@ -11,6 +11,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from eval.serving.vllm.blocks import LookaheadSpec
+from eval.serving.vllm.sequences import NOTHING
 from eval.serving.vllm.tables import Tables
 from eval.serving.vllm.worker import current
 
@@ -45,7 +46,8 @@ class SparseTables:
         if worker is None or worker.keys is None:  # a run that measures memory: the caches are none or others
             return meta
         read = worker.sets(self, meta)
-        if not self.persistent and all(chosen is None for chosen in read):
+        sets = [chosen for chosen in read if chosen is not None and chosen is not NOTHING]
+        if not self.persistent and not sets:
             return meta
         if self._tables is None:
             self._tables = Tables(self._rows, meta.block_table_tensor.shape[1], self._tokens, self._device)
@@ -53,7 +55,7 @@ class SparseTables:
             meta.block_table_tensor, meta.seq_lens, meta.seq_lens_cpu_upper_bound, read
         )
         # A capture of CUDA graphs names a longer context than it has, on purpose, and reads no set.
-        longest = meta.max_seq_len if None in read else int(bounds.max())
+        longest = int(bounds.max()) if sets and None not in read else meta.max_seq_len
         return meta.replace(
             block_table_tensor=table, seq_lens=lengths, seq_lens_cpu_upper_bound=bounds, max_seq_len=longest,
             _num_computed_tokens_cache=None,

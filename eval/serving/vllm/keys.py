@@ -25,29 +25,26 @@ class BlockKeys:
     def add(self, slots: torch.Tensor, keys: list[torch.Tensor]) -> None:
         """Keys of tokens that were written to `slots` ([T] int64, block x tokens + offset; below 0: none); a list of
         [T, width], a layer each. A block's first token empties it, of what waits too: see `settle`."""
-        first, last = self._waiting, self._waiting + len(slots)
-        if last > WAITING:
-            self.settle()
-            first, last = 0, len(slots)
-        if last > WAITING:
-            self._add(slots, torch.stack(keys, dim=1))
-            return
-        self._slots[first:last] = slots
-        torch.stack(keys, dim=1, out=self._keys[first:last])
-        self._waiting = last
+        done = 0
+        while done < len(slots):
+            if self._waiting == WAITING:
+                self.settle()
+            taken = min(len(slots) - done, WAITING - self._waiting)
+            place = slice(self._waiting, self._waiting + taken)
+            self._slots[place] = slots[done : done + taken]
+            torch.stack([rows[done : done + taken] for rows in keys], dim=1, out=self._keys[place])
+            self._waiting, done = self._waiting + taken, done + taken
 
     def settle(self) -> None:
         """Add what waits: before `sums` are read, and before a block that was freed can be given to somebody else."""
         if self._waiting:
-            self._add(self._slots[: self._waiting], self._keys[: self._waiting])
+            slots, keys = self._slots[: self._waiting], self._keys[: self._waiting]
+            nowhere = len(self.sums) - 1
+            blocks = torch.where(slots >= 0, slots // self.tokens, nowhere)
+            begun = torch.where(slots % self.tokens == 0, blocks, nowhere)
+            self.sums.index_fill_(0, begun, 0.0)
+            self.sums.index_add_(0, blocks, keys.float())
             self._waiting = 0
-
-    def _add(self, slots: torch.Tensor, keys: torch.Tensor) -> None:
-        nowhere = len(self.sums) - 1
-        blocks = torch.where(slots >= 0, slots // self.tokens, nowhere)
-        begun = torch.where(slots % self.tokens == 0, blocks, nowhere)
-        self.sums.index_fill_(0, begun, 0.0)
-        self.sums.index_add_(0, blocks, keys.float())
 
     def means(self, blocks: torch.Tensor) -> torch.Tensor:
         """Keys of complete blocks, all settled, [n] -> [n, L, width] fp16, as traces hold them."""

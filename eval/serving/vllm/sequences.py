@@ -22,6 +22,10 @@ class Chosen:
         return self.chunks - len(self.resident)
 
 
+NOTHING = Chosen(-1, 0, torch.empty(0, dtype=torch.int64))
+"""The set of a row that no request has: a CUDA graph's padding."""
+
+
 @dataclass
 class Sequence:
     """position: its newest token read; force: the set in force, None while everything may be read; coming: one that

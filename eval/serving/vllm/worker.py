@@ -14,7 +14,7 @@ from eval.serving.level1 import open_level1
 from eval.serving.select import Limits, Resident, serve, unchecked_chunks
 from eval.serving.vllm.keys import BlockKeys
 from eval.serving.vllm.memory import Memory, Moves
-from eval.serving.vllm.sequences import Chosen, Counters, Sequence, Sequences
+from eval.serving.vllm.sequences import NOTHING, Chosen, Counters, Sequence, Sequences
 from eval.serving.vllm.settings import Settings, load_settings
 from indexer_train.formats.bundle import load_scorer
 
@@ -113,36 +113,37 @@ class Worker:
         return self._plan
 
     def _step(self, meta: Any) -> list[Chosen | None]:
-        """Of each row the set to read, None for everything."""
+        """Of each row the set to read, None for everything, NOTHING where it is no request's."""
         self._take()
         self._forget()
-        if self._left and self.keys is not None:
-            self.keys.settle()  # from this step on their blocks can be others'
-            self._left = False
         lengths = meta.seq_lens_cpu_upper_bound.tolist()  # exact without speculative decoding
         starts = meta.query_start_loc_cpu.tolist()
         prompt = meta.is_prefilling.tolist()
         names = self.runner.input_batch.req_ids
         decoding: list[tuple[int, Sequence, int]] = []
         due: list[tuple[str, Sequence, torch.Tensor]] = []
+        plan: list[Chosen | None] = [NOTHING] * meta.num_reqs
         for row, name in enumerate(names[: meta.num_reqs]):
             new, position = starts[row + 1] - starts[row], lengths[row] - 1
             if new <= 0:
                 continue
-            alone = new == 1 and not prompt[row]
+            alone, known = new == 1 and not prompt[row], self.sequences.held.get(name)
+            self._left |= known is not None and known.position != position - new  # read again, or another's name by now
             sequence = self.sequences.enter(name, position, alone)
             if self.memory is not None and sequence.force is None:
                 self.memory.forget(name)  # it is read again, into blocks of the engine's choice
             if not alone:
-                sequence.position = position
+                sequence.position, plan[row] = position, None
                 self._last.append((name, starts[row + 1] - 1))
                 continue
             decoding.append((row, sequence, position))
             if sequence.due(self.spec.window) and sequence.newest is not None:
                 due.append((name, sequence, meta.block_table_tensor[row]))
+        if self._left and self.keys is not None:
+            self.keys.settle()  # from this step on the blocks of who left can be others'
+            self._left = False
         if due:
             self._choose(due)
-        plan: list[Chosen | None] = [None] * meta.num_reqs
         for row, sequence, position in decoding:
             plan[row] = self._count(sequence, position)
             sequence.position = position

@@ -46,7 +46,7 @@ def test_a_preempted_request_starts_anew(monkeypatch):
     connector = object.__new__(LookaheadConnector)  # its base asks for a whole engine
     connector._managers, connector._role = [], KVConnectorRole.WORKER
     worker = object.__new__(Worker)
-    worker.sequences, worker.memory = Sequences(), Memory([torch.zeros(10, 2, 3)], 1 << 20)
+    worker.sequences, worker.memory, worker._left = Sequences(), Memory([torch.zeros(10, 2, 3)], 1 << 20), False
     monkeypatch.setitem(_workers, 0, worker)
     for name in ("stays", "preempted"):
         worker.sequences.held[name] = Sequence(position=63, force=Chosen(63, 4, torch.tensor([0, 2])))
@@ -55,6 +55,7 @@ def test_a_preempted_request_starts_anew(monkeypatch):
         worker.memory.load(name, {1: 7})
     loads = connector.build_connector_meta(SimpleNamespace(preempted_req_ids={"preempted"}))
     connector.handle_preemptions(loads)
+    assert worker._left, "its blocks can be somebody else's"
     assert worker.memory.of("stays").moved == {1: 7}
     assert worker.memory.of("preempted").moved == {}
     assert worker.memory.of("preempted").visible(4)[0].tolist() == [0, 1, 2, 3]

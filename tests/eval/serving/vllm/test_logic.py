@@ -12,9 +12,10 @@ from data_gen.core.keys import KeyPooler
 from eval.serving.vllm.checks import check_shape, supported
 from eval.serving.vllm.keys import BlockKeys
 from eval.serving.vllm.memory import Memory
-from eval.serving.vllm.sequences import Chosen, Sequence, Sequences
+from eval.serving.vllm.sequences import NOTHING, Chosen, Counters, Sequence, Sequences
 from eval.serving.vllm.settings import load_settings
 from eval.serving.vllm.tables import Tables
+from eval.serving.vllm.worker import Worker
 from indexer_train.config import IndexerConfig
 from indexer_train.selection import Budget, Coverage, Threshold
 from indexer_train.spec import IndexerSpec
@@ -129,6 +130,75 @@ def test_keys_that_wait_are_those_that_are_added_at_once(seed, monkeypatch):
     wait.settle()
     torch.testing.assert_close(wait.sums, once.sums)
     assert wait.sums[:6].abs().sum(dim=(1, 2)).gt(0).sum() >= 5, "most blocks hold something"
+
+
+class Steps:
+    """A worker without an engine: `step` reads tokens of requests into blocks, as vLLM says it in its metadata."""
+
+    def __init__(self) -> None:
+        self.worker = worker = object.__new__(Worker)
+        worker.sequences, worker.counters, worker.memory, worker._leader = Sequences(), Counters(), None, None
+        worker._left, worker._last, worker._slots, worker._plan = False, [], None, []
+        worker.spec = SimpleNamespace(window=64, chunking=Chunking(tokens=4))
+        worker.captured = SimpleNamespace(keys=[torch.zeros(32, 3)], hidden=[torch.zeros(32, 3)])
+        worker.keys = BlockKeys(8, 1, 3, 4, torch.device("cpu"), torch.float32)
+        worker.runner = SimpleNamespace(requests={}, input_batch=SimpleNamespace(req_ids=[]))
+        worker._choose = lambda due: [  # everything that there is
+            sequence.choose(Chosen(sequence.position, 0, torch.empty(0, dtype=torch.int64)), 0)
+            for _, sequence, _ in due
+        ]
+        self.expected = torch.zeros(8, 3)
+
+    def step(self, batch: dict[str, tuple[int, int, list[int]]], padding: int = 0) -> list[Chosen | None]:
+        """batch: name -> (first token, tokens, blocks). Returns what rows read."""
+        slots = [
+            blocks[at // 4] * 4 + at % 4
+            for first, count, blocks in batch.values()
+            for at in range(first, first + count)
+        ]
+        counts = [count for _, count, _ in batch.values()] + [0] * padding
+        self.worker.runner.requests = dict.fromkeys(batch)
+        self.worker.runner.input_batch.req_ids = list(batch)
+        read = self.worker.sets("builder", SimpleNamespace(
+            num_reqs=len(counts), slot_mapping=torch.tensor(slots), is_prefilling=torch.tensor([n > 1 for n in counts]),
+            query_start_loc_cpu=torch.tensor([0, *counts]).cumsum(0), block_table_tensor=torch.zeros(len(counts), 4),
+            seq_lens_cpu_upper_bound=torch.tensor([first + n for first, n, _ in batch.values()] + [0] * padding),
+        ))  # fmt: skip
+        keys = torch.randn(len(slots), 3)
+        self.worker.captured.keys[0][: len(slots)] = keys
+        for slot, key in zip(slots, keys, strict=True):
+            self.expected[slot // 4] = key + (self.expected[slot // 4] if slot % 4 else 0)
+        return read
+
+    def check(self) -> None:
+        """All that was read is in the sums."""
+        self.worker._take()
+        self.worker.keys.settle()
+        torch.testing.assert_close(self.worker.keys.sums[:8, 0], self.expected)
+
+
+@pytest.mark.parametrize("second", ["b", "a"], ids=["another", "one of the same name"])
+def test_a_block_that_changes_hands_in_one_step_has_its_new_owners_keys_alone(second):
+    """The first request ends in the middle of a block, which the next one begins in the step after."""
+    steps = Steps()
+    steps.step({"a": (0, 5, [1, 2])})
+    steps.step({"a": (5, 1, [1, 2]), "c": (0, 6, [5, 6])})
+    steps.step({"a": (6, 1, [1, 2]), "c": (6, 1, [5, 6])})
+    steps.step({second: (0, 3, [2]), "c": (7, 1, [5, 6])})
+    steps.step({second: (3, 1, [2]), "c": (8, 1, [5, 6, 3])})
+    steps.check()
+
+
+def test_rows_of_no_request_read_nothing_and_hold_up_no_table():
+    steps = Steps()
+    assert steps.step({"a": (0, 5, [1, 2])}, padding=2) == [None, NOTHING, NOTHING]
+    chosen, *rest = steps.step({"a": (5, 1, [1, 2])}, padding=1)
+    assert chosen is not None and chosen is not NOTHING and rest == [NOTHING]
+    tables = Tables(2, 2, 4, torch.device("cpu"))
+    for length, first in ((5, 10), (6, 50)):
+        bounds = torch.tensor([length, 0], dtype=torch.int32)
+        tables.fill(first + torch.arange(4).view(2, 2).int(), bounds, bounds, [chosen, NOTHING])
+    assert tables.table[0, 0] == 10, "not written again"
 
 
 def test_tables_hold_visible_blocks_and_their_length():
