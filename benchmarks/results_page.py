@@ -119,7 +119,7 @@ SECTIONS = [
         "the text that comes with that machine's Python (3.12; the quickstart's own figures are of 3.11). `bias` and "
         "`chosen-by-mass` gave the recipe's own indexer. Intervals of correlations are approximate (Fisher's z), and "
         "take the variations to be independent, which they are not. Golden recall of `golden-0.02`, `golden-0.1` and "
-        "`golden-0.2` was measured by what each calls golden, which ranks nothing, and was taken out of the file later.",
+        "`golden-0.2` was measured by what each calls golden, which ranks nothing; it was taken out later.",
         results_tables.ablations,
     ),
     Section(
