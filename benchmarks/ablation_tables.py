@@ -69,13 +69,16 @@ def rows(records: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
 def correlations(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Spearman's rank correlation of each diagnosis with needles right and text KL, over the trained variations.
 
-    Outcomes are means over a set's lengths and tasks, rounded so that as many right in another order are a tie. A row
-    has None where the variations do not differ.
+    Outcomes are means over a set's lengths and tasks, and over both sets', rounded so that as many right in another
+    order are a tie. A row has None where the variations do not differ.
     """
-    lines = []
-    for part in SETS:
+    lines: list[dict[str, Any]] = []
+    parts = {name: {name} for name in SETS} | (
+        {"both": set(SETS)} if {row["set"] for row in found} == set(SETS) else {}
+    )
+    for part, sets in parts.items():
         for diagnosis in DIAGNOSES:
-            members = [row for row in found if row["set"] == part and diagnosis in row and row["task"] != EVERY]
+            members = [row for row in found if row["set"] in sets and diagnosis in row and row["task"] != EVERY]
             names = sorted({row["policy"] for row in members})
             if len(names) < 3:
                 continue

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.ablation_tables import EVERY, ranked
+from benchmarks.ablation_tables import DIAGNOSES, EVERY, ranked
 from eval.report.rows import DecodeRow
 from eval.report.tables import Table, decode_table
 
@@ -43,8 +43,8 @@ def ablations(data: Row) -> list[str]:
     lengths = data["origins"][0]["command"].find("--length") > 0
     pooled = not lengths and any(row["task"] == EVERY for row in data["rows"])  # each kind alone is in the file
     questions = [row for row in data["rows"] if "right" in row and (row["task"] == EVERY) == pooled]
-    diagnoses = {"peak entropy": "peak_entropy", "golden recall": "golden_recall", "mass recall": "mass_recall"}
-    if lengths:
+    diagnoses = {name.replace("_", " "): name for name in DIAGNOSES if any(name in row for row in data["rows"])}
+    if any("fetched" in row for row in data["rows"]):
         diagnoses = {"chunks fetched a token": lambda row: row.get("fetched", "-")}
         if any("mean_key_bytes" in row for row in data["rows"]):  # files of older commits count the correction's alone
             diagnoses["mean keys, MB"] = lambda row: row["mean_key_bytes"] / 1e6

@@ -86,7 +86,7 @@ def test_variations_are_trained_asked_in_shares_and_printed(recipe, tmp_path, mo
     assert {name: (len(spec.layers), spec.window) for name, spec in specs.items()} == {
         "recipe": (3, 32), "listwise_peak": (3, 32), "focal": (3, 32), "middle-layer": (1, 32), "horizon-16": (3, 16),
     }  # fmt: skip
-    assert len(found["rank_correlations"]) == 2 * len(DIAGNOSES) and "fetched" not in table
+    assert len(found["rank_correlations"]) == 3 * len(DIAGNOSES) and "fetched" not in table
 
     at_length = ["--ask", names[0], "--set", "report", "--length", "600", "--length", "800", "--follow", "16"]
     table = call(traces, *at_length, "--correction", "2", "--report", "package:typer", out="at_length")
