@@ -87,6 +87,8 @@ def test_the_tables_numbers_are_those_of_the_raw_figures():
         quickstart("quickstart-cpu", "quickstart-again", "kl"),
         quickstart("quickstart-avx2", "quickstart-fresh", "correct"),
         quickstart("quickstart-avx2", "quickstart-fresh", "kl"),
+        ablated("ablations-smollm2-cpu", 0, *NEEDLES),
+        ablated("ablations-smollm2-cpu", 0, "text"),
         ablated("ablations-smollm2-h200", 0, *NEEDLES),
         ablated("ablations-smollm2-h200", 0, "text"),
         ablated("needles-gemma-h200", 32768, "single"),

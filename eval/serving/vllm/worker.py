@@ -33,7 +33,7 @@ def capture(buffer: torch.Tensor, rows: torch.Tensor) -> None:
 # So that a compiled model sees one write in place and nothing of the bookkeeping.
 @torch.library.custom_op("lookahead::capture", mutates_args=("buffer",))
 def capture_opaque(buffer: torch.Tensor, rows: torch.Tensor) -> None:
-    """`capture` in a compiled model."""
+    """`capture` of rows [T, ...] in a compiled model."""
     buffer[: rows.shape[0]].copy_(rows.flatten(1))
 
 
