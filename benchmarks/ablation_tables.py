@@ -74,7 +74,7 @@ def correlations(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     lines: list[dict[str, Any]] = []
     parts = {name: {name} for name in SETS} | (
-        {"both": set(SETS)} if {row["set"] for row in found} == set(SETS) else {}
+        {"both sets": set(SETS)} if {row["set"] for row in found} == set(SETS) else {}
     )
     for part, sets in parts.items():
         for diagnosis in DIAGNOSES:

@@ -21,7 +21,7 @@ and of recency's and mean-pooled keys' from it on the same documents with 95 % i
 from training said (--diagnose: those of these traces), and how each of that ranks the variations beside the outcomes
 (Spearman, for texts and questions of all lengths). OUT/ablations.json holds every row.
 
-Without --length the documents are those that the recipe holds out, from --seeds seeds, under `decode.budget`. With it
+Without --length the documents are those that the recipe holds out, from SEEDS seeds, under `decode.budget`. With it
 the questions and texts are those of `lookahead benchmark`, as its section of the recipe says (--task: only these).
 Texts are then followed under the largest of `benchmark.budgets` and questions asked under the smallest; tasks come in
 the order of --task, the shortest length first (--examples, --texts: fewer of each).
@@ -72,6 +72,8 @@ ORACLES: dict[str, Oracle] = {
     "oracle of peaks": partial(foresight, peaks=True),
     "oracle of mass": partial(foresight, peaks=False),
 }
+SEEDS = 2
+"""Sets of held-out questions, each of the recipe's numbers."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,13 @@ class Asked:
 
 
 def held_out(
-    recipe: Recipe, name: str, source: list[str] | None, follow: int, tokenizer: Any, context: int, seeds: int = 2
+    recipe: Recipe, name: str, source: list[str] | None, follow: int, tokenizer: Any, context: int
 ) -> Iterator[Asked]:
-    """Documents as the recipe holds them out, its numbers of each seed, for one of SETS; source: text of its own."""
+    """Documents as the recipe holds them out, of SEEDS seeds, for one of SETS; source: text of its own."""
     asked = recipe.documents
     if source is not None:
         asked = asked.model_copy(update={"source": source, "heldout_share": 0.02 if name == "development" else 0.98})
-    for seed in range(asked.seed, asked.seed + seeds):
+    for seed in range(asked.seed, asked.seed + SEEDS):
         sides = {"train": {}, "heldout": {}, SETS[name]: asked.heldout}
         built = asked.model_copy(update=sides | {"seed": seed})
         for document in draw_documents(built, recipe.trace, tokenizer, context, SETS[name]):
@@ -298,7 +300,6 @@ def main() -> None:
     parser.add_argument("--texts", type=int, help="texts of each length, for the recipe's number")
     parser.add_argument("--development", action="append", help="sources of the development documents; stdlib if none")
     parser.add_argument("--report", action="append", help="sources of the report documents")
-    parser.add_argument("--seeds", type=int, default=2, help="sets of what the recipe holds out, without --length")
     parser.add_argument("--diagnose", type=Path, metavar="TRACES", help="on these, for what training holds back")
     parser.add_argument("--correction", type=int, default=0, metavar="CHUNKS", help="the recipe also with a correction")
     parser.add_argument("--follow", type=int, default=128, help="tokens followed of each text")
@@ -319,7 +320,7 @@ def main() -> None:
         context = model.config.get_text_config(decoder=True).max_position_embeddings
         sources = {"development": arguments.development or ["stdlib"], "report": arguments.report}
         follow, lengths, tasks = arguments.follow, arguments.length, arguments.task or list(recipe.benchmark.tasks)
-        drawn = partial(held_out, follow=follow, tokenizer=tokenizer, context=context, seeds=arguments.seeds)
+        drawn = partial(held_out, follow=follow, tokenizer=tokenizer, context=context)
         built = (
             build
             for name in arguments.set or SETS
