@@ -30,6 +30,9 @@ Labels, traced layers and documents are part of traces. --variant NAME=RECIPE:TR
 file) trained on such, TRACES with commas, beside the variations; it is asked the same documents under the same budget,
 with its own window, so backbone and chunking must be the same. It is named again where others are asked (--share).
 
+--epochs compares the epochs of one training in place of variations: those of the recipe, each kept as an indexer,
+`recipe` being the one that its criterion chose. The ranks then say by what an epoch should be chosen.
+
 --correction CHUNKS asks the recipe's indexer also with a per-step correction of so many chunks, which come off its
 budget, by each token's own query and by that of the one before, where the budget buys twice as many. The table then
 says what was fetched (chunks a token) and the bytes of the keys by which chunks are chosen, and has rows that spend
@@ -53,7 +56,7 @@ from benchmarks.ablation_tables import RECIPE, SETS, correlations, rows, tables
 from benchmarks.machine import origin
 from benchmarks.masked import Continuation, MaskedModel, Policy, Score
 from benchmarks.masked_scores import foresight, mean_pooled, recency, trained
-from benchmarks.variations import VARIATIONS, Batches, Other, learn
+from benchmarks.variations import EPOCH, VARIATIONS, Batches, Other, learn, learn_epochs
 from data_gen.backbones.load import load_backbone
 from data_gen.core.errors import InputError
 from data_gen.core.files import write_atomically
@@ -290,6 +293,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", action="append", help="these only, and ask nothing")
     parser.add_argument("--ask", action="append", help="these only, the recipe among them")
+    parser.add_argument("--epochs", action="store_true", help="those of the recipe's training, not variations")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=RECIPE:TRACES", help="beside them")
     parser.add_argument("--batches", choices=get_args(Batches), help="where training makes them, not where recipes say")
     parser.add_argument("--share", help="K/N: ask every N-th document from the K-th on, and train nothing")
@@ -309,10 +313,14 @@ def main() -> None:
     recipe = recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update=numbers)})
     others = dict(map(Other.of, arguments.variant))
     every = [name for name in VARIATIONS if name != recipe.train.loss] + list(others)
+    if arguments.epochs:
+        every = [RECIPE, *(f"{EPOCH}{number + 1}" for number in range(recipe.train.epochs))]
     for name in [*(arguments.train or []), *(arguments.ask or [])]:
-        if name not in (*VARIATIONS, *others):
+        if name not in (*VARIATIONS, *every):
             parser.error(f"{name}: neither a variation ({', '.join(VARIATIONS)}) nor a --variant")
-    if arguments.traces and arguments.share is None:
+    if arguments.epochs and arguments.traces and arguments.share is None:
+        learn_epochs(recipe, arguments.traces, out, arguments.batches, arguments.diagnose)
+    elif arguments.traces and arguments.share is None:
         learn(recipe, arguments.traces, arguments.train or arguments.ask or every, out, others, arguments.batches,
               arguments.diagnose)  # fmt: skip
     if arguments.traces and arguments.train is None:

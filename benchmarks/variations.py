@@ -2,9 +2,12 @@
 whose labels or keys need traces of their own."""
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from transformers import TrainerCallback
 
 from benchmarks.ablation_tables import DIAGNOSES, RECIPE
 from data_gen.config import TraceConfig
@@ -14,12 +17,13 @@ from data_gen.text.needles import NEEDLE_TASKS
 from data_gen.traces.store import TraceStore
 from indexer_train.config import CandidatesConfig, TrainConfig
 from indexer_train.data.mixture import mix
+from indexer_train.load import load_indexer
 from indexer_train.losses import LOSSES
 from indexer_train.measure.calibration import mean_peak_entropy, measure, score_windows
 from indexer_train.measure.metrics import served_windows
 from indexer_train.model import MemoryIndexer
 from indexer_train.selection import Budget
-from indexer_train.training.trainer import train
+from indexer_train.training.trainer import prepare, stock_trainer, train
 from recipes import Recipe, load_recipe
 
 
@@ -54,6 +58,8 @@ class Variation:
     layer: int | None = None
 
 
+EPOCH = "epoch-"
+"""Before an epoch's number, the name of the indexer that it ended with."""
 Batches = Literal["host", "device"]
 """Where training makes its batches."""
 VARIATIONS: dict[str, Variation] = {
@@ -130,6 +136,44 @@ def learn(
             held = view.hold_back(config.validation_every)[1] if apart is None else with_trace(apart, trace)
             said = diagnosed(indexer, held, recipe.train) | {"diagnosed_on": on}
         write_atomically(diagnosis, lambda file, said=said: file.write_text(json.dumps(said)))
+
+
+class KeepEvery(TrainerCallback):
+    """Keeps a copy of every checkpoint as an indexer, which the trainer would remove, named by its epoch."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The one that is saved just now."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        shutil.copytree(checkpoint, self.out / f"{EPOCH}{round(state.epoch)}" / "indexer")
+
+
+def learn_epochs(recipe: Recipe, traces: list[Path], out: Path, batches: Batches | None, measured: Path | None) -> None:
+    """Train the recipe once and keep the indexer of each epoch, OUT/epoch-N, with what is said of it as in `learn`.
+
+    OUT/recipe is the one that the recipe's criterion chooses; it is an epoch's and has no diagnosis of its own. A run
+    that was stopped begins again.
+    """
+    store = mix(traces)
+    config = recipe.train.model_copy(
+        update={"eval_epochs": 1, "patience": recipe.train.epochs} | ({"batches": batches} if batches else {})
+    )
+    held = store.hold_back(config.validation_every)[1] if measured is None else TraceStore.open(measured)
+    if measured is not None:
+        held.check_held_out()
+        held.check_settings(store.manifest.trace)
+    if not (out / RECIPE / "indexer").exists():
+        for begun in (out / RECIPE, *out.glob(f"{EPOCH}*")):
+            shutil.rmtree(begun, ignore_errors=True)
+        trainer = stock_trainer(prepare(store, recipe.indexer, config, out / RECIPE), config, out / RECIPE)
+        trainer.add_callback(KeepEvery(out))
+        trainer.train()
+        shutil.copytree(str(trainer.state.best_model_checkpoint), out / RECIPE / "indexer")
+    for epoch in out.glob(f"{EPOCH}*"):
+        said = diagnosed(load_indexer(epoch / "indexer"), held, config)
+        write_atomically(epoch / "diagnosis.json", lambda file, said=said: file.write_text(json.dumps(said)))
 
 
 def with_trace(store: TraceStore, trace: TraceConfig) -> TraceStore:

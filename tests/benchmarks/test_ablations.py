@@ -19,6 +19,7 @@ from data_gen.traces.store import TraceStore
 from eval.online.scorers import fidelity
 from indexer_train.load import load_indexer
 from indexer_train.training.evaluator import MassRecallEvaluator
+from indexer_train.training.trainer import train
 from recipes import load_recipe
 
 SOURCES = {"development": ["stdlib"], "report": None}
@@ -152,6 +153,36 @@ def test_a_recipe_with_traces_of_its_own_is_asked_beside_the_variations(recipe, 
     for wrong in ("own.yaml:traces", "focal=own.yaml:traces", "own=own.yaml", "../own=own.yaml:traces"):
         with pytest.raises(InputError, match="--variant"):
             call(traces, "--variant", wrong)
+
+
+def test_epochs_of_one_training_are_kept_asked_and_ranked(recipe, tmp_path, monkeypatch, capsys):
+    model, tokenizer = load_backbone(recipe.backbone)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 3})})
+    generate(adapter(model), tokenizer, recipe.documents, recipe.trace, tmp_path / "traces", ["train"])
+    monkeypatch.setattr(ablations, "load_recipe", lambda _: recipe)
+    out, traces = tmp_path / "out", tmp_path / "traces" / "train"
+
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["ablations", "debug", str(traces), *arguments, "--out", str(out), "--epochs"])
+        ablations.main()
+        return capsys.readouterr().out
+
+    call("--train", "recipe")
+    once = train(
+        TraceStore.open(traces), recipe.indexer, recipe.train.model_copy(update={"patience": 3}), tmp_path / "once"
+    )
+    kept = {name: load_indexer(out / name / "indexer") for name in ("recipe", "epoch-1", "epoch-2", "epoch-3")}
+    said = {n: json.loads((out / f"epoch-{n}" / "diagnosis.json").read_text())["peak_entropy"] for n in (1, 2, 3)}
+    best = kept[f"epoch-{min(said, key=said.__getitem__)}"].state_dict()
+    for weights in (kept["recipe"].state_dict(), once.state_dict()):
+        assert all(torch.equal(best[name], value) for name, value in weights.items())
+    assert len({float(next(indexer.parameters()).detach().sum()) for indexer in kept.values()}) == 3, (
+        "each epoch differs"
+    )
+    table = call("--set", "development", "--follow", "16")
+    found = json.loads((out / "ablations.json").read_text())
+    assert {row["policy"] for row in found["rows"]} >= kept.keys() and "epoch-3" in table
+    assert {line["variations"] for line in found["rank_correlations"]} == {3}, "what was chosen is one of them"
 
 
 def test_what_is_compared_as_it_is_read_is_what_was_kept(recipe):
