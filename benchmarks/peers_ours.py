@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.machine import origin
-from benchmarks.peers_journal import AnswerFile
+from benchmarks.peers_journal import AnswerFile, begun
 from data_gen.backbones.load import adapter, load_backbone
 from data_gen.config import BackboneConfig
 from eval.online.cycle import Course, Keep, go_on
@@ -55,45 +56,60 @@ def answer(recipe: Recipe, bundle: Path, folders: Sequence[Path], share: int, sh
             names = [name for name in OURS if name not in left_out]
             if all((asked["name"], name) in finished.done for name in names):
                 continue
-            session, full = prefill.read(asked["prompt"], None), TokenByToken(asked.get("targets", []), None)
+            session = prefill.read(asked["prompt"], None)
             if model.device.type == "cuda":  # what reading took, for other processes on the GPU
                 torch.cuda.empty_cache()
-            if asked["reading"] == "speed":  # the first pass warms up
-                followed(asked, "full, here", session.fork(), None, indexer, TokenByToken(asked["targets"], None))
+            keeps = {name: kept(OURS[name], indexer, recipe.decode.budget, correction) for name in names}
+            if asked["reading"] == "speed":  # each by itself, and begun once before: the first steps set much up
+                for name in names:
+                    followed(begun(asked), session, {name: keeps[name]}, indexer)
+                found = {name: followed(asked, session, {name: keeps[name]}, indexer)[name] for name in names}
+            else:
+                found = followed(asked, session, keeps, indexer)
             for name in names:
-                keep = kept(OURS[name], indexer, recipe.decode.budget, correction)
-                found = followed(asked, name, session.fork(), keep, indexer, full)
                 if (asked["name"], name) not in finished.done:
-                    finished.add(asked["name"], name, found | {"origin": made})
+                    finished.add(asked["name"], name, found[name] | {"origin": made})
 
 
 def followed(
-    asked: dict[str, Any],
-    name: str,
-    session: Session,
-    keep: Keep | None,
-    indexer: MemoryIndexer,
-    full: TokenByToken,
-) -> dict[str, Any]:
-    """What became of one question or text under one policy, from a session that has read its prompt. full: compares
-    texts, fed by the first policy, full attention."""
+    asked: dict[str, Any], session: Session, keeps: dict[str, Keep | None], indexer: MemoryIndexer
+) -> dict[str, dict[str, Any]]:
+    """What became of one question or text under some methods, which go on in step, as in `lookahead benchmark`.
+
+    session: has read the prompt; keeps: method -> what fixes its resident set, None for full attention, the first one,
+    with which texts are compared. What is timed is not compared: kvpress's side compares after its clock has stopped.
+    `seconds` are those of a step of all of them.
+    """
     assert isinstance(session, DenseSession)
-    a_token, held = session.resident_bytes / len(asked["prompt"]), []
-    stop, asks = set(asked["stop"]), [0, *([] if name == LEFT else asked["again"])]
-    course = Course(session, keep, asked["given"], asked["most"], lambda said: said[-1] in stop, asks=asks)
-    course.watchers.append(lambda session, logits: held.append(session.resident_bytes))
-    follower = full if keep is None else TokenByToken(asked.get("targets", []), full)
-    if asked["most"] == 0:
-        course.watchers.append(lambda session, logits: follower.add(logits))
+    a_token, asks = session.resident_bytes / len(asked["prompt"]), asked["again"]
+    stop, targets, text = set(asked["stop"]), asked.get("targets", []), asked["reading"] == "text"
+    full, courses = TokenByToken(targets, None), {}
+    held: dict[str, list[int]] = {name: [] for name in keeps}
+    followers = {name: full if keep is None else TokenByToken(targets, full) for name, keep in keeps.items()}
+
+    def watch(name: str, session: Session, logits: torch.Tensor) -> None:
+        held[name].append(session.resident_bytes)
+        if text:
+            followers[name].add(logits)
+
+    for name, keep in keeps.items():
+        places = [0, *([] if name == LEFT else asks)]
+        course = Course(session.fork(), keep, asked["given"], asked["most"], lambda said: said[-1] in stop, asks=places)
+        course.watchers.append(partial(watch, name))
+        courses[name] = course
     began = clock(session)
-    go_on([course], indexer.spec.window)
-    seconds, steps = clock(session) - began, course.usage.steps
-    moved = course.usage.fetched * indexer.spec.chunking.tokens * a_token
-    found = {"said": course.answer, "kept": held[0] / a_token / (len(asked["prompt"]) + 1), "bytes": held[0]}
-    found |= {"index": index_bytes(session, OURS[name], indexer), "moved": moved / steps, "seconds": seconds / steps}
-    if asked["most"] == 0:
-        means = follower.means()
-        found |= {"kl": means["kl"], "agreement": means["agreement"]}
+    go_on(list(courses.values()), indexer.spec.window)
+    seconds, found = clock(session) - began, {}
+    for name, course in courses.items():
+        own, steps = course.session, course.usage.steps
+        assert isinstance(own, DenseSession)
+        moved = course.usage.fetched * indexer.spec.chunking.tokens * a_token
+        found[name] = {"said": course.answer, "kept": held[name][0] / a_token / (len(asked["prompt"]) + 1)}
+        found[name] |= {"bytes": held[name][0], "index": index_bytes(own, OURS[name], indexer)}
+        found[name] |= {"moved": moved / steps, "seconds": seconds / steps}
+        if text:
+            means = followers[name].means()
+            found[name] |= {"kl": means["kl"], "agreement": means["agreement"]}
     return found
 
 

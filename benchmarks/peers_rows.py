@@ -39,7 +39,7 @@ def answers(folder: Path, so_far: bool = False) -> Answers:
             asked = plan[answer["name"]]
             if "failed" not in answer:
                 said = str(tokenizer.decode(answer["said"], skip_special_tokens=True))
-                value = answer["kl"] if asked["most"] == 0 else string_match_all(said, asked["references"])
+                value = answer.get("kl") if asked["most"] == 0 else string_match_all(said, asked["references"])
                 answer |= {"value": value, "text": said}
             found[asked["reading"]][answer["method"]][answer["name"]] = answer
     if so_far:

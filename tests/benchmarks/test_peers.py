@@ -17,7 +17,6 @@ from data_gen.core.chunks import Chunking
 from data_gen.core.errors import InputError
 from eval.online.config import BenchmarkConfig
 from eval.online.generated import Haystack, generate_examples
-from eval.online.scorers import TokenByToken
 from eval.online.session import DenseSession
 from indexer_train.formats.bundle import export_bundle
 from tests.eval.conftest import indexer  # noqa: F401 - a fixture
@@ -91,11 +90,8 @@ def test_ours_reads_what_is_given_and_answers_greedily(read, indexer):  # noqa: 
     asked, model = read[0]["unknown"] | {"stop": [3], "most": 6}, tiny_backbone().model
     session = DenseSession(model, indexer.spec.chunking)
     session.read(asked["prompt"])
-    full = TokenByToken([], None)
     names = ["full, here", "indexer", CORRECTED, "recency"]
-    found = {
-        name: followed(asked, name, session.fork(), kept(OURS[name], indexer, 0.1, 2), indexer, full) for name in names
-    }
+    found = followed(asked, session, {name: kept(OURS[name], indexer, 0.1, 2) for name in names}, indexer)
     ids = asked["prompt"] + asked["given"]
     for token in found["full, here"]["said"]:
         assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
