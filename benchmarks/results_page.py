@@ -282,6 +282,15 @@ SECTIONS = [
         results_tables.decode_vllm,
     ),
     Section(
+        "How fast vLLM decodes with 32 layers, and what a step consists of",
+        "decode-vllm-32-layers-h200.json",
+        "The same with all 32 layers of Llama-3.1-8B's shape and a later plugin: one call, `stock` with vLLM's newer model "
+        "runner. Operations are the device's under PyTorch's profiler, in a run after the one that was timed; what a step "
+        "takes beyond them is everything else. 32K tokens with 32 requests and 128K with eight do not fit beside the "
+        "weights.",
+        results_tables.decode_vllm,
+    ),
+    Section(
         "The pocket DeepSeek-V4 under an eighth of its chunks",
         "pocket-table.json",
         "Recipe `pocket-v4` with `first_window: 1`, which was first tried on these questions with another bundle; "

@@ -265,12 +265,17 @@ def serving(data: Row) -> list[str]:
 
 
 def decode_vllm(data: Row) -> list[str]:
-    """Decoding speed of each server, beside stock vLLM's at the same size. data: what each call wrote."""
-    stock = {(row["context"], row["batch"]): row["step_ms"] for row in data["stock"]["rows"]}
+    """Decoding speed of each server, beside stock vLLM's at the same size. data: what a call wrote, or several, by name;
+    with a profile also what of a step is the device's."""
+    rows = [row for part in ([data] if "rows" in data else data.values()) for row in part["rows"]]
+    stock = {(row["context"], row["batch"]): row["step_ms"] for row in rows if row["server"] == "stock"}
     columns = {"tokens of context": "context", "requests": "batch", "server": "server", "tokens/s": "tokens_per_second",
                "ms a step": "step_ms", "times stock": lambda row: stock[row["context"], row["batch"]] / row["step_ms"],
                "blocks read": lambda row: "-" if row["read"] is None else f"{row['read']:.1%}"}  # fmt: skip
-    rows, order = [row for part in data.values() for row in part["rows"]], list(stock)
+    if all("profile" in row for row in rows):
+        columns |= {"operations a step": lambda row: sum(number for number, _ in row["profile"].values()),
+                    "ms of them": lambda row: sum(spent for _, spent in row["profile"].values())}  # fmt: skip
+    order = list(stock)
     return [listed(sorted(rows, key=lambda row: order.index((row["context"], row["batch"]))), columns)]
 
 
