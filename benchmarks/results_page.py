@@ -132,6 +132,14 @@ SECTIONS = [
         results_tables.ablations,
     ),
     Section(
+        "The epochs of one training of the quickstart",
+        "epochs-smollm2-cpu.json",
+        "The quickstart's recipe trained once, the indexer of each epoch kept; `recipe` is the one that peak entropy chooses, "
+        "of epochs 1 to 28 here and of every other one in the recipe. Development documents of the section before, "
+        "diagnoses of the same held-out traces.",
+        results_tables.ablations,
+    ),
+    Section(
         "Which part of Gemma's recipe matters, and a correction at equal bytes",
         "ablations-gemma-again-h200.json",
         "Recipe `gemma-3-270m-long`, trained again and with seven variations, one seed each. Development: the standard "
@@ -139,6 +147,14 @@ SECTIONS = [
         "under 10 %. Report: 30 texts a length of packages that no training read. `KV kept` counts keys and values "
         "alone. Rows `bytes of the recipe` and `bytes of the correction` keep as many more keys and values as those "
         "policies have keys to choose by. The recipe itself was chosen in the run of the next section.",
+        results_tables.ablations,
+    ),
+    Section(
+        "Which part of Gemma's recipe matters: every loss, and the options that the other runs lack",
+        "ablations-gemma-options-h200.json",
+        "Recipe `gemma-3-270m-long` and fourteen variations, one seed each, trained on two of its five sources (`jax` and "
+        "`torch`). Development documents of seven packages: 12 questions of each kind under 2 % of the chunks in addition to "
+        "the protected ones, and 12 texts under 10 %. Nothing was reported: the time on the machine was up.",
         results_tables.ablations,
     ),
     Section(
@@ -285,9 +301,9 @@ SECTIONS = [
         "How fast vLLM decodes with 32 layers, and what a step consists of",
         "decode-vllm-32-layers-h200.json",
         "The same with all 32 layers of Llama-3.1-8B's shape and a later plugin: one call, `stock` with vLLM's newer model "
-        "runner. Operations are the device's under PyTorch's profiler, in a run after the one that was timed; what a step "
-        "takes beyond them is everything else. 32K tokens with 32 requests and 128K with eight do not fit beside the "
-        "weights.",
+        "runner. Operations are the device's under PyTorch's profiler, in a run after the one that was timed, the end of "
+        "the prompts included; what a step takes beyond them is everything else. 32K tokens with 32 requests and 128K with "
+        "eight do not fit beside the weights. One request at 128K was not asked.",
         results_tables.decode_vllm,
     ),
     Section(
