@@ -134,9 +134,17 @@ SECTIONS = [
     Section(
         "The epochs of one training of the quickstart",
         "epochs-smollm2-cpu.json",
-        "The quickstart's recipe trained once, the indexer of each epoch kept; `recipe` is the one that peak entropy chooses, "
-        "of epochs 1 to 28 here and of every other one in the recipe. Development documents of the section before, "
-        "diagnoses of the same held-out traces.",
+        "The quickstart's recipe trained once, the indexer of each epoch kept; `recipe` is the one that peak entropy "
+        "chooses, of epochs 1 to 28 here and of every other one in the recipe. Development documents of the section "
+        "before, diagnoses of the same held-out traces.",
+        results_tables.ablations,
+    ),
+    Section(
+        "The epochs of one training of Gemma, on short documents",
+        "epochs-gemma-cpu.json",
+        "Recipe `gemma-3-270m` on 40 documents of 1K to 4K tokens of `sympy` and `torch`, of which every sixth is "
+        "held back and diagnoses. Development: the standard library at 4K tokens, 12 questions of each kind and 12 "
+        "texts under 10 % of the chunks. `recipe` is the epoch that peak entropy chooses.",
         results_tables.ablations,
     ),
     Section(
@@ -152,9 +160,10 @@ SECTIONS = [
     Section(
         "Which part of Gemma's recipe matters: every loss, and the options that the other runs lack",
         "ablations-gemma-options-h200.json",
-        "Recipe `gemma-3-270m-long` and fourteen variations, one seed each, trained on two of its five sources (`jax` and "
-        "`torch`). Development documents of seven packages: 12 questions of each kind under 2 % of the chunks in addition to "
-        "the protected ones, and 12 texts under 10 %. Nothing was reported: the time on the machine was up.",
+        "Recipe `gemma-3-270m-long` and fourteen variations, one seed each, trained on two of its five sources (`jax` "
+        "and `torch`). Development documents of seven packages: 12 questions of each kind under 2 % of the chunks in "
+        "addition to the protected ones, and 12 texts under 10 %. Nothing was reported: the time on the machine was "
+        "up.",
         results_tables.ablations,
     ),
     Section(
@@ -300,10 +309,10 @@ SECTIONS = [
     Section(
         "How fast vLLM decodes with 32 layers, and what a step consists of",
         "decode-vllm-32-layers-h200.json",
-        "The same with all 32 layers of Llama-3.1-8B's shape and a later plugin: one call, `stock` with vLLM's newer model "
-        "runner. Operations are the device's under PyTorch's profiler, in a run after the one that was timed, the end of "
-        "the prompts included; what a step takes beyond them is everything else. 32K tokens with 32 requests and 128K with "
-        "eight do not fit beside the weights. One request at 128K was not asked.",
+        "The same with all 32 layers of Llama-3.1-8B's shape and a later plugin: one call, `stock` with vLLM's newer "
+        "model runner. Operations are the device's under PyTorch's profiler, in a run after the one that was timed, "
+        "the end of the prompts included; what a step takes beyond them is everything else. 32K tokens with 32 "
+        "requests and 128K with eight do not fit beside the weights. One request at 128K was not asked.",
         results_tables.decode_vllm,
     ),
     Section(

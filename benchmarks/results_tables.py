@@ -265,8 +265,8 @@ def serving(data: Row) -> list[str]:
 
 
 def decode_vllm(data: Row) -> list[str]:
-    """Decoding speed of each server, beside stock vLLM's at the same size. data: what a call wrote, or several, by name;
-    with a profile also what of a step is the device's."""
+    """Decoding speed of each server, beside stock vLLM's at the same size; with a profile also what of a step is the
+    device's. data: what a call wrote, or several, by name."""
     rows = [row for part in ([data] if "rows" in data else data.values()) for row in part["rows"]]
     stock = {(row["context"], row["batch"]): row["step_ms"] for row in rows if row["server"] == "stock"}
     columns = {"tokens of context": "context", "requests": "batch", "server": "server", "tokens/s": "tokens_per_second",

@@ -86,8 +86,8 @@ class TrainConfig(Strict):
     (oracle `indexer`);
     validation_every: every n-th document is held back from training to select the checkpoint; choose: which checkpoint
     is selected: the one with the lowest `peak_entropy` (measure/metrics.py), or with the highest `mass_recall` when
-    `budget` of the chunks are kept; of the former's ranks the sign was that of answers on four of five sets, of the
-    latter's on one, and neither goes with text on every set (docs/measurements.md);
+    `budget` of the chunks are kept; among the epochs of one training the former's ranks had the sign of answers and
+    text on both models that were asked, the latter's on one, and neither says much of text (docs/measurements.md);
     budget: share of the chunks that are kept when checkpoints are compared, and when the indexer is served, unless a
     calibration says otherwise; select: how chunks are chosen, when checkpoints are compared and when the indexer is
     served: the best of each window (`budget`), all that reach one `threshold`, or the fewest that reach one predicted
