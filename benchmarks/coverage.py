@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks import results_tables
-from benchmarks.ablations import Asked, at_length, right
+from benchmarks.asked import Asked, at_length, right
 from benchmarks.coverage_rules import BUDGET, Count, Rule, Scored, by_budget, limited, rules_of
 from benchmarks.fallback import POCKET
 from benchmarks.machine import origin

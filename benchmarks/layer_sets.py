@@ -33,7 +33,8 @@ import torch
 
 from benchmarks import results_tables
 from benchmarks.ablation_tables import SETS
-from benchmarks.ablations import Asked, Oracle, ask, held_out
+from benchmarks.ablations import Oracle, ask
+from benchmarks.asked import Asked, held_out
 from benchmarks.masked import Continuation, MaskedModel, Policy, Score
 from benchmarks.masked_scores import foresight, recency, trained
 from data_gen.backbones.load import adapter, load_backbone
