@@ -239,11 +239,14 @@ def main() -> None:
     recipe = recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update=numbers)})
     others = dict(map(Other.of, arguments.variant))
     every = [name for name in VARIATIONS if name != recipe.train.loss] + list(others)
+    known = [*VARIATIONS, *others]
     if arguments.epochs:
-        every = [RECIPE, *(f"{EPOCH}{number + 1}" for number in range(recipe.train.epochs))]
+        known = every = [RECIPE, *(f"{EPOCH}{number + 1}" for number in range(recipe.train.epochs))]
+        if others:
+            parser.error("--epochs: of one training; leave --variant out")
     for name in [*(arguments.train or []), *(arguments.ask or [])]:
-        if name not in (*VARIATIONS, *every):
-            parser.error(f"{name}: neither a variation ({', '.join(VARIATIONS)}) nor a --variant")
+        if name not in known:
+            parser.error(f"{name}: none of what is compared ({', '.join(known)})")
     if arguments.epochs and arguments.traces and arguments.share is None:
         learn_epochs(recipe, arguments.traces, out, arguments.batches, arguments.diagnose)
     elif arguments.traces and arguments.share is None:

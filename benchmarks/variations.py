@@ -154,8 +154,13 @@ def learn_epochs(recipe: Recipe, traces: list[Path], out: Path, batches: Batches
     """Train the recipe once and keep the indexer of each epoch, OUT/epoch-N, with what is said of it as in `learn`.
 
     OUT/recipe is the one that the recipe's criterion chooses; it is an epoch's and has no diagnosis of its own. A run
-    that was stopped begins again.
+    that was stopped begins again. Raises InputError where OUT holds variations, and for layers trained one by one.
     """
+    if recipe.train.one_by_one:
+        raise InputError("train.one_by_one: each layer has epochs of its own; compare those of a recipe without it")
+    training, chosen = out / "training", out / RECIPE / "indexer"
+    if (out / RECIPE).exists() and not training.exists():
+        raise InputError(f"{out}: holds variations; give the epochs a folder of their own")
     store = mix(traces)
     config = recipe.train.model_copy(
         update={"eval_epochs": 1, "patience": recipe.train.epochs} | ({"batches": batches} if batches else {})
@@ -164,13 +169,15 @@ def learn_epochs(recipe: Recipe, traces: list[Path], out: Path, batches: Batches
     if measured is not None:
         held.check_held_out()
         held.check_settings(store.manifest.trace)
-    if not (out / RECIPE / "indexer").exists():
-        for begun in (out / RECIPE, *out.glob(f"{EPOCH}*")):
+    if not chosen.exists():
+        for begun in (training, *out.glob(f"{EPOCH}*")):
             shutil.rmtree(begun, ignore_errors=True)
-        trainer = stock_trainer(prepare(store, recipe.indexer, config, out / RECIPE), config, out / RECIPE)
+        trainer = stock_trainer(prepare(store, recipe.indexer, config, training), config, training)
         trainer.add_callback(KeepEvery(out))
         trainer.train()
-        shutil.copytree(str(trainer.state.best_model_checkpoint), out / RECIPE / "indexer")
+        chosen.parent.mkdir(exist_ok=True)
+        shutil.copytree(str(trainer.state.best_model_checkpoint), training / "chosen", dirs_exist_ok=True)
+        (training / "chosen").rename(chosen)
     for epoch in out.glob(f"{EPOCH}*"):
         said = diagnosed(load_indexer(epoch / "indexer"), held, config)
         write_atomically(epoch / "diagnosis.json", lambda file, said=said: file.write_text(json.dumps(said)))

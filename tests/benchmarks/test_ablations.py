@@ -183,6 +183,12 @@ def test_epochs_of_one_training_are_kept_asked_and_ranked(recipe, tmp_path, monk
     found = json.loads((out / "ablations.json").read_text())
     assert {row["policy"] for row in found["rows"]} >= kept.keys() and "epoch-3" in table
     assert {line["variations"] for line in found["rank_correlations"]} == {3}, "what was chosen is one of them"
+    with pytest.raises(SystemExit):
+        call("--train", "focal")
+    assert "focal: none of what is compared" in capsys.readouterr().err
+    (tmp_path / "variations" / "recipe").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds variations"):
+        variations.learn_epochs(recipe, [traces], tmp_path / "variations", None, None)
 
 
 def test_what_is_compared_as_it_is_read_is_what_was_kept(recipe):
